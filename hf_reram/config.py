@@ -1,0 +1,205 @@
+"""The one config of hf_reram, in the form that transformers keeps in a model's config.json."""
+
+import copy
+import json
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from transformers.quantizers.auto import register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .device import DeviceConfig, parse_time
+from .device.iv import GAINS
+
+CONFIG_VERSION = 1
+WEIGHT_SCALES = ("per_channel", "per_tensor")
+RETENTION_LOSSES = (
+    "output",
+    "weight",
+    "sensitivity",
+    "drift",
+    "noise",
+    "output+drift",
+    "sensitivity+drift",
+    "consistency",
+    "none",
+)
+
+
+@register_quantization_config("reram")
+@dataclass(repr=False)
+class ReRAMConfig(QuantizationConfigMixin):
+    """How a model's layers are put on ReRAM crossbars and made robust to them.
+
+    Args:
+        device: preset name, dict of :class:`DeviceConfig` fields, or a :class:`DeviceConfig`.
+        range_shrink: share of the device's read voltage that inputs use, in (0, 1]; 1 is the unmitigated device.
+            "auto": per layer, the share with the least expected output error on calibration data (non-linearity +
+            read noise + ADC).
+        gain: read-out gain of the sinh: "calibrated" (least squares on calibration data), "full_scale" (exact at the
+            input range), "small_signal" (exact at 0).
+        input_percentile: of |x| on calibration data, in (0, 100], taken as input range. "auto": per layer, the
+            smallest range that clips at most 1e-3 of the input's power (measured: see recipes/README.md).
+        learn_input_range: make input ranges trainable parameters.
+        weight_scale: "per_channel" or "per_tensor": what shares one conductance scale.
+        weight_clip: w_scale is at most this many RMS of the channel (tensor); larger weights saturate at g_max.
+            None: no clipping. "auto": per channel, the one with the least expected output error on calibration data
+            (clipping + retention).
+        tile_size: rows of a crossbar tile; each tile has its own ADC and read noise. None: one tile a layer.
+        dac_bits, adc_bits: 2 to 16, sign included; None: ideal converters.
+        target_modules: names of layers to put on crossbars: a list of names or last parts of names, or a regular
+            expression that matches whole names (as in PEFT). None: every Linear, Conv2d and Conv1D.
+        modules_to_not_convert: names, or parts of names between dots, of layers that stay digital.
+        retention_loss: "output" (closed-form noise-to-signal ratio), "weight" (the same without activations),
+            "sensitivity" (output error weighted by the Fisher information of each channel: expected KL in nats),
+            "drift" (the device's retention error sampled in each training forward), "noise" (white noise of the same
+            power, the usual hardware-aware baseline), "output+drift", "sensitivity+drift", "consistency" (KL
+            between the clean forward and one with sampled drift), or "none".
+        retention_weight: weight of the retention loss, >= 0.
+        retention_times: times since programming to be robust at; the loss is their average.
+        temperature: K, of deployment; None: the device's reference temperature.
+        calibration_batches: how many batches :func:`hf_reram.calibrate` reads at most.
+
+    Raises:
+        ValueError: a wrong value; names the field, the value and what is allowed.
+    """
+
+    quant_method: Any = field(default="reram", init=False)
+    device: Any = "hfox-neurram"
+    range_shrink: Any = "auto"
+    gain: str = "calibrated"
+    input_percentile: Any = "auto"
+    learn_input_range: bool = False
+    weight_scale: str = "per_channel"
+    weight_clip: Any = "auto"
+    tile_size: int | None = None
+    dac_bits: int | None = None
+    adc_bits: int | None = None
+    target_modules: Any = None
+    modules_to_not_convert: Any = None
+    retention_loss: str | None = "output+drift"
+    retention_weight: float = 1.0
+    retention_times: Any = field(default_factory=lambda: ["1d"])
+    temperature: float | None = None
+    calibration_batches: int = 32
+
+    def __post_init__(self):
+        if isinstance(self.device, str):
+            self.device = DeviceConfig.from_preset(self.device)
+        elif not isinstance(self.device, DeviceConfig):
+            self.device = DeviceConfig.from_dict(self.device)
+        self._number_or("range_shrink", ("auto",), 0, 1)
+        self._one_of("gain", GAINS)
+        self._number_or("input_percentile", ("auto",), 0, 100)
+        self._flag("learn_input_range")
+        self._one_of("weight_scale", WEIGHT_SCALES)
+        self._number_or("weight_clip", ("auto", None), 0, math.inf)
+        self._integer("tile_size", 1, 1 << 20)
+        self._integer("dac_bits", 2, 16)
+        self._integer("adc_bits", 2, 16)
+        self._names("target_modules", text=True)
+        self._names("modules_to_not_convert")
+        self.retention_loss = self.retention_loss or "none"
+        self._one_of("retention_loss", RETENTION_LOSSES)
+        if not _is_number(self.retention_weight) or self.retention_weight < 0:
+            self._refuse("retention_weight", "a finite number >= 0")
+        self._times()
+        if self.temperature is not None and not (_is_number(self.temperature) and 0 < self.temperature <= 2000):
+            self._refuse("temperature", "a temperature in K in (0, 2000], or None")
+        self._integer("calibration_batches", 1, 1 << 20, optional=False)
+
+    # Checks
+
+    def _refuse(self, name: str, allowed: str):
+        raise ValueError(f"ReRAMConfig.{name}={getattr(self, name)!r}: allowed is {allowed}")
+
+    def _one_of(self, name: str, allowed: tuple):
+        value = getattr(self, name)
+        if not isinstance(value, str) or value not in allowed:
+            self._refuse(name, f"one of {list(allowed)}")
+
+    def _number_or(self, name: str, words: tuple, above: float, at_most: float):
+        value = getattr(self, name)
+        if value is None or isinstance(value, str):
+            good = value in words
+        else:
+            good = _is_number(value) and above < value <= at_most
+        if not good:
+            bound = f"(0, {at_most:g}]" if math.isfinite(at_most) else "(0, inf)"
+            self._refuse(name, f"a number in {bound} or one of {list(words)}")
+
+    def _flag(self, name: str):
+        if not isinstance(getattr(self, name), bool):
+            self._refuse(name, "True or False")
+
+    def _integer(self, name: str, low: int, high: int, optional: bool = True):
+        value = getattr(self, name)
+        if value is None and optional:
+            return
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            self._refuse(name, f"an integer from {low} to {high}" + (", or None" if optional else ""))
+
+    def _names(self, name: str, text: bool = False):
+        value = getattr(self, name)
+        if value is None or (text and isinstance(value, str) and value):
+            return
+        if isinstance(value, (tuple, set)):
+            value = sorted(value)
+            setattr(self, name, value)
+        if not isinstance(value, list) or not value or not all(isinstance(v, str) and v for v in value):
+            self._refuse(name, "a non-empty list of names" + (" or a regular expression" if text else "") + ", or None")
+
+    def _times(self):
+        value = self.retention_times
+        if isinstance(value, (str, int, float)):
+            value = [value]
+        if not isinstance(value, (list, tuple)) or not value:
+            self._refuse("retention_times", "a non-empty list of times such as ['1d', '10y'] or seconds")
+        for time in value:
+            try:
+                parse_time(time)
+            except ValueError as error:
+                raise ValueError(f"ReRAMConfig.retention_times={self.retention_times!r}: {error}") from error
+        self.retention_times = list(value)
+
+    # JSON
+
+    @classmethod
+    def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
+        """A config from its JSON form, see :meth:`to_dict`.
+
+        Raises:
+            ValueError: an unknown field, a wrong value, or a form that a newer hf_reram wrote.
+        """
+        if not isinstance(config_dict, dict):
+            raise ValueError(f"ReRAMConfig from {config_dict!r}: allowed is a dict of fields")
+        data = {**config_dict, **kwargs}
+        data.pop("quant_method", None)
+        version = data.pop("version", CONFIG_VERSION)
+        if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= CONFIG_VERSION:
+            raise ValueError(
+                f"ReRAMConfig.version={version!r}: this hf_reram reads versions 1 to {CONFIG_VERSION}; "
+                "a newer checkpoint needs a newer hf_reram"
+            )
+        known = {f.name for f in fields(cls) if f.init}
+        unknown = sorted(set(data) - known)
+        if unknown and not return_unused_kwargs:
+            raise ValueError(f"ReRAMConfig has no fields {unknown}: allowed are {sorted(known)}")
+        config = cls(**{k: copy.deepcopy(v) for k, v in data.items() if k in known})
+        return (config, {k: data[k] for k in unknown}) if return_unused_kwargs else config
+
+    @classmethod
+    def from_json_file(cls, path: str | Path) -> "ReRAMConfig":
+        """A config from a JSON file that :meth:`to_json_file` wrote."""
+        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as plain JSON values, the device's numbers in full."""
+        data = {f.name: copy.deepcopy(getattr(self, f.name)) for f in fields(self) if f.init and f.name != "device"}
+        return {"quant_method": "reram", "version": CONFIG_VERSION, "device": self.device.to_dict()} | data
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,201 @@
+"""One cell technology: its conductance window, I–V curve, retention, programming and read noise."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .checks import number, numbers
+from .retention import (
+    RetentionModel,
+    equivalent_time,
+    horner,
+    retention_from_dict,
+    retention_to_dict,
+)
+from .time import parse_time
+
+
+def preset_names() -> list[str]:
+    """Names that :meth:`DeviceConfig.from_preset` knows."""
+    folder = resources.files(__package__) / "presets"
+    return sorted(entry.name[: -len(".json")] for entry in folder.iterdir() if entry.name.endswith(".json"))
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    """A ReRAM cell technology. Conductances in µS, voltages in V, currents in µA, times in s, temperatures in K.
+
+    Args:
+        g_min, g_max: the conductance window that weights are mapped to.
+        v0: curvature of the I–V curve, ``I = g v0 sinh(v/v0)``.
+        read_voltage: the DAC's full-scale voltage at ``range_shrink = 1``.
+        retention: mean shift and spread over time (see :mod:`hf_reram.device.retention`), a model or its JSON form.
+        programming: coefficients of the programming error's standard deviation as a polynomial in the target
+            conductance, lowest power first.
+        read_noise: standard deviation of a column's current, drawn anew at each read.
+        stuck_at_min, stuck_at_max: share of cells that stay at g_min or g_max whatever is programmed.
+        activation_energy: eV, for temperature as equivalent time (Arrhenius).
+        reference_temperature: the temperature of the retention data.
+        name, source, assumed: what it is, where its numbers come from, and which of them are not measured.
+
+    Raises:
+        ValueError: a value outside what is physically possible; names the field, the value and what is allowed.
+    """
+
+    g_min: float
+    g_max: float
+    v0: float = 0.25
+    read_voltage: float = 0.2
+    retention: RetentionModel = field(default_factory=lambda: retention_from_dict({"type": "generic"}))
+    programming: tuple[float, ...] = (0.0,)
+    read_noise: float = 0.0
+    stuck_at_min: float = 0.0
+    stuck_at_max: float = 0.0
+    activation_energy: float = 1.0
+    reference_temperature: float = 298.15
+    name: str = "custom"
+    source: str = ""
+    assumed: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        def put(name, value):
+            object.__setattr__(self, name, value)
+
+        put("g_min", number("device", "g_min", self.g_min, 0))
+        put("g_max", number("device", "g_max", self.g_max, 0, exclusive=True))
+        if self.g_max <= self.g_min:
+            raise ValueError(f"device.g_max={self.g_max!r}: allowed is a conductance above g_min={self.g_min!r} µS")
+        for name in ("v0", "read_voltage", "reference_temperature"):
+            put(name, number("device", name, getattr(self, name), 0, exclusive=True))
+        for name in ("read_noise", "activation_energy", "stuck_at_min", "stuck_at_max"):
+            put(name, number("device", name, getattr(self, name), 0))
+        if self.read_voltage / self.v0 > 20:
+            raise ValueError(
+                f"device.read_voltage={self.read_voltage!r}: allowed is at most 20 v0 = {20 * self.v0:g} V "
+                "(sinh(20) is already 2.4e8)"
+            )
+        if self.stuck_at_min + self.stuck_at_max > 1:
+            raise ValueError(
+                f"device.stuck_at_min={self.stuck_at_min!r}, stuck_at_max={self.stuck_at_max!r}: "
+                "allowed are shares that sum to at most 1"
+            )
+        put("programming", numbers("device", "programming", self.programming))
+        retention = retention_from_dict(self.retention)
+        if hasattr(retention, "g_min"):
+            retention = dataclasses.replace(retention, g_min=self.g_min)
+        put("retention", retention)
+        for name in ("name", "source"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"device.{name}={getattr(self, name)!r}: allowed is a text")
+        known = {f.name for f in fields(self)}
+        if not isinstance(self.assumed, (list, tuple)) or not set(self.assumed) <= known:
+            raise ValueError(f"device.assumed={self.assumed!r}: allowed is a list of names out of {sorted(known)}")
+        put("assumed", tuple(self.assumed))
+
+    # Construction and JSON
+
+    @classmethod
+    def from_preset(cls, name: str) -> "DeviceConfig":
+        """A published device by name.
+
+        Raises:
+            ValueError: no such preset.
+        """
+        if name not in preset_names():
+            raise ValueError(f"device={name!r} is no preset: allowed are {preset_names()}, a dict or a DeviceConfig")
+        text = (resources.files(__package__) / "presets" / f"{name}.json").read_text(encoding="utf-8")
+        return cls.from_dict(json.loads(text))
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "DeviceConfig":
+        """A device from a JSON file of this class's fields (the presets are such files).
+
+        Raises:
+            FileNotFoundError: no such file. ValueError: no valid JSON, or a field or value that is not allowed.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from error
+        return cls.from_dict(data)
+
+    @classmethod
+    def from_dict(cls, data) -> "DeviceConfig":
+        """A device from a dict of this class's fields.
+
+        Raises:
+            ValueError: not a dict, an unknown or missing field, or a value that is not allowed.
+        """
+        if not isinstance(data, dict):
+            raise ValueError(f"device={data!r}: allowed is a preset name out of {preset_names()}, a dict of fields")
+        known = {f.name for f in fields(cls)}
+        if set(data) - known:
+            raise ValueError(f"device has unknown fields {sorted(set(data) - known)}: allowed are {sorted(known)}")
+        if not {"g_min", "g_max"} <= set(data):
+            raise ValueError(f"device lacks the fields {sorted({'g_min', 'g_max'} - set(data))}")
+        return cls(**data)
+
+    def to_dict(self) -> dict:
+        """All fields as plain JSON values: a checkpoint holds these, never a preset's name alone."""
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        data["retention"] = retention_to_dict(self.retention)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()}
+
+    def to_json(self, path: str | Path) -> None:
+        """Write :meth:`to_dict` as a JSON file."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    # Physics
+
+    @property
+    def g_range(self) -> float:
+        """``g_max - g_min`` [µS]."""
+        return self.g_max - self.g_min
+
+    def conductance(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Target conductances of the differential pair, ``g± = g_min + Δg max(±w, 0)``.
+
+        Args:
+            w: normalized weights, any shape; values outside [-1, 1] saturate.
+
+        Returns:
+            ``(g_plus, g_minus)`` [µS], each of the shape of ``w``.
+        """
+        w = torch.as_tensor(w).clamp(-1, 1)
+        return self.g_min + self.g_range * w.clamp(min=0), self.g_min + self.g_range * (-w).clamp(min=0)
+
+    def equivalent_time(self, time: str | float, temperature: float | None = None) -> float:
+        """Seconds at the reference temperature that age a cell like ``time`` at ``temperature`` [K] (default: the
+        reference temperature)."""
+        seconds = parse_time(time)
+        if temperature is None:
+            return seconds
+        temperature = number("deployment", "temperature", temperature, 0, exclusive=True)
+        return equivalent_time(seconds, temperature, self.activation_energy, self.reference_temperature)
+
+    def retention_mean(self, g: Tensor | float, time: str | float, temperature: float | None = None) -> Tensor:
+        """Mean shift ``μ(g, t, T)`` [µS] of cells programmed to ``g`` [µS]; shape of ``g``."""
+        mean, _ = self.retention.polynomials(self.equivalent_time(time, temperature))
+        return horner(mean, torch.as_tensor(g))
+
+    def retention_std(self, g: Tensor | float, time: str | float, temperature: float | None = None) -> Tensor:
+        """Standard deviation ``σ(g, t, T) >= 0`` [µS] of cells programmed to ``g`` [µS]; shape of ``g``."""
+        _, std = self.retention.polynomials(self.equivalent_time(time, temperature))
+        return torch.clamp(horner(std, torch.as_tensor(g)), min=0)
+
+    def programming_std(self, g: Tensor | float) -> Tensor:
+        """Standard deviation [µS] of the programming error of cells programmed to ``g`` [µS]; shape of ``g``."""
+        return torch.clamp(horner(self.programming, torch.as_tensor(g)), min=0)
+
+    def b(self, range_shrink: float = 1.0) -> float:
+        """``b = read_voltage · range_shrink / v0``: how far into the sinh a full-scale input goes."""
+        return self.read_voltage * range_shrink / self.v0
+
+    def holds_at(self, time: str | float, temperature: float | None = None) -> bool:
+        """Whether retention at this time is the last measured value, held."""
+        return self.retention.holds_at(self.equivalent_time(time, temperature))

@@ -1,0 +1,201 @@
+"""How a programmed conductance relaxes: its mean shift and its spread, at any time.
+
+Every model is, at a fixed time, a pair of polynomials in the conductance ``g`` [µS]; :meth:`polynomials` gives their
+coefficients [µS / µS^k], lowest power first. All that differs between models is how these depend on time.
+"""
+
+import dataclasses
+import itertools
+import math
+import warnings
+from dataclasses import dataclass, fields
+
+from .checks import number, numbers
+
+BOLTZMANN = 8.617333262e-5  # eV/K, CODATA 2018
+
+Polynomial = tuple[float, ...]
+
+
+def horner(coefficients, x):
+    """``sum_k c_k x^k``, lowest power first; ``x`` a float or a tensor."""
+    result = 0.0 * x + coefficients[-1]
+    for c in reversed(coefficients[:-1]):
+        result = result * x + c
+    return result
+
+
+def equivalent_time(time: float, temperature: float, activation_energy: float, reference_temperature: float) -> float:
+    """Time at the reference temperature that ages a cell as much: ``t exp(Ea/k (1/T_ref - 1/T))`` (Arrhenius).
+
+    Args:
+        time: seconds at ``temperature``.
+        temperature, reference_temperature: K.
+        activation_energy: eV.
+    """
+    exponent = activation_energy / BOLTZMANN * (1 / reference_temperature - 1 / temperature)
+    return time * math.exp(min(exponent, 700.0))
+
+
+@dataclass(frozen=True)
+class TableRetention:
+    """Polynomials fitted at a few times, interpolated linearly in log t (Wan et al., Nature 608, 504 (2022)).
+
+    Args:
+        times: seconds, ascending, at least 1 µs.
+        std: for each time, coefficients [µS] of the spread in ``x = g / g_ref``, lowest power first.
+        mean: the same for the mean shift, or None for none.
+        g_ref: µS.
+        extrapolate: beyond the last time continue the last segment's slope in log t; otherwise hold the last value
+            and warn once.
+    """
+
+    times: tuple[float, ...]
+    std: tuple[Polynomial, ...]
+    mean: tuple[Polynomial, ...] | None = None
+    g_ref: float = 1.0
+    extrapolate: bool = False
+
+    def __post_init__(self):
+        times = numbers("retention", "times", self.times, 1e-6)
+        if any(b <= a for a, b in itertools.pairwise(times)):
+            raise ValueError(f"retention.times={self.times!r}: allowed is a strictly ascending list of seconds")
+        object.__setattr__(self, "times", times)
+        object.__setattr__(self, "g_ref", number("retention", "g_ref", self.g_ref, 0, exclusive=True))
+        for name in ("std", "mean"):
+            table = getattr(self, name)
+            if table is None and name == "mean":
+                continue
+            if not isinstance(table, (list, tuple)) or len(table) != len(times):
+                raise ValueError(f"retention.{name}={table!r}: allowed is one list of coefficients per time")
+            rows = tuple(numbers("retention", name, row) for row in table)
+            width = max(len(row) for row in rows)
+            object.__setattr__(self, name, tuple(row + (0.0,) * (width - len(row)) for row in rows))
+        if not isinstance(self.extrapolate, bool):
+            raise ValueError(f"retention.extrapolate={self.extrapolate!r}: allowed is true or false")
+
+    def holds_at(self, time: float) -> bool:
+        """Whether ``time`` lies past the last fit, so that the last value is held."""
+        return time > self.times[-1] and not self.extrapolate
+
+    def polynomials(self, time: float) -> tuple[Polynomial, Polynomial]:
+        if self.holds_at(time):
+            warnings.warn(
+                f"retention was measured up to {self.times[-1]:g} s; its last value is held for later times "
+                "(set retention.extrapolate=true to continue the trend in log t)",
+                stacklevel=2,
+            )
+        return self._at(self.mean, time), self._at(self.std, time)
+
+    def _at(self, table, time: float) -> Polynomial:
+        if table is None:
+            return (0.0,)
+        last = len(self.times) - 1
+        if last == 0 or time <= self.times[0]:
+            row = table[0]
+        elif self.holds_at(time):
+            row = table[last]
+        else:
+            right = next((i for i, t in enumerate(self.times) if t >= time), last)
+            t0, t1 = self.times[right - 1], self.times[right]
+            mix = math.log(time / t0) / math.log(t1 / t0)
+            row = [a + mix * (b - a) for a, b in zip(table[right - 1], table[right])]
+        return tuple(c / self.g_ref**k for k, c in enumerate(row))
+
+
+@dataclass(frozen=True)
+class LogRetention:
+    """``offset(g) + slope(g) ln t`` for mean shift and spread, t >= 1 s (Falcone et al., CMO/HfOx ReRAM).
+
+    Each field holds the coefficients [µS / µS^k] of a polynomial in ``g`` [µS], lowest power first.
+    """
+
+    std_offset: Polynomial
+    std_slope: Polynomial
+    mean_offset: Polynomial = (0.0,)
+    mean_slope: Polynomial = (0.0,)
+
+    def __post_init__(self):
+        for field in fields(self):
+            object.__setattr__(self, field.name, numbers("retention", field.name, getattr(self, field.name)))
+
+    def holds_at(self, time: float) -> bool:
+        return False
+
+    def polynomials(self, time: float) -> tuple[Polynomial, Polynomial]:
+        log = math.log(max(time, 1.0))
+        return _line(self.mean_offset, self.mean_slope, log), _line(self.std_offset, self.std_slope, log)
+
+
+@dataclass(frozen=True)
+class GenericRetention:
+    """``mean = -A (g - g_min) ln(1 + t/tau)``, ``std = s0 + (s1 + s2 g) ln(1 + t/tau)``: every number the user's.
+
+    Args:
+        A: relative drift of the conductance above g_min per e-fold of time.
+        tau: s.
+        s0, s1: µS. s2: dimensionless.
+        g_min: µS, where the mean shift vanishes; filled in from the device.
+    """
+
+    A: float = 0.0
+    tau: float = 1.0
+    s0: float = 0.0
+    s1: float = 0.0
+    s2: float = 0.0
+    g_min: float = 0.0
+
+    def __post_init__(self):
+        for field in fields(self):
+            exclusive = field.name == "tau"
+            value = number("retention", field.name, getattr(self, field.name), 0, exclusive)
+            object.__setattr__(self, field.name, value)
+
+    def holds_at(self, time: float) -> bool:
+        return False
+
+    def polynomials(self, time: float) -> tuple[Polynomial, Polynomial]:
+        log = math.log1p(time / self.tau)
+        mean = (self.A * self.g_min * log, -self.A * log)
+        return mean, (self.s0 + self.s1 * log, self.s2 * log)
+
+
+def _line(offset: Polynomial, slope: Polynomial, log: float) -> Polynomial:
+    width = max(len(offset), len(slope))
+    offset, slope = (c + (0.0,) * (width - len(c)) for c in (offset, slope))
+    return tuple(a + b * log for a, b in zip(offset, slope))
+
+
+RetentionModel = TableRetention | LogRetention | GenericRetention
+RETENTION_TYPES: dict[str, type] = {"table": TableRetention, "log": LogRetention, "generic": GenericRetention}
+
+
+def retention_from_dict(data) -> RetentionModel:
+    """A retention model from its JSON form, ``{"type": "table" | "log" | "generic", ...}``.
+
+    Raises:
+        ValueError: unknown type or field, or a value that the model does not allow.
+    """
+    if isinstance(data, tuple(RETENTION_TYPES.values())):
+        return data
+    if not isinstance(data, dict) or data.get("type") not in RETENTION_TYPES:
+        raise ValueError(f"retention={data!r}: allowed is an object whose 'type' is one of {sorted(RETENTION_TYPES)}")
+    cls = RETENTION_TYPES[data["type"]]
+    known = {f.name for f in fields(cls)}
+    unknown = set(data) - known - {"type"}
+    if unknown:
+        raise ValueError(f"retention has unknown fields {sorted(unknown)}: allowed are {sorted(known)}")
+    required = {f.name for f in fields(cls) if f.default is dataclasses.MISSING}
+    if required - set(data):
+        raise ValueError(f"retention of type {data['type']!r} lacks the fields {sorted(required - set(data))}")
+    return cls(**{k: v for k, v in data.items() if k != "type"})
+
+
+def retention_to_dict(model: RetentionModel) -> dict:
+    """The JSON form of a retention model; the inverse of :func:`retention_from_dict`."""
+    name = next(key for key, cls in RETENTION_TYPES.items() if type(model) is cls)
+
+    def plain(value):
+        return [plain(v) for v in value] if isinstance(value, tuple) else value
+
+    return {"type": name} | {f.name: plain(getattr(model, f.name)) for f in fields(model)}

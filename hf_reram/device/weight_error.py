@@ -1,0 +1,79 @@
+"""The retention error of a cell pair in units of its weight, as polynomials of |w|.
+
+One cell of each pair is always at g_min, so mean and variance of ``W(t) - W`` depend on ``a = |w|`` alone (DESIGN §2):
+
+    m  = w_scale/Δg · (μ(g_min + Δg a) - μ(g_min)) · sign(w)
+    s² = (w_scale/Δg)² · (σ²(g_min + Δg a) + σ²(g_min))
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from .config import DeviceConfig
+from .retention import Polynomial, horner
+
+# Degree of the fit where σ is clamped at zero somewhere and σ² is therefore no polynomial.
+_CLAMPED_DEGREE = 12
+
+
+@dataclass(frozen=True)
+class WeightError:
+    """Moments of the error of a weight ``a = |w| in [0, 1]`` with ``w_scale = 1``.
+
+    Attributes:
+        variance: coefficients in ``a`` of s², averaged over the times, lowest power first.
+        variance_slope: coefficients of its derivative.
+        means: for each time, coefficients in ``a`` of m.
+    """
+
+    variance: Polynomial
+    variance_slope: Polynomial
+    means: tuple[Polynomial, ...]
+
+    @property
+    def mean_is_linear(self) -> bool:
+        """Whether every m is proportional to the weight, so that its output error is a multiple of the output."""
+        return all(abs(c) < 1e-12 for mean in self.means for c in (mean[0], *mean[2:]))
+
+    @property
+    def mean_square(self) -> float:
+        """Mean over the times of the squared factor by which a linear m scales the weights."""
+        return float(np.mean([mean[1] ** 2 for mean in self.means]))
+
+
+@lru_cache(maxsize=256)
+def weight_error(device: DeviceConfig, times: tuple[float, ...], temperature: float | None) -> WeightError:
+    """The moments for a device at one or several times.
+
+    Args:
+        times: s. temperature: K, None for the device's reference temperature.
+    """
+    pairs = [device.retention.polynomials(device.equivalent_time(t, temperature)) for t in times]
+    degree = 2 * max(len(std) - 1 for _, std in pairs)
+    a = (1 - np.cos(np.linspace(0, np.pi, 201))) / 2  # Chebyshev points resolve both ends
+    if any(np.min(horner(std, device.g_min + device.g_range * a)) < 0 for _, std in pairs):
+        degree = max(degree, _CLAMPED_DEGREE)
+    square = sum(_pair_variance(device, std, a) for _, std in pairs) / len(pairs)
+    fit = np.polynomial.Chebyshev.fit(a, square, degree, domain=[0, 1])
+    variance = fit.convert(kind=np.polynomial.Polynomial, domain=[-1, 1])
+    means = tuple(_pair_mean(device, mean) for mean, _ in pairs)
+    return WeightError(_plain(variance), _plain(variance.deriv()) if degree else (0.0,), means)
+
+
+def _pair_variance(device: DeviceConfig, std: Polynomial, a):
+    high, low = (np.maximum(horner(std, device.g_min + device.g_range * x), 0) for x in (a, 0.0))
+    return (high**2 + low**2) / device.g_range**2
+
+
+def _pair_mean(device: DeviceConfig, mean: Polynomial) -> Polynomial:
+    shifted = np.polynomial.Polynomial(mean)(np.polynomial.Polynomial([device.g_min, device.g_range]))
+    coefficients = np.zeros(max(2, len(shifted.coef)))
+    coefficients[: len(shifted.coef)] = shifted.coef / device.g_range
+    coefficients[0] = 0.0  # minus the g_min cell's own shift
+    return tuple(float(c) for c in coefficients)
+
+
+def _plain(polynomial) -> Polynomial:
+    return tuple(float(c) for c in polynomial.coef)

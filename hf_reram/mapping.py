@@ -1,0 +1,81 @@
+"""From weights to conductances: the choice of w_scale, the weight that a cell at g_max stands for.
+
+The retention noise of a weight grows with w_scale, so letting the largest weights saturate at g_max costs little and
+quiets all others. What is best is in closed form: clipping error + retention error of the output (DESIGN §2).
+"""
+
+import torch
+from torch import Tensor
+
+from .device.weight_error import WeightError
+from .nn.functional import WeightVariance, weight_mean
+
+# Candidates for weight_clip="auto", in RMS of the channel; beyond comes no clipping at all.
+CLIPS = (1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
+
+
+def weight_scales(
+    rows: Tensor, clip: float | str | None, per_channel: bool, error: WeightError, inputs: Tensor | None = None
+) -> Tensor:
+    """w_scale for each output channel, ``min(max|W|, clip · RMS)``.
+
+    Args:
+        rows: weights, (groups, channels of a group, crossbar rows).
+        clip: RMS multiples, None for no clipping, or "auto".
+        per_channel: one scale a channel, else one for all.
+        error: moments of the retention error, for "auto".
+        inputs: samples of the array's input, (groups, samples, crossbar rows); None takes white inputs.
+
+    Returns:
+        (groups · channels,) or (1,), float32; 0 for an all-zero channel.
+    """
+    rows = rows.detach().float()
+    dims = (2,) if per_channel else (0, 1, 2)
+    largest = rows.abs().amax(dims, keepdim=True)
+    rms = rows.square().mean(dims, keepdim=True).sqrt()
+    if clip is None:
+        best = largest
+    elif clip != "auto":
+        best = torch.minimum(largest, clip * rms)
+    else:
+        best = least_error_scales(rows, largest, rms, error, inputs)
+    return best.reshape(-1)
+
+
+def least_error_scales(rows: Tensor, largest: Tensor, rms: Tensor, error: WeightError, inputs: Tensor | None) -> Tensor:
+    """Of all :data:`CLIPS`, the scale with the least :func:`expected_error`, for each element of ``largest``."""
+    best, least = largest, None
+    for clip in (None, *reversed(CLIPS)):
+        scale = largest if clip is None else torch.minimum(largest, clip * rms)
+        cost = expected_error(rows, scale, error, inputs)
+        cost = cost if largest.numel() > 1 else cost.sum().reshape(1, 1, 1)
+        if least is None:
+            best, least = scale, cost
+        else:
+            best = torch.where(cost < least, scale, best)
+            least = torch.minimum(cost, least)
+    return best
+
+
+def expected_error(rows: Tensor, scale: Tensor, error: WeightError, inputs: Tensor | None) -> Tensor:
+    """``E|(W - W(t)) phi|²`` of each channel, (groups, channels, 1): clipping, mean shift and spread together.
+
+    Clipping and mean shift act alike on all chips and are taken with the input's correlations, spread without, since
+    it is independent from cell to cell.
+    """
+    shape = rows.shape
+    wide = scale.expand(shape)
+    spread = WeightVariance.apply(rows, wide, error.variance, error.variance_slope)
+    held = torch.maximum(torch.minimum(rows, wide), -wide)
+    total = torch.zeros(*shape[:2], 1, dtype=rows.dtype, device=rows.device)
+    for mean in error.means:
+        shift = held - rows
+        if any(mean):
+            shift = shift + weight_mean(held, wide, mean)
+        if inputs is None:
+            total += shift.square().sum(2, keepdim=True)
+        else:
+            total += torch.bmm(shift, inputs.transpose(1, 2)).square().mean(2, keepdim=True)
+    power = None if inputs is None else inputs.square().mean(1)
+    noise = spread.sum(2, keepdim=True) if power is None else torch.einsum("gor,gr->go", spread, power)[..., None]
+    return total / len(error.means) + noise

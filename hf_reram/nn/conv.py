@@ -1,0 +1,69 @@
+"""Convolutions on crossbars: an output pixel is one read of the array, whose rows are the kernel's inputs."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .functional import InputPower
+from .mixin import CrossbarMixin
+
+
+class CrossbarConv2d(CrossbarMixin, nn.Conv2d):
+    """``nn.Conv2d`` on a crossbar, x (N, C, H, W) or (C, H, W): all strides, paddings and padding modes, dilation,
+    groups. Each group is an array of ``in_channels / groups · kernel height · kernel width`` rows; a tile holds whole
+    input channels."""
+
+    def _pad(self, s: Tensor) -> Tensor:
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        pads = self._reversed_padding_repeated_twice
+        return F.pad(s, pads, mode=mode) if any(pads) else s
+
+    def _op(self, s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if weight.shape == self.weight.shape:
+            return self._conv_forward(s, weight, bias)
+        return F.conv2d(self._pad(s), weight, bias, self.stride, 0, self.dilation, self.groups)
+
+    def _tiles(self, s: Tensor, weight: Tensor):
+        area = self.kernel_size[0] * self.kernel_size[1]
+        channels = weight.shape[1]
+        size = max(1, (self.crossbar.config.tile_size or channels * area) // area)
+        if size >= channels:
+            return [(s, weight)]
+        grouped = s.unflatten(-3, (self.groups, channels))
+        slices = [slice(start, start + size) for start in range(0, channels, size)]
+        return [(grouped[..., part, :, :].flatten(-4, -3), weight[:, part]) for part in slices]
+
+    def _input_power(self, s: Tensor) -> Tensor:
+        s = s if s.dim() == 4 else s[None]
+        # Summed over the batch first: a window's sum of squares needs no unfolding of the whole batch.
+        power = InputPower.apply(s.flatten(1), None).view(1, *s.shape[1:])
+        return self.unfold(power).sum(-1).view(self.groups, -1)
+
+    def unfold(self, x: Tensor) -> Tensor:
+        """The array's input for each output pixel: (N, C · kernel area, pixels)."""
+        return F.unfold(self._pad(x), self.kernel_size, self.dilation, 0, self.stride)
+
+    def _rows(self, weight: Tensor) -> Tensor:
+        return weight.reshape(self.groups, self.out_channels // self.groups, -1)
+
+    def _channels_last(self, y: Tensor) -> Tensor:
+        return (y if y.dim() == 4 else y[None]).flatten(2)
+
+    def _broadcast(self, per_channel: Tensor, like: str) -> Tensor:
+        return per_channel[:, None, None, None] if like == "weight" else per_channel[:, None, None]
+
+
+class CrossbarConv2dSame(CrossbarConv2d):
+    """timm's ``Conv2dSame``: TensorFlow's padding, which depends on the input's size."""
+
+    def _pad(self, s: Tensor) -> Tensor:
+        pads: list[int] = []
+        for size, kernel, stride, dilation in zip(s.shape[:-3:-1], *self._reversed_geometry()):
+            total = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+            pads += [total // 2, total - total // 2]
+        return F.pad(s, pads) if any(pads) else s
+
+    def _reversed_geometry(self):
+        return self.kernel_size[::-1], self.stride[::-1], self.dilation[::-1]
+
+    def _op(self, s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(self._pad(s), weight, bias, self.stride, 0, self.dilation, self.groups)

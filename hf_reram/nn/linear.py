@@ -1,0 +1,55 @@
+"""Fully connected layers on crossbars: ``nn.Linear`` and GPT-2's ``Conv1D``."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .functional import InputPower
+from .mixin import CrossbarMixin
+
+
+class _Matrix(CrossbarMixin):
+    """A layer whose crossbar is one matrix: rows are input features."""
+
+    def _input_power(self, s: Tensor) -> Tensor:
+        return InputPower.apply(s.reshape(-1, s.shape[-1]), self.crossbar.keep(s))[None]
+
+    def _channels_last(self, y: Tensor) -> Tensor:
+        return y.reshape(-1, y.shape[-1], 1)
+
+
+class CrossbarLinear(_Matrix, nn.Linear):
+    """``nn.Linear`` on a crossbar: x (..., in_features) to (..., out_features)."""
+
+    def _op(self, s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(s, weight, bias)
+
+    def _tiles(self, s: Tensor, weight: Tensor):
+        size = self.crossbar.config.tile_size or weight.shape[1]
+        return zip(s.split(size, -1), weight.split(size, 1))
+
+    def _rows(self, weight: Tensor) -> Tensor:
+        return weight[None]
+
+    def _broadcast(self, per_channel: Tensor, like: str) -> Tensor:
+        return per_channel[:, None] if like == "weight" else per_channel
+
+
+class CrossbarConv1D(_Matrix, Conv1D):
+    """GPT-2's ``Conv1D``, a linear layer with a transposed weight: x (..., nx) to (..., nf)."""
+
+    def _op(self, s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        flat = s.reshape(-1, s.shape[-1])
+        y = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
+        return y.view(*s.shape[:-1], self.nf)
+
+    def _tiles(self, s: Tensor, weight: Tensor):
+        size = self.crossbar.config.tile_size or weight.shape[0]
+        return zip(s.split(size, -1), weight.split(size, 0))
+
+    def _rows(self, weight: Tensor) -> Tensor:
+        return weight.t()[None]
+
+    def _broadcast(self, per_channel: Tensor, like: str) -> Tensor:
+        return per_channel

@@ -1,0 +1,27 @@
+"""Query, key and value read the same input: compute its sinh once.
+
+The last driven input is remembered by weak references only, so nothing lives longer for it.
+"""
+
+import threading
+import weakref
+
+import torch
+from torch import Tensor
+
+_LOCAL = threading.local()
+
+
+def shared_drive(x: Tensor, key: tuple, compute) -> Tensor:
+    """``compute()``, or its last result if that was for the same tensor ``x``, unchanged, and the same ``key``."""
+    if torch.compiler.is_compiling() or x.is_inference():
+        return compute()
+    key = (*key, x._version, torch.is_grad_enabled())
+    last = getattr(_LOCAL, "last", None)
+    if last is not None and last[0]() is x and last[1] == key:
+        s = last[2]()
+        if s is not None:
+            return s
+    s = compute()
+    _LOCAL.last = (weakref.ref(x), key, weakref.ref(s))
+    return s

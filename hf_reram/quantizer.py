@@ -1,0 +1,63 @@
+"""``from_pretrained`` and ``save_pretrained`` for models on crossbars, through transformers' quantizer interface.
+
+Registered when hf_reram is imported. Without it transformers does not know the method "reram" and loads the
+checkpoint as the plain digital model that its weights are.
+"""
+
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+
+from .nn.mixin import BUFFERS
+from .patching import crossbar_layers, initialize_layers, make_range_trainable, swap_layers
+
+
+@register_quantizer("reram")
+class ReRAMQuantizer(HfQuantizer):
+    """Swaps layers before the weights are loaded; what a checkpoint does not bring is set from the weights."""
+
+    requires_calibration = False
+
+    def _process_model_before_weight_loading(self, model, **kwargs):
+        swap_layers(model, self.quantization_config)
+        if self.quantization_config.learn_input_range:
+            for layer in crossbar_layers(model).values():
+                make_range_trainable(layer)
+        if not self.pre_quantized:  # a digital checkpoint has none of them, and need not
+            ignored = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])
+            model._keys_to_ignore_on_load_missing = ignored + [rf"(^|\.){name}$" for name in BUFFERS]
+        return model
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        missing = {
+            name
+            for name, layer in crossbar_layers(model).items()
+            if not self.pre_quantized or not all(_was_loaded(getattr(layer, b)) for b in (*BUFFERS, "weight"))
+        }
+        initialize_layers(model, missing)
+        # transformers refuses .half() and .float() for quantized models; here weights are ordinary parameters.
+        model.is_quantized = False
+        return model
+
+    def _dequantize(self, model, dtype=None):
+        from .patching import unpatch_model
+
+        return unpatch_model(model)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _was_loaded(tensor) -> bool:
+    return getattr(tensor, "_is_hf_initialized", False)
