@@ -3,19 +3,36 @@
 Importing it lets ``from_pretrained`` bring back the crossbar layers of a checkpoint.
 """
 
+from .calibration import calibrate
 from .config import ReRAMConfig
+from .deployment import deploy, digital
 from .device import DeviceConfig
+from .evaluation import evaluate_robustness
+from .losses import add_retention_loss, hold_weights, noise_to_signal, retention_loss, sampled_drift
 from .patching import crossbar_layers, patch_model, summarize, unpatch_model
 from .quantizer import ReRAMQuantizer
+from .report import RobustnessReport
+from .trainer import ReRAMTrainer
 from .version import __version__
 
 __all__ = [
     "DeviceConfig",
     "ReRAMConfig",
     "ReRAMQuantizer",
+    "ReRAMTrainer",
+    "RobustnessReport",
     "__version__",
+    "add_retention_loss",
+    "calibrate",
     "crossbar_layers",
+    "deploy",
+    "digital",
+    "evaluate_robustness",
+    "hold_weights",
+    "noise_to_signal",
     "patch_model",
+    "retention_loss",
+    "sampled_drift",
     "summarize",
     "unpatch_model",
 ]

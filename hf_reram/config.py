@@ -40,8 +40,8 @@ class ReRAMConfig(QuantizationConfigMixin):
             read noise + ADC).
         gain: read-out gain of the sinh: "calibrated" (least squares on calibration data), "full_scale" (exact at the
             input range), "small_signal" (exact at 0).
-        input_percentile: of |x| on calibration data, in (0, 100], taken as input range. "auto": per layer, the
-            smallest range that clips at most 1e-3 of the input's power (measured: see recipes/README.md).
+        input_percentile: of |x| on calibration data, in (0, 100], taken as input range. The default was measured:
+            lower percentiles clip the few outlier dimensions that transformers depend on (recipes/README.md).
         learn_input_range: make input ranges trainable parameters.
         weight_scale: "per_channel" or "per_tensor": what shares one conductance scale.
         weight_clip: w_scale is at most this many RMS of the channel (tensor); larger weights saturate at g_max.
@@ -70,7 +70,7 @@ class ReRAMConfig(QuantizationConfigMixin):
     device: Any = "hfox-neurram"
     range_shrink: Any = "auto"
     gain: str = "calibrated"
-    input_percentile: Any = "auto"
+    input_percentile: float = 99.999
     learn_input_range: bool = False
     weight_scale: str = "per_channel"
     weight_clip: Any = "auto"
@@ -92,7 +92,7 @@ class ReRAMConfig(QuantizationConfigMixin):
             self.device = DeviceConfig.from_dict(self.device)
         self._number_or("range_shrink", ("auto",), 0, 1)
         self._one_of("gain", GAINS)
-        self._number_or("input_percentile", ("auto",), 0, 100)
+        self._number_or("input_percentile", (), 0, 100)
         self._flag("learn_input_range")
         self._one_of("weight_scale", WEIGHT_SCALES)
         self._number_or("weight_clip", ("auto", None), 0, math.inf)
@@ -128,7 +128,7 @@ class ReRAMConfig(QuantizationConfigMixin):
             good = _is_number(value) and above < value <= at_most
         if not good:
             bound = f"(0, {at_most:g}]" if math.isfinite(at_most) else "(0, inf)"
-            self._refuse(name, f"a number in {bound} or one of {list(words)}")
+            self._refuse(name, f"a number in {bound}" + (f" or one of {list(words)}" if words else ""))
 
     def _flag(self, name: str):
         if not isinstance(getattr(self, name), bool):

@@ -51,11 +51,10 @@ def patch_model(model: nn.Module, config: ReRAMConfig) -> nn.Module:
     """
     if not isinstance(config, ReRAMConfig):
         raise TypeError(f"config={config!r}: allowed is a ReRAMConfig")
-    state = swap_layers(model, config)
+    swap_layers(model, config)
     initialize_layers(model)
     attach_config(model, config)
     logger.info("%s", summarize(model))
-    del state
     return model
 
 
@@ -93,8 +92,7 @@ class _BeginForward:
         self.state = state
 
     def __call__(self, module, args, kwargs):
-        if not self.state.digital:
-            self.state.begin_forward(module.training, args, kwargs)
+        self.state.begin_forward(module.training and not self.state.digital, args, kwargs)
 
 
 def initialize_layers(model: nn.Module, names: set[str] | None = None) -> None:

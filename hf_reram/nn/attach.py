@@ -2,9 +2,9 @@
 
 A term that reaches the loss as a side output breaks FSDP2: its graph would run before the layer's weight is gathered
 again. Instead the layer's output carries it: ``y = Attach.apply(y, term, scale)`` is the identity, and its backward
-hands ``term`` the gradient ``scale``. ``loss = Add.apply(task_loss, value, scale, weight)`` adds the terms' detached
-value; its backward runs before any layer's and writes ``scale = d(loss)/d(value)``. So loss scaling, accumulation and
-checkpointing are right by construction.
+hands ``term`` the gradient that ``scale`` holds by then. ``loss = Add.apply(task_loss, value, weight, scales,
+gradients)`` adds the terms' detached value; its backward runs before any layer's and fills the scales. So loss scaling,
+accumulation and checkpointing are right by construction.
 """
 
 import torch
@@ -13,10 +13,10 @@ from torch.autograd import Function
 
 
 class Attach(Function):
-    """Identity on ``y``; in backward ``term`` receives the gradient that ``scale`` holds by then.
+    """Identity on ``y``; in backward ``term`` receives ``scale`` as its gradient.
 
     Args:
-        y: any shape. term: scalar. scale: tensor with one element, shared with :class:`Add`.
+        y: any shape. term: (2,). scale: (2,), shared with :class:`Add`.
     """
 
     @staticmethod
@@ -27,24 +27,29 @@ class Attach(Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return grad, ctx.scale.reshape(()), None
+        return grad, ctx.scale.clone(), None
 
 
 class Add(Function):
-    """``task_loss + weight · value``; in backward writes the gradient of one term into ``scale``.
+    """``task_loss + weight · value``; in backward fills each layer's scale with the gradient of its term.
 
     Args:
-        task_loss, value: scalars. scale: as in :class:`Attach`. weight: float. count: how many terms ``value`` is
-            the mean of.
+        task_loss, value: scalars. weight: float.
+        scales: one (2,) tensor a layer, as in :class:`Attach`.
+        gradients: (layers, 2), the gradient of ``value`` with respect to each layer's term.
     """
 
     @staticmethod
-    def forward(ctx, task_loss: Tensor, value: Tensor, scale: Tensor, weight: float, count: float) -> Tensor:
-        ctx.scale, ctx.factor = scale, weight / count
+    def forward(ctx, task_loss: Tensor, value: Tensor, weight: float, scales: list, gradients: Tensor) -> Tensor:
+        ctx.scales, ctx.weight = scales, weight
+        ctx.save_for_backward(gradients)
         return task_loss + weight * value.to(task_loss)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
+        (gradients,) = ctx.saved_tensors
+        filled = gradients * (ctx.weight * grad.detach())
         with torch.no_grad():
-            ctx.scale.copy_(grad.detach() * ctx.factor)
+            for scale, row in zip(ctx.scales, filled):
+                scale.copy_(row)
         return grad, None, None, None, None

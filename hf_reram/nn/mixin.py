@@ -33,7 +33,8 @@ class CrossbarMixin:
     crossbar: CrossbarState
     crossbar_name: str
     deployed: Tensor | None  # the realized weight of a chip, in place of `weight`; see hf_reram.deployment
-    sensitivity: Tensor | None  # (output channels,), see hf_reram.calibration
+    sensitivity: Tensor | None  # (output channels,), see hf_reram.sensitivity
+    term_scale: Tensor  # the gradient that this layer's retention term receives, see hf_reram.nn.attach
 
     # Set-up
 
@@ -42,6 +43,7 @@ class CrossbarMixin:
         self.crossbar, self.crossbar_name = state, name
         self.deployed = self.sensitivity = None
         self._scalars_of = self._white_std = None
+        self.term_scale = torch.zeros(2, device=self.weight.device)
         weight = self.weight
         width = channels if state.config.weight_scale == "per_channel" else 1
         dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
@@ -55,7 +57,7 @@ class CrossbarMixin:
         for name in BUFFERS:
             self._buffers.pop(name, None)
             self._parameters.pop(name, None)
-        for name in ("crossbar", "crossbar_name", "deployed", "sensitivity", "_scalars_of", "_white_std"):
+        for name in ("crossbar", "crossbar_name", "deployed", "sensitivity", "term_scale", "_scalars_of", "_white_std"):
             self.__dict__.pop(name, None)
 
     @property
@@ -135,12 +137,12 @@ class CrossbarMixin:
         if self.deployed is not None:
             return self.deployed * factor
         scale = self.held_scale()
-        if not (self.training and state.drift):
+        if not (self.training and state.sampling):
             if isinstance(factor, float):
                 return MapWeight.apply(self.weight, scale, factor)
             return MapWeight.apply(self.weight, scale, 1.0) * factor
         held = MapWeight.apply(self.weight, scale, 1.0)
-        noise = torch.randn_like(held)
+        noise = state.normal(held, self.crossbar_name)
         if state.drift == "noise":
             return (held + noise.mul_(self._white_noise_std() * scale)) * factor
         error = state.drift_error
@@ -212,18 +214,16 @@ class CrossbarMixin:
         """Collect the layer's retention term and attach it to ``y``."""
         state = self.crossbar
         with torch.autocast(x.device.type, enabled=False):
-            if state.term is None:
+            if state.measure and state.term != "output":
                 with torch.no_grad():
-                    state.ratios.append(self.noise_to_signal(s, y, factor))
+                    state.collect(state.ratios, self.crossbar_name, self._output_term(s.float(), y.float(), factor))
+            if state.term is None:
                 return y
             term = getattr(self, f"_{state.term}_term")(s.float(), y.float(), factor)
-            if state.term == "output":
-                state.ratios.append(term.detach())
-            elif state.measure:
-                with torch.no_grad():
-                    state.ratios.append(self.noise_to_signal(s, y, factor))
-            state.terms.append(term)
-            return Attach.apply(y, term, state.scale)
+            state.collect(state.terms, self.crossbar_name, term)
+            if self.term_scale.device != y.device:
+                self.term_scale = self.term_scale.to(y.device)
+            return Attach.apply(y, term, self.term_scale)
 
     def _variance(self) -> Tensor:
         error = self.crossbar.error
@@ -234,7 +234,7 @@ class CrossbarMixin:
         return OutputPower.apply(self._channels_last(y), bias, self.crossbar.keep(s))
 
     def _mean_power(self, s: Tensor, y: Tensor, factor: Tensor | float) -> Tensor:
-        """``sum_n |m phi_n|²``, averaged over the times."""
+        """``sum_n |m phi_n|²``, averaged over the times; m proportional to W needs no further product."""
         error = self.crossbar.error
         if error.mean_is_linear:
             return error.mean_square * self._output_power(y, self._bias32(), s)
@@ -248,41 +248,46 @@ class CrossbarMixin:
     def _bias32(self) -> Tensor | None:
         return None if self.bias is None else self.bias.float()
 
+    # Retention terms: pairs (noise, signal), each a sum over the batch, so that the loss is their ratio over all
+    # processes' batches together.
+
     def _output_term(self, s: Tensor, y: Tensor, factor: Tensor | float) -> Tensor:
-        """``R = E|ΔW phi|² / E|W phi|²`` in closed form (DESIGN §2): the layer's noise-to-signal ratio."""
+        """``(E|ΔW phi|², E|W phi|²)`` in closed form (DESIGN §2): their ratio is the layer's noise-to-signal ratio."""
+        error = self.crossbar.error
         columns = self._rows(self._variance()).sum(1)
         noise = (columns * self._input_power(s)).sum() * factor**2
-        signal = self._output_power(y, self._bias32(), s).clamp(min=1e-30)
-        error = self.crossbar.error
+        signal = self._output_power(y, self._bias32(), s)
         if error.mean_is_linear:
-            return ((noise / signal) + error.mean_square).reshape(())
-        return ((noise + self._mean_power(s, y, factor)) / signal).reshape(())
+            noise = noise + error.mean_square * signal if error.mean_square else noise
+        else:
+            noise = noise + self._mean_power(s, y, factor)
+        return torch.stack((noise.reshape(()), signal.reshape(())))
 
     def _weight_term(self, s: Tensor, y: Tensor, factor: Tensor | float) -> Tensor:
-        """``E|ΔW|² / |W|²``: the same without activations."""
+        """``(E|ΔW|², |W|²)``: the same without activations."""
         scale = self.held_scale().float()
-        held = MapWeight.apply(self.weight.float(), scale, 1.0)
-        means = [weight_mean(self.weight.float(), scale, m).square().sum() for m in self.crossbar.error.means if any(m)]
-        noise = self._variance().sum() + sum(means) / len(self.crossbar.error.means)
-        return noise / held.square().sum().clamp(min=1e-30)
+        weight = self.weight.float()
+        held = MapWeight.apply(weight, scale, 1.0)
+        noise = self._variance().sum()
+        for mean in self.crossbar.error.means:
+            if any(mean):
+                noise = noise + weight_mean(weight, scale, mean).square().sum() / len(self.crossbar.error.means)
+        return torch.stack((noise, held.square().sum()))
 
     def _sensitivity_term(self, s: Tensor, y: Tensor, factor: Tensor | float) -> Tensor:
-        """``½ Σ_i h_i E|Δy_i|²`` per example: to second order the KL divergence [nats] that this layer's retention
-        error causes at the model's output, with ``h_i`` the Fisher information of output channel i
-        (:func:`hf_reram.calibration.measure_sensitivity`)."""
+        """``(½ Σ_i h_i Σ_n |Δy_i|², examples)``: their ratio is, to second order, the KL divergence [nats] per example
+        that this layer's retention error causes in the model's prediction, with ``h_i`` the Fisher information of
+        output channel i (:func:`hf_reram.sensitivity.measure_sensitivity`)."""
         if self.sensitivity is None:
             raise RuntimeError(
                 f"layer {self.crossbar_name!r} has no sensitivity: call calibrate(model, batches, sensitivity=True) "
                 'before training with retention_loss="sensitivity"'
             )
+        error = self.crossbar.error
         variance = self._rows(self._variance())
         h = self.sensitivity.to(variance.device).reshape(variance.shape[:2])
         noise = torch.einsum("go,gor,gr->", h, variance, self._input_power(s)) * factor**2
-        means = self.crossbar.error.mean_square
-        if means or not self.crossbar.error.mean_is_linear:
+        if error.mean_square or not error.mean_is_linear:
             noise = noise + h.mean() * self._mean_power(s, y, factor)
-        return (0.5 * noise / self.crossbar.batch_size).reshape(())
-
-    def noise_to_signal(self, s: Tensor, y: Tensor, factor: Tensor | float) -> Tensor:
-        """R of this forward, detached from any loss."""
-        return self._output_term(s.float(), y.float(), factor).detach()
+        examples = torch.full_like(noise.reshape(()), float(self.crossbar.batch_size))
+        return torch.stack((0.5 * noise.reshape(()), examples))

@@ -1,6 +1,6 @@
 """What all crossbar layers of one model share: the device, the mode of the forward, and the terms it collected."""
 
-from collections import deque
+import hashlib
 
 import torch
 from torch import Tensor
@@ -8,8 +8,6 @@ from torch import Tensor
 from ..config import ReRAMConfig
 from ..device.time import parse_time
 from ..device.weight_error import WeightError, weight_error
-
-_MAX_TERMS = 65536  # a bound for models whose forward hook is bypassed, far above any real number of layers
 
 
 class CrossbarState:
@@ -20,21 +18,26 @@ class CrossbarState:
         error: moments of the retention error over ``config.retention_times``.
         drift_error: the same at the one time that this forward's sampled drift uses.
         term: which closed-form term training forwards collect: None, "output", "weight" or "sensitivity".
-        drift: which error training forwards sample: None, "drift" (the device's) or "noise" (white).
+        drift: which error the loss wants sampled: None, "drift" (the device's) or "noise" (white).
+        sampling: training forwards sample it now; see :func:`hf_reram.losses.sampled_drift`.
         measure: collect noise-to-signal ratios even if the loss has no closed-form term.
         mask: (batch, tokens), 0 at padding, of the current forward; None where unknown.
-        terms, ratios: what the current forward collected, layer by layer.
-        scale: the gradient of one term, written by :class:`hf_reram.nn.attach.Add`.
+        terms, ratios: (noise, signal) by layer name, summed over the calls of a layer in the current forward.
+        consumed: the terms have been read; the next one starts anew.
+        noise_seed: seeds the sampled drift, so that all micro-batches and processes of an optimizer step see one chip;
+            None draws from torch's global generator.
     """
 
     def __init__(self, config: ReRAMConfig):
         self.digital = False
         self.measure = False
+        self.sampling = False
         self.mask: Tensor | None = None
         self.batch_size = 1
-        self.terms: deque = deque(maxlen=_MAX_TERMS)
-        self.ratios: deque = deque(maxlen=_MAX_TERMS)
-        self.scale = torch.zeros(1)
+        self.consumed = False
+        self.noise_seed: int | None = None
+        self.terms: dict[str, Tensor] = {}
+        self.ratios: dict[str, Tensor] = {}
         self.configure(config)
 
     def configure(self, config: ReRAMConfig) -> None:
@@ -63,11 +66,10 @@ class CrossbarState:
         if training:
             self.terms.clear()
             self.ratios.clear()
+            self.consumed = False
             self.batch_size = tensors[0].shape[0] if tensors and tensors[0].dim() else 1
-            if self.scale.device != (device := tensors[0].device if tensors else self.scale.device):
-                self.scale = self.scale.to(device)
             if self.drift == "drift" and len(self.times) > 1:
-                pick = int(torch.randint(len(self.times), ()))
+                pick = int(torch.randint(len(self.times), (), generator=self._generator("time", torch.device("cpu"))))
                 self.drift_error = self.error_at((self.times[pick],))
 
     def keep(self, x: Tensor) -> Tensor | None:
@@ -75,6 +77,24 @@ class CrossbarState:
         if self.mask is None or x.dim() != 3 or x.shape[:2] != self.mask.shape:
             return None
         return self.mask.reshape(-1).to(device=x.device, dtype=torch.float32)
+
+    def collect(self, into: dict[str, Tensor], name: str, term: Tensor) -> None:
+        """Add a layer's term to those of this forward."""
+        if self.consumed:
+            self.terms.clear()
+            self.ratios.clear()
+            self.consumed = False
+        into[name] = into[name] + term if name in into else term
+
+    def normal(self, like: Tensor, name: str) -> Tensor:
+        """Standard normal variates for the layer ``name``, of shape, dtype and device of ``like``."""
+        generator = self._generator(name, like.device)
+        return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
+
+    def _generator(self, name: str, device: torch.device) -> torch.Generator | None:
+        if self.noise_seed is None:
+            return None
+        return torch.Generator(device).manual_seed(layer_seed(self.noise_seed, name))
 
     def __deepcopy__(self, memo):
         copy = CrossbarState(self.config)
@@ -88,3 +108,8 @@ class CrossbarState:
     def __setstate__(self, saved):
         self.__init__(saved["config"])
         self.digital = saved["digital"]
+
+
+def layer_seed(seed: int, name: str) -> int:
+    """A seed for one layer: independent of the order and number of layers, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1

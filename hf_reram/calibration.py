@@ -1,0 +1,260 @@
+"""Choose each layer's input range, shrink, gain, weight scale and ADC range from a few batches.
+
+Statistics are taken of the digital model in one pass over the batches, in memory that does not grow with them: for
+each layer a histogram of |x| on a logarithmic scale, and a uniform random sample of the vectors that meet the array
+(reservoir sampling by random keys).
+"""
+
+import itertools
+import math
+from collections.abc import Iterable
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from .config import ReRAMConfig
+from .device.iv import LINEAR_B, full_scale_gain, least_squares_gain
+from .mapping import weight_scales
+from .nn import CrossbarConv2d, CrossbarMixin
+from .outputs import call_model
+from .patching import crossbar_layers, crossbar_state
+from .sensitivity import measure_sensitivity
+
+logger = logging.get_logger(__name__)
+
+# Histogram of |x|: 64 bins an octave from 2^-40 to 2^40 resolve a range to 1 %.
+_BINS_PER_OCTAVE, _OCTAVES = 64, 80
+_BINS = _BINS_PER_OCTAVE * _OCTAVES
+
+# Sampled vectors a layer, and a bound on their elements (8 MiB in float32).
+_SAMPLES, _SAMPLE_ELEMENTS = 256, 1 << 21
+
+# Candidates for range_shrink="auto".
+SHRINKS = tuple(0.02 * 50 ** (i / 31) for i in range(32))
+
+
+class LayerStatistics:
+    """What calibration keeps of one layer's inputs.
+
+    Attributes:
+        counts: (bins,) histogram of |x|, in double precision. largest: max |x|.
+        samples: (at most 256, groups · rows) vectors that met the array.
+    """
+
+    def __init__(self, layer: CrossbarMixin, name: str, seed: int):
+        self.layer, self.name = layer, name
+        device = layer.weight.device
+        self.counts = torch.zeros(_BINS, dtype=torch.float64, device=device)
+        self.largest = 0.0
+        self.samples: Tensor | None = None
+        self.keys: Tensor | None = None
+        self.generator = torch.Generator().manual_seed(seed)
+
+    @torch.no_grad()
+    def update(self, x: Tensor, keep: Tensor | None) -> None:
+        """Take in one batch; ``keep`` is 0 at padding tokens."""
+        x = x.detach().float()
+        if keep is not None:
+            x = x.reshape(-1, x.shape[-1])[keep.bool()]
+        if x.numel() == 0:
+            return
+        magnitude = x.abs().reshape(-1)
+        largest = float(magnitude.max())
+        if not math.isfinite(largest):
+            raise ValueError(f"calibration data drive layer {self.name!r} with NaN or infinite values")
+        self.largest = max(self.largest, largest)
+        index = (magnitude.clamp(min=1e-30).log2() + _OCTAVES // 2).mul_(_BINS_PER_OCTAVE).long().clamp_(0, _BINS - 1)
+        self.counts += torch.bincount(index, minlength=_BINS)
+        self._sample(self._vectors(x))
+
+    def _vectors(self, x: Tensor) -> Tensor:
+        if not isinstance(self.layer, CrossbarConv2d):
+            return x.reshape(-1, x.shape[-1])
+        images = x if x.dim() == 4 else x[None]
+        pick = torch.randperm(len(images), generator=self.generator)[:4]
+        columns = torch.cat([self.layer.unfold(images[i : i + 1])[0] for i in pick.tolist()], 1)
+        return columns.t()
+
+    def _sample(self, vectors: Tensor) -> None:
+        size = max(1, min(_SAMPLES, _SAMPLE_ELEMENTS // vectors.shape[1]))
+        keys = torch.rand(len(vectors), generator=self.generator)
+        if len(vectors) > size:
+            keys, best = keys.topk(size)
+            vectors = vectors[best.to(vectors.device)]
+        if self.samples is not None:
+            keys, vectors = torch.cat([self.keys, keys]), torch.cat([self.samples, vectors])
+            keys, best = keys.topk(min(size, len(keys)))
+            vectors = vectors[best.to(vectors.device)]
+        self.keys, self.samples = keys, vectors.clone()
+
+    # What follows from them
+
+    def centers(self) -> Tensor:
+        """The |x| that stands for each bin, (bins,)."""
+        octave = (torch.arange(_BINS, dtype=torch.float64, device=self.counts.device) + 0.5) / _BINS_PER_OCTAVE
+        return torch.exp2(octave - _OCTAVES // 2).clamp(max=max(self.largest, 1e-30))
+
+    def percentile(self, percent: float) -> float:
+        """The given percentile of |x|, interpolated within its bin."""
+        total = float(self.counts.sum())
+        if percent >= 100 or total == 0 or self.largest == 0:
+            return self.largest
+        below = self.counts.cumsum(0)
+        target = total * percent / 100
+        index = min(int(torch.searchsorted(below, target)), _BINS - 1)
+        start = float(below[index - 1]) if index else 0.0
+        inside = (target - start) / max(float(self.counts[index]), 1e-30)
+        return min(2.0 ** ((index + inside) / _BINS_PER_OCTAVE - _OCTAVES // 2), self.largest)
+
+    def grouped_samples(self) -> Tensor:
+        """(groups, samples, crossbar rows)."""
+        groups = self.layer.groups if isinstance(self.layer, CrossbarConv2d) else 1
+        return self.samples.view(len(self.samples), groups, -1).transpose(0, 1)
+
+
+def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = None) -> nn.Module:
+    """Set every crossbar layer's input range, shrink, gain, weight scale and ADC range, in place.
+
+    Args:
+        model: patched by :func:`patch_model`.
+        batches: what the model is called with: dicts of its arguments, tuples or tensors; at most
+            ``config.calibration_batches`` of them are read. Where a batch has a 2-D ``attention_mask``, padding
+            tokens are left out.
+        sensitivity: also measure each output channel's Fisher information, needed for ``retention_loss``
+            "sensitivity"; None: where the config asks for it.
+
+    Raises:
+        ValueError: the model is not patched, there is no batch, or a batch drives a layer with NaN.
+    """
+    state, layers = crossbar_state(model), crossbar_layers(model)
+    config = state.config
+    statistics = {name: LayerStatistics(layer, name, seed) for seed, (name, layer) in enumerate(layers.items())}
+    groups: dict[str, str] = {}
+    if sensitivity is None:
+        sensitivity = state.term == "sensitivity"
+    kept = []
+    with _observed(model, statistics, groups):
+        for batch in itertools.islice(batches, config.calibration_batches):
+            call_model(model, batch)
+            if sensitivity:
+                kept.append(batch)
+    if all(s.samples is None for s in statistics.values()):
+        raise ValueError("the calibration set is empty: calibrate needs at least one batch with at least one example")
+    unseen = [name for name, s in statistics.items() if s.samples is None]
+    if unseen:
+        logger.warning("calibration data reach %d layers not at all, which stay uncalibrated: %s", len(unseen), unseen)
+    with torch.no_grad():
+        for leader in dict.fromkeys(groups.values()):
+            shared = [statistics[name] for name, first in groups.items() if first == leader]
+            _settle([s for s in shared if s.samples is not None], config)
+    if sensitivity:
+        measure_sensitivity(model, kept)
+    return model
+
+
+@contextmanager
+def _observed(model: nn.Module, statistics: dict[str, LayerStatistics], groups: dict[str, str]):
+    """The digital model in eval mode, each layer's input going to its statistics."""
+    state = crossbar_state(model)
+    last: list = [None, None]  # the input seen last and the layer that saw it first
+
+    def observe(layer, args):
+        name, x = layer.crossbar_name, args[0]
+        if last[0] is not x:
+            last[:] = [x, name]
+        groups.setdefault(name, last[1])
+        statistics[name].update(x, state.keep(x))
+
+    training = {module: module.training for module in model.modules()}
+    hooks = [s.layer.register_forward_pre_hook(observe) for s in statistics.values()]
+    digital, state.digital = state.digital, True
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        state.digital = digital
+        state.mask = None
+        for hook in hooks:
+            hook.remove()
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _settle(shared: list[LayerStatistics], config: ReRAMConfig) -> None:
+    """Choose for layers that read the same input, so that they can share phi: one range and one shrink."""
+    if not shared:
+        return
+    first = shared[0]
+    span = first.percentile(config.input_percentile) or 1.0  # a constant zero input: any range holds it
+    shrink = _best_shrink(shared, span, config) if config.range_shrink == "auto" else config.range_shrink
+    gain = _gain(first, span, config.device.b(shrink), config)
+    for statistics in shared:
+        layer = statistics.layer
+        layer.input_range.fill_(span)
+        layer.range_shrink.fill_(shrink)
+        layer.gain.fill_(gain)
+        inputs = _phi(statistics.grouped_samples(), span, config.device.b(shrink), gain)
+        rows = layer._rows(layer.weight)
+        per_channel = config.weight_scale == "per_channel"
+        error = layer.crossbar.error
+        layer.weight_scale.copy_(weight_scales(rows, config.weight_clip, per_channel, error, inputs))
+        layer.adc_range.fill_(_largest_current(statistics, span, config))
+
+
+def _phi(x: Tensor, span: float, b: float, gain: float) -> Tensor:
+    u = (x / span).clamp(-1, 1)
+    return span * gain * (u if b < LINEAR_B else torch.sinh(b * u) / b)
+
+
+def _gain(statistics: LayerStatistics, span: float, b: float, config: ReRAMConfig) -> float:
+    """The read-out gain times b."""
+    if config.gain == "small_signal" or b < LINEAR_B:
+        return 1.0
+    if config.gain == "full_scale":
+        return b * full_scale_gain(b)
+    u = (statistics.centers() / span).clamp(max=1)
+    return b * least_squares_gain(u, statistics.counts, b)
+
+
+def _best_shrink(shared: list[LayerStatistics], span: float, config: ReRAMConfig) -> float:
+    """The shrink with the least expected output error: non-linearity on sampled inputs + read noise + ADC step."""
+    tiles_of = config.tile_size
+    errors = torch.zeros(len(SHRINKS), dtype=torch.float64)
+    for statistics in shared:
+        layer, inputs = statistics.layer, statistics.grouped_samples()
+        rows = layer._rows(layer.weight).float()
+        clipped = inputs.clamp(-span, span)
+        scale = weight_scales(rows, None, config.weight_scale == "per_channel", layer.crossbar.error)
+        tiles = math.ceil(rows.shape[2] / tiles_of) if tiles_of else 1
+        channels = rows.shape[0] * rows.shape[1]
+        square = float(scale.double().square().mean()) * channels
+        current = config.device.read_noise / (config.device.g_range * config.device.read_voltage)
+        noise = current**2 * tiles
+        if config.adc_bits:
+            step = _largest_current(statistics, span, config) / ((1 << (config.adc_bits - 1)) - 1)
+            noise += step**2 / 12 * tiles
+        for i, shrink in enumerate(SHRINKS):
+            b = config.device.b(shrink)
+            gain = _gain(statistics, span, b, config)
+            bend = torch.bmm(rows, (_phi(inputs, span, b, gain) - clipped).transpose(1, 2))
+            unit = span * gain * config.device.b() / b
+            errors[i] += float(bend.double().square().sum()) / inputs.shape[1] + unit**2 * square * noise
+    return SHRINKS[int(errors.argmin())]
+
+
+def _largest_current(statistics: LayerStatistics, span: float, config: ReRAMConfig) -> float:
+    """The largest column current on the samples at range_shrink = 1, in currents of a fully-on cell at read_voltage:
+    what the ADC was sized for."""
+    layer = statistics.layer
+    rows = layer._rows(layer.weight).float()
+    scale = weight_scales(rows, None, config.weight_scale == "per_channel", layer.crossbar.error)
+    shape = (*rows.shape[:2], 1) if len(scale) > 1 else (1, 1, 1)
+    b = config.device.b()
+    drive = _phi(statistics.grouped_samples() / span, 1.0, b, 1.0)
+    cells = rows / scale.view(shape).clamp(min=1e-30)
+    size = config.tile_size or rows.shape[2]
+    parts = zip(cells.split(size, 2), drive.split(size, 2))
+    return max(float(torch.bmm(w, s.transpose(1, 2)).abs().max()) for w, s in parts)

@@ -1,0 +1,65 @@
+"""How much the model's predictions depend on each output channel of each crossbar layer."""
+
+import torch
+from torch import nn
+
+from .nn import CrossbarMixin
+from .outputs import call_model, sampled_log_likelihood
+from .patching import crossbar_layers, crossbar_state
+
+
+def measure_sensitivity(model: nn.Module, batches: list) -> None:
+    """Set ``layer.sensitivity``, (output channels,): the Fisher information ``h_i = E δ_i²`` of output channel i, where
+    δ is the gradient, at one token or pixel, of an example's log-likelihood of labels drawn from the model itself.
+
+    To second order an error Δy in a layer's output changes the prediction by ``KL ≈ ½ Σ_i h_i Δy_i²`` nats, so the
+    layers' expected errors weighted by h add up to the KL divergence that ageing causes (diagonal approximation).
+    """
+    state, layers = crossbar_state(model), crossbar_layers(model)
+    sums: dict[str, list] = {name: [0.0, 0] for name in layers}
+
+    def watch(layer: CrossbarMixin, args, y):
+        if not y.requires_grad:
+            return
+        keep = state.keep(args[0])
+
+        def collect(grad):
+            flat = layer._channels_last(grad.float())
+            square = flat.square().sum(2)
+            rows = len(square) if keep is None else float(keep.sum())
+            total = square.sum(0) if keep is None else keep.to(square) @ square
+            sums[layer.crossbar_name][0] = sums[layer.crossbar_name][0] + total.detach()
+            sums[layer.crossbar_name][1] += rows * flat.shape[2]
+
+        y.register_hook(collect)
+
+    training = {module: module.training for module in model.modules()}
+    hooks = [layer.register_forward_hook(watch) for layer in layers.values()]
+    digital, state.digital = state.digital, True
+    # Every parameter, so that the backward pass reaches every layer even where all of them are frozen.
+    parameters = {p: p.requires_grad for p in model.parameters() if p.is_floating_point()}
+    for p in parameters:
+        p.requires_grad_(True)
+    model.eval()
+    try:
+        with torch.enable_grad(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            for batch in batches:
+                likelihood = sampled_log_likelihood(call_model(model, batch))
+                torch.autograd.grad(likelihood.sum(), list(parameters), allow_unused=True)
+    finally:
+        state.digital, state.mask = digital, None
+        for hook in hooks:
+            hook.remove()
+        for p, required in parameters.items():
+            p.requires_grad_(required)
+        for module, mode in training.items():
+            module.training = mode
+    for name, layer in layers.items():
+        total, count = sums[name]
+        layer.sensitivity = torch.zeros(_channels(layer)) if count == 0 else (total / count)
+
+
+def _channels(layer: CrossbarMixin) -> int:
+    rows = layer._rows(layer.weight)
+    return rows.shape[0] * rows.shape[1]

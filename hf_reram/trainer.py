@@ -1,0 +1,288 @@
+"""A transformers.Trainer whose model trains on simulated ReRAM crossbars."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, has_length
+
+from .calibration import calibrate
+from .config import ReRAMConfig
+from .deployment import deploy
+from .device.time import format_time, parse_time
+from .evaluation import DEFAULT_TIMES, evaluate_robustness
+from .losses import add_retention_loss, hold_weights, noise_to_signal, sampled_drift
+from .nn.state import layer_seed
+from .outputs import divergence
+from .patching import crossbar_layers, crossbar_state, patch_model, unpatch_model
+from .report import RobustnessReport
+from .sensitivity import measure_sensitivity
+
+
+class ReRAMTrainer(Trainer):
+    """``Trainer`` plus crossbars: patches and calibrates the model, adds the retention loss, keeps weights within the
+    cells' range, and evaluates as chips. Takes plain ``TrainingArguments``; everything else works as in ``Trainer``.
+
+    Args:
+        reram_config: hardware and loss. None keeps the config of a model that is patched already.
+        teacher: a digital model with the same outputs; training then follows its predictions (KL divergence), so
+            that labels are not needed.
+        teacher_weight: share of the teacher's divergence in the task loss where the model also returns a loss.
+        eval_times: times since programming at which every evaluation also measures the model as chips, adding metrics
+            such as ``eval_1d_loss`` and ``eval_1d_accuracy``, means over chips; ``metric_for_best_model`` may name one.
+        eval_chips: how many chips for ``eval_times``.
+        calibration_dataset: what to calibrate on instead of ``train_dataset``.
+
+    Logs ``task_loss``, ``retention_loss`` and ``noise_to_signal`` (its mean over layers) beside ``loss``.
+
+    Raises:
+        ValueError: the model is not patched and there is no config, or a bad time or number of chips.
+    """
+
+    def __init__(
+        self,
+        *args,
+        reram_config: ReRAMConfig | None = None,
+        teacher: nn.Module | None = None,
+        teacher_weight: float = 1.0,
+        eval_times: Sequence[str | float] = (),
+        eval_chips: int = 3,
+        calibration_dataset=None,
+        **kwargs,
+    ):
+        if not 0 <= teacher_weight <= 1:
+            raise ValueError(f"teacher_weight={teacher_weight!r}: allowed is a number from 0 to 1")
+        if isinstance(eval_chips, bool) or not isinstance(eval_chips, int) or eval_chips < 1:
+            raise ValueError(f"eval_chips={eval_chips!r}: allowed is an integer of at least 1")
+        if isinstance(eval_times, str):
+            eval_times = [eval_times]
+        self.reram_config = reram_config
+        self.teacher, self.teacher_weight = None, teacher_weight
+        self.eval_times, self.eval_chips = [parse_time(t) for t in eval_times], eval_chips
+        self.calibration_dataset = calibration_dataset
+        self._sums: dict[str, Tensor] = {}
+        self._logged_step = 0
+        super().__init__(*args, **kwargs)
+        self._prepare_crossbars(self.model)
+        if teacher is not None:
+            self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
+        if self.label_names and self.teacher is not None:
+            self.can_return_loss = True
+        self.add_callback(_HoldWeights(self))
+
+    # Set-up
+
+    def call_model_init(self, trial=None):
+        model = super().call_model_init(trial)
+        if hasattr(self, "data_collator"):  # a later call, from train(): the first is prepared by __init__
+            self._prepare_crossbars(model.to(self.args.device))
+        return model
+
+    def _prepare_crossbars(self, model: nn.Module) -> None:
+        patched = bool(crossbar_layers(model))
+        if patched and self.reram_config is not None:
+            state = crossbar_state(model)
+            if state.config.to_dict() != self.reram_config.to_dict():
+                unpatch_model(model)
+                patched = False
+        if not patched:
+            if self.reram_config is None:
+                raise ValueError("the model is not patched: ReRAMTrainer needs reram_config=ReRAMConfig(...)")
+            patch_model(model, self.reram_config)
+        state = crossbar_state(model)
+        self.reram_config = state.config
+        calibrated = all(layer.calibrated for layer in crossbar_layers(model).values())
+        needs_sensitivity = state.term == "sensitivity"
+        if calibrated and not needs_sensitivity:
+            return
+        batches = self._calibration_batches()
+        if batches is None:
+            return  # evaluated only: layers then span each batch's own range, or were calibrated by hand
+        with torch.random.fork_rng():  # so that training does not depend on whether calibration was needed
+            if calibrated:
+                measure_sensitivity(model, list(batches))
+            else:
+                calibrate(model, batches)
+
+    def _calibration_batches(self) -> Iterable | None:
+        dataset = self.calibration_dataset if self.calibration_dataset is not None else self.train_dataset
+        if dataset is None:
+            return None
+        # Not get_train_dataloader: every process must see the same batches, and training none of them consumed.
+        if hasattr(dataset, "column_names"):
+            dataset = self._remove_unused_columns(dataset, description="calibration")
+        shuffle = has_length(dataset) and not isinstance(dataset, IterableDataset)
+        loader = DataLoader(
+            dataset,
+            batch_size=self.args.per_device_train_batch_size,
+            shuffle=shuffle,
+            generator=torch.Generator().manual_seed(self.args.seed) if shuffle else None,
+            collate_fn=self.data_collator,
+        )
+        return (batch for batch, _ in zip(loader, range(self.reram_config.calibration_batches)))
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        return [n for n in super().get_decay_parameter_names(model) if not n.endswith("input_range")]
+
+    # Loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ):
+        """The task loss, and in training the teacher's divergence and the retention loss, as the config says."""
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        state = crossbar_state(self.model)
+        state.noise_seed = layer_seed(self.args.seed, f"step {self.state.global_step}")
+        state.measure = state.term != "output" and self._logs_next()
+        consistency = state.config.retention_loss == "consistency"
+        kept = dict(inputs)
+        with sampled_drift(self.model):
+            task_loss, outputs = self._task_loss(model, inputs, kept, num_items_in_batch)
+        scaled = self._scaled_for_ga(num_items_in_batch)
+        steps = getattr(self, "current_gradient_accumulation_steps", 1)
+        # Per micro-batch; the Trainer divides the whole loss by the steps unless it is scaled already.
+        weight = state.config.retention_weight / (steps if scaled else 1)
+        loss, retention = task_loss, None
+        if state.term is not None:
+            loss, retention = add_retention_loss(task_loss, self.model, weight)
+        elif consistency:
+            measured, state.measure = state.measure, False
+            ratios = dict(state.ratios)
+            with sampled_drift(self.model, "drift"):
+                retention = divergence(model(**self._without_labels(kept)), outputs)
+            state.measure, state.ratios = measured, ratios
+            loss, retention = task_loss + weight * retention, retention.detach()
+        ratio = noise_to_signal(self.model)
+        self._count("task_loss", task_loss.detach().float() / (1 if scaled else steps))
+        if retention is not None:
+            self._count("retention_loss", retention.float() / steps)
+        if ratio:
+            mean = sum(ratio.values()) / len(ratio)
+            self._count("noise_to_signal", torch.tensor([mean, 1.0], device=self.args.device))
+        return (loss, outputs) if return_outputs else loss
+
+    def _task_loss(self, model, inputs, kept, num_items_in_batch):
+        if self.teacher is None:
+            return super().compute_loss(model, inputs, True, num_items_in_batch)
+        with torch.no_grad():
+            guide = self.teacher(**self._without_labels(kept))
+        if self.teacher_weight == 1.0 or not any(name in kept for name in self.label_names):
+            outputs = model(**self._without_labels(kept))
+            return self._ga_mean(divergence(outputs, guide), num_items_in_batch), outputs
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        guided = self._ga_mean(divergence(outputs, guide), num_items_in_batch)
+        return (1 - self.teacher_weight) * loss + self.teacher_weight * guided, outputs
+
+    def _without_labels(self, inputs: dict) -> dict:
+        return {key: value for key, value in inputs.items() if key not in self.label_names}
+
+    def _scaled_for_ga(self, num_items_in_batch) -> bool:
+        """Whether the task loss is already normalized over the accumulated batch; as in Trainer.training_step."""
+        if self.loss_is_scaled_for_ga is not None:
+            return self.loss_is_scaled_for_ga
+        return (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func is not None
+
+    def _ga_mean(self, loss: Tensor, num_items_in_batch) -> Tensor:
+        return loss / self.current_gradient_accumulation_steps if self._scaled_for_ga(num_items_in_batch) else loss
+
+    # Logging
+
+    def _logs_next(self) -> bool:
+        every = self.state.logging_steps or 0
+        strategy = self.args.logging_strategy
+        return strategy == IntervalStrategy.STEPS and every > 0 and (self.state.global_step + 1) % every == 0
+
+    def _count(self, name: str, value: Tensor) -> None:
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs and self._sums:
+            steps = max(self.state.global_step - self._logged_step, 1)
+            for name, total in self._sums.items():
+                total = self.accelerator.reduce(total, reduction="mean")
+                logs[name] = float(total[0] / total[1]) if total.dim() else float(total) / steps
+            self._sums.clear()
+            self._logged_step = self.state.global_step
+        super().log(logs, *args, **kwargs)
+
+    # Evaluation
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        for time in self.eval_times if metric_key_prefix.startswith("eval") else ():
+            prefix = f"{metric_key_prefix}_{format_time(time)}"
+            chips = []
+            for seed in range(self.eval_chips):
+                with deploy(self.model, time, seed=seed):
+                    one: EvalLoopOutput = super().evaluation_loop(
+                        dataloader, description, *args, metric_key_prefix=prefix, **kwargs
+                    )
+                chips.append(_numbers_of(one.metrics, prefix))
+            for name in chips[0]:
+                output.metrics[name] = sum(chip[name] for chip in chips) / len(chips)
+        return output
+
+    def evaluate_robustness(
+        self,
+        times: Sequence[str | float] = DEFAULT_TIMES,
+        temperatures: Sequence[float | None] = (None,),
+        seeds: int | Iterable[int] = 10,
+        eval_dataset=None,
+        metrics: Sequence[str] | None = None,
+        **kwargs,
+    ) -> RobustnessReport:
+        """The model as chips over time, on ``eval_dataset``; see :func:`hf_reram.evaluate_robustness`.
+
+        Args:
+            metrics: which of the metrics to keep, with or without the prefix "eval_"; None keeps all.
+
+        Raises:
+            ValueError: ``metrics`` names one that the evaluation does not give.
+        """
+        dataloader = self.get_eval_dataloader(eval_dataset)
+
+        def evaluate(model) -> dict[str, float]:
+            output = super(ReRAMTrainer, self).evaluation_loop(dataloader, "chips", metric_key_prefix="eval")
+            found = {k.removeprefix("eval_"): v for k, v in _numbers_of(output.metrics, "eval").items()}
+            if metrics is None:
+                return found
+            wanted = [name.removeprefix("eval_") for name in metrics]
+            if missing := [name for name in wanted if name not in found]:
+                raise ValueError(f"metrics={missing!r}: allowed are {sorted(found)}")
+            return {name: found[name] for name in wanted}
+
+        bars, self.args.disable_tqdm = self.args.disable_tqdm, True
+        callbacks = self.callback_handler.callbacks
+        self.callback_handler.callbacks = []  # no progress bar per chip, no prediction events
+        try:
+            return evaluate_robustness(self.model, evaluate, times, temperatures, seeds, **kwargs)
+        finally:
+            self.args.disable_tqdm, self.callback_handler.callbacks = bars, callbacks
+
+
+class _HoldWeights(TrainerCallback):
+    """After each optimizer step, back into the cells' range."""
+
+    def __init__(self, trainer: ReRAMTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._sums.clear()
+        self.trainer._logged_step = state.global_step
+        hold_weights(self.trainer.model)
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        hold_weights(self.trainer.model)
+
+
+def _numbers_of(metrics: dict[str, Any], prefix: str) -> dict[str, float]:
+    timing = f"{prefix}_model_preparation_time"
+    return {k: float(v) for k, v in metrics.items() if k != timing and isinstance(v, (int, float))}
