@@ -25,11 +25,11 @@ def measure_sensitivity(model: nn.Module, batches: list) -> None:
 
         def collect(grad):
             flat = layer._channels_last(grad.float())
-            square = flat.square().sum(2)
+            square = flat.square().flatten(2).sum(2) if flat.dim() == 3 else flat.square()
             rows = len(square) if keep is None else float(keep.sum())
             total = square.sum(0) if keep is None else keep.to(square) @ square
             sums[layer.crossbar_name][0] = sums[layer.crossbar_name][0] + total.detach()
-            sums[layer.crossbar_name][1] += rows * flat.shape[2]
+            sums[layer.crossbar_name][1] += rows * (flat.shape[2] if flat.dim() == 3 else 1)
 
         y.register_hook(collect)
 

@@ -16,7 +16,7 @@ class _Matrix(CrossbarMixin):
         return InputPower.apply(s.reshape(-1, s.shape[-1]), self.crossbar.keep(s))[None]
 
     def _channels_last(self, y: Tensor) -> Tensor:
-        return y.reshape(-1, y.shape[-1], 1)
+        return y.reshape(-1, y.shape[-1])
 
 
 class CrossbarLinear(_Matrix, nn.Linear):

@@ -104,7 +104,7 @@ class CrossbarMixin:
         raise NotImplementedError
 
     def _channels_last(self, y: Tensor) -> Tensor:
-        """An output as (batch or tokens, channels, inner)."""
+        """An output as (tokens, channels) or (images, channels, pixels)."""
         raise NotImplementedError
 
     def _broadcast(self, per_channel: Tensor, like: str) -> Tensor:
