@@ -246,8 +246,8 @@ def _best_shrink(shared: list[LayerStatistics], span: float, config: ReRAMConfig
 
 
 def _largest_current(statistics: LayerStatistics, span: float, config: ReRAMConfig) -> float:
-    """The largest column current on the samples at range_shrink = 1, in currents of a fully-on cell at read_voltage:
-    what the ADC was sized for."""
+    """The full scale that the ADC was sized for: the largest column current on the samples at range_shrink = 1 and a
+    quarter more, since they are only samples; in currents of a fully-on cell at read_voltage."""
     layer = statistics.layer
     rows = layer._rows(layer.weight).float()
     scale = weight_scales(rows, None, config.weight_scale == "per_channel", layer.crossbar.error)
@@ -257,4 +257,4 @@ def _largest_current(statistics: LayerStatistics, span: float, config: ReRAMConf
     cells = rows / scale.view(shape).clamp(min=1e-30)
     size = config.tile_size or rows.shape[2]
     parts = zip(cells.split(size, 2), drive.split(size, 2))
-    return max(float(torch.bmm(w, s.transpose(1, 2)).abs().max()) for w, s in parts)
+    return 1.25 * max(float(torch.bmm(w, s.transpose(1, 2)).abs().max()) for w, s in parts)

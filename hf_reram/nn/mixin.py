@@ -159,7 +159,7 @@ class CrossbarMixin:
                 scale = self.held_scale().clamp(min=1e-30)
                 error = self.crossbar.error
                 ratio = WeightVariance.apply(self.weight, scale, error.variance, error.variance_slope) / scale**2
-                self._white_std = math.sqrt(max(float(ratio.float().mean()) + error.mean_square, 0.0))
+                self._white_std = math.sqrt(max(float(ratio.mean()) + error.mean_square, 0.0))
         return self._white_std
 
     def _read(self, s: Tensor, weight: Tensor, factor: Tensor | float) -> Tensor:
@@ -216,10 +216,10 @@ class CrossbarMixin:
         with torch.autocast(x.device.type, enabled=False):
             if state.measure and state.term != "output":
                 with torch.no_grad():
-                    state.collect(state.ratios, self.crossbar_name, self._output_term(s.float(), y.float(), factor))
+                    state.collect(state.ratios, self.crossbar_name, self._output_term(_wide(s), _wide(y), factor))
             if state.term is None:
                 return y
-            term = getattr(self, f"_{state.term}_term")(s.float(), y.float(), factor)
+            term = getattr(self, f"_{state.term}_term")(_wide(s), _wide(y), factor)
             state.collect(state.terms, self.crossbar_name, term)
             if self.term_scale.device != y.device:
                 self.term_scale = self.term_scale.to(y.device)
@@ -228,7 +228,7 @@ class CrossbarMixin:
     def _variance(self) -> Tensor:
         error = self.crossbar.error
         scale = self.held_scale()
-        return WeightVariance.apply(self.weight.float(), scale.float(), error.variance, error.variance_slope)
+        return WeightVariance.apply(_wide(self.weight), _wide(scale), error.variance, error.variance_slope)
 
     def _output_power(self, y: Tensor, bias: Tensor | None, s: Tensor) -> Tensor:
         return OutputPower.apply(self._channels_last(y), bias, self.crossbar.keep(s))
@@ -237,16 +237,16 @@ class CrossbarMixin:
         """``sum_n |m phi_n|²``, averaged over the times; m proportional to W needs no further product."""
         error = self.crossbar.error
         if error.mean_is_linear:
-            return error.mean_square * self._output_power(y, self._bias32(), s)
-        scale = self.held_scale().float()
+            return error.mean_square * self._output_power(y, self._wide_bias(), s)
+        scale = _wide(self.held_scale())
         powers = [
-            self._output_power(self._op(s, weight_mean(self.weight.float(), scale, mean) * factor, None), None, s)
+            self._output_power(self._op(s, weight_mean(_wide(self.weight), scale, mean) * factor, None), None, s)
             for mean in error.means
         ]
         return sum(powers) / len(powers)
 
-    def _bias32(self) -> Tensor | None:
-        return None if self.bias is None else self.bias.float()
+    def _wide_bias(self) -> Tensor | None:
+        return None if self.bias is None else _wide(self.bias)
 
     # Retention terms: pairs (noise, signal), each a sum over the batch, so that the loss is their ratio over all
     # processes' batches together.
@@ -256,7 +256,7 @@ class CrossbarMixin:
         error = self.crossbar.error
         columns = self._rows(self._variance()).sum(1)
         noise = (columns * self._input_power(s)).sum() * factor**2
-        signal = self._output_power(y, self._bias32(), s)
+        signal = self._output_power(y, self._wide_bias(), s)
         if error.mean_is_linear:
             noise = noise + error.mean_square * signal if error.mean_square else noise
         else:
@@ -265,8 +265,8 @@ class CrossbarMixin:
 
     def _weight_term(self, s: Tensor, y: Tensor, factor: Tensor | float) -> Tensor:
         """``(E|ΔW|², |W|²)``: the same without activations."""
-        scale = self.held_scale().float()
-        weight = self.weight.float()
+        scale = _wide(self.held_scale())
+        weight = _wide(self.weight)
         held = MapWeight.apply(weight, scale, 1.0)
         noise = self._variance().sum()
         for mean in self.crossbar.error.means:
@@ -291,3 +291,8 @@ class CrossbarMixin:
             noise = noise + h.mean() * self._mean_power(s, y, factor)
         examples = torch.full_like(noise.reshape(()), float(self.crossbar.batch_size))
         return torch.stack((0.5 * noise.reshape(()), examples))
+
+
+def _wide(t: Tensor) -> Tensor:
+    """At least float32: squares of half-precision values would overflow or vanish."""
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t

@@ -1,0 +1,101 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck
+
+from hf_reram.device.iv import cell_current, full_scale_gain, least_squares_gain, sinh_coefficients, uniform_gain
+from hf_reram.nn.functional import InputPower, MapWeight, OutputPower, Quantize, ShrunkSinh, WeightVariance
+
+F64 = torch.float64
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(1e-3, 6.0), st.floats(1e-3, 1e3), st.integers(0, 2**31))
+def test_sinh_is_exact_to_float32(b, span, seed):
+    x = torch.randn(300, generator=torch.Generator().manual_seed(seed)) * span
+    exact = torch.sinh(b * (x.double() / span).clamp(-1, 1))
+    torch.testing.assert_close(ShrunkSinh.apply(x, span, b, 0).double(), exact, rtol=1e-6, atol=1e-7 * math.sinh(b))
+
+
+@pytest.mark.parametrize("b", [1e-5, 0.3, 1.0, 2.5, 7.0])
+def test_sinh_gradients_for_input_and_range(b):
+    x = torch.randn(40, dtype=F64, requires_grad=True)
+    span = torch.tensor([1.3], dtype=F64, requires_grad=True)
+    assert gradcheck(lambda x: ShrunkSinh.apply(x, 1.3, b, 0), (x,))
+    assert gradcheck(lambda x, r: ShrunkSinh.apply(x, r, b, 0), (x, span))
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (2, 3, 4, 5), (600, 700)])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+def test_chunked_float32_path_agrees_with_float64(shape, layout):
+    x = torch.randn(shape)
+    if layout == "channels_last" and x.dim() == 4:
+        x = x.to(memory_format=torch.channels_last)
+    elif layout == "transposed":
+        x = x.transpose(0, 1)
+    grad = torch.randn_like(x)
+    x32, x64 = x.clone().requires_grad_(), x.double().requires_grad_()
+    for t, g in ((x32, grad), (x64, grad.double())):
+        ShrunkSinh.apply(t, 1.5, 0.8, 0).backward(g)
+    torch.testing.assert_close(x32.grad, x64.grad.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_sinh_saves_a_single_tensor():
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        ShrunkSinh.apply(torch.randn(8, requires_grad=True), 1.0, 0.5, 0)
+    assert len(saved) == 1
+
+
+def test_clamped_inputs_get_no_gradient():
+    x = torch.tensor([-3.0, -0.5, 0.5, 3.0], requires_grad=True)
+    ShrunkSinh.apply(x, 1.0, 0.5, 0).sum().backward()
+    assert x.grad[0] == x.grad[3] == 0
+    assert x.grad[1] > 0
+
+
+def test_dac_has_its_number_of_levels():
+    s = ShrunkSinh.apply(torch.linspace(-1, 1, 1001), 1.0, 1e-5, 7)
+    assert len(s.unique()) == 15
+
+
+@pytest.mark.parametrize("b", [0.04, 0.3, 1.0, 2.0])
+def test_gains(b):
+    u = torch.linspace(-1, 1, 20001, dtype=F64)
+    assert full_scale_gain(b) * math.sinh(b) == pytest.approx(1)
+    assert uniform_gain(b) == pytest.approx(least_squares_gain(u, torch.ones_like(u), b), rel=1e-3)
+    torch.testing.assert_close(cell_current(10.0, 0.2, 0.25), torch.tensor(10 * 0.25 * math.sinh(0.8)))
+    assert len(sinh_coefficients(b)) >= 2
+
+
+def test_weight_functions_have_right_gradients():
+    weight = torch.randn(6, 5, dtype=F64, requires_grad=True)
+    scale = torch.rand(6, 1, dtype=F64) + 0.5
+    variance, slope = (0.1, 0.3, -0.2, 0.4), (0.3, -0.4, 1.2)
+    assert gradcheck(lambda w: MapWeight.apply(w, scale, 1.7), (weight,))
+    assert gradcheck(lambda w: WeightVariance.apply(w, scale, variance, slope), (weight,))
+
+
+@pytest.mark.parametrize("keep", [None, torch.tensor([1, 1, 0, 1, 0, 1, 1.0], dtype=F64)])
+@pytest.mark.parametrize("inner", [(), (3,)])
+def test_powers(keep, inner):
+    y = torch.randn(7, 5, *inner, dtype=F64, requires_grad=True)
+    bias = torch.randn(5, dtype=F64, requires_grad=True)
+    assert gradcheck(lambda y, b: OutputPower.apply(y, b, keep), (y, bias))
+    rows = slice(None) if keep is None else keep.bool()
+    wide = bias if not inner else bias[:, None]
+    torch.testing.assert_close(OutputPower.apply(y, bias, keep), (y - wide)[rows].square().sum())
+    if not inner:
+        assert gradcheck(lambda y: InputPower.apply(y, keep), (y,))
+        torch.testing.assert_close(InputPower.apply(y, keep), y[rows].square().sum(0))
+
+
+def test_quantize_rounds_saturates_and_passes_gradients():
+    y = torch.tensor([-9.0, 0.26, 0.24, 9.0], requires_grad=True)
+    q = Quantize.apply(y, torch.tensor(0.5), 3)
+    assert q.tolist() == [-1.5, 0.5, 0.0, 1.5]
+    q.sum().backward()
+    assert y.grad.tolist() == [1, 1, 1, 1]

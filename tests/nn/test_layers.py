@@ -1,0 +1,155 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_reram import ReRAMConfig, calibrate, crossbar_layers, patch_model, retention_loss, unpatch_model
+from tests.conftest import device, straight
+
+CONVS = [
+    {"kernel_size": 3},
+    {"kernel_size": 3, "stride": 2, "padding": 1},
+    {"kernel_size": (3, 5), "padding": (1, 2), "dilation": (1, 2)},
+    {"kernel_size": 3, "padding": "same", "dilation": 2},
+    {"kernel_size": 3, "groups": 4, "padding": 1},
+    {"kernel_size": 3, "groups": 8, "padding": 1, "bias": False},
+    *({"kernel_size": 3, "padding": 1, "padding_mode": mode} for mode in ("reflect", "replicate", "circular")),
+    {"kernel_size": 1, "stride": 3},
+]
+
+
+def layer_of(kind):
+    if kind == "linear":
+        return nn.Linear(8, 6), torch.randn(5, 7, 8)
+    if kind == "conv1d":
+        return Conv1D(6, 8), torch.randn(5, 7, 8)
+    return nn.Conv2d(8, 16, **kind), torch.randn(3, 8, 11, 13)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", *CONVS], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_b_to_zero_is_the_digital_layer_and_unpatching_gives_it_back(kind, training):
+    layer, x = layer_of(kind)
+    model = nn.Sequential(layer).train(training)
+    keys, digital = list(model.state_dict()), model(x)
+    pointer = layer.weight.data_ptr()
+    patch_model(model, straight(retention_loss="output"))
+    torch.testing.assert_close(model(x), digital, rtol=1e-6, atol=1e-6)
+    assert layer.weight.data_ptr() == pointer
+    assert set(keys) <= set(model.state_dict())
+    unpatch_model(model)
+    assert torch.equal(model(x), digital)
+    assert list(model.state_dict()) == keys
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", *CONVS], ids=str)
+def test_term_is_that_of_the_linear_form(kind):
+    """R of any layer equals that of the matrix that its unfolded inputs meet."""
+    layer, x = layer_of(kind)
+    model = nn.Sequential(layer).train()
+    patch_model(model, ReRAMConfig(device=device(v0=0.25), range_shrink=1.0, weight_clip=2.0, retention_loss="output"))
+    calibrate(model, [x])
+    model(x)
+    found = retention_loss(model)
+    (layer,) = crossbar_layers(model).values()
+    with torch.no_grad():
+        s, factor = layer._drive(x)
+        phi = s * factor
+        if isinstance(kind, dict):
+            columns = layer.unfold(phi).transpose(1, 2)  # (n, pixels, groups · rows)
+            columns = columns.reshape(-1, layer.groups, columns.shape[-1] // layer.groups)
+        else:
+            columns = phi.reshape(-1, 1, 8)
+        rows = layer._rows(layer.weight)
+        scale = layer.weight_scale.view(*rows.shape[:2], 1)
+        held = torch.maximum(torch.minimum(rows, scale), -scale)
+        cell = layer.crossbar.config.device
+        plus, minus = cell.conductance(held / scale)
+        variance = (cell.retention_std(plus, "1d") ** 2 + cell.retention_std(minus, "1d") ** 2) / cell.g_range**2
+        noise = torch.einsum("gor,ngr->", variance * scale**2, columns.square())
+        signal = torch.einsum("gor,ngr->ngo", held, columns).square().sum()
+    torch.testing.assert_close(found, noise / signal, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", *CONVS[:6]], ids=str)
+def test_tiles_with_fine_converters_add_up_to_the_whole(kind):
+    layer, x = layer_of(kind)
+    model = nn.Sequential(layer).eval()
+    digital = model(x)
+    patch_model(model, straight(dac_bits=16, adc_bits=16, tile_size=3))
+    calibrate(model, [x])
+    # Not every output: the ADC's range comes from samples, and a rare larger current saturates.
+    close = (model(x) - digital).abs() < 2e-3
+    assert float(close.float().mean()) > 0.99
+
+
+def test_coarse_adc_rounds_each_tile():
+    model = nn.Sequential(nn.Linear(8, 6, bias=False)).eval()
+    patch_model(model, straight(adc_bits=3))
+    x = torch.randn(50, 8)
+    calibrate(model, [x])
+    y = model(x)
+    assert all(len(y[:, i].unique()) <= 7 for i in range(6))
+
+
+def test_all_gradients_against_finite_differences():
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double().train()
+    x = torch.randn(9, 6, dtype=torch.float64)
+    patch_model(model, ReRAMConfig(range_shrink=0.7, weight_clip=None, retention_loss="output"))
+    calibrate(model, [x * 2])
+    for layer in crossbar_layers(model).values():
+        layer.weight_scale.mul_(1.5)  # off the kink at the largest weight
+
+    def loss():
+        return model(x).square().mean() + 3 * retention_loss(model)
+
+    loss().backward()
+    for p in model.parameters():
+        for index in torch.randint(p.numel(), (4,)).tolist():
+            values, eps = [], 1e-5
+            for sign in (1, -1):
+                with torch.no_grad():
+                    p.view(-1)[index] += sign * eps
+                    values.append(float(loss()))
+                    p.view(-1)[index] -= sign * eps
+            assert float(p.grad.view(-1)[index]) == pytest.approx((values[0] - values[1]) / (2 * eps), rel=2e-3, abs=2e-6)
+
+
+def test_zero_rows_zero_layers_and_constant_inputs_stay_finite():
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 3)).train()
+    with torch.no_grad():
+        model[0].weight[2] = 0
+        model[1].weight.zero_()
+    patch_model(model, ReRAMConfig(retention_loss="output"))
+    calibrate(model, [torch.zeros(4, 8)])
+    y = model(torch.zeros(4, 8))
+    (y.sum() + retention_loss(model)).backward()
+    assert torch.isfinite(y).all()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_query_key_and_value_share_one_phi(tiny_bert, monkeypatch):
+    from hf_reram.nn import mixin
+    from tests.conftest import bert_batch
+
+    patch_model(tiny_bert, ReRAMConfig())
+    calibrate(tiny_bert, [bert_batch()])
+    calls = []
+    forward = mixin.ShrunkSinh.apply
+    monkeypatch.setattr(mixin.ShrunkSinh, "apply", lambda *a: calls.append(1) or forward(*a))
+    tiny_bert.train()(**bert_batch())
+    layers = len(crossbar_layers(tiny_bert))
+    assert len(calls) == layers - 2 * tiny_bert.config.num_hidden_layers
+
+
+def test_same_padding_of_timm():
+    layers = pytest.importorskip("timm.layers")
+    for size, kernel, stride in [(11, 3, 2), (12, 5, 2), (7, 3, 1)]:
+        model = nn.Sequential(layers.Conv2dSame(4, 6, kernel, stride=stride))
+        x = torch.randn(2, 4, size, size + 1)
+        digital = model(x)
+        patch_model(model, straight())
+        torch.testing.assert_close(model(x), digital, rtol=1e-5, atol=1e-6)
+        assert F.relu(model(x)).shape == digital.shape

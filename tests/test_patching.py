@@ -1,0 +1,138 @@
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from hf_reram import ReRAMConfig, calibrate, crossbar_layers, deploy, patch_model, summarize, unpatch_model
+from hf_reram.nn import CrossbarConv1D, CrossbarLinear
+from tests.conftest import bert_batch, straight
+
+
+def test_patching_twice_and_unpatching_a_digital_model_are_errors(tiny_bert):
+    patch_model(tiny_bert, ReRAMConfig())
+    with pytest.raises(ValueError, match="patched already"):
+        patch_model(tiny_bert, ReRAMConfig())
+    unpatch_model(tiny_bert)
+    with pytest.raises(ValueError, match="no crossbar layers"):
+        unpatch_model(tiny_bert)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["nothing"]},
+        {"target_modules": ".*nothing"},
+        {"target_modules": "("},
+        {"modules_to_not_convert": ["nothing"]},
+        {"target_modules": ["classifier"], "modules_to_not_convert": ["classifier"]},
+    ],
+)
+def test_patterns_that_match_nothing_are_errors(tiny_bert, options):
+    with pytest.raises(ValueError, match="nothing|no regular expression"):
+        patch_model(tiny_bert, ReRAMConfig(**options))
+    assert not crossbar_layers(tiny_bert)
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({}, 14),
+        ({"target_modules": ["query", "value"]}, 4),
+        ({"target_modules": r".*attention\.self\..*"}, 6),
+        ({"modules_to_not_convert": ["classifier", "bert.pooler"]}, 12),
+        ({"modules_to_not_convert": ["encoder.layer.0"]}, 8),
+    ],
+)
+def test_selection_by_name(tiny_bert, options, count):
+    patch_model(tiny_bert, ReRAMConfig(**options))
+    assert len(crossbar_layers(tiny_bert)) == count
+
+
+def test_summary_and_print_tell_what_is_on_crossbars(tiny_bert):
+    patch_model(tiny_bert, ReRAMConfig(device="cmo-hfox-ibm"))
+    assert "cmo-hfox-ibm, input_range=not calibrated, b=0.8" in repr(tiny_bert)
+    calibrate(tiny_bert, [bert_batch()])
+    assert "not calibrated" not in repr(tiny_bert)
+    summary = summarize(tiny_bert)
+    weights = sum(layer.weight.numel() for layer in crossbar_layers(tiny_bert).values())
+    assert (summary.layers, summary.calibrated, summary.cells) == (14, 14, 2 * weights)
+    assert summary.share == pytest.approx(weights / sum(p.numel() for p in tiny_bert.parameters()))
+    assert any("word_embeddings" in name for name in summary.digital)
+
+
+def test_gpt2_keeps_its_tied_head_digital():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=16, n_layer=2, n_head=2, n_positions=16)).eval()
+    ids = torch.randint(60, (2, 9))
+    digital = model(ids).logits
+    patch_model(model, straight())
+    layers = crossbar_layers(model)
+    assert all(type(layer) is CrossbarConv1D for layer in layers.values())
+    assert "lm_head" not in layers
+    torch.testing.assert_close(model(ids).logits, digital, rtol=1e-5, atol=1e-6)
+
+
+def test_a_bare_layer_is_a_model_too():
+    layer = nn.Linear(4, 3)
+    x = torch.randn(5, 4)
+    digital = layer(x)
+    patch_model(layer, straight())
+    assert type(layer) is CrossbarLinear
+    torch.testing.assert_close(layer(x), digital)
+
+
+def test_subclasses_with_a_forward_of_their_own_and_attention_internals_stay_digital():
+    class Odd(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    model = nn.ModuleDict({"odd": Odd(4, 4), "plain": nn.Linear(4, 4), "attention": nn.MultiheadAttention(4, 2)})
+    patch_model(model, ReRAMConfig())
+    assert list(crossbar_layers(model)) == ["plain"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_bad_weights_are_refused_by_name(value):
+    model = nn.Sequential(nn.Linear(4, 4))
+    with torch.no_grad():
+        model[0].weight[1, 2] = value
+    with pytest.raises(ValueError, match="'0'"):
+        patch_model(model, ReRAMConfig())
+
+
+def test_nan_inputs_are_refused():
+    model = nn.Sequential(nn.Linear(4, 4))
+    patch_model(model, ReRAMConfig())
+    with pytest.raises(ValueError, match="NaN"):
+        model(torch.full((2, 4), float("nan")))
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_patched_models_can_be_copied_and_pickled_after_training(tiny_bert, make):
+    patch_model(tiny_bert, ReRAMConfig(retention_loss="output"))
+    calibrate(tiny_bert, [bert_batch()])
+    tiny_bert.train()(**bert_batch()).loss.backward()
+    twin = make(tiny_bert.eval())
+    states = {id(layer.crossbar) for layer in crossbar_layers(twin).values()}
+    assert len(states) == 1
+    assert states != {id(layer.crossbar) for layer in crossbar_layers(tiny_bert).values()}
+    with deploy(twin, "1d"):
+        assert crossbar_layers(tiny_bert)["classifier"].deployed is None
+    assert torch.equal(twin(**bert_batch()).logits, tiny_bert(**bert_batch()).logits)
+
+
+def test_peft_wraps_crossbar_layers():
+    from peft import LoraConfig, get_peft_model
+    from transformers import BertConfig, BertForSequenceClassification
+
+    shape = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_labels": 3}
+    model = BertForSequenceClassification(BertConfig(**shape, intermediate_size=32))
+    patch_model(model, ReRAMConfig(retention_loss="output"))
+    calibrate(model, [bert_batch()])
+    lora = get_peft_model(model, LoraConfig(target_modules=["query", "value"], task_type="SEQ_CLS"))
+    lora.train()(**bert_batch()).loss.backward()
+    trained = [n for n, p in lora.named_parameters() if p.grad is not None]
+    assert any("lora_B" in n for n in trained)
+    assert not any("base_layer" in n for n in trained)
