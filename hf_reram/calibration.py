@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Iterable
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +49,8 @@ class LayerStatistics:
         device = layer.weight.device
         self.counts = torch.zeros(_BINS, dtype=torch.float64, device=device)
         self.largest = 0.0
-        self.samples: Tensor | None = None
-        self.keys: Tensor | None = None
+        self.samples: Any = None  # a tensor once data have come
+        self.keys: Any = None
         self.generator = torch.Generator().manual_seed(seed)
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from .calibration import calibrate
 from .config import ReRAMConfig
 from .deployment import deploy
 from .device import DeviceConfig
+from .device.retention import retention_from_dict
 from .evaluation import evaluate_robustness
 from .patching import patch_model, summarize
 from .report import RobustnessReport, write_whole
@@ -31,7 +33,7 @@ CORNER = DeviceConfig(
     g_max=50.0,
     v0=0.25,
     read_voltage=0.5,
-    retention={"type": "generic", "A": 0.005, "tau": 1.0, "s0": 0.5, "s1": 0.05, "s2": 0.012},
+    retention=retention_from_dict({"type": "generic", "A": 0.005, "tau": 1.0, "s0": 0.5, "s1": 0.05, "s2": 0.012}),
     programming=(0.2, 0.01),
     read_noise=0.1,
     assumed=("g_min", "g_max", "v0", "read_voltage", "retention", "programming", "read_noise"),
@@ -99,7 +101,7 @@ class Digits:
         return {"accuracy": 100 * float(right.float().mean())}
 
 
-def small_deit() -> DeiTForImageClassification:
+def small_deit() -> nn.Module:
     """A DeiT for 8 x 8 digits: 16 patches, 4 layers, 64 channels."""
     return DeiTForImageClassification(
         DeiTConfig(
@@ -110,7 +112,7 @@ def small_deit() -> DeiTForImageClassification:
             num_hidden_layers=4,
             num_attention_heads=4,
             intermediate_size=128,
-            num_labels=10,
+            num_labels=10,  # type: ignore[call-arg]
         )
     )
 
@@ -147,7 +149,7 @@ def run_row(row: Row, base: nn.Module, digits: Digits, folder: Path, epochs: flo
     """Make one row's model out of the base and evaluate it: (model, report)."""
     set_seed(seed)
     model = copy.deepcopy(base)
-    hardware = {"device": CORNER, "retention_times": list(TIMES)}
+    hardware: dict[str, Any] = {"device": CORNER, "retention_times": list(TIMES)}
     if not row.mapped:
         hardware |= {"range_shrink": 1.0, "weight_clip": None}
     config = ReRAMConfig(**hardware, retention_loss=row.loss or "none")
@@ -226,7 +228,7 @@ def check_reload(model: nn.Module, folder: Path, digits: Digits) -> None:
     with torch.inference_mode():
         model.eval()
         same = torch.allclose(model(images).logits, again(images).logits, atol=1e-5)
-        config = dict(time="1d", seed=7)
+        config: dict = {"time": "1d", "seed": 7}
         with deploy(model, **config), deploy(again, **config):
             torch.manual_seed(0)
             aged = model(images).logits

@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -50,7 +51,7 @@ def evaluate_robustness(
     kelvins = [state.config.temperature if t is None else t for t in temperatures]
     for kelvin in kelvins:
         state.config.device.equivalent_time(0.0, kelvin)
-    contexts = []
+    contexts: list[tuple[str, Any]] = []
     if references:
         contexts += [("digital", digital(model)), ("ideal", nullcontext())]
     measurements: list[Measurement] = []

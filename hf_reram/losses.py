@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -118,7 +119,8 @@ def hold_weights(model: nn.Module) -> None:
 
 
 def _clamp_to_scale(layer: CrossbarMixin) -> None:
-    weight, scale = layer.weight, layer.held_scale()
+    weight: Any = layer.weight
+    scale = layer.held_scale()
     if hasattr(weight, "device_mesh"):  # FSDP2: shard the scale as the weight is, then clamp each rank's own part
         from torch.distributed.tensor import distribute_tensor
 

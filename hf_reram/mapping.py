@@ -35,10 +35,10 @@ def weight_scales(
     rms = rows.square().mean(dims, keepdim=True).sqrt()
     if clip is None:
         best = largest
-    elif clip != "auto":
-        best = torch.minimum(largest, clip * rms)
-    else:
+    elif isinstance(clip, str):
         best = least_error_scales(rows, largest, rms, error, inputs)
+    else:
+        best = torch.minimum(largest, clip * rms)
     return best.reshape(-1)
 
 

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,8 +18,8 @@ from .nn.state import CrossbarState
 logger = logging.get_logger(__name__)
 
 # By exact forward: a subclass with a forward of its own computes something else and stays digital.
-_CROSSBARS = {nn.Linear: CrossbarLinear, nn.Conv2d: CrossbarConv2d, Conv1D: CrossbarConv1D}
-_KINDS = tuple(_CROSSBARS)
+_CROSSBARS: dict[Any, type] = {nn.Linear: CrossbarLinear, nn.Conv2d: CrossbarConv2d, Conv1D: CrossbarConv1D}
+_KINDS: Any = tuple(_CROSSBARS)
 
 
 def crossbar_layers(model: nn.Module) -> dict[str, CrossbarMixin]:
@@ -58,7 +59,7 @@ def patch_model(model: nn.Module, config: ReRAMConfig) -> nn.Module:
     return model
 
 
-def attach_config(model: nn.Module, config: ReRAMConfig) -> None:
+def attach_config(model: Any, config: ReRAMConfig) -> None:
     """Let a PreTrainedModel's ``save_pretrained`` write the config into config.json."""
     from .quantizer import ReRAMQuantizer
 
@@ -67,7 +68,7 @@ def attach_config(model: nn.Module, config: ReRAMConfig) -> None:
         model.hf_quantizer = ReRAMQuantizer(config, pre_quantized=False)
 
 
-def swap_layers(model: nn.Module, config: ReRAMConfig) -> CrossbarState:
+def swap_layers(model: Any, config: ReRAMConfig) -> CrossbarState:
     """Swap the classes of the selected layers and register their buffers, also on the meta device."""
     if crossbar_layers(model):
         raise ValueError(f"{type(model).__name__} is patched already: call unpatch_model(model) first")
@@ -76,6 +77,7 @@ def swap_layers(model: nn.Module, config: ReRAMConfig) -> CrossbarState:
         if module.weight.device.type != "meta" and not torch.isfinite(module.weight.detach()).all():
             raise ValueError(f"the weight of layer {name!r} holds NaN or infinite values")
     state = CrossbarState(config)
+    module: Any
     for name, module in selected.items():
         digital = type(module)
         module.__class__ = _crossbar_class(module)
@@ -117,7 +119,8 @@ def initialize_layers(model: nn.Module, names: set[str] | None = None) -> None:
 
 def make_range_trainable(layer: CrossbarMixin) -> None:
     """Turn the buffer ``input_range`` into a parameter of the same name."""
-    value = layer._buffers.pop("input_range")
+    value = layer.input_range
+    del layer._buffers["input_range"]
     layer.register_parameter("input_range", nn.Parameter(value.clone()))
 
 
@@ -128,7 +131,7 @@ def initial_gain(config: ReRAMConfig, b: float) -> float:
     return b * (full_scale_gain(b) if config.gain == "full_scale" else uniform_gain(b))
 
 
-def unpatch_model(model: nn.Module) -> nn.Module:
+def unpatch_model(model: Any) -> nn.Module:
     """Take all layers off the crossbars: gives back the digital model, bit for bit, in place.
 
     Raises:
@@ -158,7 +161,9 @@ def select_layers(model: nn.Module, config: ReRAMConfig) -> dict[str, nn.Module]
         if isinstance(m, nn.MultiheadAttention)  # reads its projections' weights without calling them
         for child, _ in m.named_children()
     }
-    able, unable = {}, []
+    able: dict[str, nn.Module] = {}
+    unable = []
+    module: Any
     for name, module in model.named_modules():
         if not isinstance(module, _KINDS) or name in tied or name in inside_attention:
             continue
@@ -210,6 +215,7 @@ def _some(names) -> str:
 
 def _tied_names(model: nn.Module) -> set[str]:
     """Layers whose weight is an embedding's, or will be once transformers ties it."""
+    m: Any
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     names = {n for n, m in model.named_modules() if isinstance(m, _KINDS) and id(m.weight) in embeddings}
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
@@ -226,7 +232,7 @@ def _crossbar_class(module: nn.Module) -> type | None:
     return None
 
 
-def _channels(module: nn.Module) -> int:
+def _channels(module: Any) -> int:
     return module.weight.shape[1] if isinstance(module, Conv1D) else module.weight.shape[0]
 
 

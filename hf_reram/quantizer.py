@@ -7,6 +7,7 @@ checkpoint as the plain digital model that its weights are.
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
+from .config import ReRAMConfig
 from .nn.mixin import BUFFERS
 from .patching import crossbar_layers, initialize_layers, make_range_trainable, swap_layers
 
@@ -16,6 +17,7 @@ class ReRAMQuantizer(HfQuantizer):
     """Swaps layers before the weights are loaded; what a checkpoint does not bring is set from the weights."""
 
     requires_calibration = False
+    quantization_config: ReRAMConfig
 
     def _process_model_before_weight_loading(self, model, **kwargs):
         swap_layers(model, self.quantization_config)

@@ -93,7 +93,8 @@ class RobustnessReport:
         if not values:
             raise ValueError(
                 f"nothing measured for metric={metric!r}, time={time!r}, temperature={temperature!r}: there are "
-                f"metrics {self.metrics}, times {[format_time(t) for t in self.times]}, temperatures {self.temperatures}"
+                f"metrics {self.metrics}, times {[format_time(t) for t in self.times]} "
+                f"and temperatures {self.temperatures}"
             )
         n, std = len(values), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
         half = float(stats.t.ppf(0.975, n - 1)) * std / n**0.5 if n > 1 else 0.0

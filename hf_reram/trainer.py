@@ -42,6 +42,8 @@ class ReRAMTrainer(Trainer):
         ValueError: the model is not patched and there is no config, or a bad time or number of chips.
     """
 
+    model: Any
+
     def __init__(
         self,
         *args,
@@ -59,7 +61,7 @@ class ReRAMTrainer(Trainer):
             raise ValueError(f"eval_chips={eval_chips!r}: allowed is an integer of at least 1")
         if isinstance(eval_times, str):
             eval_times = [eval_times]
-        self.reram_config = reram_config
+        self.reram_config: Any = reram_config
         self.teacher, self.teacher_weight = None, teacher_weight
         self.eval_times, self.eval_chips = [parse_time(t) for t in eval_times], eval_chips
         self.calibration_dataset = calibration_dataset
@@ -215,19 +217,26 @@ class ReRAMTrainer(Trainer):
 
     # Evaluation
 
-    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix: str = "eval", **kwargs):
-        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+    def evaluation_loop(
+        self,
+        dataloader,
+        description,
+        prediction_loss_only=None,
+        ignore_keys=None,
+        metric_key_prefix="eval",
+    ) -> EvalLoopOutput:
+        measure = super().evaluation_loop
+        output = measure(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        metrics: dict[str, float] = output.metrics or {}
         for time in self.eval_times if metric_key_prefix.startswith("eval") else ():
             prefix = f"{metric_key_prefix}_{format_time(time)}"
             chips = []
             for seed in range(self.eval_chips):
                 with deploy(self.model, time, seed=seed):
-                    one: EvalLoopOutput = super().evaluation_loop(
-                        dataloader, description, *args, metric_key_prefix=prefix, **kwargs
-                    )
+                    one = measure(dataloader, description, prediction_loss_only, ignore_keys, prefix)
                 chips.append(_numbers_of(one.metrics, prefix))
             for name in chips[0]:
-                output.metrics[name] = sum(chip[name] for chip in chips) / len(chips)
+                metrics[name] = sum(chip[name] for chip in chips) / len(chips)
         return output
 
     def evaluate_robustness(
@@ -283,6 +292,6 @@ class _HoldWeights(TrainerCallback):
         hold_weights(self.trainer.model)
 
 
-def _numbers_of(metrics: dict[str, Any], prefix: str) -> dict[str, float]:
+def _numbers_of(metrics: dict[str, Any] | None, prefix: str) -> dict[str, float]:
     timing = f"{prefix}_model_preparation_time"
-    return {k: float(v) for k, v in metrics.items() if k != timing and isinstance(v, (int, float))}
+    return {k: float(v) for k, v in (metrics or {}).items() if k != timing and isinstance(v, (int, float))}

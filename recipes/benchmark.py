@@ -66,7 +66,7 @@ def build(arguments: Arguments) -> tuple[torch.nn.Module, dict[str, torch.Tensor
     torch.manual_seed(0)
     n = arguments.batch_size
     if arguments.model == "minilm":
-        shape = dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+        shape = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
         config = BertConfig(**shape)
         if arguments.model_name_or_path:
             config = AutoConfig.from_pretrained(arguments.model_name_or_path)

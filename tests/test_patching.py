@@ -31,7 +31,7 @@ def test_patching_twice_and_unpatching_a_digital_model_are_errors(tiny_bert):
     ],
 )
 def test_patterns_that_match_nothing_are_errors(tiny_bert, options):
-    with pytest.raises(ValueError, match="nothing|no regular expression"):
+    with pytest.raises(ValueError, match=r"nothing|no regular expression"):
         patch_model(tiny_bert, ReRAMConfig(**options))
     assert not crossbar_layers(tiny_bert)
 

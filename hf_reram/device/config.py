@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .checks import number, numbers
 from .retention import (
+    GenericRetention,
     RetentionModel,
     equivalent_time,
     horner,
@@ -86,7 +87,7 @@ class DeviceConfig:
             )
         put("programming", numbers("device", "programming", self.programming))
         retention = retention_from_dict(self.retention)
-        if hasattr(retention, "g_min"):
+        if isinstance(retention, GenericRetention):
             retention = dataclasses.replace(retention, g_min=self.g_min)
         put("retention", retention)
         for name in ("name", "source"):

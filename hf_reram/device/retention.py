@@ -9,6 +9,7 @@ import itertools
 import math
 import warnings
 from dataclasses import dataclass, fields
+from typing import Any
 
 from .checks import number, numbers
 
@@ -167,7 +168,7 @@ def _line(offset: Polynomial, slope: Polynomial, log: float) -> Polynomial:
 
 
 RetentionModel = TableRetention | LogRetention | GenericRetention
-RETENTION_TYPES: dict[str, type] = {"table": TableRetention, "log": LogRetention, "generic": GenericRetention}
+RETENTION_TYPES: dict[str, Any] = {"table": TableRetention, "log": LogRetention, "generic": GenericRetention}
 
 
 def retention_from_dict(data) -> RetentionModel:
@@ -176,11 +177,11 @@ def retention_from_dict(data) -> RetentionModel:
     Raises:
         ValueError: unknown type or field, or a value that the model does not allow.
     """
-    if isinstance(data, tuple(RETENTION_TYPES.values())):
+    if isinstance(data, RetentionModel):
         return data
     if not isinstance(data, dict) or data.get("type") not in RETENTION_TYPES:
         raise ValueError(f"retention={data!r}: allowed is an object whose 'type' is one of {sorted(RETENTION_TYPES)}")
-    cls = RETENTION_TYPES[data["type"]]
+    cls: Any = RETENTION_TYPES[data["type"]]
     known = {f.name for f in fields(cls)}
     unknown = set(data) - known - {"type"}
     if unknown:

@@ -55,14 +55,14 @@ def weight_error(device: DeviceConfig, times: tuple[float, ...], temperature: fl
     a = (1 - np.cos(np.linspace(0, np.pi, 201))) / 2  # Chebyshev points resolve both ends
     if any(np.min(horner(std, device.g_min + device.g_range * a)) < 0 for _, std in pairs):
         degree = max(degree, _CLAMPED_DEGREE)
-    square = sum(_pair_variance(device, std, a) for _, std in pairs) / len(pairs)
+    square = np.mean([_pair_variance(device, std, a) for _, std in pairs], axis=0)
     fit = np.polynomial.Chebyshev.fit(a, square, degree, domain=[0, 1])
     variance = fit.convert(kind=np.polynomial.Polynomial, domain=[-1, 1])
     means = tuple(_pair_mean(device, mean) for mean, _ in pairs)
     return WeightError(_plain(variance), _plain(variance.deriv()) if degree else (0.0,), means)
 
 
-def _pair_variance(device: DeviceConfig, std: Polynomial, a):
+def _pair_variance(device: DeviceConfig, std: Polynomial, a: np.ndarray) -> np.ndarray:
     high, low = (np.maximum(horner(std, device.g_min + device.g_range * x), 0) for x in (a, 0.0))
     return (high**2 + low**2) / device.g_range**2
 

@@ -208,7 +208,8 @@ class OutputPower(Function):
     Saves ``y``, which its consumer saves as a rule anyway, instead of a second tensor without the bias.
 
     Args:
-        y: (rows, columns) or (rows, columns, inner). bias: (columns,) or None. keep: (rows,) of 0 and 1, or None for all rows.
+        y: (rows, columns) or (rows, columns, inner). bias: (columns,) or None.
+        keep: (rows,) of 0 and 1, or None for all rows.
     """
 
     @staticmethod

@@ -1,6 +1,7 @@
 """What a simulated crossbar does, whatever the shape of the layer: drive, hold, read out, account for retention."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from .state import CrossbarState
 BUFFERS = ("input_range", "range_shrink", "gain", "adc_range", "weight_scale")
 
 
-class CrossbarMixin:
+class CrossbarMixin(nn.Module):
     """A layer on a simulated ReRAM crossbar, in place of a digital layer of the same parameters.
 
     ``y = W phi(x) + bias`` with ``W`` held within ``±weight_scale`` and ``phi`` as in :mod:`hf_reram.device.iv`.
@@ -30,10 +31,19 @@ class CrossbarMixin:
         weight_scale: (output channels,) or (1,), the weight that a cell at g_max stands for.
     """
 
+    weight: Any
+    bias: Any
+    input_range: Tensor
+    range_shrink: Tensor
+    gain: Tensor
+    adc_range: Tensor
+    weight_scale: Tensor
     crossbar: CrossbarState
     crossbar_name: str
     deployed: Tensor | None  # the realized weight of a chip, in place of `weight`; see hf_reram.deployment
     sensitivity: Tensor | None  # (output channels,), see hf_reram.sensitivity
+    _scalars_of: Any = None
+    _white_std: float | None = None
     term_scale: Tensor  # the gradient that this layer's retention term receives, see hf_reram.nn.attach
 
     # Set-up
@@ -174,7 +184,8 @@ class CrossbarMixin:
         b_full = config.device.b()
         unit = self._broadcast(self.weight_scale, "output").to(s.dtype) * factor
         unit = unit * (b_full / b if b < LINEAR_B else b_full)
-        y, tiles = None, 0
+        y: Any = None
+        tiles = 0
         for s_tile, weight_tile in self._tiles(s, weight):
             current = self._op(s_tile, weight_tile, None)
             if config.adc_bits:
@@ -222,7 +233,7 @@ class CrossbarMixin:
             term = getattr(self, f"_{state.term}_term")(_wide(s), _wide(y), factor)
             state.collect(state.terms, self.crossbar_name, term)
             if self.term_scale.device != y.device:
-                self.term_scale = self.term_scale.to(y.device)
+                self.term_scale = torch.zeros(2, device=y.device)
             return Attach.apply(y, term, self.term_scale)
 
     def _variance(self) -> Tensor:
@@ -243,7 +254,7 @@ class CrossbarMixin:
             self._output_power(self._op(s, weight_mean(_wide(self.weight), scale, mean) * factor, None), None, s)
             for mean in error.means
         ]
-        return sum(powers) / len(powers)
+        return torch.stack(powers).mean(0)
 
     def _wide_bias(self) -> Tensor | None:
         return None if self.bias is None else _wide(self.bias)

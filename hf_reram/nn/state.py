@@ -106,7 +106,7 @@ class CrossbarState:
         return {"config": self.config, "digital": self.digital}
 
     def __setstate__(self, saved):
-        self.__init__(saved["config"])
+        CrossbarState.__init__(self, saved["config"])
         self.digital = saved["digital"]
 
 

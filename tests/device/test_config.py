@@ -39,7 +39,7 @@ def test_presets_round_trip_and_tell_their_source(name, tmp_path):
     ],
 )
 def test_wrong_device_values_name_field_value_and_what_is_allowed(wrong):
-    with pytest.raises(ValueError, match="allowed|lacks") as error:
+    with pytest.raises(ValueError, match=r"allowed|lacks") as error:
         device(**wrong)
     assert any(part in str(error.value) for part in (*wrong, "retention"))
 

@@ -114,7 +114,9 @@ def test_all_gradients_against_finite_differences():
                     p.view(-1)[index] += sign * eps
                     values.append(float(loss()))
                     p.view(-1)[index] -= sign * eps
-            assert float(p.grad.view(-1)[index]) == pytest.approx((values[0] - values[1]) / (2 * eps), rel=2e-3, abs=2e-6)
+            assert float(p.grad.view(-1)[index]) == pytest.approx(
+                (values[0] - values[1]) / (2 * eps), rel=2e-3, abs=2e-6
+            )
 
 
 def test_zero_rows_zero_layers_and_constant_inputs_stay_finite():

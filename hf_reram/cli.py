@@ -1,0 +1,78 @@
+"""``hf-reram``: the command line."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .version import __version__
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Pretrained models, robust on ReRAM crossbars.")
+console = Console()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        console.print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True)] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Where plot, report and checkpoint go.")] = Path("reram-demo"),
+    chips: Annotated[int, typer.Option(min=2, help="Chips per row of the table.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Of data split, training and chips.")] = 0,
+) -> None:
+    """Handwritten digits on a hard device corner: digital, naive crossbar, and finetuned in four ways.
+
+    Needs no network and no data; takes about two minutes on two cores.
+    """
+    import warnings
+
+    from transformers.utils import logging
+
+    from .demo import CORNER, ROWS, TIMES, run_demo
+
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=UserWarning)
+    console.print(f"[bold]Device corner[/]: {CORNER.name} ({CORNER.source})")
+    console.print(
+        f"g = {CORNER.g_min:g}–{CORNER.g_max:g} µS, b = {CORNER.b():g} unshrunk, spread of a half-on cell "
+        + ", ".join(f"{float(CORNER.retention_std(CORNER.g_max / 2, t)):.1f} µS after {t}" for t in TIMES)
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        task = progress.add_task("training the digital base", total=len(ROWS) + 2)
+
+        def done(what: str) -> None:
+            progress.console.print(f"  {what}")
+            progress.update(task, advance=1, description="finetuning and evaluating")
+
+        reports = run_demo(folder, chips=chips, seed=seed, progress=done)
+    table = Table(title=f"Accuracy in %, mean ± standard deviation over {chips} chips")
+    table.add_column("")
+    for time in TIMES:
+        table.add_column(f"after {time}", justify="right")
+    some = next(iter(reports.values()))
+    assert some.digital is not None
+    table.add_row("digital", *[f"{some.digital['accuracy']:.1f}"] * len(TIMES))
+    for label, report in reports.items():
+        cells = [report.statistic("accuracy", t) for t in TIMES]
+        table.add_row(label, *(f"{s.mean:.1f} ± {s.std:.1f}" for s in cells))
+    console.print(table)
+    console.print(f"Plot, report and checkpoint: {folder}/robustness.png, report.md, report.json, checkpoint/")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

@@ -1,0 +1,135 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from hf_reram import ReRAMConfig, calibrate, crossbar_layers, deploy, digital, patch_model
+from tests.conftest import bert_batch, device
+
+SILENT = {"type": "log", "std_offset": [0.0], "std_slope": [0.0]}
+
+
+@pytest.fixture
+def chip(tiny_bert):
+    patch_model(tiny_bert, ReRAMConfig(device=device(read_noise=0.0)))
+    return calibrate(tiny_bert, [bert_batch()])
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(**bert_batch()).logits
+
+
+def test_without_spread_ageing_changes_nothing(tiny_bert):
+    patch_model(tiny_bert, ReRAMConfig(device=device(read_noise=0.0, retention=SILENT)))
+    calibrate(tiny_bert, [bert_batch()])
+    clean = logits(tiny_bert)
+    with deploy(tiny_bert, "10y", seed=3):
+        torch.testing.assert_close(logits(tiny_bert), clean, rtol=1e-5, atol=1e-6)
+
+
+def test_same_seed_same_chip_other_seed_other_chip(chip):
+    found = []
+    for seed in (1, 1, 2):
+        with deploy(chip, "1d", seed=seed):
+            found.append(logits(chip))
+    assert torch.equal(found[0], found[1])
+    assert not torch.allclose(found[0], found[2])
+
+
+def test_a_chip_ages_along_one_continuous_curve(chip):
+    def at(time):
+        with deploy(chip, time, seed=5):
+            return crossbar_layers(chip)["classifier"].deployed.clone()
+
+    gap = (at("1d") - at("1s")).abs().max()
+    previous = at(1.0)
+    for time in torch.logspace(0, 4.93, 60).tolist():
+        now = at(time)
+        assert (now - previous).abs().max() < 0.2 * gap
+        previous = now
+    correlation = torch.corrcoef(torch.stack([(at(t) - at(None)).flatten() for t in ("1s", "1d")]))[0, 1]
+    assert correlation > 0.9
+
+
+def test_layer_spread_is_the_published_one():
+    model = nn.Sequential(nn.Linear(400, 300, bias=False))
+    cell = device(read_noise=0.0)
+    with torch.no_grad():
+        model[0].weight.fill_(0.5)
+        model[0].weight[:, 0] = 1.0
+    patch_model(model, ReRAMConfig(device=cell, weight_clip=None))
+    with deploy(model, "1d", seed=0):
+        error = (model[0].deployed - model[0].weight)[:, 1:] * cell.g_range
+    expected = (cell.retention_std(20.0, "1d") ** 2 + cell.retention_std(0.0, "1d") ** 2).sqrt()
+    assert float(error.detach().std() / expected) == pytest.approx(1, rel=0.01)
+
+
+def test_heat_is_time():
+    model = nn.Sequential(nn.Linear(30, 20))
+    patch_model(model, ReRAMConfig(device=device(read_noise=0.0)))
+    cell = model[0].crossbar.config.device
+    with deploy(model, 60, temperature=330.0, seed=1):
+        hot = model[0].deployed.clone()
+    with deploy(model, cell.equivalent_time(60, 330.0), seed=1):
+        torch.testing.assert_close(model[0].deployed, hot)
+
+
+def test_nothing_is_left_behind_and_contexts_nest(chip):
+    clean, keys = logits(chip), set(chip.state_dict())
+    with deploy(chip, "1s", seed=1):
+        first = logits(chip)
+        with deploy(chip, "1d", seed=2):
+            assert set(chip.state_dict()) == keys
+        assert torch.equal(logits(chip), first)
+    with pytest.raises(RuntimeError, match="inside"), deploy(chip, "1d"):
+        raise RuntimeError("inside")
+    assert torch.equal(logits(chip), clean)
+
+
+def test_digital_is_the_digital_model(tiny_bert):
+    before = logits(tiny_bert)
+    twin = copy.deepcopy(tiny_bert)
+    patch_model(twin, ReRAMConfig())
+    calibrate(twin, [bert_batch()])
+    with digital(twin):
+        assert torch.equal(logits(twin), before)
+    assert not torch.allclose(logits(twin), before)
+
+
+def test_read_noise_is_drawn_anew_and_stuck_cells_do_not_move():
+    model = nn.Sequential(nn.Linear(64, 64))
+    patch_model(model, ReRAMConfig(device=device(stuck_at_min=0.3, stuck_at_max=0.1), weight_clip=None))
+    x = torch.randn(50, 64)
+    calibrate(model, [x])
+    with torch.no_grad(), deploy(model, "1d", seed=1):
+        assert not torch.equal(model(x), model(x))
+        late = model[0].deployed.clone()
+    with deploy(model, None, seed=1):
+        same = (model[0].deployed == late).float().mean()
+    assert float(same) == pytest.approx(0.4**2, abs=0.02)  # both cells of a pair stuck
+
+
+def test_read_noise_has_its_standard_deviation():
+    cell = device(read_noise=0.5, retention=SILENT)
+    model = nn.Sequential(nn.Linear(16, 400, bias=False))
+    patch_model(model, ReRAMConfig(device=cell, range_shrink=0.5, gain="small_signal", tile_size=4, weight_clip=None))
+    x = torch.randn(300, 16)
+    calibrate(model, [x])
+    layer = model[0]
+    with torch.no_grad():
+        clean = model(x)
+        with deploy(model, "1s"):
+            noise = model(x) - clean
+    # In currents: unit = range · scale / (shrink · Δg · read_voltage), four tiles add up.
+    unit = float(layer.input_range) / (0.5 * cell.g_range * cell.read_voltage) * layer.weight_scale
+    assert float((noise / unit).std()) == pytest.approx(0.5 * 2, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"seed": -1}, {"seed": 1.5}, {"time": "soon"}, {"time": -1}, {"temperature": 0}, {"temperature": "hot"}]
+)
+def test_bad_arguments(chip, wrong):
+    with pytest.raises(ValueError, match="allowed"), deploy(chip, **wrong):
+        pass

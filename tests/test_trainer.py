@@ -1,0 +1,216 @@
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    EarlyStoppingCallback,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_reram import ReRAMConfig, ReRAMTrainer, RobustnessReport, crossbar_layers, patch_model
+from hf_reram.config import RETENTION_LOSSES
+from tests.conftest import bert_batch
+
+
+def fresh_bert(seed=0):
+    set_seed(seed)
+    shape = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 3}
+    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = BertForSequenceClassification(BertConfig(**shape, **quiet, intermediate_size=32))
+    # It takes **kwargs but ignores num_items_in_batch, so that Trainer itself would count each micro-batch fully.
+    model.accepts_loss_kwargs = False
+    return model
+
+
+def examples(n=32, labels=True):
+    batch = bert_batch(n)
+    keys = [k for k in batch if labels or k != "labels"]
+    return [{k: batch[k][i] for k in keys} for i in range(n)]
+
+
+def arguments(folder, **options):
+    defaults = {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return TrainingArguments(**{**defaults, **options})
+
+
+def trainer_of(folder, config=None, model=None, data=None, arguments_=None, **options):
+    return ReRAMTrainer(
+        model or fresh_bert(),
+        arguments(folder, **(arguments_ or {})),
+        train_dataset=data or examples(),
+        reram_config=config or ReRAMConfig(retention_loss="output", retention_weight=2.0),
+        **options,
+    )
+
+
+def accuracy(prediction):
+    return {"accuracy": float((np.argmax(prediction.predictions, -1) == prediction.label_ids).mean())}
+
+
+@pytest.mark.parametrize("loss", RETENTION_LOSSES)
+def test_every_retention_loss_trains_and_logs(tmp_path, loss):
+    trainer = trainer_of(tmp_path, ReRAMConfig(retention_loss=loss, retention_times=["1s", "1d"]))
+    before = {n: p.clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 4
+    for entry in logs:
+        total = entry["task_loss"] + entry.get("retention_loss", 0.0) * trainer.reram_config.retention_weight
+        assert entry["loss"] == pytest.approx(total, rel=1e-4)
+        assert 0 < entry["noise_to_signal"] < 10
+    assert ("retention_loss" in logs[0]) == (loss not in ("none", "noise", "drift"))
+    assert any(not torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
+    for layer in crossbar_layers(trainer.model).values():
+        assert (layer.weight.abs() <= layer.held_scale()).all()
+
+
+def gradients(folder, config, **options):
+    """Gradients and task loss of the first optimizer step."""
+    found = {}
+
+    class Catch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            if not found:
+                found.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+    once = {"max_steps": 1, "max_grad_norm": 0.0, "train_sampling_strategy": "sequential", **options}
+    trainer = trainer_of(folder, config, arguments_=once, data=examples(16), callbacks=[Catch()])
+    trainer.train()
+    return found, trainer.state.log_history[0]
+
+
+@pytest.mark.parametrize("loss", ["weight", "sensitivity", "drift", "sensitivity+drift", "noise"])
+def test_accumulating_four_by_four_is_one_batch_of_sixteen(tmp_path, loss):
+    config = ReRAMConfig(retention_loss=loss, calibration_batches=1)
+    whole, log = gradients(tmp_path, config, per_device_train_batch_size=16)
+    config = ReRAMConfig(retention_loss=loss, calibration_batches=4)
+    parts, log2 = gradients(tmp_path, config, per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    assert log2["task_loss"] == pytest.approx(log["task_loss"], rel=0.02)
+    assert whole.keys() == parts.keys()
+    flat, other = (torch.cat([g.flatten() for g in d.values()]) for d in (whole, parts))
+    # Calibration saw the same examples in other batches, so that sampled statistics differ slightly.
+    assert float(torch.nn.functional.cosine_similarity(flat, other, 0)) > 0.98
+
+
+def test_resuming_gives_the_losses_of_an_uninterrupted_run(tmp_path):
+    config = {"retention_loss": "sensitivity+drift"}
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    whole = trainer_of(tmp_path / "a", ReRAMConfig(**config), arguments_=options)
+    whole.train()
+    again = trainer_of(tmp_path / "a", ReRAMConfig(**config), arguments_=options)
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    for key in ("loss", "task_loss", "retention_loss"):
+        one, two = ([e[key] for e in t.state.log_history if "loss" in e] for t in (whole, again))
+        assert two[3:] == pytest.approx(one[3:], rel=1e-5)
+
+
+def test_best_model_is_selected_by_a_metric_of_aged_chips(tmp_path):
+    options = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_1d_accuracy",
+        "max_steps": 6,
+    }
+    trainer = trainer_of(
+        tmp_path,
+        arguments_=options,
+        eval_dataset=examples(24),
+        compute_metrics=accuracy,
+        eval_times=["1d"],
+        eval_chips=2,
+        callbacks=[EarlyStoppingCallback(5)],
+    )
+    trainer.train()
+    evaluations = [e for e in trainer.state.log_history if "eval_loss" in e]
+    assert trainer.state.best_metric == max(e["eval_1d_accuracy"] for e in evaluations)
+    assert "eval_1d_loss" in evaluations[0]
+
+
+def test_custom_loss_and_label_smoothing(tmp_path):
+    def loss_of(outputs, labels, num_items_in_batch=None):
+        return torch.nn.functional.cross_entropy(outputs.logits, labels) * 7
+
+    seven = trainer_of(tmp_path, compute_loss_func=loss_of)
+    seven.train()
+    plain = trainer_of(tmp_path)
+    plain.train()
+    smooth = trainer_of(tmp_path, arguments_={"label_smoothing_factor": 0.2})
+    smooth.train()
+    first = [t.state.log_history[0] for t in (seven, plain, smooth)]
+    assert first[0]["task_loss"] == pytest.approx(7 * first[1]["task_loss"], rel=1e-4)
+    assert first[2]["task_loss"] != first[1]["task_loss"]
+    assert first[0]["retention_loss"] == pytest.approx(first[1]["retention_loss"], rel=1e-4)
+
+
+def test_a_teacher_needs_no_labels(tmp_path):
+    teacher = fresh_bert(7)
+    with torch.no_grad():
+        teacher.classifier.weight *= 30  # predictions that are worth learning
+    trainer = trainer_of(tmp_path, data=examples(labels=False), teacher=teacher, arguments_={"max_steps": 20})
+    trainer.train()
+    losses = [e["task_loss"] for e in trainer.state.log_history if "loss" in e]
+    assert 0 <= losses[-1] < losses[0]
+
+
+def test_evaluate_robustness_reports_metrics_of_the_trainer(tmp_path):
+    trainer = trainer_of(tmp_path, eval_dataset=examples(24), compute_metrics=accuracy)
+    report = trainer.evaluate_robustness(times=["1s", "1d"], seeds=3, progress=False)
+    assert isinstance(report, RobustnessReport)
+    assert report.digital["accuracy"] == pytest.approx(report.digital["accuracy"])
+    assert {"loss", "accuracy"} <= set(report.metrics)
+    only = trainer.evaluate_robustness(times=["1d"], seeds=2, metrics=["eval_accuracy"], progress=False)
+    assert only.metrics == ["accuracy"]
+    with pytest.raises(ValueError, match="allowed"):
+        trainer.evaluate_robustness(times=["1d"], seeds=2, metrics=["f1"], progress=False)
+
+
+def test_learned_ranges_move_without_weight_decay(tmp_path):
+    config = ReRAMConfig(retention_loss="none", learn_input_range=True)
+    trainer = trainer_of(tmp_path, config, arguments_={"weight_decay": 0.1})
+    names = [n for n, _ in trainer.model.named_parameters() if n.endswith("input_range")]
+    before = {n: trainer.model.get_parameter(n).clone() for n in names}
+    assert not set(names) & set(trainer.get_decay_parameter_names(trainer.model))
+    trainer.train()
+    assert any(not torch.equal(trainer.model.get_parameter(n), before[n]) for n in names)
+
+
+def test_a_patched_model_brings_its_config_and_another_config_replaces_it(tmp_path):
+    model = patch_model(fresh_bert(), ReRAMConfig(device="cmo-hfox-ibm", retention_loss="output"))
+    trainer = ReRAMTrainer(model, arguments(tmp_path), train_dataset=examples())
+    assert trainer.reram_config.device.name == "cmo-hfox-ibm"
+    assert all(layer.calibrated for layer in crossbar_layers(model).values())
+    other = ReRAMTrainer(model, arguments(tmp_path), train_dataset=examples(), reram_config=ReRAMConfig())
+    assert crossbar_layers(other.model)["classifier"].crossbar.config.device.name == "hfox-neurram"
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"reram_config": None}, {"eval_times": ["soon"]}, {"eval_chips": 0}, {"teacher_weight": 2}]
+)
+def test_bad_arguments(tmp_path, wrong):
+    options = {"reram_config": ReRAMConfig(), **wrong}
+    with pytest.raises(ValueError, match=r"allowed|not patched"):
+        ReRAMTrainer(fresh_bert(), arguments(tmp_path), train_dataset=examples(), **options)
+
+
+def test_model_init(tmp_path):
+    trainer = ReRAMTrainer(
+        model_init=lambda: fresh_bert(), args=arguments(tmp_path), train_dataset=examples(), reram_config=ReRAMConfig()
+    )
+    trainer.train()
+    assert all(layer.calibrated for layer in crossbar_layers(trainer.model).values())
