@@ -72,12 +72,11 @@ def swap_layers(model: Any, config: ReRAMConfig) -> CrossbarState:
     """Swap the classes of the selected layers and register their buffers, also on the meta device."""
     if crossbar_layers(model):
         raise ValueError(f"{type(model).__name__} is patched already: call unpatch_model(model) first")
-    selected = select_layers(model, config)
+    selected: dict[str, Any] = select_layers(model, config)
     for name, module in selected.items():
         if module.weight.device.type != "meta" and not torch.isfinite(module.weight.detach()).all():
             raise ValueError(f"the weight of layer {name!r} holds NaN or infinite values")
     state = CrossbarState(config)
-    module: Any
     for name, module in selected.items():
         digital = type(module)
         module.__class__ = _crossbar_class(module)
@@ -213,9 +212,8 @@ def _some(names) -> str:
     return ", ".join(names[:8]) + (f", … ({len(names)} in all)" if len(names) > 8 else "")
 
 
-def _tied_names(model: nn.Module) -> set[str]:
+def _tied_names(model: Any) -> set[str]:
     """Layers whose weight is an embedding's, or will be once transformers ties it."""
-    m: Any
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     names = {n for n, m in model.named_modules() if isinstance(m, _KINDS) and id(m.weight) in embeddings}
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():

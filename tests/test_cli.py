@@ -5,7 +5,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from hf_reram import RobustnessReport
+from hf_reram import ReRAMConfig, RobustnessReport, patch_model
 from hf_reram.cli import app
 from hf_reram.version import __version__
 
@@ -29,4 +29,4 @@ def test_demo_runs_the_whole_path(tmp_path, monkeypatch):
     assert "| digital |" in (tmp_path / "report.md").read_text()
     assert RobustnessReport.from_json(tmp_path / "checkpoint" / "robustness.json").metrics == ["accuracy"]
     with pytest.raises(RuntimeError, match="something else"):
-        demo.check_reload(demo.small_deit(), tmp_path / "checkpoint", demo.Digits.load())
+        demo.check_reload(patch_model(demo.small_deit(), ReRAMConfig()), tmp_path / "checkpoint", demo.Digits.load())

@@ -63,14 +63,14 @@ def weight_error(device: DeviceConfig, times: tuple[float, ...], temperature: fl
 
 
 def _pair_variance(device: DeviceConfig, std: Polynomial, a: np.ndarray) -> np.ndarray:
-    high, low = (np.maximum(horner(std, device.g_min + device.g_range * x), 0) for x in (a, 0.0))
-    return (high**2 + low**2) / device.g_range**2
+    high, low = (np.maximum(horner(std, device.g_min + device.g_range * x), 0.0) for x in (a, np.zeros(1)))
+    return np.asarray(high**2 + low**2, dtype=float) / device.g_range**2
 
 
 def _pair_mean(device: DeviceConfig, mean: Polynomial) -> Polynomial:
     shifted = np.polynomial.Polynomial(mean)(np.polynomial.Polynomial([device.g_min, device.g_range]))
     coefficients = np.zeros(max(2, len(shifted.coef)))
-    coefficients[: len(shifted.coef)] = shifted.coef / device.g_range
+    coefficients[: len(shifted.coef)] = np.asarray(shifted.coef, dtype=float) / device.g_range
     coefficients[0] = 0.0  # minus the g_min cell's own shift
     return tuple(float(c) for c in coefficients)
 
