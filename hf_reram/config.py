@@ -80,7 +80,7 @@ class ReRAMConfig(QuantizationConfigMixin):
     target_modules: Any = None
     modules_to_not_convert: Any = None
     retention_loss: str | None = "output+drift"
-    retention_weight: float = 1.0
+    retention_weight: float = 0.3
     retention_times: Any = field(default_factory=lambda: ["1d"])
     temperature: float | None = None
     calibration_batches: int = 32

@@ -162,7 +162,8 @@ def test_a_teacher_needs_no_labels(tmp_path):
     teacher = fresh_bert(7)
     with torch.no_grad():
         teacher.classifier.weight *= 30  # predictions that are worth learning
-    trainer = trainer_of(tmp_path, data=examples(labels=False), teacher=teacher, arguments_={"max_steps": 20})
+    options = {"data": examples(labels=False), "teacher": teacher, "arguments_": {"max_steps": 20}}
+    trainer = trainer_of(tmp_path, ReRAMConfig(retention_loss="none"), **options)
     trainer.train()
     losses = [e["task_loss"] for e in trainer.state.log_history if "loss" in e]
     assert 0 <= losses[-1] < losses[0]
