@@ -37,7 +37,6 @@ def plot_reports(
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    references = set()
     for i, (report, label) in enumerate(zip(reports, labels)):
         color = COLORS[i % len(COLORS)]
         times = [t for t in report.times if t > 0]
@@ -48,10 +47,9 @@ def plot_reports(
             axes.plot(times, mean, color=color, marker=MARKERS[i % 7], ms=5, ls=("-", "--", ":")[j % 3], label=name)
             low, high = ([s.mean + sign * s.std for s in statistics] for sign in (-1, 1))
             axes.fill_between(times, low, high, color=color, alpha=0.15, lw=0)
-        if report.digital and metric in report.digital:
-            references.add(round(report.digital[metric], 6))
-    for value in sorted(references):
-        axes.axhline(value, color="0.35", ls=(0, (5, 3)), lw=1.2, label="digital" if value == max(references) else None)
+    base = reports[0].digital
+    if base and metric in base:
+        axes.axhline(base[metric], color="0.35", ls=(0, (5, 3)), lw=1.2, label="digital base")
     axes.set_xscale("log")
     last = max(max(report.times) for report in reports)
     axes.set_xlim(0.7, max(last * 1.5, 2))

@@ -164,7 +164,7 @@ class RobustnessReport:
         title: str | None = None,
     ) -> Path:
         """Write a PNG: the metric against time since programming, mean with the band of ± one standard deviation over
-        chips, the digital model as a reference line.
+        chips, this report's digital model as a reference line.
 
         Args:
             others: more reports for the same plot. metric: None takes the first. labels: one a report.
