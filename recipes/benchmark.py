@@ -10,7 +10,6 @@ machine whose speed drifts does not matter. Peak memory is that of a process of 
 import copy
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -119,8 +118,15 @@ def seconds(step: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
+def status_mib(key: str) -> float:
+    """A memory figure of this process, from Linux (getrusage's peak is inherited from the parent process)."""
+    with open("/proc/self/status", encoding="utf-8") as file:
+        line = next(line for line in file if line.startswith(key))
+    return int(line.split()[1]) / 1024
+
+
 def peak_mib(arguments: Arguments, variant: str) -> float:
-    """Peak memory of a fresh process that runs three steps of a variant ("digital" for none)."""
+    """Peak memory above that of the built model, in a fresh process that runs three steps of a variant, or "digital"."""
     command = [sys.executable, __file__, "--memory_of", variant, "--model", arguments.model]
     command += ["--batch_size", str(arguments.batch_size), "--length", str(arguments.length)]
     if arguments.model_name_or_path:
@@ -134,11 +140,11 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     model, batch = build(arguments)
     if arguments.memory_of:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = status_mib("VmRSS")
         step = make_step(model, batch, None if arguments.memory_of == "digital" else arguments.memory_of)
         for _ in range(3):
             step()
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+        print(status_mib("VmHWM") - before)
         return
     chosen = [v for v in VARIANTS if not arguments.variants or any(part in v for part in arguments.variants)]
     digital = make_step(copy.deepcopy(model), batch, None)

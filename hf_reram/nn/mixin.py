@@ -44,6 +44,7 @@ class CrossbarMixin(nn.Module):
     sensitivity: Tensor | None  # (output channels,), see hf_reram.sensitivity
     _scalars_of: Any = None
     _white_std: float | None = None
+    _spread: Tensor | None = None  # of the forward under way
     term_scale: Tensor  # the gradient that this layer's retention term receives, see hf_reram.nn.attach
 
     # Set-up
@@ -67,7 +68,8 @@ class CrossbarMixin(nn.Module):
         for name in BUFFERS:
             self._buffers.pop(name, None)
             self._parameters.pop(name, None)
-        for name in ("crossbar", "crossbar_name", "deployed", "sensitivity", "term_scale", "_scalars_of", "_white_std"):
+        own = ("crossbar", "crossbar_name", "deployed", "sensitivity", "term_scale")
+        for name in (*own, "_scalars_of", "_white_std", "_spread"):
             self.__dict__.pop(name, None)
 
     @property
@@ -144,6 +146,7 @@ class CrossbarMixin(nn.Module):
     def _hold(self, factor: Tensor | float) -> Tensor:
         """``factor · W`` as the cells hold it: clipped, and deployed or with sampled drift where that is on."""
         state = self.crossbar
+        self._spread = None
         if self.deployed is not None:
             return self.deployed * factor
         scale = self.held_scale()
@@ -157,6 +160,8 @@ class CrossbarMixin(nn.Module):
             return (held + noise.mul_(self._white_noise_std() * scale)) * factor
         error = state.drift_error
         spread = WeightVariance.apply(self.weight, scale, error.variance, error.variance_slope)
+        if error is state.error and spread.dtype in (torch.float32, torch.float64):
+            self._spread = spread  # the closed-form term of this forward needs it too
         drifted = held + spread.clamp(min=1e-30).sqrt() * noise
         if any(error.means[0]):
             drifted = drifted + weight_mean(self.weight, scale, error.means[0])
@@ -219,6 +224,7 @@ class CrossbarMixin(nn.Module):
             y = self._op(s, weight, self.bias)
         if self.training and (state.term or state.measure):
             y = self._account(x, s, y, factor)
+        self._spread = None
         return y
 
     def _account(self, x: Tensor, s: Tensor, y: Tensor, factor: Tensor | float) -> Tensor:
@@ -237,7 +243,9 @@ class CrossbarMixin(nn.Module):
             return Attach.apply(y, term, self.term_scale)
 
     def _variance(self) -> Tensor:
-        error = self.crossbar.error
+        error, spread = self.crossbar.error, self._spread
+        if spread is not None:
+            return spread
         scale = self.held_scale()
         return WeightVariance.apply(_wide(self.weight), _wide(scale), error.variance, error.variance_slope)
 
