@@ -126,7 +126,7 @@ def status_mib(key: str) -> float:
 
 
 def peak_mib(arguments: Arguments, variant: str) -> float:
-    """Peak memory above that of the built model, in a fresh process that runs three steps of a variant, or "digital"."""
+    """Peak memory above that of the built model, in a fresh process that runs three steps of a variant or "digital"."""
     command = [sys.executable, __file__, "--memory_of", variant, "--model", arguments.model]
     command += ["--batch_size", str(arguments.batch_size), "--length", str(arguments.length)]
     if arguments.model_name_or_path:
