@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .config import ReRAMConfig
+from .deployment import digital_eval
 from .device.iv import LINEAR_B, full_scale_gain, least_squares_gain
 from .mapping import weight_scales
 from .nn import CrossbarConv2d, CrossbarMixin
@@ -168,20 +169,14 @@ def _observed(model: nn.Module, statistics: dict[str, LayerStatistics], groups: 
         groups.setdefault(name, last[1])
         statistics[name].update(x, state.keep(x))
 
-    training = {module: module.training for module in model.modules()}
     hooks = [s.layer.register_forward_pre_hook(observe) for s in statistics.values()]
-    digital, state.digital = state.digital, True
-    model.eval()
     try:
-        with torch.no_grad():
+        with digital_eval(model), torch.no_grad():
             yield
     finally:
-        state.digital = digital
         state.mask = None
         for hook in hooks:
             hook.remove()
-        for module, mode in training.items():
-            module.training = mode
 
 
 def _settle(shared: list[LayerStatistics], config: ReRAMConfig) -> None:

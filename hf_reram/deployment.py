@@ -64,6 +64,19 @@ def realize(layer: CrossbarMixin, time: float | None, temperature: float | None,
 
 
 @contextmanager
+def digital_eval(model: nn.Module) -> Iterator[nn.Module]:
+    """:func:`digital` in eval mode; every module's own mode is restored afterwards."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with digital(model):
+            yield model
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextmanager
 def digital(model: nn.Module) -> Iterator[nn.Module]:
     """The patched model as the digital model that it was made from, for as long as the context lasts."""
     state = crossbar_state(model)

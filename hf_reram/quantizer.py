@@ -9,7 +9,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from .config import ReRAMConfig
 from .nn.mixin import BUFFERS
-from .patching import crossbar_layers, initialize_layers, make_range_trainable, swap_layers
+from .patching import crossbar_layers, initialize_layers, make_range_trainable, swap_layers, unpatch_model
 
 
 @register_quantizer("reram")
@@ -41,8 +41,6 @@ class ReRAMQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model, dtype=None):
-        from .patching import unpatch_model
-
         return unpatch_model(model)
 
     def is_serializable(self) -> bool:

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from .deployment import digital_eval
 from .nn import CrossbarMixin
 from .outputs import call_model, sampled_log_likelihood
 from .patching import crossbar_layers, crossbar_state
@@ -33,28 +34,23 @@ def measure_sensitivity(model: nn.Module, batches: list) -> None:
 
         y.register_hook(collect)
 
-    training = {module: module.training for module in model.modules()}
     hooks = [layer.register_forward_hook(watch) for layer in layers.values()]
-    digital, state.digital = state.digital, True
     # Every parameter, so that the backward pass reaches every layer even where all of them are frozen.
     parameters = {p: p.requires_grad for p in model.parameters() if p.is_floating_point()}
     for p in parameters:
         p.requires_grad_(True)
-    model.eval()
     try:
-        with torch.enable_grad(), torch.random.fork_rng():
+        with digital_eval(model), torch.enable_grad(), torch.random.fork_rng():
             torch.manual_seed(0)
             for batch in batches:
                 likelihood = sampled_log_likelihood(call_model(model, batch))
                 torch.autograd.grad(likelihood.sum(), list(parameters), allow_unused=True)
     finally:
-        state.digital, state.mask = digital, None
+        state.mask = None
         for hook in hooks:
             hook.remove()
         for p, required in parameters.items():
             p.requires_grad_(required)
-        for module, mode in training.items():
-            module.training = mode
     for name, layer in layers.items():
         total, count = sums[name]
         layer.sensitivity = torch.zeros(_channels(layer)) if count == 0 else (total / count)

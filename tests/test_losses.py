@@ -1,7 +1,6 @@
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from hf_reram import (
     ReRAMConfig,
@@ -42,7 +41,7 @@ def test_closed_form_is_what_chips_show(retention):
 
 
 def test_sampled_drift_has_the_moments_of_a_chip():
-    config = ReRAMConfig(device=device(retention=GENERIC), weight_clip=2.5, retention_loss="drift")
+    config = ReRAMConfig(device=device(retention=GENERIC, read_noise=0.0), weight_clip=2.5, retention_loss="drift")
     model = nn.Sequential(nn.Linear(64, 40, bias=False)).train()
     patch_model(model, config)
     calibrate(model, [torch.randn(200, 64)])
@@ -53,7 +52,6 @@ def test_sampled_drift_has_the_moments_of_a_chip():
     with torch.no_grad():
         for seed in range(400):
             with deploy(model, "1d", seed=seed):
-                model[0].crossbar.config.device.__dict__["read_noise"] = 0.0
                 chips.append(model(eye))
     chips = torch.stack(chips)
     assert float(draws.var(0).mean() / chips.var(0).mean()) == pytest.approx(1, rel=0.02)
@@ -163,7 +161,7 @@ def test_a_layer_called_twice_counts_over_both_calls():
     calibrate(model, [3 * x])
     model(x)
     assert len(noise_to_signal(model)) == 1
-    assert checkpoint(lambda t: t, x, use_reentrant=False) is x
+    assert set(noise_to_signal(model)) == {"inner"}
 
 
 def test_weights_are_held_in_range(tiny_bert):

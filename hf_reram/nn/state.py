@@ -64,9 +64,7 @@ class CrossbarState:
             if tensor.is_floating_point() and tensor.device.type == "cpu" and torch.isnan(tensor.detach().sum()):
                 raise ValueError("an input of the model contains NaN: a crossbar cannot be driven with it")
         if training:
-            self.terms.clear()
-            self.ratios.clear()
-            self.consumed = False
+            self._forget()
             self.batch_size = tensors[0].shape[0] if tensors and tensors[0].dim() else 1
             if self.drift == "drift" and len(self.times) > 1:
                 pick = int(torch.randint(len(self.times), (), generator=self._generator("time", torch.device("cpu"))))
@@ -78,12 +76,15 @@ class CrossbarState:
             return None
         return self.mask.reshape(-1).to(device=x.device, dtype=torch.float32)
 
+    def _forget(self) -> None:
+        self.terms.clear()
+        self.ratios.clear()
+        self.consumed = False
+
     def collect(self, into: dict[str, Tensor], name: str, term: Tensor) -> None:
         """Add a layer's term to those of this forward."""
         if self.consumed:
-            self.terms.clear()
-            self.ratios.clear()
-            self.consumed = False
+            self._forget()
         into[name] = into[name] + term if name in into else term
 
     def normal(self, like: Tensor, name: str) -> Tensor:
