@@ -18,7 +18,7 @@ from transformers.utils import logging
 from .config import ReRAMConfig
 from .deployment import digital_eval
 from .device.iv import LINEAR_B, full_scale_gain, least_squares_gain
-from .mapping import weight_scales
+from .mapping import relative_weights, weight_scales
 from .nn import CrossbarConv2d, CrossbarMixin
 from .outputs import call_model
 from .patching import crossbar_layers, crossbar_state
@@ -194,6 +194,7 @@ def _settle(shared: list[LayerStatistics], config: ReRAMConfig) -> None:
         layer.gain.fill_(gain)
         inputs = _phi(statistics.grouped_samples(), span, config.device.b(shrink), gain)
         rows = layer._rows(layer.weight)
+        inputs = inputs * relative_weights(rows, inputs).sqrt()[:, None]
         per_channel = config.weight_scale == "per_channel"
         error = layer.crossbar.error
         layer.weight_scale.copy_(weight_scales(rows, config.weight_clip, per_channel, error, inputs))
@@ -223,6 +224,7 @@ def _best_shrink(shared: list[LayerStatistics], span: float, config: ReRAMConfig
         layer, inputs = statistics.layer, statistics.grouped_samples()
         rows = layer._rows(layer.weight).float()
         clipped = inputs.clamp(-span, span)
+        weights = relative_weights(rows, clipped).double()
         scale = weight_scales(rows, None, config.weight_scale == "per_channel", layer.crossbar.error)
         tiles = math.ceil(rows.shape[2] / tiles_of) if tiles_of else 1
         channels = rows.shape[0] * rows.shape[1]
@@ -237,7 +239,7 @@ def _best_shrink(shared: list[LayerStatistics], span: float, config: ReRAMConfig
             gain = _gain(statistics, span, b, config)
             bend = torch.bmm(rows, (_phi(inputs, span, b, gain) - clipped).transpose(1, 2))
             unit = span * gain * config.device.b() / b
-            errors[i] += float(bend.double().square().sum()) / inputs.shape[1] + unit**2 * square * noise
+            errors[i] += float((bend.double().square().sum((0, 1)) * weights).mean() + weights.mean() * (unit**2 * square * noise))
     return SHRINKS[int(errors.argmin())]
 
 

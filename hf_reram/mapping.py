@@ -24,7 +24,8 @@ def weight_scales(
         clip: RMS multiples, None for no clipping, or "auto".
         per_channel: one scale a channel, else one for all.
         error: moments of the retention error, for "auto".
-        inputs: samples of the array's input, (groups, samples, crossbar rows); None takes white inputs.
+        inputs: samples of the array's input, (groups, samples, crossbar rows), scaled by the root of
+            :func:`relative_weights` where a relative error is meant; None takes white inputs.
 
     Returns:
         (groups · channels,) or (1,), float32; 0 for an all-zero channel.
@@ -55,6 +56,20 @@ def least_error_scales(rows: Tensor, largest: Tensor, rms: Tensor, error: Weight
             best = torch.where(cost < least, scale, best)
             least = torch.minimum(cost, least)
     return best
+
+
+def relative_weights(rows: Tensor, inputs: Tensor) -> Tensor:
+    """``1 / |W phi_n|²`` of each sampled input, (samples,): what makes an output error a relative one.
+
+    A few tokens drive a layer far beyond the rest ([CLS], [SEP], massive activations). The normalization that follows
+    takes that out again, so an absolute error would let them decide for all: on MiniLM and hfox-neurram after one day
+    weights clipped for the least absolute error give 44.6 F1, for the least relative one 51.0 (digital 56.7).
+
+    Args:
+        rows: (groups, channels of a group, crossbar rows). inputs: (groups, samples, crossbar rows).
+    """
+    signal = torch.bmm(rows.detach().float(), inputs.transpose(1, 2)).square().sum((0, 1))
+    return 1 / (signal + 1e-3 * signal.mean()).clamp(min=1e-30)  # an output near zero is not all that counts
 
 
 def expected_error(rows: Tensor, scale: Tensor, error: WeightError, inputs: Tensor | None) -> Tensor:
