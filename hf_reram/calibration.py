@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .config import ReRAMConfig
+from .config import ReRAMConfig, converter_levels
 from .deployment import digital_eval
 from .device.iv import LINEAR_B, full_scale_gain, least_squares_gain
 from .mapping import relative_weights, weight_scales
@@ -199,6 +199,7 @@ def _settle(shared: list[LayerStatistics], config: ReRAMConfig) -> None:
         error = layer.crossbar.error
         layer.weight_scale.copy_(weight_scales(rows, config.weight_clip, per_channel, error, inputs))
         layer.adc_range.fill_(_largest_current(statistics, span, config))
+        layer.forget_white_noise()
 
 
 def _phi(x: Tensor, span: float, b: float, gain: float) -> Tensor:
@@ -231,8 +232,8 @@ def _best_shrink(shared: list[LayerStatistics], span: float, config: ReRAMConfig
         square = float(scale.double().square().mean()) * channels
         current = config.device.read_noise / (config.device.g_range * config.device.read_voltage)
         noise = current**2 * tiles
-        if config.adc_bits:
-            step = _largest_current(statistics, span, config) / ((1 << (config.adc_bits - 1)) - 1)
+        if levels := converter_levels(config.adc_bits):
+            step = _largest_current(statistics, span, config) / levels
             noise += step**2 / 12 * tiles
         for i, shrink in enumerate(SHRINKS):
             b = config.device.b(shrink)

@@ -201,5 +201,10 @@ class ReRAMConfig(QuantizationConfigMixin):
         return {"quant_method": "reram", "version": CONFIG_VERSION, "device": self.device.to_dict()} | data
 
 
+def converter_levels(bits: int | None) -> int:
+    """Levels per sign of a DAC or ADC, ``2^(bits-1) - 1``; 0 for an ideal one."""
+    return (1 << (bits - 1)) - 1 if bits else 0
+
+
 def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .device.weight_error import WeightError
-from .nn.functional import WeightVariance, weight_mean
+from .nn.cells import WeightVariance, weight_mean
 
 # Candidates for weight_clip="auto", in RMS of the channel; beyond comes no clipping at all.
 CLIPS = (1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)

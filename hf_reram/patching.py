@@ -82,6 +82,9 @@ def swap_layers(model: Any, config: ReRAMConfig) -> CrossbarState:
         module.__class__ = _crossbar_class(module)
         module._digital_class = digital
         module.init_crossbar(state, name, _channels(module))
+    for module in model.modules():
+        if getattr(module, "inplace", False) is True:  # would overwrite the output that a retention term still needs
+            module.inplace, module._was_inplace = False, True
     model._crossbar_hook = model.register_forward_pre_hook(_BeginForward(state), with_kwargs=True)
     return state
 
@@ -140,6 +143,9 @@ def unpatch_model(model: Any) -> nn.Module:
     for layer in crossbar_layers(model).values():
         layer.remove_crossbar()
         layer.__class__ = layer.__dict__.pop("_digital_class")
+    for module in model.modules():
+        if module.__dict__.pop("_was_inplace", False):
+            module.inplace = True
     model._crossbar_hook.remove()
     del model._crossbar_hook
     for owner, name in ((model, "hf_quantizer"), (getattr(model, "config", None), "quantization_config")):

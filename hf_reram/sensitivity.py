@@ -25,7 +25,8 @@ def measure_sensitivity(model: nn.Module, batches: list) -> None:
         keep = state.keep(args[0])
 
         def collect(grad):
-            flat = layer._channels_last(grad.float())
+            rows_of = layer._output_rows(grad.float())
+            flat = rows_of.flatten(2) if rows_of.dim() == 4 else rows_of
             square = flat.square().flatten(2).sum(2) if flat.dim() == 3 else flat.square()
             rows = len(square) if keep is None else float(keep.sum())
             total = square.sum(0) if keep is None else keep.to(square) @ square

@@ -6,7 +6,16 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_reram import ReRAMConfig, calibrate, crossbar_layers, deploy, patch_model, summarize, unpatch_model
+from hf_reram import (
+    ReRAMConfig,
+    add_retention_loss,
+    calibrate,
+    crossbar_layers,
+    deploy,
+    patch_model,
+    summarize,
+    unpatch_model,
+)
 from hf_reram.nn import CrossbarConv1D, CrossbarLinear
 from tests.conftest import bert_batch, straight
 
@@ -136,3 +145,21 @@ def test_peft_wraps_crossbar_layers():
     trained = [n for n, p in lora.named_parameters() if p.grad is not None]
     assert any("lora_B" in n for n in trained)
     assert not any("base_layer" in n for n in trained)
+
+
+@pytest.mark.parametrize("loss", ["output", "sensitivity", "output+drift"])
+def test_an_activation_in_place_does_not_overwrite_what_the_term_needs(loss):
+    def model(inplace):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace), nn.Flatten(), nn.Linear(144, 5)).train()
+
+    x, grads = torch.randn(2, 3, 8, 8), []
+    for inplace in (False, True):
+        net = model(inplace)
+        patch_model(net, ReRAMConfig(retention_loss=loss))
+        calibrate(net, [x])
+        add_retention_loss(net(x).square().mean(), net)[0].backward()
+        grads.append(net[0].weight.grad)
+    torch.testing.assert_close(*grads)
+    unpatch_model(net)
+    assert net[1].inplace

@@ -26,11 +26,15 @@ class WeightError:
         variance: coefficients in ``a`` of s², averaged over the times, lowest power first.
         variance_slope: coefficients of its derivative.
         means: for each time, coefficients in ``a`` of m.
+        std, floor: for one time where σ is a polynomial throughout, ``s² = std(a)² + floor``, at half the degree;
+            otherwise std is None.
     """
 
     variance: Polynomial
     variance_slope: Polynomial
     means: tuple[Polynomial, ...]
+    std: Polynomial | None = None
+    floor: float = 0.0
 
     @property
     def mean_is_linear(self) -> bool:
@@ -53,13 +57,24 @@ def weight_error(device: DeviceConfig, times: tuple[float, ...], temperature: fl
     pairs = [device.retention.polynomials(device.equivalent_time(t, temperature)) for t in times]
     degree = 2 * max(len(std) - 1 for _, std in pairs)
     a = (1 - np.cos(np.linspace(0, np.pi, 201))) / 2  # Chebyshev points resolve both ends
-    if any(np.min(horner(std, device.g_min + device.g_range * a)) < 0 for _, std in pairs):
+    clamped = any(np.min(horner(std, device.g_min + device.g_range * a)) < 0 for _, std in pairs)
+    if clamped:
         degree = max(degree, _CLAMPED_DEGREE)
     square = np.mean([_pair_variance(device, std, a) for _, std in pairs], axis=0)
     fit = np.polynomial.Chebyshev.fit(a, square, degree, domain=[0, 1])
     variance = fit.convert(kind=np.polynomial.Polynomial, domain=[-1, 1])
     means = tuple(_pair_mean(device, mean) for mean, _ in pairs)
-    return WeightError(_plain(variance), _plain(variance.deriv()) if degree else (0.0,), means)
+    slope = _plain(variance.deriv()) if degree else (0.0,)
+    if clamped or len(pairs) > 1:
+        return WeightError(_plain(variance), slope, means)
+    std = _composed(device, pairs[0][1]) / device.g_range
+    return WeightError(_plain(variance), slope, means, tuple(std.tolist()), float(std[0]) ** 2)
+
+
+@lru_cache(maxsize=4096)
+def white_error(std: float) -> WeightError:
+    """The moments of an error that does not depend on the weight, with standard deviation ``std · w_scale``."""
+    return WeightError((std**2,), (0.0,), ((0.0, 0.0),), (std,), 0.0)
 
 
 def _pair_variance(device: DeviceConfig, std: Polynomial, a: np.ndarray) -> np.ndarray:
@@ -68,11 +83,17 @@ def _pair_variance(device: DeviceConfig, std: Polynomial, a: np.ndarray) -> np.n
 
 
 def _pair_mean(device: DeviceConfig, mean: Polynomial) -> Polynomial:
-    shifted = np.polynomial.Polynomial(mean)(np.polynomial.Polynomial([device.g_min, device.g_range]))
-    coefficients = np.zeros(max(2, len(shifted.coef)))
-    coefficients[: len(shifted.coef)] = np.asarray(shifted.coef, dtype=float) / device.g_range
+    shifted = _composed(device, mean) / device.g_range
+    coefficients = np.zeros(max(2, len(shifted)))
+    coefficients[: len(shifted)] = shifted
     coefficients[0] = 0.0  # minus the g_min cell's own shift
     return tuple(float(c) for c in coefficients)
+
+
+def _composed(device: DeviceConfig, polynomial: Polynomial) -> np.ndarray:
+    """Coefficients in ``a`` of a polynomial in the conductance ``g_min + Δg a``."""
+    in_a = np.polynomial.Polynomial(polynomial)(np.polynomial.Polynomial([device.g_min, device.g_range]))
+    return np.atleast_1d(np.asarray(getattr(in_a, "coef", in_a), dtype=float))
 
 
 def _plain(polynomial) -> Polynomial:

@@ -3,8 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import InputPower
 from .mixin import CrossbarMixin
+from .power import InputPower, Pull
 
 
 class CrossbarConv2d(CrossbarMixin, nn.Conv2d):
@@ -32,11 +32,10 @@ class CrossbarConv2d(CrossbarMixin, nn.Conv2d):
         slices = [slice(start, start + size) for start in range(0, channels, size)]
         return [(grouped[..., part, :, :].flatten(-4, -3), weight[:, part]) for part in slices]
 
-    def _input_power(self, s: Tensor) -> Tensor:
-        s = s if s.dim() == 4 else s[None]
+    def _input_power(self, s: Tensor, pull: Pull | None) -> Tensor:
         # Summed over the batch first: a window's sum of squares needs no unfolding of the whole batch.
-        power = InputPower.apply(s.flatten(1), None).view(1, *s.shape[1:])
-        return self.unfold(power).sum(-1).view(self.groups, -1)
+        power = InputPower.apply(s if s.dim() == 4 else s[None], None, pull)
+        return self.unfold(power[None]).sum(-1).view(self.groups, -1)
 
     def unfold(self, x: Tensor) -> Tensor:
         """The array's input for each output pixel: (N, C · kernel area, pixels)."""
@@ -45,8 +44,8 @@ class CrossbarConv2d(CrossbarMixin, nn.Conv2d):
     def _rows(self, weight: Tensor) -> Tensor:
         return weight.reshape(self.groups, self.out_channels // self.groups, -1)
 
-    def _channels_last(self, y: Tensor) -> Tensor:
-        return (y if y.dim() == 4 else y[None]).flatten(2)
+    def _output_rows(self, y: Tensor) -> Tensor:
+        return y if y.dim() == 4 else y[None]
 
     def _broadcast(self, per_channel: Tensor, like: str) -> Tensor:
         return per_channel[:, None, None, None] if like == "weight" else per_channel[:, None, None]

@@ -5,17 +5,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .functional import InputPower
 from .mixin import CrossbarMixin
+from .power import InputPower, Pull
 
 
 class _Matrix(CrossbarMixin):
     """A layer whose crossbar is one matrix: rows are input features."""
 
-    def _input_power(self, s: Tensor) -> Tensor:
-        return InputPower.apply(s.reshape(-1, s.shape[-1]), self.crossbar.keep(s))[None]
+    def _input_power(self, s: Tensor, pull: Pull | None) -> Tensor:
+        return InputPower.apply(s.reshape(-1, s.shape[-1]), self.crossbar.keep(s), pull)[None]
 
-    def _channels_last(self, y: Tensor) -> Tensor:
+    def _output_rows(self, y: Tensor) -> Tensor:
         return y.reshape(-1, y.shape[-1])
 
 

@@ -9,10 +9,12 @@ import weakref
 import torch
 from torch import Tensor
 
+from .power import Pull
+
 _LOCAL = threading.local()
 
 
-def shared_drive(x: Tensor, key: tuple, compute) -> Tensor:
+def shared_drive(x: Tensor, key: tuple, compute) -> tuple[Tensor, Pull | None]:
     """``compute()``, or its last result if that was for the same tensor ``x``, unchanged, and the same ``key``."""
     if torch.compiler.is_compiling() or x.is_inference():
         return compute()
@@ -21,7 +23,7 @@ def shared_drive(x: Tensor, key: tuple, compute) -> Tensor:
     if last is not None and last[0]() is x and last[1] == key:
         s = last[2]()
         if s is not None:
-            return s
-    s = compute()
-    _LOCAL.last = (weakref.ref(x), key, weakref.ref(s))
-    return s
+            return s, last[3]
+    s, pull = compute()
+    _LOCAL.last = (weakref.ref(x), key, weakref.ref(s), pull)
+    return s, pull

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,13 +8,16 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from hf_reram.device.iv import cell_current, full_scale_gain, least_squares_gain, sinh_coefficients, uniform_gain
-from hf_reram.nn.functional import InputPower, MapWeight, OutputPower, Quantize, ShrunkSinh, WeightVariance
+from hf_reram.device.weight_error import WeightError
+from hf_reram.nn.cells import DriftedWeight, MapWeight, WeightVariance, weight_mean
+from hf_reram.nn.functional import Quantize, ShrunkSinh
+from hf_reram.nn.power import InputPower, OutputPower, Pull, Tap
 
 F64 = torch.float64
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.floats(1e-3, 6.0), st.floats(1e-3, 1e3), st.integers(0, 2**31))
+@given(st.floats(1e-3, 6.0), st.floats(-12, 12).map(lambda e: 10.0**e), st.integers(0, 2**31))
 def test_sinh_is_exact_to_float32(b, span, seed):
     x = torch.randn(300, generator=torch.Generator().manual_seed(seed)) * span
     exact = torch.sinh(b * (x.double() / span).clamp(-1, 1))
@@ -30,7 +34,8 @@ def test_sinh_gradients_for_input_and_range(b):
 
 @pytest.mark.parametrize("shape", [(7, 5), (2, 3, 4, 5), (600, 700)])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
-def test_chunked_float32_path_agrees_with_float64(shape, layout):
+@pytest.mark.parametrize("powers", [True, False])
+def test_chunked_float32_path_agrees_with_float64(shape, layout, powers):
     x = torch.randn(shape)
     if layout == "channels_last" and x.dim() == 4:
         x = x.to(memory_format=torch.channels_last)
@@ -39,7 +44,10 @@ def test_chunked_float32_path_agrees_with_float64(shape, layout):
     grad = torch.randn_like(x)
     x32, x64 = x.clone().requires_grad_(), x.double().requires_grad_()
     for t, g in ((x32, grad), (x64, grad.double())):
-        ShrunkSinh.apply(t, 1.5, 0.8, 0).backward(g)
+        pull = Pull()
+        s = ShrunkSinh.apply(t, 1.5, 0.8, 0, pull)
+        loss = (s * g).sum()
+        (loss + InputPower.apply(s, None, pull).square().sum() if powers else loss).backward()
     torch.testing.assert_close(x32.grad, x64.grad.float(), rtol=1e-5, atol=1e-6)
 
 
@@ -79,18 +87,77 @@ def test_weight_functions_have_right_gradients():
     assert gradcheck(lambda w: WeightVariance.apply(w, scale, variance, slope), (weight,))
 
 
-@pytest.mark.parametrize("keep", [None, torch.tensor([1, 1, 0, 1, 0, 1, 1.0], dtype=F64)])
-@pytest.mark.parametrize("inner", [(), (3,)])
-def test_powers(keep, inner):
+@pytest.mark.parametrize("mean", [(0.0, 0.0), (0.0, -0.1, 0.2)])
+@pytest.mark.parametrize("std", [None, (0.2, 0.3, -0.1)])
+def test_drifted_weight_has_right_values_and_gradients(mean, std):
+    weight = torch.randn(6, 5, dtype=F64, requires_grad=True)
+    noise = torch.randn(6, 5, dtype=F64)
+    scale = torch.rand(6, 1, dtype=F64) + 0.5
+    error = WeightError((0.1, 0.3, -0.2, 0.4), (0.3, -0.4, 1.2), (mean,))
+    if std:
+        square = np.polynomial.Polynomial(std) ** 2 + 0.05
+        error = WeightError(tuple(square.coef), tuple(square.deriv().coef), (mean,), std, 0.05)
+    assert gradcheck(lambda w: DriftedWeight.apply(w, scale, noise, 1.7, error, True), (weight,))
+    assert gradcheck(lambda w: DriftedWeight.apply(w, scale, noise, 1.7, error, False)[0], (weight,))
+    drifted, variance = DriftedWeight.apply(weight, scale, noise, 1.7, error, True)
+    torch.testing.assert_close(variance, WeightVariance.apply(weight, scale, error.variance, error.variance_slope))
+    held = MapWeight.apply(weight, scale, 1.0)
+    wanted = 1.7 * (held + weight_mean(weight, scale, mean) + variance.sqrt() * noise)
+    torch.testing.assert_close(drifted, wanted)
+
+
+KEEPS = [None, torch.tensor([1, 1, 0, 1, 0, 1, 1.0], dtype=F64)]
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("inner", [(), (3, 2)])
+@pytest.mark.parametrize("tapped", [True, False])
+def test_output_power(keep, inner, tapped):
     y = torch.randn(7, 5, *inner, dtype=F64, requires_grad=True)
-    bias = torch.randn(5, dtype=F64, requires_grad=True)
-    assert gradcheck(lambda y, b: OutputPower.apply(y, b, keep), (y, bias))
+    bias = torch.randn(5, *[1] * len(inner), dtype=F64, requires_grad=True)
+
+    def power(clean, bias):
+        pull = Pull() if tapped else None
+        out = Tap.apply(clean + bias.detach(), bias, pull) if tapped else clean + bias
+        return OutputPower.apply(out, bias, keep, pull) + 0.1 * out.pow(3).sum()
+
+    assert gradcheck(power, (y, bias))
     rows = slice(None) if keep is None else keep.bool()
-    wide = bias if not inner else bias[:, None]
-    torch.testing.assert_close(OutputPower.apply(y, bias, keep), (y - wide)[rows].square().sum())
-    if not inner:
-        assert gradcheck(lambda y: InputPower.apply(y, keep), (y,))
-        torch.testing.assert_close(InputPower.apply(y, keep), y[rows].square().sum(0))
+    torch.testing.assert_close(OutputPower.apply(y, bias, keep, None), (y - bias)[rows].square().sum())
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("inner", [(), (3, 2)])
+@pytest.mark.parametrize("b", [1e-5, 0.5])
+def test_input_power(keep, inner, b):
+    x = torch.randn(7, 5, *inner, dtype=F64, requires_grad=True)
+    span = torch.tensor([1.3], dtype=F64, requires_grad=True)
+    weight = torch.randn(5, *inner, dtype=F64)
+
+    def power(x, span):
+        pull = Pull()
+        s = ShrunkSinh.apply(x, span, b, 0, pull)
+        first = InputPower.apply(s, keep, pull)
+        second = InputPower.apply(s, keep, pull)  # shared by two layers
+        return (weight * (first + second.square())).sum() + s.pow(3).sum()
+
+    assert gradcheck(power, (x, span))
+    assert gradcheck(lambda x: power(x, 1.3), (x,))
+    rows = slice(None) if keep is None else keep.bool()
+    torch.testing.assert_close(InputPower.apply(x, keep, None), x[rows].square().sum(0))
+    assert gradcheck(lambda x: InputPower.apply(x, keep, None), (x,))
+
+
+def test_a_pull_left_by_a_partial_backward_pass_is_not_added_to_the_next():
+    x, w = (torch.randn(7, 5, dtype=F64, requires_grad=True) for _ in range(2))
+    pull = Pull()
+    s = ShrunkSinh.apply(x, 1.3, 0.5, 0, pull)
+    loss = (w * InputPower.apply(s, None, pull)).sum()
+    torch.autograd.grad(loss, w, retain_graph=True)
+    (found,) = torch.autograd.grad(loss, x)
+    again = ShrunkSinh.apply(x, 1.3, 0.5, 0)
+    (wanted,) = torch.autograd.grad((w * again.square().sum(0)).sum(), x)
+    torch.testing.assert_close(found, wanted)
 
 
 def test_quantize_rounds_saturates_and_passes_gradients():

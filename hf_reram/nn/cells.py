@@ -1,0 +1,153 @@
+"""The autograd functions of the weights: what the cells hold, and how far retention moves it."""
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from ..device.retention import horner
+from ..device.weight_error import WeightError
+from .chunks import evaluate_polynomial, row_pieces
+
+
+class MapWeight(Function):
+    """``factor · clamp(W, -w_scale, w_scale)``: the weights that the cells can hold, with a gain folded in.
+
+    Args:
+        weight: any shape. scale: w_scale, broadcastable to it. factor: float.
+    """
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, scale: Tensor, factor: float) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        ctx.factor = factor
+        held = torch.maximum(torch.minimum(weight, scale), -scale)
+        return held if factor == 1.0 else held.mul_(factor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        weight, scale = ctx.saved_tensors
+        return (grad * ctx.factor).masked_fill_(weight.abs() > scale, 0.0), None, None
+
+
+class WeightVariance(Function):
+    """``s²(W) = w_scale² P(|W| / w_scale)``, the retention variance of each weight.
+
+    Args:
+        weight: any shape. scale: w_scale, broadcastable to it; where it is 0 the result is 0.
+        variance, slope: coefficients of P and of its derivative (:class:`hf_reram.device.weight_error.WeightError`).
+    """
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, scale: Tensor, variance: tuple, slope: tuple) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        ctx.slope = slope
+        result = torch.empty_like(weight)
+        for w, k, out, a in _weight_pieces(weight, scale, result):
+            _magnitude(w, k, a)
+            evaluate_polynomial(variance, a, out).mul_(k * k)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        weight, scale = ctx.saved_tensors
+        result = torch.empty_like(weight)
+        for w, k, out, g, a in _weight_pieces(weight, scale, result, grad):
+            ratio = _magnitude(w, k, torch.empty_like(a), clip=False)
+            evaluate_polynomial(ctx.slope, torch.clamp(ratio, max=1.0, out=a), out).mul_(k).mul_(g).mul_(w.sign())
+            _zero_clipped(out, ratio)
+        return result, None, None, None
+
+
+class DriftedWeight(Function):
+    """``(factor · (W' + m(W') + s(W') ε), s²(W'))`` with ``W' = clamp(W, -w_scale, w_scale)``: weights as found after
+    the retention time, for given variates ε, and their variance, both differentiable with respect to W.
+
+    Args:
+        weight: any shape, at least float32. scale: w_scale, broadcastable to it. noise: ε, of the weight's shape.
+        factor: float. error: of one time. variance: whether to return the variance, else None in its place.
+    """
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, scale: Tensor, noise: Tensor, factor: float, error: WeightError, variance: bool):
+        # With W' = sign k a and s = k sqrt P(a), the derivative is kept instead of the noise: it costs the same memory.
+        slope, drifted = torch.empty_like(weight), torch.empty_like(weight)
+        squares = torch.empty_like(weight) if variance else drifted
+        mean = error.means[0]
+        for w, k, n, d, out, square, a in _weight_pieces(weight, scale, noise, slope, drifted, squares):
+            ratio = _magnitude(w, k, torch.empty_like(a), clip=False)
+            torch.clamp(ratio, max=1.0, out=a)
+            _half_slope(error, a, d, out)
+            if variance:
+                torch.mul(out, k * k, out=square)
+            std, sign = out.clamp_(min=1e-30).sqrt_(), w.sign()
+            d.div_(std).mul_(n).mul_(sign).add_(1.0)
+            if any(mean):
+                d.add_(horner(_derivative(mean), a))
+                a.add_(horner(mean, a))
+            _zero_clipped(d, ratio)
+            out.mul_(n).add_(a.mul_(sign)).mul_(k * factor)
+        ctx.save_for_backward(weight, scale, slope)
+        ctx.factor, ctx.error = factor, error
+        ctx.set_materialize_grads(False)
+        return drifted, squares if variance else None
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor | None, grad_variance: Tensor | None):
+        weight, scale, slope = ctx.saved_tensors
+        if grad is None:
+            grad = weight.new_zeros(()).expand(weight.shape)
+        if grad_variance is None:
+            return (grad * slope).mul_(ctx.factor), None, None, None, None, None
+        result = torch.empty_like(weight)
+        for w, k, g, d, gv, out, a in _weight_pieces(weight, scale, grad, slope, grad_variance, result):
+            h, ratio = torch.empty_like(a), _magnitude(w, k, torch.empty_like(a), clip=False)
+            _half_slope(ctx.error, torch.clamp(ratio, max=1.0, out=a), h, out)
+            _zero_clipped(h.mul_(w.sign()), ratio).mul_(k)
+            torch.mul(g, d, out=out).mul_(ctx.factor).addcmul_(h, gv, value=2.0)
+        return result, None, None, None, None, None
+
+
+def _zero_clipped(slope: Tensor, ratio: Tensor) -> Tensor:
+    """Zero where |W| is above w_scale; a weight at its very edge keeps its gradient, so that it can come back."""
+    edge = 1.0 + 4 * torch.finfo(slope.dtype).eps
+    return torch.ops.aten.hardtanh_backward.grad_input(slope, ratio, -edge, edge, grad_input=slope)
+
+
+def _half_slope(error: WeightError, a: Tensor, half: Tensor, square: Tensor) -> None:
+    """P(a) into ``square`` and P'(a)/2 into ``half``."""
+    if error.std is None:
+        evaluate_polynomial(error.variance, a, square)
+        evaluate_polynomial(error.variance_slope, a, half).mul_(0.5)
+        return
+    std = evaluate_polynomial(error.std, a, square)
+    evaluate_polynomial(_derivative(error.std), a, half).mul_(std)
+    square.mul_(std).add_(error.floor)
+
+
+def _derivative(coefficients: tuple) -> tuple:
+    return tuple(i * c for i, c in enumerate(coefficients))[1:] or (0.0,)
+
+
+def weight_mean(weight: Tensor, scale: Tensor, mean: tuple) -> Tensor:
+    """``m(W) = w_scale · M(|W| / w_scale) · sign(W)``, the retention shift of each weight; arguments as above."""
+    a = (weight / scale.clamp(min=1e-30)).abs().clamp(max=1.0)
+    return horner(mean, a) * scale * weight.sign()
+
+
+def _weight_pieces(weight: Tensor, scale: Tensor, *others: Tensor):
+    """Row slices of a weight, its scale, further tensors of the weight's shape, and a work tensor."""
+    if torch.compiler.is_compiling() or weight.device.type != "cpu":
+        yield (weight, scale, *others, torch.empty_like(weight))
+        return
+    for part, work in row_pieces(weight):
+        yield (weight[part], scale[part] if len(scale) == len(weight) else scale, *(t[part] for t in others), work)
+
+
+def _magnitude(weight: Tensor, scale: Tensor, out: Tensor, clip: bool = True) -> Tensor:
+    """|W| / w_scale. A clipped weight is above 1, so it is told from a held one, which has a gradient."""
+    torch.div(weight, scale.clamp(min=1e-30), out=out).abs_()
+    return out.clamp_(max=1.0) if clip else out

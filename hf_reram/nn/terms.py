@@ -1,0 +1,131 @@
+"""A layer's closed-form retention terms (DESIGN §2).
+
+Each is a pair (noise, signal) of sums over the batch, so that the loss is their ratio over all processes' batches
+together.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cells import MapWeight, WeightVariance, weight_mean
+from .power import OutputPower, Pull, Tap
+
+
+@dataclass
+class Reading:
+    """One forward of a layer, as its term sees it.
+
+    Attributes:
+        s: driven input; phi = factor · s. y: output with its bias. factor: see :class:`~.mixin.CrossbarMixin`.
+        input_pull, output_pull: where powers of s and of y leave their gradients; None if they compute them.
+        variance: s² of the weights if it is already known.
+    """
+
+    s: Tensor
+    y: Tensor
+    factor: Tensor | float
+    input_pull: Pull | None
+    output_pull: Pull | None = None
+    variance: Tensor | None = None
+
+
+def wide(t: Tensor) -> Tensor:
+    """At least float32: squares of half-precision values would overflow or vanish."""
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+
+
+def taps_output(layer) -> bool:
+    """Whether the layer's term reads the power of its output, whose gradient then goes through a Tap."""
+    state = layer.crossbar
+    reads = state.term == "output" or (state.term == "sensitivity" and state.error.mean_square > 0)
+    return layer.training and reads and not torch.compiler.is_compiling()
+
+
+def tap_output(layer, reading: Reading) -> None:
+    """Put a Tap on the output, which was computed with the bias detached."""
+    reading.output_pull = Pull()
+    rows = Tap.apply(layer._output_rows(reading.y), _bias(layer), reading.output_pull)
+    reading.y = rows.view(reading.y.shape)
+
+
+def output_term(layer, reading: Reading) -> Tensor:
+    """``(E|ΔW phi|², E|W phi|²)``: their ratio is the layer's noise-to-signal ratio."""
+    error = layer.crossbar.error
+    columns = layer._rows(_variance(layer, reading)).sum(1)
+    noise = (columns * layer._input_power(reading.s, reading.input_pull)).sum() * reading.factor**2
+    signal = _output_power(layer, reading)
+    if error.mean_is_linear:
+        noise = noise + error.mean_square * signal if error.mean_square else noise
+    else:
+        noise = noise + _mean_power(layer, reading)
+    return torch.stack((noise.reshape(()), signal.reshape(())))
+
+
+def weight_term(layer, reading: Reading) -> Tensor:
+    """``(E|ΔW|², |W|²)``: the same without activations."""
+    scale, weight = wide(layer.held_scale()), wide(layer.weight)
+    held = MapWeight.apply(weight, scale, 1.0)
+    noise = _variance(layer, reading).sum()
+    for mean in layer.crossbar.error.means:
+        if any(mean):
+            noise = noise + weight_mean(weight, scale, mean).square().sum() / len(layer.crossbar.error.means)
+    return torch.stack((noise, held.square().sum()))
+
+
+def sensitivity_term(layer, reading: Reading) -> Tensor:
+    """``(½ Σ_i h_i Σ_n |Δy_i|², examples)``: their ratio is, to second order, the KL divergence [nats] per example
+    that this layer's retention error causes in the model's prediction, with ``h_i`` the Fisher information of output
+    channel i (:func:`hf_reram.sensitivity.measure_sensitivity`).
+
+    Raises:
+        RuntimeError: the layer's Fisher information was never measured.
+    """
+    if layer.sensitivity is None:
+        raise RuntimeError(
+            f"layer {layer.crossbar_name!r} has no sensitivity: call calibrate(model, batches, sensitivity=True) "
+            'before training with retention_loss="sensitivity"'
+        )
+    error = layer.crossbar.error
+    variance = layer._rows(_variance(layer, reading))
+    h = layer.sensitivity.to(variance.device).reshape(variance.shape[:2])
+    power = layer._input_power(reading.s, reading.input_pull)
+    noise = torch.einsum("go,gor,gr->", h, variance, power) * reading.factor**2
+    if error.mean_square or not error.mean_is_linear:
+        noise = noise + h.mean() * _mean_power(layer, reading)
+    examples = torch.full_like(noise.reshape(()), float(layer.crossbar.batch_size))
+    return torch.stack((0.5 * noise.reshape(()), examples))
+
+
+TERMS = {"output": output_term, "weight": weight_term, "sensitivity": sensitivity_term}
+
+
+def _variance(layer, reading: Reading) -> Tensor:
+    if reading.variance is not None:
+        return reading.variance
+    error = layer.crossbar.error
+    return WeightVariance.apply(wide(layer.weight), wide(layer.held_scale()), error.variance, error.variance_slope)
+
+
+def _bias(layer) -> Tensor | None:
+    return None if layer.bias is None else wide(layer._broadcast(layer.bias, "output"))
+
+
+def _output_power(layer, reading: Reading) -> Tensor:
+    keep = layer.crossbar.keep(reading.s)
+    return OutputPower.apply(layer._output_rows(reading.y), _bias(layer), keep, reading.output_pull)
+
+
+def _mean_power(layer, reading: Reading) -> Tensor:
+    """``sum_n |m phi_n|²``, averaged over the times; m proportional to W needs no further product."""
+    error = layer.crossbar.error
+    if error.mean_is_linear:
+        return error.mean_square * _output_power(layer, reading)
+    scale, s, keep = wide(layer.held_scale()), wide(reading.s), layer.crossbar.keep(reading.s)
+    powers: list[Any] = []
+    for mean in error.means:
+        shifted = weight_mean(wide(layer.weight), scale, mean) * reading.factor
+        powers.append(OutputPower.apply(layer._output_rows(layer._op(s, shifted, None)), None, keep, None))
+    return torch.stack(powers).mean(0)
