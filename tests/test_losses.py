@@ -74,7 +74,7 @@ def grads_of(model, step):
     model.zero_grad()
     loss = step()
     loss.backward()
-    return float(loss), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return float(loss.detach()), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def prepared(model, **options):
@@ -113,6 +113,25 @@ def test_checkpointing_counts_each_term_once(tiny_bert, reentrant):
     assert again == pytest.approx(loss, rel=1e-6)
     for name, grad in grads.items():
         torch.testing.assert_close(others[name], grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["none", "output+drift", "sensitivity"])
+def test_compiled_step_is_the_eager_one(tiny_bert, kind):
+    model = prepared(tiny_bert, retention_loss=kind)
+
+    def step(model_or_compiled):
+        torch.manual_seed(3)
+        with sampled_drift(model):
+            loss = model_or_compiled(**bert_batch()).loss
+        return loss if kind == "none" else add_retention_loss(loss, model)[0]
+
+    loss, grads = grads_of(model, lambda: step(model))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    again, others = grads_of(model, lambda: step(compiled))
+    assert again == pytest.approx(loss, rel=1e-5)
+    for name, grad in grads.items():
+        torch.testing.assert_close(others[name], grad, rtol=1e-4, atol=1e-6)
 
 
 def test_loss_scaling_scales_the_term_too(tiny_bert):

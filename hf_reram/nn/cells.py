@@ -21,14 +21,18 @@ class MapWeight(Function):
     def forward(ctx, weight: Tensor, scale: Tensor, factor: float) -> Tensor:
         ctx.save_for_backward(weight, scale)
         ctx.factor = factor
-        held = torch.maximum(torch.minimum(weight, scale), -scale)
+        held = torch.clamp(weight, -scale, scale)
         return held if factor == 1.0 else held.mul_(factor)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         weight, scale = ctx.saved_tensors
-        return (grad * ctx.factor).masked_fill_(weight.abs() > scale, 0.0), None, None
+        result = torch.empty_like(weight)
+        for w, k, g, out, ratio in _weight_pieces(weight, scale, grad, result):
+            torch.mul(g, ctx.factor, out=out)
+            _zero_clipped(out, _magnitude(w, k, ratio, clip=False))
+        return result, None, None
 
 
 class WeightVariance(Function):
