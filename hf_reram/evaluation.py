@@ -4,15 +4,21 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import nn
 from tqdm.auto import tqdm
 
 from .deployment import deploy, digital
 from .device.time import parse_time
+from .digest import model_digest
+from .nn.state import layer_seed
 from .patching import crossbar_state, summarize
 from .report import Measurement, RobustnessReport
+from .run_log import Run, RunLog
 
 DEFAULT_TIMES = ("1s", "1d", "10y")
 
@@ -25,6 +31,8 @@ def evaluate_robustness(
     seeds: int | Iterable[int] = 10,
     references: bool = True,
     progress: bool = True,
+    resume: str | Path | None = None,
+    share_chips: bool = False,
 ) -> RobustnessReport:
     """Evaluate a patched model as several chips at several times since programming.
 
@@ -34,16 +42,20 @@ def evaluate_robustness(
             temperature, and once for each reference.
         times: see :func:`hf_reram.deploy`.
         temperatures: K; None takes the config's.
-        seeds: how many chips, or the chips' numbers. Chip ``n`` is the same chip at every time.
+        seeds: how many chips, or the chips' numbers. Chip ``n`` is the same chip at every time, and its read noise
+            the same in every evaluation, whatever else is evaluated beside it.
         references: also evaluate the digital model and the ideal crossbar (I-V curve and converters, nothing else).
         progress: show a progress bar.
+        resume: a file that keeps each finished run; those of the same weights and config are not run again.
+        share_chips: with several processes, each runs its share of the chips, and all get the whole report;
+            ``evaluate`` must then not talk to other processes.
 
     Raises:
-        ValueError: the model is not patched; no times, temperatures or seeds; a bad one of them; or ``evaluate``
-            returns no finite numbers.
+        ValueError: the model is not patched; no times, temperatures or seeds; a bad one of them; ``evaluate``
+            returns no finite numbers; or ``resume`` holds runs of other weights or another config.
     """
     state = crossbar_state(model)
-    chips = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    chips = list(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else list(seeds)  # type: ignore[arg-type]
     for name, values in (("times", times), ("temperatures", temperatures), ("seeds", chips)):
         if isinstance(values, (str, bytes)) or not len(values):
             raise ValueError(f"{name}={values!r}: allowed is a non-empty list")
@@ -51,24 +63,28 @@ def evaluate_robustness(
     kelvins = [state.config.temperature if t is None else t for t in temperatures]
     for kelvin in kelvins:
         state.config.device.equivalent_time(0.0, kelvin)
-    contexts: list[tuple[str, Any]] = []
-    if references:
-        contexts += [("digital", digital(model)), ("ideal", nullcontext())]
-    measurements: list[Measurement] = []
-    found: dict[str, dict[str, float]] = {}
-    total = len(contexts) + len(kelvins) * len(seconds) * len(chips)
-    with tqdm(total=total, desc="chips", disable=not progress, unit="run") as bar, warnings.catch_warnings():
+    runs = [Run("digital"), Run("ideal")] if references else []
+    runs += [Run("chip", s, k, chip) for k in kelvins for s in seconds for chip in chips]
+    log = None if resume is None else RunLog(resume, model_digest(model))
+    found: dict[Run, dict[str, float]] = log.read() if log else {}
+    pending = [run for run in runs if run not in found]
+    several = share_chips and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    mine = pending[dist.get_rank() :: dist.get_world_size()] if several else pending
+    with (
+        tqdm(total=len(mine), desc="chips", disable=not progress, unit="run") as bar,
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("once")
-        for name, context in contexts:
-            with context:
-                found[name] = _metrics(evaluate(model))
+        for run in mine:
+            found[run] = _measure(model, evaluate, run)
+            if log:
+                log.append(run, found[run])
             bar.update()
-        for kelvin in kelvins:
-            for second in seconds:
-                for chip in chips:
-                    with deploy(model, second, kelvin, chip):
-                        measurements.append(Measurement(second, kelvin, chip, _metrics(evaluate(model))))
-                    bar.update()
+    if several:
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, {run: found[run] for run in mine})
+        for part in parts:
+            found |= part
     device = state.config.device
     notes = [
         f"retention at {time:g} s is the last measured value, held"
@@ -78,13 +94,24 @@ def evaluate_robustness(
     if device.assumed:
         notes.append(f"assumed, not measured: {', '.join(device.assumed)}")
     return RobustnessReport(
-        measurements=measurements,
-        digital=found.get("digital"),
-        ideal=found.get("ideal"),
+        measurements=[
+            Measurement(run.time, run.temperature, run.seed, found[run]) for run in runs if run.kind == "chip"
+        ],
+        digital=found.get(Run("digital")) if references else None,
+        ideal=found.get(Run("ideal")) if references else None,
         config=state.config.to_dict(),
         summary=str(summarize(model)),
         notes=notes,
     )
+
+
+def _measure(model: nn.Module, evaluate: Callable, run: Run) -> dict[str, float]:
+    context: Any = digital(model) if run.kind == "digital" else nullcontext()
+    if run.kind == "chip":
+        context = deploy(model, run.time, run.temperature, run.seed)
+    with context, torch.random.fork_rng():
+        torch.manual_seed(layer_seed(run.seed, f"read noise at {run.time:g} s, {run.temperature} K"))
+        return _metrics(evaluate(model))
 
 
 def _metrics(result) -> dict[str, float]:

@@ -7,6 +7,7 @@ from torch import nn
 
 from hf_reram import ReRAMConfig, RobustnessReport, calibrate, evaluate_robustness, patch_model
 from hf_reram.report import Measurement
+from tests.conftest import bert_batch
 
 
 @pytest.fixture
@@ -76,3 +77,29 @@ def test_reports_that_are_none(tmp_path):
     (tmp_path / "r.json").write_text("{}")
     with pytest.raises(ValueError, match="no robustness report"):
         RobustnessReport.from_json(tmp_path / "r.json")
+
+
+def test_a_killed_evaluation_goes_on_where_it_stopped(tiny_bert, tmp_path):
+    patch_model(tiny_bert, ReRAMConfig())
+    calibrate(tiny_bert, [bert_batch()])
+    calls = []
+
+    def evaluate(model):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return {"x": float(model(**bert_batch()).logits.sum())}
+
+    log = tmp_path / "runs.jsonl"
+    options = {"times": ["1s", "1d"], "seeds": 2, "progress": False, "resume": log}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_robustness(tiny_bert, evaluate, **options)
+    log.write_text(log.read_text() + '{"of": "cut o')
+    resumed = evaluate_robustness(tiny_bert, evaluate, **options)
+    assert len(calls) == 4 + 3
+    again = evaluate_robustness(tiny_bert, evaluate, **{**options, "resume": None})
+    assert resumed.to_dict() == again.to_dict()  # read noise too is that of the chip, whatever ran before
+    with torch.no_grad():
+        tiny_bert.classifier.weight.mul_(0.9)
+    with pytest.raises(ValueError, match="other weights"):
+        evaluate_robustness(tiny_bert, evaluate, **options)
