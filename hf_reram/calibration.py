@@ -240,7 +240,9 @@ def _best_shrink(shared: list[LayerStatistics], span: float, config: ReRAMConfig
             gain = _gain(statistics, span, b, config)
             bend = torch.bmm(rows, (_phi(inputs, span, b, gain) - clipped).transpose(1, 2))
             unit = span * gain * config.device.b() / b
-            errors[i] += float((bend.double().square().sum((0, 1)) * weights).mean() + weights.mean() * (unit**2 * square * noise))
+            errors[i] += float(
+                (bend.double().square().sum((0, 1)) * weights).mean() + weights.mean() * (unit**2 * square * noise)
+            )
     return SHRINKS[int(errors.argmin())]
 
 

@@ -41,7 +41,7 @@ def demo(
 
     from transformers.utils import logging
 
-    from .demo import CORNER, ROWS, TIMES, run_demo
+    from .demo import CORNER, METHODS, TIMES, run_demo
 
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=UserWarning)
@@ -52,7 +52,7 @@ def demo(
     )
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        task = progress.add_task("training the digital base", total=len(ROWS) + 2)
+        task = progress.add_task("training the digital base", total=len(METHODS) + 2)
 
         def done(what: str) -> None:
             progress.console.print(f"  {what}")

@@ -2,11 +2,9 @@
 chips that age, checkpoint. Needs no network and no data beside it."""
 
 import copy
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +25,8 @@ from .device import DeviceConfig
 from .device.retention import retention_from_dict
 from .evaluation import evaluate_robustness
 from .patching import patch_model, summarize
-from .report import RobustnessReport, write_whole
+from .protocol import METHODS, OURS, Method, write_comparison
+from .report import RobustnessReport
 from .trainer import ReRAMTrainer
 
 TIMES = ("1s", "1d", "10y")
@@ -44,30 +43,6 @@ CORNER = DeviceConfig(
     programming=(0.2, 0.01),
     read_noise=0.1,
     assumed=("g_min", "g_max", "v0", "read_voltage", "retention", "programming", "read_noise"),
-)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method of the comparison.
-
-    Attributes:
-        label: in table and plot. loss: ``retention_loss``, None for no finetuning. mapped: with range shrink and
-            weight clipping chosen at calibration, else as a naive crossbar.
-    """
-
-    label: str
-    loss: str | None
-    mapped: bool = True
-
-
-OURS = "hf_reram"
-ROWS = (
-    Row("naive crossbar", None, mapped=False),
-    Row("calibrated mapping, no finetuning", None),
-    Row("finetuned without retention loss", "none"),
-    Row("finetuned with noise injection", "noise"),
-    Row(OURS, ReRAMConfig.retention_loss),
 )
 
 
@@ -155,15 +130,12 @@ def train_base(digits: Digits, folder: Path, epochs: float, seed: int) -> nn.Mod
     return model
 
 
-def run_row(row: Row, base: nn.Module, digits: Digits, folder: Path, epochs: float, chips: int, seed: int):
-    """Make one row's model out of the base and evaluate it: (model, report)."""
+def run_method(method: Method, base: nn.Module, digits: Digits, folder: Path, epochs: float, chips: int, seed: int):
+    """Make one method's model out of the base and evaluate it: (model, report)."""
     set_seed(seed)
     model = copy.deepcopy(base)
-    hardware: dict[str, Any] = {"device": CORNER, "retention_times": [TIMES[-1]]}
-    if not row.mapped:
-        hardware |= {"range_shrink": 1.0, "weight_clip": None}
-    config = ReRAMConfig(**hardware, retention_loss=row.loss or "none")
-    if row.loss is None:
+    config = method.config(ReRAMConfig(device=CORNER, retention_times=[TIMES[-1]]))
+    if method.loss is None:
         patch_model(model, config)
         calibrate(model, [{"pixel_values": images} for images in digits.train[0].split(64)])
     else:
@@ -189,7 +161,7 @@ def run_demo(
         chips: how many for each row. progress: called with what has just been finished.
 
     Returns:
-        Reports by label of :data:`ROWS`.
+        Reports by label of :data:`METHODS`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -199,32 +171,20 @@ def run_demo(
     accuracy = digits.accuracy(base)["accuracy"]
     progress(f"digital base: {accuracy:.1f} % of {len(digits.test[1])} test digits")
     reports, ours = {}, None
-    for row in ROWS:
-        model, reports[row.label] = run_row(row, base, digits, folder, epochs, chips, seed)
-        if row.label == OURS:
+    for method in METHODS:
+        model, report = run_method(method, base, digits, folder, epochs, chips, seed)
+        reports[method.label] = report
+        if method is OURS:
             ours = model
-        last = reports[row.label].statistic("accuracy", TIMES[-1])
-        progress(f"{row.label}: {last.mean:.1f} ± {last.std:.1f} % after {TIMES[-1]}")
-    title = f"Handwritten digits on {CORNER.name}, {chips} chips"
-    first, *others = reports.values()
-    first.plot(folder / "robustness.png", *others, labels=list(reports), title=title)
-    write_whole(folder / "report.md", comparison_table(reports, accuracy))
-    write_whole(folder / "report.json", json.dumps({k: r.to_dict() for k, r in reports.items()}, indent=2) + "\n")
+        last = report.statistic("accuracy", TIMES[-1])
+        progress(f"{method.label}: {last.mean:.1f} ± {last.std:.1f} % after {TIMES[-1]}")
+    write_comparison(folder, reports, title=f"Handwritten digits on {CORNER.name}, {chips} chips")
     assert ours is not None
     ours.save_pretrained(folder / "checkpoint")
-    reports[OURS].to_json(folder / "checkpoint" / "robustness.json")
+    reports[OURS.label].to_json(folder / "checkpoint" / "robustness.json")
     check_reload(ours, folder / "checkpoint", digits)
     progress(f"checkpoint loads again with {summarize(ours).layers} crossbar layers and the same predictions")
     return reports
-
-
-def comparison_table(reports: dict[str, RobustnessReport], digital: float) -> str:
-    """Markdown: a row a method, mean ± standard deviation over chips at each time."""
-    lines = [["", *TIMES], ["---"] * (len(TIMES) + 1), ["digital", *[f"{digital:.1f}"] * len(TIMES)]]
-    for label, report in reports.items():
-        cells = [report.statistic("accuracy", t) for t in TIMES]
-        lines.append([label, *(f"{s.mean:.1f} ± {s.std:.1f}" for s in cells)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def check_reload(model: nn.Module, folder: Path, digits: Digits) -> None:

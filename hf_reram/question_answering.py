@@ -33,7 +33,9 @@ def check_squad(dataset, what: str = "dataset") -> None:
         raise ValueError(f"{what} is empty: allowed is at least one question")
     answers = dataset[0]["answers"]
     if not isinstance(answers, dict) or not {"text", "answer_start"} <= answers.keys():
-        raise ValueError(f"{what} has answers such as {answers!r}: allowed is a dict of 'text' and 'answer_start' lists")
+        raise ValueError(
+            f"{what} has answers such as {answers!r}: allowed is a dict of 'text' and 'answer_start' lists"
+        )
 
 
 def _windows(tokenizer, rows: dict[str, list], max_length: int, stride: int):
@@ -200,7 +202,9 @@ class QuestionAnswering:
         first = allowed[np.argsort(-starts[allowed], kind="stable")[: self.n_best]]
         last = allowed[np.argsort(-ends[allowed], kind="stable")[: self.n_best]]
         length = last[None, :] - first[:, None] + 1
-        score = np.where((length > 0) & (length <= self.max_answer_length), starts[first][:, None] + ends[last], -np.inf)
+        score = np.where(
+            (length > 0) & (length <= self.max_answer_length), starts[first][:, None] + ends[last], -np.inf
+        )
         best = np.argsort(-score, axis=None, kind="stable")[: self.n_best]
         offsets = self.offsets[window]
         return [
@@ -225,9 +229,7 @@ class QuestionAnswering:
         """The official figures of predictions; ``best_exact`` and ``best_f1`` search the threshold over each question's
         best span. ``HasAns_span_f1`` is the F1 of answerable questions if the model may not abstain."""
         result = squad_v2_metrics(predictions, self.references)
-        spans = [
-            {**p, "prediction_text": p["n_best"][0]["text"] if p["n_best"] else ""} for p in predictions
-        ]
+        spans = [{**p, "prediction_text": p["n_best"][0]["text"] if p["n_best"] else ""} for p in predictions]
         free = squad_v2_metrics(spans, self.references)
         for key in ("best_exact", "best_exact_thresh", "best_f1", "best_f1_thresh"):
             result[key] = free[key]

@@ -1,0 +1,203 @@
+"""Extractive question answering on SQuAD v2 that keeps its answers on ReRAM crossbars for ten years.
+
+    accelerate launch recipes/squad.py
+    accelerate launch recipes/squad.py --device cmo-hfox-ibm --retention_times 10y --times 1s 1d 1mo 1y 10y
+    accelerate launch recipes/squad.py --model_name_or_path FOLDER --train_file A.parquet --validation_file B.parquet
+
+Compares the digital base, a naive crossbar, the calibrated mapping, and finetuning without retention loss, with noise
+injection and with hf_reram's loss, at the same steps and data. A run that was killed goes on where it stopped when it
+is started again. The finetuned model is in OUTPUT_DIR/hf-reram/model, the comparison in OUTPUT_DIR/report.md.
+"""
+
+import json
+import shlex
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import load_dataset
+from huggingface_hub import HfApi
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    HfArgumentParser,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_reram import ReRAMConfig, ReRAMTrainer, digital, patch_model
+from hf_reram.protocol import METHODS, OURS, run_protocol
+from hf_reram.question_answering import QuestionAnswering, training_features
+
+
+@dataclass
+class Arguments:
+    model_name_or_path: str = field(default="deepset/minilm-uncased-squad2", metadata={"help": "a finetuned QA model"})
+    dataset_name: str = field(default="rajpurkar/squad_v2", metadata={"help": "unless files are given"})
+    train_file: str | None = field(default=None, metadata={"help": "parquet or JSON with SQuAD's columns"})
+    validation_file: str | None = field(default=None, metadata={"help": "parquet or JSON with SQuAD's columns"})
+    max_train_samples: int | None = field(default=None, metadata={"help": "questions, drawn by --seed"})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "questions, drawn by --seed"})
+    answerable_only: bool = field(default=False, metadata={"help": "evaluate only questions that have an answer"})
+    max_length: int = field(default=384, metadata={"help": "tokens of a window in evaluation"})
+    train_max_length: int = field(default=256, metadata={"help": "tokens of a window in training"})
+    doc_stride: int = field(default=128, metadata={"help": "tokens that neighbouring windows share"})
+    n_best_size: int = 20
+    max_answer_length: int = 30
+    null_score_diff_threshold: float = 0.0
+    device: str = field(default="hfox-neurram", metadata={"help": "preset, or JSON file of a DeviceConfig"})
+    range_shrink: str = field(default="auto", metadata={"help": "auto or a number in (0, 1]"})
+    weight_clip: str = field(default="auto", metadata={"help": "auto, none or RMS multiples"})
+    retention_loss: str = ReRAMConfig.retention_loss or "none"
+    retention_weight: float = ReRAMConfig.retention_weight
+    retention_times: list[str] = field(default_factory=lambda: ["1d"], metadata={"help": "to be robust at"})
+    temperature: float | None = field(default=None, metadata={"help": "K; default the device's reference"})
+    times: list[str] = field(default_factory=lambda: ["1s", "1d", "1mo", "1y", "10y"], metadata={"help": "evaluated"})
+    chips: int = 10
+    methods: list[str] = field(default_factory=list, metadata={"help": "parts of methods' labels; default all"})
+    teacher: bool = field(default=False, metadata={"help": "follow the digital model's predictions, without labels"})
+    lora: bool = field(default=False, metadata={"help": "train LoRA adapters, merged into the weights afterwards"})
+    lora_rank: int = 16
+
+
+@dataclass
+class Training(TrainingArguments):
+    output_dir: str | None = "outputs/squad"
+    max_steps: int = 200
+    learning_rate: float = 1e-4
+    per_device_train_batch_size: int = 16
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 0.1
+    save_steps: float = 50
+    save_total_limit: int | None = 1
+    logging_steps: float = 10
+    report_to: str | list[str] | None = "none"
+
+
+def load(file: str | None, name: str, split: str, count: int | None, seed: int):
+    if file is not None:
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"no file {file}")
+        kind = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}.get(Path(file).suffix)
+        if kind is None:
+            raise ValueError(f"{file}: allowed are .parquet, .json and .jsonl files")
+        dataset = load_dataset(kind, data_files=file, split="train")
+    else:
+        dataset = load_dataset(name, split=split)
+    if count is not None and count < len(dataset):
+        dataset = dataset.shuffle(seed=seed).select(range(count))
+    return dataset
+
+
+def number_or_word(text: str) -> float | str | None:
+    words = {"auto": "auto", "none": None}
+    return words[text.lower()] if text.lower() in words else float(text)
+
+
+def reram_config(arguments: Arguments) -> ReRAMConfig:
+    device: str | dict = arguments.device
+    if arguments.device.endswith(".json"):
+        device = json.loads(Path(arguments.device).read_text())
+    return ReRAMConfig(
+        device=device,
+        range_shrink=number_or_word(arguments.range_shrink),
+        weight_clip=number_or_word(arguments.weight_clip),
+        retention_loss=arguments.retention_loss,
+        retention_weight=arguments.retention_weight,
+        retention_times=arguments.retention_times,
+        temperature=arguments.temperature,
+    )
+
+
+def main() -> None:
+    arguments, training = HfArgumentParser((Arguments, Training)).parse_args_into_dataclasses()
+    config = reram_config(arguments)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
+
+    def base():
+        return AutoModelForQuestionAnswering.from_pretrained(arguments.model_name_or_path, dtype=torch.float32)
+
+    with training.main_process_first():
+        questions = load(
+            arguments.train_file, arguments.dataset_name, "train", arguments.max_train_samples, training.seed
+        )
+        train = training_features(
+            questions, tokenizer, arguments.train_max_length, min(arguments.doc_stride, arguments.train_max_length // 2)
+        )
+        held = load(arguments.validation_file, arguments.dataset_name, "validation", None, training.seed)
+        if arguments.answerable_only:
+            held = held.filter(lambda row: len(row["answers"]["text"]) > 0)
+        if arguments.max_eval_samples is not None and arguments.max_eval_samples < len(held):
+            held = held.shuffle(seed=training.seed).select(range(arguments.max_eval_samples))
+    if arguments.teacher:
+        train = train.remove_columns(["start_positions", "end_positions"])
+    evaluate = QuestionAnswering(
+        held,
+        tokenizer,
+        arguments.max_length,
+        arguments.doc_stride,
+        arguments.n_best_size,
+        arguments.max_answer_length,
+        arguments.null_score_diff_threshold,
+        training.per_device_eval_batch_size,
+    )
+
+    def make_trainer(method_config: ReRAMConfig, folder: str) -> ReRAMTrainer:
+        set_seed(training.seed)
+        model = base()
+        if arguments.lora:
+            patch_model(model, method_config)
+            model = get_peft_model(model, LoraConfig(r=arguments.lora_rank, target_modules="all-linear"))
+        return ReRAMTrainer(
+            model,
+            Training(**{**training.to_dict(), "output_dir": folder, "push_to_hub": False}),
+            train_dataset=train,
+            data_collator=DataCollatorWithPadding(tokenizer),
+            processing_class=tokenizer,
+            reram_config=method_config,
+            teacher=base() if arguments.teacher else None,
+        )
+
+    methods = [m for m in METHODS if not arguments.methods or any(part in m.label for part in arguments.methods)]
+    fixed = {key: value for key, value in asdict(arguments).items() if key not in ("times", "chips", "methods")}
+    names = ("max_steps", "num_train_epochs", "learning_rate", "per_device_train_batch_size", "seed")
+    run_protocol(
+        make_trainer,
+        evaluate,
+        config,
+        training.output_dir,
+        arguments.times,
+        arguments.chips,
+        methods,
+        metric="HasAns_f1",
+        title=f"SQuAD v2 on {config.device.name}, {arguments.chips} chips",
+        settings={**fixed, **{name: getattr(training, name) for name in names}},
+        command="accelerate launch " + shlex.join(["recipes/squad.py", *sys.argv[1:]]),
+    )
+    if training.process_index == 0 and OURS in methods:
+        finish(Path(training.output_dir), evaluate, training)
+
+
+def finish(output: Path, evaluate: QuestionAnswering, training: Training) -> None:
+    """Files for the official evaluation script, and the upload."""
+    model = AutoModelForQuestionAnswering.from_pretrained(output / OURS.folder / "model")
+    with digital(model):
+        predictions = evaluate.predict(model)
+    texts = {p["id"]: p["prediction_text"] for p in predictions}
+    odds = {p["id"]: p["no_answer_probability"] for p in predictions}
+    (output / "predictions.json").write_text(json.dumps(texts, indent=1))
+    (output / "null_odds.json").write_text(json.dumps(odds, indent=1))
+    print((output / "report.md").read_text())
+    if training.push_to_hub:
+        api = HfApi()
+        repo = api.create_repo(
+            training.hub_model_id or f"{Path(output).name}-reram", private=training.hub_private_repo, exist_ok=True
+        )
+        api.upload_folder(repo_id=repo.repo_id, folder_path=output / OURS.folder / "model")
+
+
+if __name__ == "__main__":
+    main()
