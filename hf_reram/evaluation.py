@@ -67,8 +67,10 @@ def evaluate_robustness(
     runs += [Run("chip", s, k, chip) for k in kelvins for s in seconds for chip in chips]
     log = None if resume is None else RunLog(resume, model_digest(model))
     found: dict[Run, dict[str, float]] = log.read() if log else {}
-    pending = [run for run in runs if run not in found]
     several = share_chips and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if several:
+        dist.barrier()  # all have read the same runs before the first one adds to them
+    pending = [run for run in runs if run not in found]
     mine = pending[dist.get_rank() :: dist.get_world_size()] if several else pending
     with (
         tqdm(total=len(mine), desc="chips", disable=not progress, unit="run") as bar,

@@ -23,8 +23,8 @@ _KINDS: Any = tuple(_CROSSBARS)
 
 
 def crossbar_layers(model: nn.Module) -> dict[str, CrossbarMixin]:
-    """The model's crossbar layers by qualified name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, CrossbarMixin)}
+    """The model's crossbar layers by their qualified name in the patched model, whatever wraps it now (DDP, PEFT)."""
+    return {m.crossbar_name: m for m in model.modules() if isinstance(m, CrossbarMixin)}
 
 
 def crossbar_state(model: nn.Module) -> CrossbarState:

@@ -156,14 +156,16 @@ def write_comparison(
 
 
 def metrics_table(reports: Mapping[str, RobustnessReport], time: str | float, decimals: int = 1) -> str:
-    """Markdown: a row a model, a column a metric, mean over chips at one time."""
+    """Markdown: a row a metric, a column a model, mean over chips at one time."""
     first = next(iter(reports.values()))
-    lines = [["", *first.metrics], ["---"] * (len(first.metrics) + 1)]
-    if first.digital:
-        lines.append(["digital", *(f"{first.digital[metric]:.{decimals}f}" for metric in first.metrics)])
-    for label, report in reports.items():
-        means = [report.statistic(metric, time).mean for metric in first.metrics]
-        lines.append([label, *(f"{mean:.{decimals}f}" for mean in means)])
+    lines = [
+        ["", *(["digital"] if first.digital else []), *reports],
+        ["---"] * (len(reports) + 1 + bool(first.digital)),
+    ]
+    for metric in first.metrics:
+        base = [first.digital[metric]] if first.digital else []
+        means = [report.statistic(metric, time).mean for report in reports.values()]
+        lines.append([metric, *(f"{value:.{decimals}f}" for value in [*base, *means])])
     return _markdown(lines)
 
 

@@ -1,0 +1,74 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForQuestionAnswering
+
+import hf_reram
+from tests import squad_sample
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "squad.py"
+SMALL = ["--max_steps", "3", "--chips", "2", "--times", "1s", "1d", "--save_steps", "2", "--use_cpu", "True"]
+SMALL += ["--max_length", "40", "--train_max_length", "40", "--doc_stride", "8", "--per_device_train_batch_size", "4"]
+
+
+def run(folder: Path, *flags: str, launcher=(sys.executable,), fails: bool = False) -> str:
+    files = [part for pair in squad_sample.write(folder).items() for part in pair]
+    command = [*launcher, str(RECIPE), *files, "--output_dir", str(folder / "out"), *SMALL, *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert (done.returncode != 0) == fails, done.stderr[-3000:]
+    return done.stderr if fails else done.stdout
+
+
+def test_the_whole_protocol_and_its_resumption(tmp_path):
+    output = run(tmp_path)
+    assert "| hf_reram |" in output
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert len(report) == 5
+    assert (tmp_path / "out" / "robustness.png").exists()
+    ours = tmp_path / "out" / "hf-reram"
+    model = AutoModelForQuestionAnswering.from_pretrained(ours / "model")
+    assert hf_reram.crossbar_layers(model)
+    assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())) == 6
+    before = (ours / "chips.jsonl").read_text(), (ours / "model" / "model.safetensors").read_bytes()
+    # Killed after training and all but one chip: the same figures again, that chip alone measured anew.
+    lines = before[0].splitlines(keepends=True)
+    (ours / "chips.jsonl").write_text("".join(lines[:-1]))
+    run(tmp_path)
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
+    assert (ours / "chips.jsonl").read_text().split() == before[0].split()
+    assert (ours / "model" / "model.safetensors").read_bytes() == before[1]
+    assert "allowed are the same ones" in run(tmp_path, "--learning_rate", "1e-5", fails=True)
+
+
+@pytest.mark.parametrize(
+    "flags", [["--teacher", "True"], ["--lora", "True", "--lora_rank", "2"]], ids=["teacher", "lora"]
+)
+def test_without_labels_and_with_lora(tmp_path, flags):
+    assert "| hf_reram |" in run(tmp_path, "--methods", "hf_reram", *flags)
+
+
+def test_two_processes_write_once_and_measure_the_same(tmp_path):
+    pair = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    flags = ["--methods", "naive", "calibrated"]
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    run(tmp_path / "one", *flags)
+    run(tmp_path / "two", *flags, launcher=pair)
+    one, two = (json.loads((tmp_path / name / "out" / "report.json").read_text()) for name in ("one", "two"))
+    for label in one:
+        assert one[label]["measurements"] == two[label]["measurements"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--train_file", "nowhere.parquet"], "no file nowhere.parquet"),
+        (["--device", "unobtainium"], "unobtainium"),
+        (["--train_file", str(RECIPE)], "allowed are .parquet"),
+    ],
+)
+def test_bad_input_is_a_clear_error(tmp_path, flags, message):
+    assert message in run(tmp_path, *flags, fails=True)
