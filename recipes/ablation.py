@@ -78,8 +78,10 @@ def digits_task(arguments: Arguments) -> Task:
 def images_task(arguments: Arguments) -> Task:
     """Half of the labels to distil the digital base on, without labels, the other half to evaluate on."""
     from timm.data import create_transform, resolve_data_config
+    from timm.layers import freeze_batch_norm_2d
 
     model = AutoModelForImageClassification.from_pretrained(arguments.model_name_or_path, dtype=torch.float32)
+    freeze_batch_norm_2d(model)  # batches of 16 would spoil its statistics
     wanted = resolve_data_config(model=model.timm_model)
     transform = create_transform(**wanted)
     rows = load_dataset("parquet", data_files=arguments.validation_file, split="train").shuffle(seed=arguments.seed)

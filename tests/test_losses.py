@@ -100,6 +100,27 @@ def test_attached_term_has_the_gradients_of_the_plain_sum(tiny_bert, kind):
         torch.testing.assert_close(others[name], grad, rtol=1e-4, atol=1e-7)
 
 
+def test_an_added_loss_leaves_nothing_behind_for_the_next_forward(tiny_bert):
+    model = prepared(tiny_bert)
+    _, alone = grads_of(model, lambda: model(**bert_batch()).loss)
+    grads_of(model, lambda: add_retention_loss(model(**bert_batch()).loss, model)[0])
+    _, after = grads_of(model, lambda: model(**bert_batch()).loss)
+    for name, grad in alone.items():
+        torch.testing.assert_close(after[name], grad)
+
+
+@pytest.mark.parametrize("kind", ["noise", "drift", "output+drift"])
+def test_a_dead_channel_stays_finite(kind):
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)).train()
+    with torch.no_grad():
+        model[0].weight[2] = 0
+    patch_model(model, ReRAMConfig(retention_loss=kind))
+    calibrate(model, [torch.randn(16, 8)])
+    with sampled_drift(model):
+        model(torch.randn(5, 8)).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_counts_each_term_once(tiny_bert, reentrant):
     model = prepared(tiny_bert)

@@ -52,4 +52,6 @@ class Add(Function):
         with torch.no_grad():
             for scale, row in zip(ctx.scales, filled):
                 scale.copy_(row)
+        # At the end of this backward pass: a later forward whose terms are not added must not find them.
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: [scale.zero_() for scale in ctx.scales])
         return grad, None, None, None, None

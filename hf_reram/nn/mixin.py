@@ -179,10 +179,11 @@ class CrossbarMixin(nn.Module):
         """Spread, in units of weight_scale, of white noise with the power of the device's retention error."""
         if self._white_std is None:
             with torch.no_grad():
-                scale = self.held_scale().clamp(min=1e-30)
+                # In units of w_scale, so that the result is right where a whole channel is zero.
+                ratio = wide(self.weight) / wide(self.held_scale()).clamp(min=1e-30)
                 error = self.crossbar.error
-                ratio = WeightVariance.apply(self.weight, scale, error.variance, error.variance_slope) / scale**2
-                self._white_std = math.sqrt(max(float(ratio.mean()) + error.mean_square, 0.0))
+                power = WeightVariance.apply(ratio, torch.ones_like(ratio[:1]), error.variance, error.variance_slope)
+                self._white_std = math.sqrt(max(float(power.mean()) + error.mean_square, 0.0))
         return self._white_std
 
     def _read(self, s: Tensor, weight: Tensor, factor: Tensor | float) -> Tensor:
