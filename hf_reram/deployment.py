@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -58,7 +59,10 @@ def realize(layer: CrossbarMixin, time: float | None, temperature: float | None,
     device = layer.crossbar.config.device
     scale = layer.held_scale().float()
     generator = torch.Generator().manual_seed(seed)
-    targets = device.conductance(layer.weight.float() / scale.clamp(min=1e-30))
+    weight: Any = layer.weight
+    if hasattr(weight, "full_tensor"):  # FSDP2 holds a shard of it; a chip is programmed whole
+        weight = weight.full_tensor()
+    targets = device.conductance(weight.float() / scale.clamp(min=1e-30))
     plus, minus = (program(device, target, generator).after(device, time, temperature) for target in targets)
     return plus.sub_(minus).mul_(scale / device.g_range).to(layer.weight.dtype)
 

@@ -46,7 +46,7 @@ class Arguments:
     weights: list[float] = field(
         default_factory=list, metadata={"help": "retention_weight for each of --losses; default 1"}
     )
-    weight_clip: str = "2.5"
+    weight_clip: str = field(default="auto", metadata={"help": "auto, none or RMS multiples"})
     time: str = field(default="1d", metadata={"help": "trained for and evaluated at"})
     max_steps: int = 50
     learning_rate: float = 5e-5
@@ -160,7 +160,8 @@ def token_f1(answer: str, gold: str) -> float:
 def run(task: Task, loss: str, weight: float, arguments: Arguments) -> dict:
     """Finetune a copy of the base with one loss and evaluate it as chips."""
     set_seed(arguments.seed)
-    clip = arguments.weight_clip if arguments.weight_clip == "auto" else float(arguments.weight_clip)
+    words: dict[str, str | None] = {"auto": "auto", "none": None}
+    clip = words[arguments.weight_clip] if arguments.weight_clip in words else float(arguments.weight_clip)
     config = ReRAMConfig(
         device=task.device,
         weight_clip=clip,

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from transformers import BertConfig, BertForQuestionAnswering, TrainerCallback, TrainingArguments, set_seed
 
-from hf_reram import ReRAMConfig, ReRAMTrainer, add_retention_loss, calibrate, patch_model, sampled_drift
+from hf_reram import ReRAMConfig, ReRAMTrainer, add_retention_loss, calibrate, deploy, patch_model, sampled_drift
 
 
 def model_and_batch(rows: slice):
@@ -81,8 +81,11 @@ def bare_step(out: str, config: ReRAMConfig, sharded: bool) -> None:
     loss = loss.detach()
     if sharded:
         dist.all_reduce(loss)
+    with deploy(model.eval(), "1d", seed=3), torch.no_grad():
+        torch.manual_seed(0)
+        chip = model(**batch).start_logits
     if rank == 0:
-        torch.save({"loss": float(loss) / processes, "grads": full}, out)
+        torch.save({"loss": float(loss) / processes, "grads": full, "chip": chip}, out)
 
 
 if __name__ == "__main__":

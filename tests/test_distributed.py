@@ -24,3 +24,5 @@ def test_two_processes_have_the_loss_and_gradients_of_one(tmp_path, one, two, ki
     assert pair["grads"].keys() == alone["grads"].keys()
     for name, grad in alone["grads"].items():
         torch.testing.assert_close(pair["grads"][name], grad, rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    if "chip" in alone:
+        torch.testing.assert_close(pair["chip"], alone["chip"], rtol=1e-4, atol=1e-6)
