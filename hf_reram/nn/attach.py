@@ -7,9 +7,16 @@ gradients)`` adds the terms' detached value; its backward runs before any layer'
 accumulation and checkpointing are right by construction.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.autograd import Function
+
+
+def _clear(scales: list[Tensor]) -> None:
+    for scale in scales:
+        scale.zero_()
 
 
 class Attach(Function):
@@ -53,5 +60,5 @@ class Add(Function):
             for scale, row in zip(ctx.scales, filled):
                 scale.copy_(row)
         # At the end of this backward pass: a later forward whose terms are not added must not find them.
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: [scale.zero_() for scale in ctx.scales])
+        torch.autograd.Variable._execution_engine.queue_callback(partial(_clear, ctx.scales))
         return grad, None, None, None, None

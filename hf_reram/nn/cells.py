@@ -10,19 +10,32 @@ from ..device.weight_error import WeightError
 from .chunks import evaluate_polynomial, row_pieces
 
 
-class MapWeight(Function):
-    """``factor · clamp(W, -w_scale, w_scale)``: the weights that the cells can hold, with a gain folded in.
+def map_weight(weight: Tensor, scale: Tensor) -> Tensor:
+    """``clamp(W, -w_scale, w_scale)``: the weights that the cells can hold. Where all are within, as they are after
+    every step of training, that is ``W`` itself, which costs no pass: on CPU, where looking is cheap, it is looked at.
 
     Args:
-        weight: any shape. scale: w_scale, broadcastable to it. factor: float.
+        weight: any shape. scale: w_scale, broadcastable to it.
     """
+    if weight.device.type == "cpu" and not torch.compiler.is_compiling() and _all_within(weight.detach(), scale):
+        return weight
+    return MapWeight.apply(weight, scale)
+
+
+def _all_within(weight: Tensor, scale: Tensor) -> bool:
+    shape = (1,) * (weight.dim() - scale.dim()) + scale.shape
+    dims = [d for d, size in enumerate(shape) if size == 1]
+    scale = scale.view(shape)
+    return bool((weight.amax(dims, True) <= scale).all() and (weight.amin(dims, True) >= -scale).all())
+
+
+class MapWeight(Function):
+    """:func:`map_weight` where some weights are beyond; these get no gradient."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, scale: Tensor, factor: float) -> Tensor:
+    def forward(ctx, weight: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(weight, scale)
-        ctx.factor = factor
-        held = torch.clamp(weight, -scale, scale)
-        return held if factor == 1.0 else held.mul_(factor)
+        return torch.clamp(weight, -scale, scale)
 
     @staticmethod
     @once_differentiable
@@ -30,9 +43,8 @@ class MapWeight(Function):
         weight, scale = ctx.saved_tensors
         result = torch.empty_like(weight)
         for w, k, g, out, ratio in _weight_pieces(weight, scale, grad, result):
-            torch.mul(g, ctx.factor, out=out)
-            _zero_clipped(out, _magnitude(w, k, ratio, clip=False))
-        return result, None, None
+            _zero_clipped(out.copy_(g), _magnitude(w, k, ratio, clip=False))
+        return result, None
 
 
 class WeightVariance(Function):
@@ -66,16 +78,16 @@ class WeightVariance(Function):
 
 
 class DriftedWeight(Function):
-    """``(factor · (W' + m(W') + s(W') ε), s²(W'))`` with ``W' = clamp(W, -w_scale, w_scale)``: weights as found after
+    """``(W' + m(W') + s(W') ε, s²(W'))`` with ``W' = clamp(W, -w_scale, w_scale)``: weights as found after
     the retention time, for given variates ε, and their variance, both differentiable with respect to W.
 
     Args:
         weight: any shape, at least float32. scale: w_scale, broadcastable to it. noise: ε, of the weight's shape.
-        factor: float. error: of one time. variance: whether to return the variance, else None in its place.
+        error: of one time. variance: whether to return the variance, else None in its place.
     """
 
     @staticmethod
-    def forward(ctx, weight: Tensor, scale: Tensor, noise: Tensor, factor: float, error: WeightError, variance: bool):
+    def forward(ctx, weight: Tensor, scale: Tensor, noise: Tensor, error: WeightError, variance: bool):
         # With W' = sign k a and s = k sqrt P(a), the derivative is kept instead of the noise: it costs the same memory.
         slope, drifted = torch.empty_like(weight), torch.empty_like(weight)
         squares = torch.empty_like(weight) if variance else drifted
@@ -92,9 +104,9 @@ class DriftedWeight(Function):
                 d.add_(horner(_derivative(mean), a))
                 a.add_(horner(mean, a))
             _zero_clipped(d, ratio)
-            out.mul_(n).add_(a.mul_(sign)).mul_(k * factor)
+            out.mul_(n).add_(a.mul_(sign)).mul_(k)
         ctx.save_for_backward(weight, scale, slope)
-        ctx.factor, ctx.error = factor, error
+        ctx.error = error
         ctx.set_materialize_grads(False)
         return drifted, squares if variance else None
 
@@ -105,14 +117,14 @@ class DriftedWeight(Function):
         if grad is None:
             grad = weight.new_zeros(()).expand(weight.shape)
         if grad_variance is None:
-            return (grad * slope).mul_(ctx.factor), None, None, None, None, None
+            return grad * slope, None, None, None, None
         result = torch.empty_like(weight)
         for w, k, g, d, gv, out, a in _weight_pieces(weight, scale, grad, slope, grad_variance, result):
             h, ratio = torch.empty_like(a), _magnitude(w, k, torch.empty_like(a), clip=False)
             _half_slope(ctx.error, torch.clamp(ratio, max=1.0, out=a), h, out)
             _zero_clipped(h.mul_(w.sign()), ratio).mul_(k)
-            torch.mul(g, d, out=out).mul_(ctx.factor).addcmul_(h, gv, value=2.0)
-        return result, None, None, None, None, None
+            torch.mul(g, d, out=out).addcmul_(h, gv, value=2.0)
+        return result, None, None, None, None
 
 
 def _zero_clipped(slope: Tensor, ratio: Tensor) -> Tensor:

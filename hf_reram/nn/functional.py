@@ -22,11 +22,11 @@ def _drive_(t: Tensor, bound: float, levels: int) -> Tensor:
     return t.mul_(levels / bound).round_().mul_(bound / levels) if levels else t
 
 
-def _sinh_chunked(x: Tensor, span: float, b: float, levels: int) -> Tensor:
-    """``sinh(b clamp(x / span, -1, 1))`` to float32 precision, by an odd polynomial in x."""
+def _sinh_chunked(x: Tensor, span: float, b: float, levels: int, gain: float) -> Tensor:
+    """``gain · sinh(b clamp(x / span, -1, 1))`` to float32 precision, by an odd polynomial in x."""
     scale, coefficients = b / span, sinh_coefficients(b)
-    folded = tuple(c * scale ** (2 * k + 1) for k, c in enumerate(coefficients))
-    fold = all(1e-30 < c < 1e30 for c in folded)  # else, at extreme spans, a pass of its own keeps float32's precision
+    folded = tuple(gain * c * scale ** (2 * k + 1) for k, c in enumerate(coefficients))
+    fold = all(1e-30 < c < 1e30 for c in folded)  # else, at extreme spans, passes of their own keep float32's precision
     s = torch.empty_like(x)
     for x_part, t, q in pieces(x, s):
         torch.clamp(x_part, -span, span, out=t)
@@ -36,35 +36,39 @@ def _sinh_chunked(x: Tensor, span: float, b: float, levels: int) -> Tensor:
             t.mul_(scale)
         torch.mul(t, t, out=q)
         t.mul_(evaluate_polynomial(folded if fold else coefficients, q, torch.empty_like(q)))
+        if not fold:
+            t.mul_(gain)
     return s
 
 
-def _sinh_backward_chunked(grad: Tensor, s: Tensor, limit: float, scale: float) -> Tensor:
-    """``grad · scale · sqrt(1 + s²)`` where ``|s| < limit``, else 0."""
+def _sinh_backward_chunked(grad: Tensor, s: Tensor, limit: float, scale: float, gain: float) -> Tensor:
+    """``grad · scale · sqrt(gain² + s²)`` where ``|s| < limit``, else 0."""
     result = torch.empty_like(s)
-    one = torch.tensor(scale**2)
+    constant = torch.tensor((scale * gain) ** 2)
     for g, s_part, out, cosh in pieces(grad, s, result):
-        _sinh_backward(g, s_part, limit, one, out, cosh)
+        _sinh_backward(g, s_part, limit, scale, constant, out, cosh)
     return result
 
 
-def _sinh_backward(g: Tensor, s: Tensor, limit: float, square: Tensor, out: Tensor, cosh: Tensor) -> None:
-    torch.addcmul(square, s, s, value=float(square), out=cosh).sqrt_()  # scale · cosh = sqrt(scale² + scale² sinh²)
+def _sinh_backward(g: Tensor, s: Tensor, limit: float, scale: float, constant: Tensor, out: Tensor, cosh: Tensor):
+    torch.addcmul(constant, s, s, value=scale**2, out=cosh).sqrt_()  # scale · gain · cosh
     torch.ops.aten.hardtanh_backward.grad_input(g, s, -limit, limit, grad_input=out)
     out.mul_(cosh)
 
 
-def _pulled_backward_chunked(grad: Tensor, s: Tensor, limit: float, scale: float, amount: Tensor, keep) -> Tensor:
+def _pulled_backward_chunked(
+    grad: Tensor, s: Tensor, limit: float, scale: float, gain: float, amount: Tensor, keep: Tensor | None
+) -> Tensor:
     """The same with ``grad + amount · keep · s`` for ``grad``."""
     result = torch.empty_like(s)
     shape = (-1, *amount.shape)
     grad_rows, s_rows, out_rows = grad.view(shape), s.view(shape), result.view(shape)
-    square = torch.tensor(scale**2)
+    constant = torch.tensor((scale * gain) ** 2)
     for part, pulled in row_pieces(s_rows):
         s_part, out = s_rows[part], out_rows[part]
         kept = s_part if keep is None else torch.mul(s_part, keep[part].view(-1, *[1] * amount.dim()), out=pulled)
         torch.addcmul(grad_rows[part], kept, amount, out=pulled)
-        _sinh_backward(pulled, s_part, limit, square, out, torch.empty_like(pulled))
+        _sinh_backward(pulled, s_part, limit, scale, constant, out, torch.empty_like(pulled))
     return result
 
 
@@ -77,32 +81,41 @@ def _pulled(grad: Tensor, s: Tensor, amount: Tensor, keep: Tensor | None) -> Ten
 
 
 class ShrunkSinh(Function):
-    """``s = sinh(b clamp(x / input_range, -1, 1))``, the voltage-to-current curve of the array (DESIGN §2).
+    """``s = gain · sinh(b clamp(x / input_range, -1, 1))``, the array's voltage-to-current curve (DESIGN §2).
 
-    Saves only ``s``, which the following matrix product saves anyway: ``ds/dx = b/input_range · sqrt(1 + s²)`` inside
-    the range and 0 outside. For ``b < 1e-4``, where the curve is straight, ``s = clamp(x / input_range, -1, 1)``.
+    Saves only ``s``, which the following matrix product saves anyway: ``ds/dx = b/input_range · sqrt(gain² + s²)``
+    inside the range and 0 outside. For ``b < 1e-4``, where the curve is straight, ``sinh(b u)`` is taken as ``u``.
 
     Args:
         x: inputs, any shape.
         input_range: a positive float, or a tensor with one element, which then gets a gradient.
         b: dimensionless, see :mod:`hf_reram.device.iv`.
         levels: DAC levels per sign (``2^(bits-1) - 1``), 0 for no quantization; its gradient is straight through.
-        pull: what powers of s add to its gradient, see :mod:`.power`.
+        gain: a positive float. pull: what powers of s add to its gradient, see :mod:`.power`.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, input_range: Tensor | float, b: float, levels: int, pull: Pull | None = None) -> Tensor:
+    def forward(
+        ctx,
+        x: Tensor,
+        input_range: Tensor | float,
+        b: float,
+        levels: int,
+        gain: float = 1.0,
+        pull: Pull | None = None,
+    ) -> Tensor:
         linear = b < LINEAR_B
         bound = 1.0 if linear else b
         scale = bound / input_range
-        if linear:
-            s = _drive_(x * scale, bound, levels)
-        elif b <= _POLYNOMIAL_B and chunkable(x):
-            s = _sinh_chunked(x.detach(), float(input_range), b, levels)
+        if not linear and b <= _POLYNOMIAL_B and chunkable(x):
+            s = _sinh_chunked(x.detach(), float(input_range), b, levels, gain)
         else:
-            s = _drive_(x * scale, bound, levels).sinh_()
+            s = _drive_(x * scale, bound, levels)
+            s = s if linear else s.sinh_()
+            s = s if gain == 1.0 else s.mul_(gain)
         # A little inside the largest value that the clamp lets through, so that clamped inputs get no gradient.
-        ctx.limit = (1.0 if linear else math.sinh(b)) * (1 - 8 * torch.finfo(s.dtype).eps)
+        ctx.limit = gain * (1.0 if linear else math.sinh(b)) * (1 - 8 * torch.finfo(s.dtype).eps)
+        ctx.gain = gain
         ctx.linear, ctx.bound, ctx.pull = linear, bound, pull
         ctx.input_range = None if isinstance(input_range, Tensor) else input_range
         ctx.save_for_backward(s, input_range if isinstance(input_range, Tensor) else None)
@@ -115,21 +128,25 @@ class ShrunkSinh(Function):
         input_range = ctx.input_range if range_tensor is None else range_tensor
         scale = ctx.bound / input_range
         pulled = None if ctx.pull is None else ctx.pull.take()
+        rest = (None,) * 4
         if not ctx.needs_input_grad[1] and not ctx.linear and chunkable(s, grad):
+            arguments = (grad, s, ctx.limit, float(scale), ctx.gain)
             if pulled is None:
-                return _sinh_backward_chunked(grad, s, ctx.limit, scale), None, None, None, None
+                return _sinh_backward_chunked(*arguments), None, *rest
             if s.is_contiguous() or pulled[0].dim() == 3:
-                return _pulled_backward_chunked(grad, s, ctx.limit, scale, *pulled), None, None, None, None
+                return _pulled_backward_chunked(*arguments, *pulled), None, *rest
         if pulled is not None:
             grad = _pulled(grad, s, *pulled)
         inside = torch.ops.aten.hardtanh_backward(grad, s, -ctx.limit, ctx.limit)
-        if not ctx.linear:
-            inside.mul_((s * s).add_(1.0).sqrt_())  # cosh = sqrt(1 + sinh²)
+        if ctx.linear:
+            inside.mul_(ctx.gain)
+        else:
+            inside.mul_((s * s).add_(ctx.gain**2).sqrt_())  # gain · cosh = sqrt(gain² + s²)
         grad_range = None
         if ctx.needs_input_grad[1]:
-            t = s if ctx.linear else torch.asinh(s)
+            t = s / ctx.gain if ctx.linear else torch.asinh(s / ctx.gain)
             grad_range = -((inside * t).sum() / input_range).reshape(range_tensor.shape)
-        return inside.mul_(scale), grad_range, None, None, None
+        return inside.mul_(scale), grad_range, *rest
 
 
 class Quantize(Function):

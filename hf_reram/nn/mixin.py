@@ -10,7 +10,7 @@ from ..config import converter_levels
 from ..device.iv import LINEAR_B
 from ..device.weight_error import white_error
 from .attach import Attach
-from .cells import DriftedWeight, MapWeight, WeightVariance
+from .cells import DriftedWeight, WeightVariance, map_weight
 from .functional import Quantize, ShrunkSinh
 from .power import Pull
 from .sharing import shared_drive
@@ -132,44 +132,52 @@ class CrossbarMixin(nn.Module):
         return self._broadcast(self.weight_scale, "weight").to(self.weight.dtype)
 
     def _drive(self, x: Tensor) -> tuple[Tensor, Tensor | float, Pull | None]:
-        """``(s, factor, pull)`` with ``phi(x) = factor · s``, and where powers of s leave their gradients."""
+        """``(s, factor, pull)`` with ``phi(x) = factor · s``, and where powers of s leave their gradients. The factor
+        is 1, folded into s, unless the input range is learned."""
         state = self.crossbar
-        r, b, gain, _ = self.scalars()
+        span = self._span(x)
+        _, b, gain, _ = self.scalars()
         levels = converter_levels(state.config.dac_bits)
-        span: Any = self.input_range.clamp(min=1e-12) if isinstance(self.input_range, nn.Parameter) else r
-        if isinstance(span, float) and span <= 0:
-            span = float(x.detach().abs().max()) * (1 + 1e-5) if x.numel() else 1.0
-            if math.isnan(span):
-                raise ValueError(f"the input of layer {self.crossbar_name!r} contains NaN")
-            span = span or 1.0
+        factor: Any = span * (gain if b < LINEAR_B else gain / b)
+        if isinstance(span, Tensor):
+            return ShrunkSinh.apply(x, span, b, levels), factor, None
 
         def compute() -> tuple[Tensor, Pull | None]:
             pull = Pull() if self.training and state.term and not torch.compiler.is_compiling() else None
-            return ShrunkSinh.apply(x, span, b, levels, pull), pull
+            return ShrunkSinh.apply(x, span, b, levels, factor, pull), pull
 
-        factor = span * (gain if b < LINEAR_B else gain / b)
-        if isinstance(span, Tensor):
-            return *compute()[:1], factor, None
-        s, pull = shared_drive(x, (span, b, levels, self.training), compute)
-        return s, factor, pull
+        s, pull = shared_drive(x, (span, b, levels, factor, self.training), compute)
+        return s, 1.0, pull
 
-    def _hold(self, factor: Tensor | float) -> tuple[Tensor, Tensor | None]:
-        """``factor · W`` as the cells hold it: clipped, and deployed or with sampled drift where that is on; and the
-        weights' retention variance where that came with it."""
+    def _span(self, x: Tensor) -> Any:
+        """The input range, a float, or a tensor where it is learned; that of the batch where not calibrated.
+
+        Raises:
+            ValueError: not calibrated and ``x`` holds NaN.
+        """
+        if isinstance(self.input_range, nn.Parameter):
+            return self.input_range.clamp(min=1e-12)
+        span = self.scalars()[0]
+        if span <= 0:
+            span = float(x.detach().abs().max()) * (1 + 1e-5) if x.numel() else 1.0
+            if math.isnan(span):
+                raise ValueError(f"the input of layer {self.crossbar_name!r} contains NaN")
+        return span or 1.0
+
+    def _hold(self) -> tuple[Tensor, Tensor | None]:
+        """W as the cells hold it: clipped, and deployed or with sampled drift where that is on; and the weights'
+        retention variance where that came with it."""
         state = self.crossbar
         if self.deployed is not None:
-            return self.deployed * factor, None
-        gain = factor if isinstance(factor, float) else 1.0
-        if self.training and state.sampling:
-            weight = wide(self.weight)
-            noise = state.normal(weight, self.crossbar_name)
-            error = state.drift_error if state.drift == "drift" else white_error(self._white_noise_std())
-            needed = state.term is not None and error is state.error
-            held, variance = DriftedWeight.apply(weight, wide(self.held_scale()), noise, gain, error, needed)
-            held = held.to(self.weight.dtype)
-        else:
-            held, variance = MapWeight.apply(self.weight, self.held_scale(), gain), None
-        return held if isinstance(factor, float) else held * factor, variance
+            return self.deployed, None
+        if not (self.training and state.sampling):
+            return map_weight(self.weight, self.held_scale()), None
+        weight = wide(self.weight)
+        noise = state.normal(weight, self.crossbar_name)
+        error = state.drift_error if state.drift == "drift" else white_error(self._white_noise_std())
+        needed = state.term is not None and error is state.error
+        held, variance = DriftedWeight.apply(weight, wide(self.held_scale()), noise, error, needed)
+        return held.to(self.weight.dtype), variance
 
     def forget_white_noise(self) -> None:
         """Have the power of "noise" measured anew, after weight_scale has changed."""
@@ -186,18 +194,16 @@ class CrossbarMixin(nn.Module):
                 self._white_std = math.sqrt(max(float(power.mean()) + error.mean_square, 0.0))
         return self._white_std
 
-    def _read(self, s: Tensor, weight: Tensor, factor: Tensor | float) -> Tensor:
-        """The output before the bias: one matrix product, or one per tile with its ADC and its read noise."""
+    def _read(self, s: Tensor, weight: Tensor, span: Tensor | float) -> Tensor:
+        """The output before the bias: one matrix product, or one per tile with its ADC and its read noise; for an
+        input range of ``span``."""
         config = self.crossbar.config
         noisy = self.deployed is not None and config.device.read_noise > 0
         if not config.adc_bits and not noisy:
             return self._op(s, weight, None)
-        # One unit of current, that of a fully-on cell at read_voltage, in units of the output
-        # (for a straight curve s is u itself, not b u).
-        _, b, *_ = self.scalars()
-        b_full = config.device.b()
-        unit = self._broadcast(self.weight_scale, "output").to(s.dtype) * factor
-        unit = unit * (b_full / b if b < LINEAR_B else b_full)
+        # One unit of current, that of a fully-on cell at read_voltage, in units of the output.
+        _, b, gain, _ = self.scalars()
+        unit = self._broadcast(self.weight_scale, "output").to(s.dtype) * span * (gain * config.device.b() / b)
         y: Any = None
         tiles = 0
         for s_tile, weight_tile in self._tiles(s, weight):
@@ -223,11 +229,13 @@ class CrossbarMixin(nn.Module):
         if state.digital:
             return super().forward(x)
         s, factor, pull = self._drive(x)
-        weight, variance = self._hold(factor)
+        weight, variance = self._hold()
+        if isinstance(factor, Tensor):
+            weight = weight * factor
         tapped = taps_output(self)
         bias = self.bias.detach() if tapped and self.bias is not None else self.bias
         if state.config.adc_bits or self.deployed is not None:
-            y = self._read(s, weight, factor)
+            y = self._read(s, weight, self._span(x))
             if bias is not None:
                 y = y + self._broadcast(bias, "output")
         else:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cells import MapWeight, WeightVariance, weight_mean
+from .cells import WeightVariance, map_weight, weight_mean
 from .power import OutputPower, Pull, Tap
 
 
@@ -19,7 +19,8 @@ class Reading:
     """One forward of a layer, as its term sees it.
 
     Attributes:
-        s: driven input; phi = factor · s. y: output with its bias. factor: see :class:`~.mixin.CrossbarMixin`.
+        s: driven input; phi = factor · s, with a factor that is no number only where it is learned. y: output with its
+            bias.
         input_pull, output_pull: where powers of s and of y leave their gradients; None if they compute them.
         variance: s² of the weights if it is already known.
     """
@@ -67,7 +68,7 @@ def output_term(layer, reading: Reading) -> Tensor:
 def weight_term(layer, reading: Reading) -> Tensor:
     """``(E|ΔW|², |W|²)``: the same without activations."""
     scale, weight = wide(layer.held_scale()), wide(layer.weight)
-    held = MapWeight.apply(weight, scale, 1.0)
+    held = map_weight(weight, scale)
     noise = _variance(layer, reading).sum()
     for mean in layer.crossbar.error.means:
         if any(mean):
@@ -92,7 +93,7 @@ def sensitivity_term(layer, reading: Reading) -> Tensor:
     variance = layer._rows(_variance(layer, reading))
     h = layer.sensitivity.to(variance.device).reshape(variance.shape[:2])
     power = layer._input_power(reading.s, reading.input_pull)
-    noise = torch.einsum("go,gor,gr->", h, variance, power) * reading.factor**2
+    noise = (h * torch.einsum("gor,gr->go", variance, power)).sum() * reading.factor**2
     if error.mean_square or not error.mean_is_linear:
         noise = noise + h.mean() * _mean_power(layer, reading)
     examples = torch.full_like(noise.reshape(()), float(layer.crossbar.batch_size))

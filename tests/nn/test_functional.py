@@ -9,7 +9,7 @@ from torch.autograd import gradcheck
 
 from hf_reram.device.iv import cell_current, full_scale_gain, least_squares_gain, sinh_coefficients, uniform_gain
 from hf_reram.device.weight_error import WeightError
-from hf_reram.nn.cells import DriftedWeight, MapWeight, WeightVariance, weight_mean
+from hf_reram.nn.cells import DriftedWeight, WeightVariance, map_weight, weight_mean
 from hf_reram.nn.functional import Quantize, ShrunkSinh
 from hf_reram.nn.power import InputPower, OutputPower, Pull, Tap
 
@@ -21,6 +21,8 @@ F64 = torch.float64
 def test_sinh_is_exact_to_float32(b, span, seed):
     x = torch.randn(300, generator=torch.Generator().manual_seed(seed)) * span
     exact = torch.sinh(b * (x.double() / span).clamp(-1, 1))
+    gained = ShrunkSinh.apply(x, span, b, 0, span / b)  # phi, of the size of x
+    torch.testing.assert_close(gained.double(), exact * span / b, rtol=1e-6, atol=1e-7 * math.sinh(b) * span / b)
     torch.testing.assert_close(ShrunkSinh.apply(x, span, b, 0).double(), exact, rtol=1e-6, atol=1e-7 * math.sinh(b))
 
 
@@ -29,6 +31,7 @@ def test_sinh_gradients_for_input_and_range(b):
     x = torch.randn(40, dtype=F64, requires_grad=True)
     span = torch.tensor([1.3], dtype=F64, requires_grad=True)
     assert gradcheck(lambda x: ShrunkSinh.apply(x, 1.3, b, 0), (x,))
+    assert gradcheck(lambda x: ShrunkSinh.apply(x, 1.3, b, 0, 2.5), (x,))
     assert gradcheck(lambda x, r: ShrunkSinh.apply(x, r, b, 0), (x, span))
 
 
@@ -45,7 +48,7 @@ def test_chunked_float32_path_agrees_with_float64(shape, layout, powers):
     x32, x64 = x.clone().requires_grad_(), x.double().requires_grad_()
     for t, g in ((x32, grad), (x64, grad.double())):
         pull = Pull()
-        s = ShrunkSinh.apply(t, 1.5, 0.8, 0, pull)
+        s = ShrunkSinh.apply(t, 1.5, 0.8, 0, 1.7, pull)
         loss = (s * g).sum()
         (loss + InputPower.apply(s, None, pull).square().sum() if powers else loss).backward()
     torch.testing.assert_close(x32.grad, x64.grad.float(), rtol=1e-5, atol=1e-6)
@@ -83,7 +86,7 @@ def test_weight_functions_have_right_gradients():
     weight = torch.randn(6, 5, dtype=F64, requires_grad=True)
     scale = torch.rand(6, 1, dtype=F64) + 0.5
     variance, slope = (0.1, 0.3, -0.2, 0.4), (0.3, -0.4, 1.2)
-    assert gradcheck(lambda w: MapWeight.apply(w, scale, 1.7), (weight,))
+    assert gradcheck(lambda w: map_weight(w, scale), (weight,))
     assert gradcheck(lambda w: WeightVariance.apply(w, scale, variance, slope), (weight,))
 
 
@@ -97,12 +100,12 @@ def test_drifted_weight_has_right_values_and_gradients(mean, std):
     if std:
         square = np.polynomial.Polynomial(std) ** 2 + 0.05
         error = WeightError(tuple(square.coef), tuple(square.deriv().coef), (mean,), std, 0.05)
-    assert gradcheck(lambda w: DriftedWeight.apply(w, scale, noise, 1.7, error, True), (weight,))
-    assert gradcheck(lambda w: DriftedWeight.apply(w, scale, noise, 1.7, error, False)[0], (weight,))
-    drifted, variance = DriftedWeight.apply(weight, scale, noise, 1.7, error, True)
+    assert gradcheck(lambda w: DriftedWeight.apply(w, scale, noise, error, True), (weight,))
+    assert gradcheck(lambda w: DriftedWeight.apply(w, scale, noise, error, False)[0], (weight,))
+    drifted, variance = DriftedWeight.apply(weight, scale, noise, error, True)
     torch.testing.assert_close(variance, WeightVariance.apply(weight, scale, error.variance, error.variance_slope))
-    held = MapWeight.apply(weight, scale, 1.0)
-    wanted = 1.7 * (held + weight_mean(weight, scale, mean) + variance.sqrt() * noise)
+    held = map_weight(weight, scale)
+    wanted = held + weight_mean(weight, scale, mean) + variance.sqrt() * noise
     torch.testing.assert_close(drifted, wanted)
 
 
@@ -136,7 +139,7 @@ def test_input_power(keep, inner, b):
 
     def power(x, span):
         pull = Pull()
-        s = ShrunkSinh.apply(x, span, b, 0, pull)
+        s = ShrunkSinh.apply(x, span, b, 0, 0.7, pull)
         first = InputPower.apply(s, keep, pull)
         second = InputPower.apply(s, keep, pull)  # shared by two layers
         return (weight * (first + second.square())).sum() + s.pow(3).sum()
@@ -151,7 +154,7 @@ def test_input_power(keep, inner, b):
 def test_a_pull_left_by_a_partial_backward_pass_is_not_added_to_the_next():
     x, w = (torch.randn(7, 5, dtype=F64, requires_grad=True) for _ in range(2))
     pull = Pull()
-    s = ShrunkSinh.apply(x, 1.3, 0.5, 0, pull)
+    s = ShrunkSinh.apply(x, 1.3, 0.5, 0, 1.0, pull)
     loss = (w * InputPower.apply(s, None, pull)).sum()
     torch.autograd.grad(loss, w, retain_graph=True)
     (found,) = torch.autograd.grad(loss, x)
