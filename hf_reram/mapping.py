@@ -80,7 +80,7 @@ def expected_error(rows: Tensor, scale: Tensor, error: WeightError, inputs: Tens
     """
     shape = rows.shape
     wide = scale.expand(shape)
-    spread = WeightVariance.apply(rows, wide, error.variance, error.variance_slope)
+    spread = WeightVariance.apply(rows, wide, error)
     held = torch.maximum(torch.minimum(rows, wide), -wide)
     total = torch.zeros(*shape[:2], 1, dtype=rows.dtype, device=rows.device)
     for mean in error.means:

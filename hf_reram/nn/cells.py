@@ -52,17 +52,22 @@ class WeightVariance(Function):
 
     Args:
         weight: any shape. scale: w_scale, broadcastable to it; where it is 0 the result is 0.
-        variance, slope: coefficients of P and of its derivative (:class:`hf_reram.device.weight_error.WeightError`).
+        error: whose variance P is.
     """
 
     @staticmethod
-    def forward(ctx, weight: Tensor, scale: Tensor, variance: tuple, slope: tuple) -> Tensor:
+    def forward(ctx, weight: Tensor, scale: Tensor, error: WeightError) -> Tensor:
         ctx.save_for_backward(weight, scale)
-        ctx.slope = slope
+        ctx.error = error
         result = torch.empty_like(weight)
         for w, k, out, a in _weight_pieces(weight, scale, result):
             _magnitude(w, k, a)
-            evaluate_polynomial(variance, a, out).mul_(k * k)
+            if error.std is None:
+                evaluate_polynomial(error.variance, a, out)
+            else:
+                std = evaluate_polynomial(error.std, a, out)
+                std.mul_(std).add_(error.floor)
+            out.mul_(k * k)
         return result
 
     @staticmethod
@@ -71,10 +76,8 @@ class WeightVariance(Function):
         weight, scale = ctx.saved_tensors
         result = torch.empty_like(weight)
         for w, k, out, g, a in _weight_pieces(weight, scale, result, grad):
-            ratio = _magnitude(w, k, torch.empty_like(a), clip=False)
-            evaluate_polynomial(ctx.slope, torch.clamp(ratio, max=1.0, out=a), out).mul_(k).mul_(g).mul_(w.sign())
-            _zero_clipped(out, ratio)
-        return result, None, None, None
+            _variance_slope(ctx.error, w, k, out, a).mul_(g)
+        return result, None, None
 
 
 class DriftedWeight(Function):
@@ -120,11 +123,16 @@ class DriftedWeight(Function):
             return grad * slope, None, None, None, None
         result = torch.empty_like(weight)
         for w, k, g, d, gv, out, a in _weight_pieces(weight, scale, grad, slope, grad_variance, result):
-            h, ratio = torch.empty_like(a), _magnitude(w, k, torch.empty_like(a), clip=False)
-            _half_slope(ctx.error, torch.clamp(ratio, max=1.0, out=a), h, out)
-            _zero_clipped(h.mul_(w.sign()), ratio).mul_(k)
-            torch.mul(g, d, out=out).addcmul_(h, gv, value=2.0)
+            slope = _variance_slope(ctx.error, w, k, torch.empty_like(a), a)
+            torch.mul(g, d, out=out).addcmul_(slope, gv)
         return result, None, None, None, None
+
+
+def _variance_slope(error: WeightError, weight: Tensor, scale: Tensor, out: Tensor, work: Tensor) -> Tensor:
+    """d s²/dW into ``out``."""
+    ratio = _magnitude(weight, scale, torch.empty_like(work), clip=False)
+    _half_slope(error, torch.clamp(ratio, max=1.0), out, work)
+    return _zero_clipped(out.mul_(weight.sign()), ratio).mul_(2 * scale)
 
 
 def _zero_clipped(slope: Tensor, ratio: Tensor) -> Tensor:

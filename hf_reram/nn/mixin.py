@@ -190,7 +190,7 @@ class CrossbarMixin(nn.Module):
                 # In units of w_scale, so that the result is right where a whole channel is zero.
                 ratio = wide(self.weight) / wide(self.held_scale()).clamp(min=1e-30)
                 error = self.crossbar.error
-                power = WeightVariance.apply(ratio, torch.ones_like(ratio[:1]), error.variance, error.variance_slope)
+                power = WeightVariance.apply(ratio, torch.ones_like(ratio[:1]), error)
                 self._white_std = math.sqrt(max(float(power.mean()) + error.mean_square, 0.0))
         return self._white_std
 

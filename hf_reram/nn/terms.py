@@ -107,7 +107,7 @@ def _variance(layer, reading: Reading) -> Tensor:
     if reading.variance is not None:
         return reading.variance
     error = layer.crossbar.error
-    return WeightVariance.apply(wide(layer.weight), wide(layer.held_scale()), error.variance, error.variance_slope)
+    return WeightVariance.apply(wide(layer.weight), wide(layer.held_scale()), error)
 
 
 def _bias(layer) -> Tensor | None:

@@ -85,9 +85,9 @@ def test_gains(b):
 def test_weight_functions_have_right_gradients():
     weight = torch.randn(6, 5, dtype=F64, requires_grad=True)
     scale = torch.rand(6, 1, dtype=F64) + 0.5
-    variance, slope = (0.1, 0.3, -0.2, 0.4), (0.3, -0.4, 1.2)
+    error = WeightError((0.1, 0.3, -0.2, 0.4), (0.3, -0.4, 1.2), ((0.0, 0.0),))
     assert gradcheck(lambda w: map_weight(w, scale), (weight,))
-    assert gradcheck(lambda w: WeightVariance.apply(w, scale, variance, slope), (weight,))
+    assert gradcheck(lambda w: WeightVariance.apply(w, scale, error), (weight,))
 
 
 @pytest.mark.parametrize("mean", [(0.0, 0.0), (0.0, -0.1, 0.2)])
@@ -103,7 +103,7 @@ def test_drifted_weight_has_right_values_and_gradients(mean, std):
     assert gradcheck(lambda w: DriftedWeight.apply(w, scale, noise, error, True), (weight,))
     assert gradcheck(lambda w: DriftedWeight.apply(w, scale, noise, error, False)[0], (weight,))
     drifted, variance = DriftedWeight.apply(weight, scale, noise, error, True)
-    torch.testing.assert_close(variance, WeightVariance.apply(weight, scale, error.variance, error.variance_slope))
+    torch.testing.assert_close(variance, WeightVariance.apply(weight, scale, error))
     held = map_weight(weight, scale)
     wanted = held + weight_mean(weight, scale, mean) + variance.sqrt() * noise
     torch.testing.assert_close(drifted, wanted)
