@@ -29,7 +29,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_reram import ReRAMConfig, ReRAMTrainer, digital, patch_model
+from hf_reram import ReRAMConfig, ReRAMTrainer, deploy, patch_model
 from hf_reram.protocol import METHODS, OURS, run_protocol
 from hf_reram.question_answering import QuestionAnswering, training_features
 
@@ -93,6 +93,13 @@ def load(file: str | None, name: str, split: str, count: int | None, seed: int):
     return dataset
 
 
+def load_model(name: str):
+    model, found = AutoModelForQuestionAnswering.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    if found["missing_keys"]:
+        raise ValueError(f"{name} is no question answering model: its checkpoint lacks {sorted(found['missing_keys'])}")
+    return model
+
+
 def number_or_word(text: str) -> float | str | None:
     words = {"auto": "auto", "none": None}
     return words[text.lower()] if text.lower() in words else float(text)
@@ -119,7 +126,9 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
 
     def base():
-        return AutoModelForQuestionAnswering.from_pretrained(arguments.model_name_or_path, dtype=torch.float32)
+        return load_model(arguments.model_name_or_path)
+
+    base()  # refuses a wrong model before the data are prepared
 
     with training.main_process_first():
         questions = load(
@@ -179,13 +188,13 @@ def main() -> None:
         command="accelerate launch " + shlex.join(["recipes/squad.py", *sys.argv[1:]]),
     )
     if training.process_index == 0 and OURS in methods:
-        finish(Path(training.output_dir), evaluate, training)
+        finish(Path(training.output_dir), evaluate, arguments.times[-1], training)
 
 
-def finish(output: Path, evaluate: QuestionAnswering, training: Training) -> None:
-    """Files for the official evaluation script, and the upload."""
+def finish(output: Path, evaluate: QuestionAnswering, time: str, training: Training) -> None:
+    """Files for the official evaluation script, of chip 0 at the last time, and the upload."""
     model = AutoModelForQuestionAnswering.from_pretrained(output / OURS.folder / "model")
-    with digital(model):
+    with deploy(model, time, seed=0):
         predictions = evaluate.predict(model)
     texts = {p["id"]: p["prediction_text"] for p in predictions}
     odds = {p["id"]: p["no_answer_probability"] for p in predictions}

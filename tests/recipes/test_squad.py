@@ -72,3 +72,9 @@ def test_two_processes_write_once_and_measure_the_same(tmp_path):
 )
 def test_bad_input_is_a_clear_error(tmp_path, flags, message):
     assert message in run(tmp_path, *flags, fails=True)
+
+
+def test_a_model_for_something_else_is_refused(tmp_path):
+    squad_sample.write(tmp_path)
+    squad_sample.model(40).bert.save_pretrained(tmp_path / "base")
+    assert "is no question answering model" in run(tmp_path, fails=True)

@@ -1,0 +1,69 @@
+import pytest
+import torch
+
+from hf_reram import DeviceConfig
+from hf_reram.device.weight_error import weight_error
+from hf_reram.mapping import expected_error, least_error_scales, relative_weights, weight_scales
+
+ERROR = weight_error(DeviceConfig.from_preset("hfox-neurram"), (86400.0,), None)
+
+
+def setting():
+    """Ordinary weights and inputs, but for one large weight that a single token drives hard."""
+    rows = torch.randn(1, 32, 64)
+    rows[:, :, 0] = 6.0
+    inputs = torch.randn(1, 256, 64)
+    inputs[:, :, 0] *= 0.05
+    inputs[:, 7] = 0
+    inputs[:, 7, 0] = 30.0
+    return rows, inputs
+
+
+def relative(rows, inputs):
+    return inputs * relative_weights(rows, inputs).sqrt()[:, None]
+
+
+def test_one_massive_token_does_not_decide_for_all():
+    rows, inputs = setting()
+    absolute = weight_scales(rows, "auto", True, ERROR, inputs)
+    found = weight_scales(rows, "auto", True, ERROR, relative(rows, inputs))
+    assert found.max() < 0.6 * absolute.min()
+    # And the noise that the other tokens see is the smaller for it.
+    ordinary = torch.cat([inputs[:, :7], inputs[:, 8:]], 1)
+    errors = [expected_error(rows, scale.view(1, 32, 1), ERROR, ordinary).sum() for scale in (found, absolute)]
+    assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_auto_is_the_best_of_its_candidates(per_channel):
+    rows, inputs = setting()
+    inputs = relative(rows, inputs)
+    best = weight_scales(rows, "auto", per_channel, ERROR, inputs).view(1, -1, 1)
+    total = expected_error(rows, best.expand(1, 32, 1), ERROR, inputs)
+    for clip in (None, 1.5, 2.0, 3.0, 5.0):
+        other = weight_scales(rows, clip, per_channel, ERROR, inputs).view(1, -1, 1)
+        cost = expected_error(rows, other.expand(1, 32, 1), ERROR, inputs)
+        assert (total <= cost * 1.0001).all() if per_channel else total.sum() <= cost.sum() * 1.0001
+
+
+def test_expected_error_is_what_sampling_shows():
+    rows, inputs = setting()
+    scale = weight_scales(rows, 2.0, True, ERROR, None).view(1, 32, 1)
+    found = expected_error(rows, scale, ERROR, inputs)[0, :, 0]
+    device, draws = DeviceConfig.from_preset("hfox-neurram"), []
+    held = torch.maximum(torch.minimum(rows, scale), -scale)
+    plus, minus = device.conductance(held / scale)
+    std = (device.retention_std(plus, "1d") ** 2 + device.retention_std(minus, "1d") ** 2).sqrt() / device.g_range
+    for _ in range(300):
+        aged = held + scale * std * torch.randn_like(rows)
+        draws.append(torch.bmm(aged - rows, inputs.transpose(1, 2)).square().mean(2)[0])
+    torch.testing.assert_close(found, torch.stack(draws).mean(0), rtol=0.15, atol=0.0)
+
+
+def test_zero_channels_get_scale_zero():
+    rows, inputs = setting()
+    rows[0, 3] = 0
+    scales = weight_scales(rows, "auto", True, ERROR, inputs)
+    assert scales[3] == 0
+    assert torch.isfinite(scales).all()
+    assert least_error_scales(rows * 0, *[torch.zeros(1, 1, 1)] * 2, ERROR, None).item() == 0
