@@ -56,8 +56,9 @@ class ReRAMConfig(QuantizationConfigMixin):
             "sensitivity" (output error weighted by the Fisher information of each channel: expected KL in nats),
             "drift" (the device's retention error sampled in each training forward), "noise" (white noise of the same
             power, the usual hardware-aware baseline), "output+drift", "sensitivity+drift", "consistency" (KL
-            between the clean forward and one with sampled drift), or "none".
-        retention_weight: weight of the retention loss, >= 0.
+            between the clean forward and one with sampled drift), or "none". The default is the cheapest of those
+            that nothing beat in the ablation (recipes/README.md).
+        retention_weight: weight of a closed form or of "consistency", >= 0.
         retention_times: times since programming to be robust at; the loss is their average.
         temperature: K, of deployment; None: the device's reference temperature.
         calibration_batches: how many batches :func:`hf_reram.calibrate` reads at most.
@@ -79,7 +80,7 @@ class ReRAMConfig(QuantizationConfigMixin):
     adc_bits: int | None = None
     target_modules: Any = None
     modules_to_not_convert: Any = None
-    retention_loss: str | None = "output+drift"
+    retention_loss: str | None = "drift"
     retention_weight: float = 0.3
     retention_times: Any = field(default_factory=lambda: ["1d"])
     temperature: float | None = None

@@ -36,7 +36,8 @@ class ReRAMTrainer(Trainer):
         eval_chips: how many chips for ``eval_times``.
         calibration_dataset: what to calibrate on instead of ``train_dataset``.
 
-    Logs ``task_loss``, ``retention_loss`` and ``noise_to_signal`` (its mean over layers) beside ``loss``.
+    Logs ``task_loss``, ``retention_loss`` and ``noise_to_signal`` (its mean over layers) beside ``loss``. Where the
+    config adds no closed form to the loss, ``retention_loss`` is what "output" would be, measured for information.
 
     Raises:
         ValueError: the model is not patched and there is no config, or a bad time or number of chips.
@@ -143,7 +144,7 @@ class ReRAMTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         state = crossbar_state(self.model)
         state.noise_seed = layer_seed(self.args.seed, f"step {self.state.global_step}")
-        state.measure = state.term != "output" and self._logs_next()
+        state.measure = state.term != "output" and self._measures_next()
         consistency = state.config.retention_loss == "consistency"
         kept = dict(inputs)
         with sampled_drift(self.model):
@@ -167,8 +168,10 @@ class ReRAMTrainer(Trainer):
         if retention is not None:
             self._count("retention_loss", retention.float() / steps)
         if ratio:
-            mean = sum(ratio.values()) / len(ratio)
-            self._count("noise_to_signal", torch.tensor([mean, 1.0], device=self.args.device))
+            mean = torch.tensor([sum(ratio.values()) / len(ratio), 1.0], device=self.args.device)
+            self._count("noise_to_signal", mean)
+            if retention is None:
+                self._count("retention_loss", mean)
         return (loss, outputs) if return_outputs else loss
 
     def _task_loss(self, model, inputs, kept, num_items_in_batch):
@@ -197,10 +200,14 @@ class ReRAMTrainer(Trainer):
 
     # Logging
 
-    def _logs_next(self) -> bool:
-        every = self.state.logging_steps or 0
-        strategy = self.args.logging_strategy
-        return strategy == IntervalStrategy.STEPS and every > 0 and (self.state.global_step + 1) % every == 0
+    def _measures_next(self) -> bool:
+        """Whether the step under way measures noise-to-signal ratios although its loss does not need them: one in as
+        many as are logged together."""
+        if self.args.logging_strategy == IntervalStrategy.NO:
+            return False
+        every = max(int(self.state.logging_steps or 0), 1)
+        every = every if self.args.logging_strategy == IntervalStrategy.STEPS else min(every, 10)
+        return (self.state.global_step + 1) % every == 0 or self.state.global_step == 0
 
     def _count(self, name: str, value: Tensor) -> None:
         self._sums[name] = self._sums[name] + value if name in self._sums else value
