@@ -30,7 +30,7 @@ def _root(
 @app.command()
 def demo(
     folder: Annotated[Path, typer.Argument(help="Where plot, report and checkpoint go.")] = Path("reram-demo"),
-    chips: Annotated[int, typer.Option(min=2, help="Chips per row of the table.")] = 10,
+    chips: Annotated[int, typer.Option(min=2, help="Chips per row of the table.")] = 16,
     seed: Annotated[int, typer.Option(min=0, help="Of data split, training and chips.")] = 0,
 ) -> None:
     """Handwritten digits on a hard device corner: digital, naive crossbar, and finetuned in four ways.

@@ -148,9 +148,9 @@ def run_method(method: Method, base: nn.Module, digits: Digits, folder: Path, ep
 
 def run_demo(
     folder: str | Path = "reram-demo",
-    chips: int = 10,
+    chips: int = 16,
     base_epochs: float = 40,
-    epochs: float = 20,
+    epochs: float = 25,
     seed: int = 0,
     progress: Callable[[str], None] = print,
 ) -> dict[str, RobustnessReport]:

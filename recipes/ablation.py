@@ -111,7 +111,7 @@ def squad_task(arguments: Arguments) -> Task:
         options = {"truncation": "only_second", "max_length": 256, "return_offsets_mapping": True}
         return rows, [tokenizer(row["question"], row["context"], **options) for row in rows]
 
-    rows, encodings = load(arguments.train_file, arguments.max_steps * arguments.batch_size)
+    rows, encodings = load(arguments.train_file, max(arguments.max_steps, 32) * arguments.batch_size)  # 32: calibration
     train = []
     for row, encoding in zip(rows, encodings):
         first = row["answers"]["answer_start"][0]
