@@ -45,6 +45,7 @@ class CrossbarMixin(nn.Module):
     weight_scale: Tensor
     crossbar: CrossbarState
     crossbar_name: str
+    _digital_class: Any  # that it was made from
     deployed: Tensor | None  # the realized weight of a chip, in place of `weight`; see hf_reram.deployment
     sensitivity: Tensor | None  # (output channels,), see hf_reram.sensitivity
     _scalars_of: Any = None
@@ -227,7 +228,7 @@ class CrossbarMixin(nn.Module):
         """The layer's usual shapes and dtypes."""
         state = self.crossbar
         if state.digital:
-            return super().forward(x)
+            return self._digital_class.forward(self, x)
         s, factor, pull = self._drive(x)
         weight, variance = self._hold()
         if isinstance(factor, Tensor):
