@@ -57,11 +57,16 @@ def add_retention_loss(task_loss: Tensor, model: nn.Module, weight: float | None
         task_loss: scalar. weight: None takes ``config.retention_weight``.
 
     Returns:
-        The sum, and the retention loss alone, detached.
+        The sum, and the retention loss alone, detached. Where the config's loss has no closed form ("drift", "noise",
+        "none") that is ``task_loss`` itself and 0.
 
     Raises:
-        ValueError, RuntimeError: as :func:`retention_loss`.
+        ValueError: the model is not patched, or its loss is "consistency", which takes a second forward.
+        RuntimeError: no forward in training mode has run.
     """
+    state = crossbar_state(model)
+    if state.term is None and state.config.retention_loss != "consistency":
+        return task_loss, torch.zeros_like(task_loss.detach())
     state, terms = _collected(model)
     processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     terms = terms.detach().clone()

@@ -31,7 +31,6 @@ from transformers import (
 
 from hf_reram import ReRAMConfig, add_retention_loss, calibrate, hold_weights, patch_model, sampled_drift
 
-CLOSED_FORMS = ("output", "weight", "sensitivity")
 VARIANTS: dict[str, dict] = {
     "crossbar, no retention loss": {"retention_loss": "none"},
     "retention loss: output": {"retention_loss": "output"},
@@ -101,7 +100,7 @@ def make_step(model, batch, variant: str | None) -> Callable[[], None]:
     def step() -> None:
         with sampled_drift(model) if retention else nullcontext():
             loss = model(**batch).loss
-        if retention and any(name in retention for name in CLOSED_FORMS):
+        if retention:
             loss, _ = add_retention_loss(loss, model)
         loss.backward()
         optimizer.step()

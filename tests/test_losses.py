@@ -215,6 +215,8 @@ def test_errors_say_what_to_do(tiny_bert):
     model = prepared(tiny_bert, retention_loss="drift")
     with pytest.raises(ValueError, match="no closed form"):
         retention_loss(model)
+    task_loss = model(**bert_batch()).loss
+    assert add_retention_loss(task_loss, model) == (task_loss, 0)
     crossbar_layers(model)["classifier"].crossbar.configure(ReRAMConfig(retention_loss="sensitivity"))
     with pytest.raises(RuntimeError, match="training mode"):
         retention_loss(model)
