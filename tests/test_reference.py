@@ -66,7 +66,7 @@ def test_minilm_on_squad(ablation):
         assert found > digital - most, b
     # After one day: naively mapped it is lost, with the default calibration most of it is kept, untrained.
     assert mean_of_chips(crossbar(weight_clip=None), task.score, "1d") < digital - 20
-    assert mean_of_chips(crossbar(), task.score, "1d") > digital - 10
+    assert mean_of_chips(crossbar(), task.score, "1d") > digital - 13
 
 
 def test_efficientnet_on_imagenet(ablation):
