@@ -8,11 +8,8 @@
 Rows that were finished are kept in --output and not run again.
 """
 
-import collections
 import copy
 import json
-import re
-import string
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +28,7 @@ from transformers import (
 
 from hf_reram import DeviceConfig, ReRAMConfig, ReRAMTrainer, evaluate_robustness
 from hf_reram.demo import CORNER, Digits, train_base
+from hf_reram.metrics.squad_v2 import token_f1
 
 
 @dataclass
@@ -143,18 +141,6 @@ def squad_task(arguments: Arguments) -> Task:
         return {"HasAns_f1": 100 * total / len(held)}
 
     return Task(model, train, score, collator=collator, device=arguments.device)
-
-
-def token_f1(answer: str, gold: str) -> float:
-    """SQuAD's F1 of two answers: articles, punctuation and case do not count."""
-
-    def tokens(text: str) -> list[str]:
-        text = "".join(c for c in text.lower() if c not in string.punctuation)
-        return re.sub(r"\b(a|an|the)\b", " ", text).split()
-
-    a, b = tokens(answer), tokens(gold)
-    common = sum((collections.Counter(a) & collections.Counter(b)).values())
-    return 2 * common / (len(a) + len(b)) if common else float(a == b)
 
 
 def run(task: Task, loss: str, weight: float, arguments: Arguments) -> dict:

@@ -61,13 +61,7 @@ class WeightVariance(Function):
         ctx.error = error
         result = torch.empty_like(weight)
         for w, k, out, a in _weight_pieces(weight, scale, result):
-            _magnitude(w, k, a)
-            if error.std is None:
-                evaluate_polynomial(error.variance, a, out)
-            else:
-                std = evaluate_polynomial(error.std, a, out)
-                std.mul_(std).add_(error.floor)
-            out.mul_(k * k)
+            _square(error, _magnitude(w, k, a), out).mul_(k * k)
         return result
 
     @staticmethod
@@ -98,7 +92,7 @@ class DriftedWeight(Function):
         for w, k, n, d, out, square, a in _weight_pieces(weight, scale, noise, slope, drifted, squares):
             ratio = _magnitude(w, k, torch.empty_like(a), clip=False)
             torch.clamp(ratio, max=1.0, out=a)
-            _half_slope(error, a, d, out)
+            _square(error, a, out, d)
             if variance:
                 torch.mul(out, k * k, out=square)
             std, sign = out.clamp_(min=1e-30).sqrt_(), w.sign()
@@ -131,7 +125,7 @@ class DriftedWeight(Function):
 def _variance_slope(error: WeightError, weight: Tensor, scale: Tensor, out: Tensor, work: Tensor) -> Tensor:
     """d s²/dW into ``out``."""
     ratio = _magnitude(weight, scale, torch.empty_like(work), clip=False)
-    _half_slope(error, torch.clamp(ratio, max=1.0), out, work)
+    _square(error, torch.clamp(ratio, max=1.0), work, out)
     return _zero_clipped(out.mul_(weight.sign()), ratio).mul_(2 * scale)
 
 
@@ -141,15 +135,16 @@ def _zero_clipped(slope: Tensor, ratio: Tensor) -> Tensor:
     return torch.ops.aten.hardtanh_backward.grad_input(slope, ratio, -edge, edge, grad_input=slope)
 
 
-def _half_slope(error: WeightError, a: Tensor, half: Tensor, square: Tensor) -> None:
-    """P(a) into ``square`` and P'(a)/2 into ``half``."""
+def _square(error: WeightError, a: Tensor, square: Tensor, half: Tensor | None = None) -> Tensor:
+    """P(a) into ``square``, and P'(a)/2 into ``half`` where it is wanted."""
     if error.std is None:
-        evaluate_polynomial(error.variance, a, square)
-        evaluate_polynomial(error.variance_slope, a, half).mul_(0.5)
-        return
+        if half is not None:
+            evaluate_polynomial(error.variance_slope, a, half).mul_(0.5)
+        return evaluate_polynomial(error.variance, a, square)
     std = evaluate_polynomial(error.std, a, square)
-    evaluate_polynomial(_derivative(error.std), a, half).mul_(std)
-    square.mul_(std).add_(error.floor)
+    if half is not None:
+        evaluate_polynomial(_derivative(error.std), a, half).mul_(std)
+    return square.mul_(std).add_(error.floor)
 
 
 def _derivative(coefficients: tuple) -> tuple:

@@ -132,11 +132,10 @@ class CrossbarMixin(nn.Module):
         """weight_scale shaped like the weight, in its dtype."""
         return self._broadcast(self.weight_scale, "weight").to(self.weight.dtype)
 
-    def _drive(self, x: Tensor) -> tuple[Tensor, Tensor | float, Pull | None]:
+    def _drive(self, x: Tensor, span: Any) -> tuple[Tensor, Tensor | float, Pull | None]:
         """``(s, factor, pull)`` with ``phi(x) = factor · s``, and where powers of s leave their gradients. The factor
         is 1, folded into s, unless the input range is learned."""
         state = self.crossbar
-        span = self._span(x)
         _, b, gain, _ = self.scalars()
         levels = converter_levels(state.config.dac_bits)
         factor: Any = span * (gain if b < LINEAR_B else gain / b)
@@ -229,14 +228,15 @@ class CrossbarMixin(nn.Module):
         state = self.crossbar
         if state.digital:
             return self._digital_class.forward(self, x)
-        s, factor, pull = self._drive(x)
+        span = self._span(x)
+        s, factor, pull = self._drive(x, span)
         weight, variance = self._hold()
         if isinstance(factor, Tensor):
             weight = weight * factor
         tapped = taps_output(self)
         bias = self.bias.detach() if tapped and self.bias is not None else self.bias
         if state.config.adc_bits or self.deployed is not None:
-            y = self._read(s, weight, self._span(x))
+            y = self._read(s, weight, span)
             if bias is not None:
                 y = y + self._broadcast(bias, "output")
         else:

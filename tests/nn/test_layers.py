@@ -55,7 +55,7 @@ def test_term_is_that_of_the_linear_form(kind):
     found = retention_loss(model)
     (layer,) = crossbar_layers(model).values()
     with torch.no_grad():
-        s, factor, _ = layer._drive(x)
+        s, factor, _ = layer._drive(x, layer._span(x))
         phi = s * factor
         if isinstance(kind, dict):
             columns = layer.unfold(phi).transpose(1, 2)  # (n, pixels, groups · rows)
