@@ -162,8 +162,10 @@ def _weight_pieces(weight: Tensor, scale: Tensor, *others: Tensor):
     if torch.compiler.is_compiling() or weight.device.type != "cpu":
         yield (weight, scale, *others, torch.empty_like(weight))
         return
+    # A scale of fewer dimensions lies along the last one (Conv1D), even where the weight is square.
+    by_row = scale.dim() == weight.dim() and len(scale) == len(weight)
     for part, work in row_pieces(weight):
-        yield (weight[part], scale[part] if len(scale) == len(weight) else scale, *(t[part] for t in others), work)
+        yield (weight[part], scale[part] if by_row else scale, *(t[part] for t in others), work)
 
 
 def _magnitude(weight: Tensor, scale: Tensor, out: Tensor, clip: bool = True) -> Tensor:

@@ -157,3 +157,17 @@ def test_same_padding_of_timm():
         torch.testing.assert_close(model_of_crossbars(x), expected, rtol=1e-5, atol=1e-6)
         with digital(model):
             assert torch.equal(model(x), expected)
+
+
+def test_a_square_conv1d_larger_than_a_piece_agrees_with_the_linear_form():
+    conv, linear = Conv1D(768, 768), nn.Linear(768, 768)
+    with torch.no_grad():
+        linear.weight.copy_(conv.weight.t())
+        linear.bias.copy_(conv.bias)
+    x, found = torch.randn(4, 768), []
+    for layer in (conv, linear):
+        model = nn.Sequential(layer).train()
+        patch_model(model, ReRAMConfig(retention_loss="output", weight_clip=2.0))
+        model(x)
+        found.append(retention_loss(model))
+    torch.testing.assert_close(*found)
