@@ -20,17 +20,19 @@ logger = logging.get_logger(__name__)
 COLUMNS = ("id", "question", "context", "answers")
 
 
-def check_squad(dataset, what: str = "dataset") -> None:
+def check_squad(dataset, what: str = "dataset", columns: Sequence[str] = COLUMNS) -> None:
     """Refuse a data set that is not SQuAD-like.
 
     Raises:
-        ValueError: it is empty or lacks one of :data:`COLUMNS`.
+        ValueError: it is empty or lacks one of ``columns``.
     """
-    missing = [name for name in COLUMNS if name not in dataset.column_names]
+    missing = [name for name in columns if name not in dataset.column_names]
     if missing:
         raise ValueError(f"{what} has columns {dataset.column_names}: missing are {missing}")
     if len(dataset) == 0:
         raise ValueError(f"{what} is empty: allowed is at least one question")
+    if "answers" not in columns:
+        return
     answers = dataset[0]["answers"]
     if not isinstance(answers, dict) or not {"text", "answer_start"} <= answers.keys():
         raise ValueError(
@@ -52,34 +54,32 @@ def _windows(tokenizer, rows: dict[str, list], max_length: int, stride: int):
     )
 
 
-def training_features(dataset, tokenizer, max_length: int = 384, stride: int = 128):
+def training_features(dataset, tokenizer, max_length: int = 384, stride: int = 128, labels: bool = True):
     """Windows with the token positions of the first gold answer; the first token where a window holds no answer.
 
     Questions whose gold text does not stand at its ``answer_start`` are left out, with a warning that counts them.
 
+    Args:
+        labels: False makes windows alone, of questions and contexts that need no answers.
+
     Returns:
-        a data set of ``input_ids``, ``attention_mask``, perhaps ``token_type_ids``, ``start_positions`` and
-        ``end_positions``; unpadded.
+        a data set of ``input_ids``, ``attention_mask``, perhaps ``token_type_ids``, and with labels
+        ``start_positions`` and ``end_positions``; unpadded.
 
     Raises:
         ValueError: as :func:`check_squad`; a tokenizer without character offsets; no question is left.
     """
-    check_squad(dataset, "the training data")
+    check_squad(dataset, "the training data", COLUMNS if labels else ("question", "context"))
     _fast(tokenizer)
-    good = dataset.filter(_gold_stands_in_context)
-    if len(good) < len(dataset):
-        logger.warning(
-            "%d of %d training questions are left out: their gold answer does not stand in the context where it should",
-            len(dataset) - len(good),
-            len(dataset),
-        )
-    if len(good) == 0:
-        raise ValueError("the training data hold no question whose gold answer stands in its context")
+    if labels:
+        dataset = _with_gold_in_context(dataset)
 
     def features(rows):
         encoded = _windows(tokenizer, rows, max_length, stride)
         owners = encoded.pop("overflow_to_sample_mapping")
         offsets = encoded.pop("offset_mapping")
+        if not labels:
+            return dict(encoded)
         starts, ends = [], []
         for i, owner in enumerate(owners):
             answers = rows["answers"][owner]
@@ -92,7 +92,20 @@ def training_features(dataset, tokenizer, max_length: int = 384, stride: int = 1
             ends.append(end)
         return {**encoded, "start_positions": starts, "end_positions": ends}
 
-    return good.map(features, batched=True, remove_columns=good.column_names, desc="training windows")
+    return dataset.map(features, batched=True, remove_columns=dataset.column_names, desc="training windows")
+
+
+def _with_gold_in_context(dataset):
+    good = dataset.filter(_gold_stands_in_context)
+    if len(good) < len(dataset):
+        logger.warning(
+            "%d of %d training questions are left out: their gold answer does not stand in the context where it should",
+            len(dataset) - len(good),
+            len(dataset),
+        )
+    if len(good) == 0:
+        raise ValueError("the training data hold no question whose gold answer stands in its context")
+    return good
 
 
 def _gold_stands_in_context(row) -> bool:

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from hf_reram import DeviceConfig, ReRAMConfig, ReRAMTrainer, evaluate_robustness
+from hf_reram.arguments import number_or_word
 from hf_reram.demo import CORNER, Digits, train_base
 from hf_reram.metrics.squad_v2 import token_f1
 
@@ -146,11 +147,9 @@ def squad_task(arguments: Arguments) -> Task:
 def run(task: Task, loss: str, weight: float, arguments: Arguments) -> dict:
     """Finetune a copy of the base with one loss and evaluate it as chips."""
     set_seed(arguments.seed)
-    words: dict[str, str | None] = {"auto": "auto", "none": None}
-    clip = words[arguments.weight_clip] if arguments.weight_clip in words else float(arguments.weight_clip)
     config = ReRAMConfig(
         device=task.device,
-        weight_clip=clip,
+        weight_clip=number_or_word(arguments.weight_clip, "weight_clip", {"auto": "auto", "none": None}),
         retention_loss=loss,
         retention_weight=weight,
         retention_times=[arguments.time],

@@ -30,7 +30,8 @@ from transformers import (
 )
 
 from hf_reram import ReRAMConfig, ReRAMTrainer, deploy, patch_model
-from hf_reram.protocol import METHODS, OURS, run_protocol
+from hf_reram.arguments import ReRAMArguments
+from hf_reram.protocol import OURS, run_protocol
 from hf_reram.question_answering import QuestionAnswering, training_features
 
 
@@ -49,19 +50,6 @@ class Arguments:
     n_best_size: int = 20
     max_answer_length: int = 30
     null_score_diff_threshold: float = 0.0
-    device: str = field(default="hfox-neurram", metadata={"help": "preset, or JSON file of a DeviceConfig"})
-    range_shrink: str = field(default="auto", metadata={"help": "auto or a number in (0, 1]"})
-    weight_clip: str = field(default="auto", metadata={"help": "auto, none or RMS multiples"})
-    retention_loss: str = ReRAMConfig.retention_loss or "none"
-    retention_weight: float = ReRAMConfig.retention_weight
-    retention_times: list[str] = field(default_factory=lambda: ["1d"], metadata={"help": "to be robust at"})
-    temperature: float | None = field(default=None, metadata={"help": "K; default the device's reference"})
-    times: list[str] = field(default_factory=lambda: ["1s", "1d", "1mo", "1y", "10y"], metadata={"help": "evaluated"})
-    chips: int = 10
-    methods: list[str] = field(default_factory=list, metadata={"help": "parts of methods' labels; default all"})
-    teacher: bool = field(default=False, metadata={"help": "follow the digital model's predictions, without labels"})
-    lora: bool = field(default=False, metadata={"help": "train LoRA adapters, merged into the weights afterwards"})
-    lora_rank: int = 16
 
 
 @dataclass
@@ -78,19 +66,19 @@ class Training(TrainingArguments):
     report_to: str = "none"
 
 
-def load(file: str | None, name: str, split: str, count: int | None, seed: int):
-    if file is not None:
-        if not Path(file).is_file():
-            raise FileNotFoundError(f"no file {file}")
-        kind = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}.get(Path(file).suffix)
-        if kind is None:
-            raise ValueError(f"{file}: allowed are .parquet, .json and .jsonl files")
-        dataset = load_dataset(kind, data_files=file, split="train")
-    else:
-        dataset = load_dataset(name, split=split)
-    if count is not None and count < len(dataset):
-        dataset = dataset.shuffle(seed=seed).select(range(count))
-    return dataset
+def load(file: str | None, name: str, split: str):
+    if file is None:
+        return load_dataset(name, split=split)
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"no file {file}")
+    kind = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}.get(Path(file).suffix)
+    if kind is None:
+        raise ValueError(f"{file}: allowed are .parquet, .json and .jsonl files")
+    return load_dataset(kind, data_files=file, split="train")
+
+
+def draw(dataset, count: int | None, seed: int):
+    return dataset if count is None or count >= len(dataset) else dataset.shuffle(seed=seed).select(range(count))
 
 
 def load_model(name: str):
@@ -100,29 +88,10 @@ def load_model(name: str):
     return model
 
 
-def number_or_word(text: str) -> float | str | None:
-    words = {"auto": "auto", "none": None}
-    return words[text.lower()] if text.lower() in words else float(text)
-
-
-def reram_config(arguments: Arguments) -> ReRAMConfig:
-    device: str | dict = arguments.device
-    if arguments.device.endswith(".json"):
-        device = json.loads(Path(arguments.device).read_text())
-    return ReRAMConfig(
-        device=device,
-        range_shrink=number_or_word(arguments.range_shrink),
-        weight_clip=number_or_word(arguments.weight_clip),
-        retention_loss=arguments.retention_loss,
-        retention_weight=arguments.retention_weight,
-        retention_times=arguments.retention_times,
-        temperature=arguments.temperature,
-    )
-
-
 def main() -> None:
-    arguments, training = HfArgumentParser((Arguments, Training)).parse_args_into_dataclasses()
-    config = reram_config(arguments)
+    parser = HfArgumentParser((Arguments, ReRAMArguments, Training))
+    arguments, reram, training = parser.parse_args_into_dataclasses()
+    config, methods = reram.config(), reram.chosen_methods()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
 
     def base():
@@ -131,19 +100,19 @@ def main() -> None:
     base()  # refuses a wrong model before the data are prepared
 
     with training.main_process_first():
-        questions = load(
-            arguments.train_file, arguments.dataset_name, "train", arguments.max_train_samples, training.seed
-        )
+        questions = load(arguments.train_file, arguments.dataset_name, "train")
+        stride = min(arguments.doc_stride, arguments.train_max_length // 2)
         train = training_features(
-            questions, tokenizer, arguments.train_max_length, min(arguments.doc_stride, arguments.train_max_length // 2)
+            draw(questions, arguments.max_train_samples, training.seed),
+            tokenizer,
+            arguments.train_max_length,
+            stride,
+            labels=not (reram.teacher and reram.teacher_weight == 1),
         )
-        held = load(arguments.validation_file, arguments.dataset_name, "validation", None, training.seed)
+        held = load(arguments.validation_file, arguments.dataset_name, "validation")
         if arguments.answerable_only:
             held = held.filter(lambda row: len(row["answers"]["text"]) > 0)
-        if arguments.max_eval_samples is not None and arguments.max_eval_samples < len(held):
-            held = held.shuffle(seed=training.seed).select(range(arguments.max_eval_samples))
-    if arguments.teacher:
-        train = train.remove_columns(["start_positions", "end_positions"])
+        held = draw(held, arguments.max_eval_samples, training.seed)
     evaluate = QuestionAnswering(
         held,
         tokenizer,
@@ -158,9 +127,9 @@ def main() -> None:
     def make_trainer(method_config: ReRAMConfig, folder: str) -> ReRAMTrainer:
         set_seed(training.seed)
         model = base()
-        if arguments.lora:
+        if reram.lora:
             patch_model(model, method_config)
-            model = get_peft_model(model, LoraConfig(r=arguments.lora_rank, target_modules="all-linear"))
+            model = get_peft_model(model, LoraConfig(r=reram.lora_rank, target_modules="all-linear"))
         return ReRAMTrainer(
             model,
             replace(training, output_dir=folder, push_to_hub=False),
@@ -168,27 +137,29 @@ def main() -> None:
             data_collator=DataCollatorWithPadding(tokenizer),
             processing_class=tokenizer,
             reram_config=method_config,
-            teacher=base() if arguments.teacher else None,
+            teacher=base() if reram.teacher else None,
+            teacher_weight=reram.teacher_weight,
         )
 
-    methods = [m for m in METHODS if not arguments.methods or any(part in m.label for part in arguments.methods)]
-    fixed = {key: value for key, value in asdict(arguments).items() if key not in ("times", "chips", "methods")}
+    fixed = {**asdict(arguments), **asdict(reram)}
+    for name in ("times", "chips", "methods"):  # may differ from those of the run that is resumed
+        del fixed[name]
     names = ("max_steps", "num_train_epochs", "learning_rate", "per_device_train_batch_size", "seed")
     run_protocol(
         make_trainer,
         evaluate,
         config,
         training.output_dir,
-        arguments.times,
-        arguments.chips,
+        reram.times,
+        reram.chips,
         methods,
         metric="HasAns_span_f1",
-        title=f"SQuAD v2 on {config.device.name}, {arguments.chips} chips",
+        title=f"SQuAD v2 on {config.device.name}, {reram.chips} chips",
         settings={**fixed, **{name: getattr(training, name) for name in names}},
         command="accelerate launch " + shlex.join(["recipes/squad.py", *sys.argv[1:]]),
     )
     if training.process_index == 0 and OURS in methods:
-        finish(Path(training.output_dir), evaluate, arguments.times[-1], training)
+        finish(Path(training.output_dir), evaluate, reram.times[-1], training)
 
 
 def finish(output: Path, evaluate: QuestionAnswering, time: str, training: Training) -> None:

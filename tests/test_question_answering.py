@@ -48,6 +48,14 @@ def test_training_spans_are_the_gold_answers(tokenizer, length):
     assert (len(features) > len(data)) == (length == 20)
 
 
+def test_windows_without_labels_need_no_answers(tokenizer):
+    data = squad_sample.dataset(12)
+    bare = training_features(data.remove_columns(["answers", "id"]), tokenizer, 20, 6, labels=False)
+    full = training_features(data, tokenizer, 20, 6)
+    assert bare["input_ids"] == full["input_ids"]
+    assert not {"start_positions", "end_positions"} & set(bare.column_names)
+
+
 def test_gold_answers_that_do_not_stand_in_their_context_are_left_out(tokenizer, caplog):
     rows = squad_sample.rows(6)
     rows[1]["answers"]["answer_start"] = [3]

@@ -12,6 +12,7 @@ from ..device.weight_error import white_error
 from .attach import Attach
 from .cells import DriftedWeight, WeightVariance, map_weight
 from .functional import Quantize, ShrunkSinh
+from .noise import white_noise_like
 from .power import Pull
 from .sharing import shared_drive
 from .state import CrossbarState
@@ -213,7 +214,7 @@ class CrossbarMixin(nn.Module):
             y, tiles = current if y is None else y + current, tiles + 1
         if noisy:
             std = config.device.read_noise / (config.device.g_range * config.device.read_voltage)
-            y = y + torch.randn_like(y) * (unit * (std * math.sqrt(tiles)))
+            y = torch.addcmul(y, white_noise_like(y), unit * (std * math.sqrt(tiles)))
         return y
 
     def _adc_span(self, current: Tensor, unit: Tensor) -> Tensor:

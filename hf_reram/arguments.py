@@ -1,0 +1,81 @@
+"""Command line flags that every recipe shares, for ``HfArgumentParser``."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .config import ReRAMConfig
+from .protocol import METHODS, Method
+
+
+@dataclass
+class ReRAMArguments:
+    """Hardware, training and evaluation of the comparison.
+
+    Use it beside ``TrainingArguments``: ``HfArgumentParser((ReRAMArguments, TrainingArguments))``.
+    """
+
+    device: str = field(default="hfox-neurram", metadata={"help": "preset, or JSON file of a DeviceConfig"})
+    range_shrink: str = field(default="auto", metadata={"help": "auto or a number in (0, 1]"})
+    weight_clip: str = field(default="auto", metadata={"help": "auto, none or RMS multiples"})
+    retention_loss: str = ReRAMConfig.retention_loss or "none"
+    retention_weight: float = ReRAMConfig.retention_weight
+    retention_times: list[str] = field(default_factory=lambda: ["1d"], metadata={"help": "to be robust at"})
+    temperature: float | None = field(default=None, metadata={"help": "K; default the device's reference"})
+    times: list[str] = field(default_factory=lambda: ["1s", "1d", "1mo", "1y", "10y"], metadata={"help": "evaluated"})
+    chips: int = field(default=10, metadata={"help": "evaluated, each with its own programming"})
+    methods: list[str] = field(default_factory=list, metadata={"help": "parts of methods' labels; default all"})
+    teacher: bool = field(default=False, metadata={"help": "follow the digital model's predictions"})
+    teacher_weight: float = field(
+        default=1.0, metadata={"help": "share of the teacher against the labels; 1 needs no labels"}
+    )
+    lora: bool = field(default=False, metadata={"help": "train LoRA adapters, merged into the weights afterwards"})
+    lora_rank: int = 16
+
+    def config(self) -> ReRAMConfig:
+        """What the flags say as a config.
+
+        Raises:
+            FileNotFoundError: no such device file.
+            ValueError: a value that is not allowed.
+        """
+        device: str | dict[str, Any] = self.device
+        if self.device.endswith(".json"):
+            device = json.loads(Path(self.device).read_text(encoding="utf-8"))
+        return ReRAMConfig(
+            device=device,
+            range_shrink=number_or_word(self.range_shrink, "range_shrink", {"auto": "auto"}),
+            weight_clip=number_or_word(self.weight_clip, "weight_clip", {"auto": "auto", "none": None}),
+            retention_loss=self.retention_loss,
+            retention_weight=self.retention_weight,
+            retention_times=self.retention_times,
+            temperature=self.temperature,
+        )
+
+    def chosen_methods(self) -> Sequence[Method]:
+        """Those of :data:`hf_reram.protocol.METHODS` that ``methods`` names.
+
+        Raises:
+            ValueError: a part that is in no label.
+        """
+        labels = [method.label for method in METHODS]
+        for part in self.methods:
+            if not any(part in label for label in labels):
+                raise ValueError(f"methods={part!r}: allowed are parts of {labels}")
+        return [m for m in METHODS if not self.methods or any(part in m.label for part in self.methods)]
+
+
+def number_or_word(text: str, name: str, words: dict[str, str | None]) -> float | str | None:
+    """A flag's number, or what one of ``words`` stands for.
+
+    Raises:
+        ValueError: neither.
+    """
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{name}={text!r}: allowed are a number and {sorted(words)}") from None

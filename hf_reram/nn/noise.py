@@ -1,0 +1,48 @@
+"""White noise for activations at the price of one addition an element."""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .chunks import ELEMENTS, chunkable, flat
+
+# Two primes: the sum of two tables, each read round and round, repeats only after their product, about 1e12 elements.
+LENGTHS = (1048573, 1048571)
+
+
+@lru_cache(maxsize=1)
+def _tables() -> tuple[Tensor, ...]:
+    """Standard normal tables of exact mean 0 and variance 1/2, each with its start repeated behind its end, so that
+    a piece from any position is contiguous."""
+    generator = torch.Generator().manual_seed(0)
+    tables = []
+    for length in LENGTHS:
+        table = torch.randn(length, generator=generator, dtype=torch.float64, device="cpu")
+        table = ((table - table.mean()) / table.std(correction=0) * 0.5**0.5).float()
+        tables.append(torch.cat((table, table[:ELEMENTS])))
+    return tuple(tables)
+
+
+@torch.no_grad()
+def white_noise_like(like: Tensor) -> Tensor:
+    """Standard normal variates of the shape, dtype and device of ``like``, from PyTorch's global generator.
+
+    On CPU, where drawing a normal variate takes 3.4 ns and would be a third of a chip's forward, each is the sum of one
+    entry from each of two tables of a million variates, started at random positions: 0.3 ns. Any one of them is
+    standard normal to the tables' sampling error; two of the same tensor are independent unless they lie a multiple
+    of a table's length apart (correlation 1/2).
+    """
+    if not chunkable(like):
+        return torch.randn_like(like)
+    noise = torch.empty_like(like)
+    starts = [int(torch.randint(length, (), device="cpu")) for length in LENGTHS]
+    out = flat(noise)
+    for first in range(0, out.numel(), ELEMENTS):
+        piece = out[first : first + ELEMENTS]
+        parts = []
+        for table, length, start in zip(_tables(), LENGTHS, starts):
+            at = (start + first) % length
+            parts.append(table[at : at + len(piece)])
+        torch.add(*parts, out=piece)
+    return noise
