@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from .about import About
 from .calibration import calibrate
 from .config import ReRAMConfig
 from .deployment import deploy
@@ -26,6 +27,7 @@ from .device.retention import retention_from_dict
 from .evaluation import evaluate_robustness
 from .patching import patch_model, summarize
 from .protocol import METHODS, OURS, Method, write_comparison
+from .publish import publish
 from .report import RobustnessReport
 from .trainer import ReRAMTrainer
 
@@ -178,10 +180,22 @@ def run_demo(
             ours = model
         last = report.statistic("accuracy", TIMES[-1])
         progress(f"{method.label}: {last.mean:.1f} ± {last.std:.1f} % after {TIMES[-1]}")
-    write_comparison(folder, reports, title=f"Handwritten digits on {CORNER.name}, {chips} chips")
+    title = f"Handwritten digits on {CORNER.name}, {chips} chips"
+    about = About(
+        task="image-classification",
+        metric="accuracy",
+        dataset="scikit-learn's handwritten digits",
+        dataset_split="test",
+        base_model="small-deit-digits",
+        name="digits-reram",
+        examples=len(digits.test[1]),
+        base_metrics={"accuracy": accuracy},
+    )
+    reports[OURS.label].about = about.to_dict()
+    write_comparison(folder, reports, title=title)
     assert ours is not None
     ours.save_pretrained(folder / "checkpoint")
-    reports[OURS.label].to_json(folder / "checkpoint" / "robustness.json")
+    publish(folder / "checkpoint", reports[OURS.label], reports, title)
     check_reload(ours, folder / "checkpoint", digits)
     progress(f"checkpoint loads again with {summarize(ours).layers} crossbar layers and the same predictions")
     return reports

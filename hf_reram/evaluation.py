@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from .deployment import deploy, digital
 from .device.time import parse_time
-from .digest import model_digest
+from .digest import model_digest, weights_digest
 from .nn.state import layer_seed
 from .patching import crossbar_state, summarize
 from .report import Measurement, RobustnessReport
@@ -104,6 +104,7 @@ def evaluate_robustness(
         config=state.config.to_dict(),
         summary=str(summarize(model)),
         notes=notes,
+        weights=weights_digest(model),
     )
 
 

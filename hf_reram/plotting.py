@@ -1,6 +1,6 @@
 """The plot of a robustness evaluation: metric against time since programming."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ def plot_reports(
     metric: str,
     labels: Sequence[str] | None = None,
     title: str | None = None,
+    digital: Mapping[str, float] | None = None,
 ) -> Path:
     """Write the PNG; see :meth:`hf_reram.RobustnessReport.plot`.
 
@@ -47,9 +48,8 @@ def plot_reports(
             axes.plot(times, mean, color=color, marker=MARKERS[i % 7], ms=5, ls=("-", "--", ":")[j % 3], label=name)
             low, high = ([s.mean + sign * s.std for s in statistics] for sign in (-1, 1))
             axes.fill_between(times, low, high, color=color, alpha=0.15, lw=0)
-    base = reports[0].digital
-    if base and metric in base:
-        axes.axhline(base[metric], color="0.35", ls=(0, (5, 3)), lw=1.2, label="digital base")
+    if digital and metric in digital:
+        axes.axhline(digital[metric], color="0.35", ls=(0, (5, 3)), lw=1.2, label="digital base")
     axes.set_xscale("log")
     last = max(max(report.times) for report in reports)
     axes.set_xlim(0.7, max(last * 1.5, 2))

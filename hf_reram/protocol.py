@@ -4,7 +4,7 @@ and chips for each (DESIGN §5)."""
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,14 @@ from torch import nn
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from .about import About
 from .config import ReRAMConfig
+from .deployment import digital
 from .device.time import format_time
 from .evaluation import evaluate_robustness
+from .publish import publish
 from .report import RobustnessReport, write_whole
+from .tables import comparison_table, metrics_table
 from .trainer import ReRAMTrainer
 from .version import __version__
 
@@ -67,16 +71,16 @@ def run_protocol(
     config: ReRAMConfig,
     folder: str | Path,
     times: Sequence[str | float],
+    about: About,
     seeds: int | Iterable[int] = 10,
     methods: Sequence[Method] = METHODS,
-    metric: str | None = None,
     title: str | None = None,
     settings: Mapping[str, Any] | None = None,
     temperatures: Sequence[float | None] = (None,),
-    command: str | None = None,
 ) -> dict[str, RobustnessReport]:
     """Train and evaluate every method, and compare them in ``folder``: ``report.md``, ``report.json``,
-    ``robustness.png``, and for each method a folder with its checkpoints, model and report.
+    ``robustness.png``, and for each method a folder with its checkpoints, model and report. A model's folder also holds
+    its card, plot and comparison, ready to be pushed.
 
     What a killed run has finished is not done again: methods, training steps up to the last checkpoint (as
     ``TrainingArguments.save_strategy`` says), chips. With several processes each evaluates its share of the chips, and
@@ -86,9 +90,9 @@ def run_protocol(
         make_trainer: called with a method's config and output folder; returns a trainer with a fresh copy of the base.
         evaluate: see :func:`hf_reram.evaluate_robustness`; must not talk to other processes.
         config: that of :data:`OURS`.
-        metric: of table and plot; None takes the first. title: of the plot.
+        about: what the card says; base metrics, training, versions and date are added.
+        title: of the plot.
         settings: what else the results depend on, such as hyperparameters.
-        command: what was run, for the report.
 
     Returns:
         Reports by the methods' labels.
@@ -98,15 +102,15 @@ def run_protocol(
     """
     folder, reports = Path(folder), {}
     _claim(folder, {"config": config.to_dict(), "settings": dict(settings or {})})
+    about = replace(about, versions=_versions(), date=str(date.today()))
     main = True
     for method in methods:
         home = folder / method.folder
         trainer = make_trainer(method.config(config), str(home))
         main = trainer.is_world_process_zero()
-        if method.loss is not None:
-            trainer.train(resume_from_checkpoint=get_last_checkpoint(str(home)) if home.is_dir() else None)
-            if hasattr(trainer.model, "merge_and_unload"):  # LoRA: a chip has no digital side path
-                trainer.model = trainer.model.merge_and_unload()
+        if not about.base_metrics:
+            about.base_metrics = _base_metrics(trainer, evaluate, folder / "base.json")
+        note = _train(trainer, home) if method.loss is not None else None
         logger.warning("evaluating: %s", method.label)
         report = evaluate_robustness(
             trainer.model,
@@ -118,74 +122,81 @@ def run_protocol(
             resume=home / "chips.jsonl",
             share_chips=True,
         )
+        report.about = replace(about, training=[note] if note else []).to_dict()
         reports[method.label] = report
         if main:
             report.to_json(home / "robustness.json")
         if method.loss is not None:
             trainer.save_model(str(home / "model"))
-            if main:
-                report.to_json(home / "model" / "robustness.json")
     if main:
-        write_comparison(folder, reports, metric, title, command)
+        write_comparison(folder, reports, about.metric, title)
+        for method in methods:
+            if method.loss is not None:
+                publish(folder / method.folder / "model", reports[method.label], reports, title)
     return reports
 
 
+def _base_metrics(trainer: ReRAMTrainer, evaluate: Callable, file: Path) -> dict[str, float]:
+    """Those of the digital base, which a trainer's fresh model still is."""
+    if file.exists():
+        return json.loads(file.read_text(encoding="utf-8"))
+    with digital(trainer.model):
+        found = {name: float(value) for name, value in evaluate(trainer.model).items()}
+    if trainer.is_world_process_zero():
+        write_whole(file, json.dumps(found, indent=2) + "\n")
+    return found
+
+
+def _train(trainer: ReRAMTrainer, home: Path) -> str:
+    """Train from the last checkpoint on, if there is one; what to say about it."""
+    checkpoint = get_last_checkpoint(str(home)) if home.is_dir() else None
+    done = trainer.train(resume_from_checkpoint=checkpoint)
+    if hasattr(trainer.model, "merge_and_unload"):  # LoRA: a chip has no digital side path
+        trainer.model = trainer.model.merge_and_unload()
+    steps, size = trainer.state.global_step, trainer.args.train_batch_size * trainer.args.world_size
+    size *= trainer.args.gradient_accumulation_steps
+    note = f"{steps} steps of {size} examples, learning rate {trainer.args.learning_rate:g}"
+    seconds = done.metrics.get("train_runtime")
+    return note if checkpoint or not seconds else f"{note}, {seconds:.0f} s on {_machine(trainer)}"
+
+
+def _machine(trainer: ReRAMTrainer) -> str:
+    if trainer.args.device.type == "cuda":
+        return f"{trainer.args.world_size} x {torch.cuda.get_device_name()}"
+    return f"{torch.get_num_threads() * trainer.args.world_size} CPU threads"
+
+
+def _versions() -> dict[str, str]:
+    return {"hf_reram": __version__, "torch": str(torch.__version__), "transformers": transformers.__version__}
+
+
 def write_comparison(
-    folder: str | Path,
-    reports: Mapping[str, RobustnessReport],
-    metric: str | None = None,
-    title: str | None = None,
-    command: str | None = None,
+    folder: str | Path, reports: Mapping[str, RobustnessReport], metric: str | None = None, title: str | None = None
 ) -> None:
-    """``report.md``, ``report.json`` and ``robustness.png`` of several models' reports."""
+    """``report.md``, ``report.json`` and ``robustness.png`` of several models' reports, the base's metrics and the
+    command as the last report's ``about`` says."""
     folder, (first, *others) = Path(folder), list(reports.values())
     metric = metric or first.metrics[0]
-    last = first.times[-1]
-    first.plot(folder / "robustness.png", *others, metric=metric, labels=list(reports), title=title)
+    last, about = first.times[-1], list(reports.values())[-1].about
+    base = about.get("base_metrics") or first.digital
+    first.plot(folder / "robustness.png", *others, metric=metric, labels=list(reports), title=title, digital=base)
     chips = first.statistic(metric, last).chips
-    parts = [f"{metric}, mean ± standard deviation over {chips} chips:", comparison_table(reports, metric)]
+    parts = [
+        f"{metric}, mean ± standard deviation over {chips} chips:",
+        comparison_table(reports, metric, digital=base),
+    ]
     if len(first.metrics) > 1:
-        parts += [f"Every metric after {format_time(last)}:", metrics_table(reports, last)]
+        parts += [
+            f"Every metric after {format_time(last)}:",
+            metrics_table(reports, last, digital=base, metrics=about.get("details", ())),
+        ]
     parts += ["\n".join(f"- {note}" for note in first.notes)] if first.notes else []
-    if command:
-        versions = f"hf_reram {__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
-        parts += [f"Measured on {date.today()} with {versions}:", f"```bash\n{command}\n```"]
+    if about.get("command"):
+        versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+        parts += [f"Measured on {about['date']} with {versions}:", f"```bash\n{about['command']}\n```"]
     write_whole(folder / "report.md", "\n\n".join(part.strip() for part in parts) + "\n")
     text = json.dumps({label: report.to_dict() for label, report in reports.items()}, indent=2)
     write_whole(folder / "report.json", text + "\n")
-
-
-def metrics_table(reports: Mapping[str, RobustnessReport], time: str | float, decimals: int = 1) -> str:
-    """Markdown: a row a metric, a column a model, mean over chips at one time."""
-    first = next(iter(reports.values()))
-    lines = [
-        ["", *(["digital"] if first.digital else []), *reports],
-        ["---"] * (len(reports) + 1 + bool(first.digital)),
-    ]
-    for metric in first.metrics:
-        base = [first.digital[metric]] if first.digital else []
-        means = [report.statistic(metric, time).mean for report in reports.values()]
-        lines.append([metric, *(f"{value:.{decimals}f}" for value in [*base, *means])])
-    return _markdown(lines)
-
-
-def comparison_table(reports: Mapping[str, RobustnessReport], metric: str | None = None, decimals: int = 1) -> str:
-    """Markdown: the digital base and a row a model; ideal crossbar and mean ± standard deviation over chips at each
-    time."""
-    first = next(iter(reports.values()))
-    metric = metric or first.metrics[0]
-    lines = [["", "ideal crossbar", *(format_time(t) for t in first.times)], ["---"] * (len(first.times) + 2)]
-    if first.digital:
-        lines.append(["digital", "–", *[f"{first.digital[metric]:.{decimals}f}"] * len(first.times)])
-    for label, report in reports.items():
-        cells = [report.statistic(metric, t) for t in report.times]
-        ideal = f"{report.ideal[metric]:.{decimals}f}" if report.ideal else "–"
-        lines.append([label, ideal, *(f"{s.mean:.{decimals}f} ± {s.std:.{decimals}f}" for s in cells)])
-    return _markdown(lines)
-
-
-def _markdown(lines: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def _claim(folder: Path, what: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from scipy import stats
 
 from .device.time import format_time, parse_time
 from .plotting import plot_reports
+from .tables import markdown
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class RobustnessReport:
         measurements: every chip, time and temperature.
         digital, ideal: metrics of the digital model and of the ideal crossbar, or None.
         config: the ReRAMConfig in full. summary: what is on crossbars. notes: what a reader must know.
+        weights: :func:`hf_reram.digest.weights_digest` of the model that was measured.
+        about: what the model card says beside numbers, see :class:`hf_reram.about.About`.
     """
 
     measurements: list[Measurement]
@@ -57,6 +60,8 @@ class RobustnessReport:
     config: dict[str, Any] = field(default_factory=dict)
     summary: str = ""
     notes: list[str] = field(default_factory=list)
+    weights: str = ""
+    about: dict[str, Any] = field(default_factory=dict)
 
     @property
     def metrics(self) -> list[str]:
@@ -129,9 +134,22 @@ class RobustnessReport:
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is no robustness report: {error!r}") from error
+        return cls.from_dict(data, path)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], path: str | Path = "this") -> "RobustnessReport":
+        """The inverse of :meth:`to_dict`; ``path`` is for the error.
+
+        Raises:
+            ValueError: no such report.
+        """
+        try:
             measurements = [Measurement(**m) for m in data["measurements"]]
             rest = {key: data[key] for key in ("digital", "ideal", "config", "summary", "notes")}
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            rest |= {key: data[key] for key in ("weights", "about") if key in data}
+        except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is no robustness report: {error!r}") from error
         return cls(measurements, **rest)
 
@@ -139,7 +157,7 @@ class RobustnessReport:
         """A table: metrics by row, references and times by column, mean ± standard deviation over chips."""
         hot = len(self.temperatures) > 1
         head = ["metric", *(["temperature"] if hot else []), "digital", "ideal crossbar"]
-        lines = [head + [format_time(t) for t in self.times]]
+        rows = []
         for metric in self.metrics:
             for kelvin in self.temperatures:
                 row = [metric, *([f"{kelvin:g} K" if kelvin is not None else "reference"] if hot else [])]
@@ -148,12 +166,11 @@ class RobustnessReport:
                 for time in self.times:
                     s = self.statistic(metric, time, kelvin)
                     row.append(f"{s.mean:.{decimals}f} ± {s.std:.{decimals}f}")
-                lines.append(row)
-        lines.insert(1, ["---"] * len(head) + ["---"] * len(self.times))
-        table = "\n".join("| " + " | ".join(row) + " |" for row in lines)
+                rows.append(row)
+        table = markdown([*head, *(format_time(t) for t in self.times)], rows)
         chips = self.statistic(self.metrics[0], self.times[0]).chips
         foot = [f"Mean ± standard deviation over {chips} chips.", *(f"{n[:1].upper()}{n[1:]}." for n in self.notes)]
-        return table + "\n\n" + " ".join(foot) + "\n"
+        return table + "\n" + " ".join(foot) + "\n"
 
     def plot(
         self,
@@ -162,14 +179,16 @@ class RobustnessReport:
         metric: str | None = None,
         labels: Sequence[str] | None = None,
         title: str | None = None,
+        digital: Mapping[str, float] | None = None,
     ) -> Path:
         """Write a PNG: the metric against time since programming, mean with the band of ± one standard deviation over
-        chips, this report's digital model as a reference line.
+        chips, the digital model as a reference line.
 
         Args:
             others: more reports for the same plot. metric: None takes the first. labels: one a report.
+            digital: metrics of the reference line; None takes this report's.
         """
-        return plot_reports(path, [self, *others], metric or self.metrics[0], labels, title)
+        return plot_reports(path, [self, *others], metric or self.metrics[0], labels, title, digital or self.digital)
 
 
 def write_whole(path: str | Path, text: str) -> None:

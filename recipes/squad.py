@@ -30,9 +30,12 @@ from transformers import (
 )
 
 from hf_reram import ReRAMConfig, ReRAMTrainer, deploy, patch_model
+from hf_reram.about import About
 from hf_reram.arguments import ReRAMArguments
 from hf_reram.protocol import OURS, run_protocol
 from hf_reram.question_answering import QuestionAnswering, training_features
+
+DETAILS = ("exact", "f1", "AvNA", "HasAns_exact", "HasAns_f1", "HasAns_span_f1", "NoAns_exact", "NoAns_f1", "best_f1")
 
 
 @dataclass
@@ -97,6 +100,7 @@ def main() -> None:
     def base():
         return load_model(arguments.model_name_or_path)
 
+    label_free = reram.teacher and reram.teacher_weight == 1
     base()  # refuses a wrong model before the data are prepared
 
     with training.main_process_first():
@@ -107,7 +111,7 @@ def main() -> None:
             tokenizer,
             arguments.train_max_length,
             stride,
-            labels=not (reram.teacher and reram.teacher_weight == 1),
+            labels=not label_free,
         )
         held = load(arguments.validation_file, arguments.dataset_name, "validation")
         if arguments.answerable_only:
@@ -145,18 +149,31 @@ def main() -> None:
     for name in ("times", "chips", "methods"):  # may differ from those of the run that is resumed
         del fixed[name]
     names = ("max_steps", "num_train_epochs", "learning_rate", "per_device_train_batch_size", "seed")
+    local = arguments.validation_file is not None
+    base_name = Path(arguments.model_name_or_path)
+    about = About(
+        task="question-answering",
+        metric="HasAns_span_f1",
+        dataset=f"SQuAD v2 ({Path(arguments.validation_file).name})" if local else arguments.dataset_name,
+        base_model=base_name.resolve().name if base_name.is_dir() else arguments.model_name_or_path,
+        name=f"{base_name.resolve().name}-reram",
+        repo=training.hub_model_id,
+        examples=len(held),
+        details=[name for name in DETAILS if not (arguments.answerable_only and name.startswith("NoAns"))],
+        label_free=label_free,
+        command="accelerate launch " + shlex.join(["recipes/squad.py", *sys.argv[1:]]),
+    )
     run_protocol(
         make_trainer,
         evaluate,
         config,
         training.output_dir,
         reram.times,
+        about,
         reram.chips,
         methods,
-        metric="HasAns_span_f1",
         title=f"SQuAD v2 on {config.device.name}, {reram.chips} chips",
         settings={**fixed, **{name: getattr(training, name) for name in names}},
-        command="accelerate launch " + shlex.join(["recipes/squad.py", *sys.argv[1:]]),
     )
     if training.process_index == 0 and OURS in methods:
         finish(Path(training.output_dir), evaluate, reram.times[-1], training)

@@ -1,0 +1,52 @@
+"""Markdown tables of robustness reports."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from .device.time import format_time
+
+if TYPE_CHECKING:
+    from .report import RobustnessReport
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table with a header line."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def metrics_table(
+    reports: Mapping[str, "RobustnessReport"],
+    time: str | float,
+    decimals: int = 1,
+    digital: Mapping[str, float] | None = None,
+    metrics: Sequence[str] = (),
+) -> str:
+    """A row a metric (empty ``metrics``: all), a column a model, mean over chips at one time; ``digital`` are the base's metrics."""
+    first = next(iter(reports.values()))
+    rows = []
+    for metric in metrics or first.metrics:
+        base = [digital[metric]] if digital else []
+        means = [report.statistic(metric, time).mean for report in reports.values()]
+        rows.append([metric, *(f"{value:.{decimals}f}" for value in [*base, *means])])
+    return markdown(["", *(["digital base"] if digital else []), *reports], rows)
+
+
+def comparison_table(
+    reports: Mapping[str, "RobustnessReport"],
+    metric: str | None = None,
+    decimals: int = 1,
+    digital: Mapping[str, float] | None = None,
+) -> str:
+    """The digital base (``digital``, its metrics) and a row a model: ideal crossbar, and mean ± standard deviation over
+    chips at each time."""
+    first = next(iter(reports.values()))
+    metric = metric or first.metrics[0]
+    rows = []
+    if digital:
+        rows.append(["digital base", "–", *[f"{digital[metric]:.{decimals}f}"] * len(first.times)])
+    for label, report in reports.items():
+        cells = [report.statistic(metric, t) for t in report.times]
+        ideal = f"{report.ideal[metric]:.{decimals}f}" if report.ideal else "–"
+        rows.append([label, ideal, *(f"{s.mean:.{decimals}f} ± {s.std:.{decimals}f}" for s in cells)])
+    return markdown(["", "ideal crossbar", *(format_time(t) for t in first.times)], rows)
