@@ -148,16 +148,21 @@ def _base_metrics(trainer: ReRAMTrainer, evaluate: Callable, file: Path) -> dict
 
 
 def _train(trainer: ReRAMTrainer, home: Path) -> str:
-    """Train from the last checkpoint on, if there is one; what to say about it."""
+    """Train from the last checkpoint on, if there is one; what to say about it, which a resumption says again."""
     checkpoint = get_last_checkpoint(str(home)) if home.is_dir() else None
     done = trainer.train(resume_from_checkpoint=checkpoint)
     if hasattr(trainer.model, "merge_and_unload"):  # LoRA: a chip has no digital side path
         trainer.model = trainer.model.merge_and_unload()
     steps, size = trainer.state.global_step, trainer.args.train_batch_size * trainer.args.world_size
     size *= trainer.args.gradient_accumulation_steps
-    note = f"{steps} steps of {size} examples, learning rate {trainer.args.learning_rate:g}"
-    seconds = done.metrics.get("train_runtime")
-    return note if checkpoint or not seconds else f"{note}, {seconds:.0f} s on {_machine(trainer)}"
+    note, file = f"{steps} steps of {size} examples, learning rate {trainer.args.learning_rate:g}", home / "trained.txt"
+    if file.exists():
+        return file.read_text(encoding="utf-8").strip()
+    if not checkpoint:  # the time of a resumed training is not known
+        note += f", {done.metrics['train_runtime']:.0f} s on {_machine(trainer)}"
+    if trainer.is_world_process_zero():
+        write_whole(file, note + "\n")
+    return note
 
 
 def _machine(trainer: ReRAMTrainer) -> str:

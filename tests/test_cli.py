@@ -26,7 +26,7 @@ def test_demo_runs_the_whole_path(tmp_path, monkeypatch):
     assert list(reports) == ["naive crossbar", "hf_reram"]
     assert (tmp_path / "robustness.png").stat().st_size > 10_000
     assert json.loads((tmp_path / "report.json").read_text()).keys() == reports.keys()
-    assert "| digital | – |" in (tmp_path / "report.md").read_text()
+    assert "| digital base | – |" in (tmp_path / "report.md").read_text()
     assert RobustnessReport.from_json(tmp_path / "checkpoint" / "robustness.json").metrics == ["accuracy"]
     with pytest.raises(RuntimeError, match="something else"):
         demo.check_reload(patch_model(demo.small_deit(), ReRAMConfig()), tmp_path / "checkpoint", demo.Digits.load())
