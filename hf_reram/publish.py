@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.repocard_data import yaml_dump
 
 from .about import About
@@ -78,3 +78,12 @@ def read_comparison(path: str | Path) -> dict[str, RobustnessReport]:
     """What :func:`publish` wrote as ``comparison.json``: reports by label."""
     data = json.loads(Path(path).read_text(encoding="utf-8"))
     return {label: RobustnessReport.from_dict(row, path) for label, row in data.items()}
+
+
+def push(folder: str | Path, repo: str, private: bool | None = None, token: str | None = None) -> str:
+    """Upload a checkpoint's folder, creating the repository if need be; the URL of the commit. Repeating it is safe."""
+    api = HfApi(token=token)
+    name = api.create_repo(repo, private=private, exist_ok=True).repo_id
+    return str(
+        api.upload_folder(repo_id=name, folder_path=folder, ignore_patterns=["training_args.bin", "checkpoint-*"])
+    )

@@ -22,7 +22,8 @@ def metrics_table(
     digital: Mapping[str, float] | None = None,
     metrics: Sequence[str] = (),
 ) -> str:
-    """A row a metric (empty ``metrics``: all), a column a model, mean over chips at one time; ``digital`` are the base's metrics."""
+    """A row a metric (empty ``metrics``: all), a column a model, mean over chips at one time; ``digital`` are of the
+    base."""
     first = next(iter(reports.values()))
     rows = []
     for metric in metrics or first.metrics:

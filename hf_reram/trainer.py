@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, has_length
 
+from .batch_norm import freeze_batch_norm
 from .calibration import calibrate
 from .config import ReRAMConfig
 from .deployment import deploy
@@ -35,6 +36,8 @@ class ReRAMTrainer(Trainer):
             such as ``eval_1d_loss`` and ``eval_1d_accuracy``, means over chips; ``metric_for_best_model`` may name one.
         eval_chips: how many chips for ``eval_times``.
         calibration_dataset: what to calibrate on instead of ``train_dataset``.
+        freeze_batch_norm: train with batch norm's running statistics and leave them as they are, for small batches and
+            after :func:`hf_reram.batch_norm.fold_batch_norm`.
 
     Logs ``task_loss``, ``retention_loss`` and ``noise_to_signal`` (its mean over layers) beside ``loss``. Where the
     config adds no closed form to the loss, ``retention_loss`` is what "output" would be, measured for information.
@@ -54,6 +57,7 @@ class ReRAMTrainer(Trainer):
         eval_times: Sequence[str | float] = (),
         eval_chips: int = 3,
         calibration_dataset=None,
+        freeze_batch_norm: bool = False,
         **kwargs,
     ):
         if not 0 <= teacher_weight <= 1:
@@ -65,7 +69,7 @@ class ReRAMTrainer(Trainer):
         self.reram_config: Any = reram_config
         self.teacher, self.teacher_weight = None, teacher_weight
         self.eval_times, self.eval_chips = [parse_time(t) for t in eval_times], eval_chips
-        self.calibration_dataset = calibration_dataset
+        self.calibration_dataset, self.freeze_batch_norm = calibration_dataset, freeze_batch_norm
         self._sums: dict[str, Tensor] = {}
         self._logged_step = 0
         super().__init__(*args, **kwargs)
@@ -142,6 +146,8 @@ class ReRAMTrainer(Trainer):
         """The task loss, and in training the teacher's divergence and the retention loss, as the config says."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.freeze_batch_norm:
+            freeze_batch_norm(self.model)
         state = crossbar_state(self.model)
         state.noise_seed = layer_seed(self.args.seed, f"step {self.state.global_step}")
         state.measure = state.term != "output" and self._measures_next()

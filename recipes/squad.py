@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from datasets import load_dataset
-from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForQuestionAnswering,
@@ -33,6 +32,7 @@ from hf_reram import ReRAMConfig, ReRAMTrainer, deploy, patch_model
 from hf_reram.about import About
 from hf_reram.arguments import ReRAMArguments
 from hf_reram.protocol import OURS, run_protocol
+from hf_reram.publish import push
 from hf_reram.question_answering import QuestionAnswering, training_features
 
 DETAILS = ("exact", "f1", "AvNA", "HasAns_exact", "HasAns_f1", "HasAns_span_f1", "NoAns_exact", "NoAns_f1", "best_f1")
@@ -190,11 +190,7 @@ def finish(output: Path, evaluate: QuestionAnswering, time: str, training: Train
     (output / "null_odds.json").write_text(json.dumps(odds, indent=1))
     print((output / "report.md").read_text())
     if training.push_to_hub:
-        api = HfApi()
-        repo = api.create_repo(
-            training.hub_model_id or f"{Path(output).name}-reram", private=training.hub_private_repo, exist_ok=True
-        )
-        api.upload_folder(repo_id=repo.repo_id, folder_path=output / OURS.folder / "model")
+        push(output / OURS.folder / "model", training.hub_model_id or f"{output.name}-reram", training.hub_private_repo)
 
 
 if __name__ == "__main__":

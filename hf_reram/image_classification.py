@@ -1,0 +1,206 @@
+"""Image classification: data sets, preprocessing as the model wants it, top-1 and top-5.
+
+Data sets are as on the Hub: an image column and a column of integer labels.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import AutoImageProcessor, ViTImageProcessor
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+IMAGES = ("image", "img", "pixel_values")
+LABELS = ("label", "labels", "fine_label")
+KEPT_BYTES = 1 << 30  # preprocessed images that are kept for the next evaluation
+
+
+def find_columns(dataset, what: str = "dataset", labels: bool = True) -> tuple[str, str | None]:
+    """Names of the image column and the label column.
+
+    Raises:
+        ValueError: there is no such column, or no row.
+    """
+    columns = dataset.column_names
+    image = next((name for name in IMAGES if name in columns), None)
+    label = next((name for name in LABELS if name in columns), None)
+    if image is None or (labels and label is None):
+        lacking = f"an image column, one of {list(IMAGES)}" if image is None else f"labels, one of {list(LABELS)}"
+        raise ValueError(f"{what} has columns {columns}: missing is {lacking}")
+    if len(dataset) == 0:
+        raise ValueError(f"{what} is empty: allowed is at least one image")
+    return image, label if labels else None
+
+
+def check_labels(dataset, model: Any, what: str = "dataset") -> None:
+    """Whether a data set's labels are the model's classes; classes without an image are counted in a warning.
+
+    Raises:
+        ValueError: another number of classes, other class names in another order, or labels outside the model's.
+    """
+    _, column = find_columns(dataset, what)
+    assert column is not None
+    classes = model.config.num_labels
+    values = torch.as_tensor(dataset[column][:])
+    if bad := sorted({int(v) for v in values if not 0 <= v < classes})[:5]:
+        raise ValueError(f"{what} has labels {bad}: allowed are 0 to {classes - 1}, the model's {classes} classes")
+    names = getattr(dataset.features[column], "names", None)
+    if names is not None and len(names) != classes:
+        raise ValueError(f"{what} has {len(names)} classes and the model {classes}: allowed is the same number")
+    empty = classes - len(torch.unique(values))
+    if empty:
+        logger.warning("%s has no image of %d of the %d classes", what, empty, classes)
+
+
+class ImageDataset(Dataset):
+    """A Hub data set as ``pixel_values`` and, with a label column, ``labels``.
+
+    Args:
+        transform: from a PIL image in RGB to a tensor (channels, height, width).
+        image, label: columns; without ``label`` no labels.
+
+    Raises:
+        ValueError: on access, an image that cannot be decoded; names its row and file.
+    """
+
+    def __init__(self, dataset, transform: Callable[[Any], Tensor], image: str = "image", label: str | None = "label"):
+        self.dataset, self.transform, self.image, self.label = dataset, transform, image, label
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            row = self.dataset[index]
+            pixels = self.transform(row[self.image].convert("RGB"))
+        except (OSError, SyntaxError) as error:  # PIL raises both for broken files
+            raise ValueError(f"image {index} cannot be decoded: {error}") from error
+        return {"pixel_values": pixels} | ({} if self.label is None else {"labels": int(row[self.label])})
+
+
+def image_transforms(model: Any, name: str | None, size: int | None = None) -> tuple[Callable, Callable]:
+    """Preprocessing for training (random crop, flip) and for evaluation, as the model's image processor, or timm, says.
+
+    Args:
+        model: of any class with an image processor, or transformers' wrapper of a timm model.
+        name: where the model came from, a Hub id or a folder; None: it is new, and its config's ``image_size`` says.
+        size: pixels of the side instead of what they say.
+
+    Raises:
+        ImportError: torchvision is missing.
+        ValueError: nothing says how to preprocess.
+    """
+    if hasattr(model, "timm_model"):
+        from timm.data import create_transform, resolve_data_config
+
+        own = {"input_size": (3, size, size), "crop_pct": 1.0} if size else {}
+        wanted = resolve_data_config(own, model=model.timm_model)
+        return create_transform(**wanted, is_training=True, auto_augment=None, re_prob=0), create_transform(**wanted)
+    if name is None:
+        side = size or getattr(model.config, "image_size", None)
+        if side is None:
+            raise ValueError("nothing says how large images are: give an image size")
+        shape = {"height": side, "width": side}
+        return processor_transforms(ViTImageProcessor(size=shape, image_mean=[0.5] * 3, image_std=[0.5] * 3))
+    try:
+        processor = AutoImageProcessor.from_pretrained(name, **({"size": size, "crop_size": size} if size else {}))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name} has no image processor, so nothing says how to preprocess images: {error}") from error
+    return processor_transforms(processor)
+
+
+def processor_transforms(processor: Any) -> tuple[Callable, Callable]:
+    """The same of an image processor."""
+    from torchvision.transforms import v2
+
+    side = _height_width(processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size)
+    normalize = v2.Normalize(processor.image_mean, processor.image_std) if processor.do_normalize else v2.Identity()
+    train = v2.Compose(
+        [
+            v2.RandomResizedCrop(side, scale=(0.35, 1.0)),
+            v2.RandomHorizontalFlip(),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            normalize,
+        ]
+    )
+    return train, _Evaluation(processor)
+
+
+class _Evaluation:
+    """The image processor itself on one image; a class, so that DataLoader workers can have it."""
+
+    def __init__(self, processor: Any):
+        self.processor = processor
+
+    def __call__(self, image: Any) -> Tensor:
+        return self.processor(image, return_tensors="pt")["pixel_values"][0]
+
+
+def _height_width(size: Any) -> tuple[int, int]:
+    values = dict(size)
+    edge = values.get("shortest_edge")
+    return (edge, edge) if edge else (values["height"], values["width"])
+
+
+class ImageClassification:
+    """Top-1 and top-5 accuracy of a model on a data set, in percent.
+
+    Calling it with a model gives ``accuracy`` and, from 6 classes on, ``top5_accuracy``, so it fits
+    :func:`hf_reram.evaluate_robustness`. Preprocessed images are kept from the first call on, up to 1 GiB.
+
+    Args:
+        dataset: see the module. transform: as :func:`image_transforms` gives for evaluation.
+        batch_size: images a forward. workers: processes that decode and preprocess.
+
+    Raises:
+        ValueError: as :func:`find_columns`.
+    """
+
+    def __init__(self, dataset, transform: Callable[[Any], Tensor], batch_size: int = 64, workers: int = 0):
+        image, label = find_columns(dataset, "the evaluation data")
+        self.images = ImageDataset(dataset, transform, image, label)
+        self.batch_size, self.workers = batch_size, workers
+        self._kept: list[Mapping[str, Tensor]] | None = None
+
+    def _batches(self):
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept, size = [], 0
+        for batch in DataLoader(self.images, self.batch_size, num_workers=self.workers):
+            size += batch["pixel_values"].nbytes
+            if size <= KEPT_BYTES:
+                kept.append(batch)
+            yield batch
+        self._kept = kept if size <= KEPT_BYTES else None
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """Accuracies of the model in evaluation mode.
+
+        Raises:
+            ValueError: the model gives no logits over classes.
+        """
+        was_training = model.training
+        model.eval()
+        right = torch.zeros(2, dtype=torch.float64)
+        try:
+            device = next(model.parameters()).device
+            for batch in self._batches():
+                with torch.inference_mode():
+                    logits = model(pixel_values=batch["pixel_values"].to(device)).logits.float().cpu()
+                if logits.dim() != 2:
+                    raise ValueError(
+                        f"{type(model).__name__} gives logits of shape {tuple(logits.shape)}: allowed is "
+                        "(images, classes)"
+                    )
+                best = logits.topk(min(5, logits.shape[1])).indices == batch["labels"][:, None]
+                right += torch.stack([best[:, 0].sum(), best.any(1).sum()])
+        finally:
+            model.train(was_training)
+        top1, top5 = (100 * right / len(self.images)).tolist()
+        return {"accuracy": top1} | ({"top5_accuracy": top5} if logits.shape[1] > 5 else {})
