@@ -44,14 +44,24 @@ def _sinh_chunked(x: Tensor, span: float, b: float, levels: int, gain: float) ->
 def _sinh_backward_chunked(grad: Tensor, s: Tensor, limit: float, scale: float, gain: float) -> Tensor:
     """``grad · scale · sqrt(gain² + s²)`` where ``|s| < limit``, else 0."""
     result = torch.empty_like(s)
-    constant = torch.tensor((scale * gain) ** 2)
+    square = _slope_squared(scale, gain)
     for g, s_part, out, cosh in pieces(grad, s, result):
-        _sinh_backward(g, s_part, limit, scale, constant, out, cosh)
+        _sinh_backward(g, s_part, limit, scale, gain, square, out, cosh)
     return result
 
 
-def _sinh_backward(g: Tensor, s: Tensor, limit: float, scale: float, constant: Tensor, out: Tensor, cosh: Tensor):
-    torch.addcmul(constant, s, s, value=scale**2, out=cosh).sqrt_()  # scale · gain · cosh
+def _slope_squared(scale: float, gain: float) -> Tensor | None:
+    """``(scale · gain)²``; None at extreme input ranges, where the squares leave float32's range."""
+    return torch.tensor((scale * gain) ** 2) if 1e-15 < scale < 1e15 and 1e-15 < gain < 1e15 else None
+
+
+def _sinh_backward(
+    g: Tensor, s: Tensor, limit: float, scale: float, gain: float, square: Tensor | None, out: Tensor, cosh: Tensor
+) -> None:
+    if square is not None:
+        torch.addcmul(square, s, s, value=scale**2, out=cosh).sqrt_()  # scale · gain · cosh
+    else:
+        torch.div(s, gain, out=cosh).square_().add_(1).sqrt_().mul_(scale * gain)
     torch.ops.aten.hardtanh_backward.grad_input(g, s, -limit, limit, grad_input=out)
     out.mul_(cosh)
 
@@ -63,12 +73,12 @@ def _pulled_backward_chunked(
     result = torch.empty_like(s)
     shape = (-1, *amount.shape)
     grad_rows, s_rows, out_rows = grad.view(shape), s.view(shape), result.view(shape)
-    constant = torch.tensor((scale * gain) ** 2)
+    square = _slope_squared(scale, gain)
     for part, pulled in row_pieces(s_rows):
         s_part, out = s_rows[part], out_rows[part]
         kept = s_part if keep is None else torch.mul(s_part, keep[part].view(-1, *[1] * amount.dim()), out=pulled)
         torch.addcmul(grad_rows[part], kept, amount, out=pulled)
-        _sinh_backward(pulled, s_part, limit, scale, constant, out, torch.empty_like(pulled))
+        _sinh_backward(pulled, s_part, limit, scale, gain, square, out, torch.empty_like(pulled))
     return result
 
 
@@ -141,7 +151,7 @@ class ShrunkSinh(Function):
         if ctx.linear:
             inside.mul_(ctx.gain)
         else:
-            inside.mul_((s * s).add_(ctx.gain**2).sqrt_())  # gain · cosh = sqrt(gain² + s²)
+            inside.mul_(torch.hypot(s, s.new_tensor(ctx.gain)))  # gain · cosh, without squares that overflow
         grad_range = None
         if ctx.needs_input_grad[1]:
             t = s / ctx.gain if ctx.linear else torch.asinh(s / ctx.gain)

@@ -26,6 +26,18 @@ def test_sinh_is_exact_to_float32(b, span, seed):
     torch.testing.assert_close(ShrunkSinh.apply(x, span, b, 0).double(), exact, rtol=1e-6, atol=1e-7 * math.sinh(b))
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.floats(1e-3, 4.0), st.floats(-30, 30).map(lambda e: 10.0**e), st.booleans())
+def test_sinh_gradient_at_any_input_range(b, span, powers):
+    x = (torch.randn(300, generator=torch.Generator().manual_seed(0)) * span).requires_grad_()
+    pull = Pull() if powers else None
+    phi = ShrunkSinh.apply(x, span, b, 0, span / b, pull)
+    (phi.sum() + InputPower.apply(phi, None, pull).sum() * 0 if powers else phi.sum()).backward()
+    u = x.detach().double() / span
+    slope = torch.where(u.abs() < 1, torch.cosh(b * u), 0.0)
+    torch.testing.assert_close(x.grad.double(), slope, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("b", [1e-5, 0.3, 1.0, 2.5, 7.0])
 def test_sinh_gradients_for_input_and_range(b):
     x = torch.randn(40, dtype=F64, requires_grad=True)
