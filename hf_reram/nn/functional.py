@@ -25,7 +25,7 @@ def _drive_(t: Tensor, bound: float, levels: int) -> Tensor:
 def _sinh_chunked(x: Tensor, span: float, b: float, levels: int, gain: float) -> Tensor:
     """``gain · sinh(b clamp(x / span, -1, 1))`` to float32 precision, by an odd polynomial in x."""
     scale, coefficients = b / span, sinh_coefficients(b)
-    # At extreme spans, passes of their own keep float32's precision; logarithms, as the powers may leave float64's range.
+    # At extreme spans, passes of their own keep float32's precision. Logarithms: the powers may leave float64's range.
     sizes = (math.log10(gain * c) + (2 * k + 1) * math.log10(scale) for k, c in enumerate(coefficients))
     fold = all(abs(size) < 30 for size in sizes)
     folded = tuple(gain * c * scale ** (2 * k + 1) for k, c in enumerate(coefficients)) if fold else ()
