@@ -41,7 +41,7 @@ class LayerStatistics:
     """What calibration keeps of one layer's inputs.
 
     Attributes:
-        counts: (bins,) histogram of |x|, in double precision. largest: max |x|.
+        counts: (bins,) histogram of |x|, in double precision. largest: max |x|. smallest: min x, at most 0.
         samples: (at most 256, groups · rows) vectors that met the array.
     """
 
@@ -49,7 +49,7 @@ class LayerStatistics:
         self.layer, self.name = layer, name
         device = layer.weight.device
         self.counts = torch.zeros(_BINS, dtype=torch.float64, device=device)
-        self.largest = 0.0
+        self.largest = self.smallest = 0.0
         self.samples: Any = None  # a tensor once data have come
         self.keys: Any = None
         self.generator = torch.Generator().manual_seed(seed)
@@ -66,7 +66,7 @@ class LayerStatistics:
         largest = float(magnitude.max())
         if not math.isfinite(largest):
             raise ValueError(f"calibration data drive layer {self.name!r} with NaN or infinite values")
-        self.largest = max(self.largest, largest)
+        self.largest, self.smallest = max(self.largest, largest), min(self.smallest, float(x.min()))
         index = (magnitude.clamp(min=1e-30).log2() + _OCTAVES // 2).mul_(_BINS_PER_OCTAVE).long().clamp_(0, _BINS - 1)
         self.counts += torch.bincount(index, minlength=_BINS)
         self._sample(self._vectors(x))
@@ -190,6 +190,7 @@ def _settle(shared: list[LayerStatistics], config: ReRAMConfig) -> None:
     for statistics in shared:
         layer = statistics.layer
         layer.input_range.fill_(span)
+        layer.input_floor.fill_(max(-1.0, first.smallest / span))
         layer.range_shrink.fill_(shrink)
         layer.gain.fill_(gain)
         inputs = _phi(statistics.grouped_samples(), span, config.device.b(shrink), gain)

@@ -110,6 +110,7 @@ def initialize_layers(model: nn.Module, names: set[str] | None = None) -> None:
         with torch.no_grad():
             layer.input_range.zero_()
             layer.adc_range.zero_()
+            layer.input_floor.fill_(-1.0)
             shrink = 1.0 if config.range_shrink == "auto" else config.range_shrink
             layer.range_shrink.fill_(shrink)
             layer.gain.fill_(initial_gain(config, config.device.b(shrink)))

@@ -11,6 +11,8 @@ from .config import ReRAMConfig
 from .nn.mixin import BUFFERS
 from .patching import crossbar_layers, initialize_layers, make_range_trainable, swap_layers, unpatch_model
 
+ADDED_LATER = ("input_floor",)  # checkpoints before it drive every input from both sides
+
 
 @register_quantizer("reram")
 class ReRAMQuantizer(HfQuantizer):
@@ -24,17 +26,19 @@ class ReRAMQuantizer(HfQuantizer):
         if self.quantization_config.learn_input_range:
             for layer in crossbar_layers(model).values():
                 make_range_trainable(layer)
-        if not self.pre_quantized:  # a digital checkpoint has none of them, and need not
-            ignored = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])
-            model._keys_to_ignore_on_load_missing = ignored + [rf"(^|\.){name}$" for name in BUFFERS]
+        absent = ADDED_LATER if self.pre_quantized else BUFFERS  # a digital checkpoint has none of them, and need not
+        ignored = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])
+        model._keys_to_ignore_on_load_missing = ignored + [rf"(^|\.){name}$" for name in absent]
         return model
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        missing = {
-            name
-            for name, layer in crossbar_layers(model).items()
-            if not self.pre_quantized or not all(_was_loaded(getattr(layer, b)) for b in (*BUFFERS, "weight"))
-        }
+        needed = [name for name in (*BUFFERS, "weight") if name not in ADDED_LATER]
+        missing = set()
+        for name, layer in crossbar_layers(model).items():
+            if not self.pre_quantized or not all(_was_loaded(getattr(layer, b)) for b in needed):
+                missing.add(name)
+            elif not _was_loaded(layer.input_floor):
+                layer.input_floor.data.fill_(-1.0)
         initialize_layers(model, missing)
         # transformers refuses .half() and .float() for quantized models; here weights are ordinary parameters.
         model.is_quantized = False

@@ -142,3 +142,18 @@ def test_gains_are_exact_where_they_promise(gain):
         assert float(y[201] / x[201]) == pytest.approx(1, rel=1e-3)
     else:
         assert float((y * (y - x)).sum() / y.square().sum()) == pytest.approx(0, abs=2e-3)
+
+
+def test_one_sided_inputs_get_the_whole_dac():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.Hardswish(), nn.Linear(32, 4)).eval()
+    x = torch.randn(256, 8) * 3
+    exact = model(x).detach()
+    patch_model(model, ReRAMConfig(device="cmo-hfox-ibm", dac_bits=5, weight_clip=None))
+    calibrate(model, [x])
+    floors = [float(layer.input_floor) for layer in crossbar_layers(model).values()]
+    assert floors[0] < -0.5 and floors[1] == 0 and -0.5 < floors[2] < 0
+    one_sided = float((model(x).detach() - exact).square().mean())
+    for layer in crossbar_layers(model).values():
+        layer.input_floor.fill_(-1.0)
+    assert one_sided < 0.5 * float((model(x).detach() - exact).square().mean())

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 
 from hf_reram import ReRAMConfig, calibrate, crossbar_layers, deploy, patch_model, summarize
@@ -31,6 +32,18 @@ def test_checkpoints_come_back_whole(tiny_bert, tmp_path, dtype, shard):
             model.result = model(**bert_batch()).logits
     assert torch.equal(tiny_bert.result, again.result)
     assert not list(tmp_path.glob("*.bin"))
+
+
+def test_a_checkpoint_from_before_one_sided_inputs_loads_as_it_was(tiny_bert, tmp_path):
+    calibrated(tiny_bert, device="cmo-hfox-ibm", dac_bits=8)
+    for layer in crossbar_layers(tiny_bert).values():
+        layer.input_floor.fill_(-1.0)
+    tiny_bert.save_pretrained(tmp_path)
+    weights = {k: v for k, v in load_file(tmp_path / "model.safetensors").items() if not k.endswith("input_floor")}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    state = again.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in tiny_bert.state_dict().items())
 
 
 def test_a_digital_checkpoint_is_patched_by_from_pretrained(tiny_bert, tmp_path):

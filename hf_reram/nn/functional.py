@@ -15,15 +15,17 @@ from .power import Pull
 # Up to this b a polynomial replaces sinh on CPU, where torch's float32 sinh is scalar code, 20 times slower.
 _POLYNOMIAL_B = 4.0
 
+Limits = tuple[float, float]
 
-def _drive_(t: Tensor, bound: float, levels: int) -> Tensor:
-    """Clamp to ``±bound`` and, with a DAC of ``levels`` per sign, quantize, in place."""
-    t.clamp_(-bound, bound)
+
+def _drive_(t: Tensor, bound: float, levels: int, floor: float) -> Tensor:
+    """Clamp to ``[floor · bound, bound]`` and, with a DAC of ``levels`` up to ``bound``, quantize, in place."""
+    t.clamp_(floor * bound, bound)
     return t.mul_(levels / bound).round_().mul_(bound / levels) if levels else t
 
 
-def _sinh_chunked(x: Tensor, span: float, b: float, levels: int, gain: float) -> Tensor:
-    """``gain · sinh(b clamp(x / span, -1, 1))`` to float32 precision, by an odd polynomial in x."""
+def _sinh_chunked(x: Tensor, span: float, b: float, levels: int, gain: float, floor: float) -> Tensor:
+    """``gain · sinh(b clamp(x / span, floor, 1))`` to float32 precision, by an odd polynomial in x."""
     scale, coefficients = b / span, sinh_coefficients(b)
     # At extreme spans, passes of their own keep float32's precision. Logarithms: the powers may leave float64's range.
     sizes = (math.log10(gain * c) + (2 * k + 1) * math.log10(scale) for k, c in enumerate(coefficients))
@@ -31,7 +33,7 @@ def _sinh_chunked(x: Tensor, span: float, b: float, levels: int, gain: float) ->
     folded = tuple(gain * c * scale ** (2 * k + 1) for k, c in enumerate(coefficients)) if fold else ()
     s = torch.empty_like(x)
     for x_part, t, q in pieces(x, s):
-        torch.clamp(x_part, -span, span, out=t)
+        torch.clamp(x_part, floor * span, span, out=t)
         if levels:
             t.mul_(levels / span).round_().mul_(span / levels)
         if not fold:
@@ -43,12 +45,12 @@ def _sinh_chunked(x: Tensor, span: float, b: float, levels: int, gain: float) ->
     return s
 
 
-def _sinh_backward_chunked(grad: Tensor, s: Tensor, limit: float, scale: float, gain: float) -> Tensor:
-    """``grad · scale · sqrt(gain² + s²)`` where ``|s| < limit``, else 0."""
+def _sinh_backward_chunked(grad: Tensor, s: Tensor, limits: Limits, scale: float, gain: float) -> Tensor:
+    """``grad · scale · sqrt(gain² + s²)`` where ``s`` lies between the limits, else 0."""
     result = torch.empty_like(s)
     square = _slope_squared(scale, gain)
     for g, s_part, out, cosh in pieces(grad, s, result):
-        _sinh_backward(g, s_part, limit, scale, gain, square, out, cosh)
+        _sinh_backward(g, s_part, limits, scale, gain, square, out, cosh)
     return result
 
 
@@ -58,18 +60,25 @@ def _slope_squared(scale: float, gain: float) -> Tensor | None:
 
 
 def _sinh_backward(
-    g: Tensor, s: Tensor, limit: float, scale: float, gain: float, square: Tensor | None, out: Tensor, cosh: Tensor
+    g: Tensor,
+    s: Tensor,
+    limits: Limits,
+    scale: float,
+    gain: float,
+    square: Tensor | None,
+    out: Tensor,
+    cosh: Tensor,
 ) -> None:
     if square is not None:
         torch.addcmul(square, s, s, value=scale**2, out=cosh).sqrt_()  # scale · gain · cosh
     else:
         torch.div(s, gain, out=cosh).square_().add_(1).sqrt_().mul_(scale * gain)
-    torch.ops.aten.hardtanh_backward.grad_input(g, s, -limit, limit, grad_input=out)
+    torch.ops.aten.hardtanh_backward.grad_input(g, s, *limits, grad_input=out)
     out.mul_(cosh)
 
 
 def _pulled_backward_chunked(
-    grad: Tensor, s: Tensor, limit: float, scale: float, gain: float, amount: Tensor, keep: Tensor | None
+    grad: Tensor, s: Tensor, limits: Limits, scale: float, gain: float, amount: Tensor, keep: Tensor | None
 ) -> Tensor:
     """The same with ``grad + amount · keep · s`` for ``grad``."""
     result = torch.empty_like(s)
@@ -80,7 +89,7 @@ def _pulled_backward_chunked(
         s_part, out = s_rows[part], out_rows[part]
         kept = s_part if keep is None else torch.mul(s_part, keep[part].view(-1, *[1] * amount.dim()), out=pulled)
         torch.addcmul(grad_rows[part], kept, amount, out=pulled)
-        _sinh_backward(pulled, s_part, limit, scale, gain, square, out, torch.empty_like(pulled))
+        _sinh_backward(pulled, s_part, limits, scale, gain, square, out, torch.empty_like(pulled))
     return result
 
 
@@ -93,7 +102,7 @@ def _pulled(grad: Tensor, s: Tensor, amount: Tensor, keep: Tensor | None) -> Ten
 
 
 class ShrunkSinh(Function):
-    """``s = gain · sinh(b clamp(x / input_range, -1, 1))``, the array's voltage-to-current curve (DESIGN §2).
+    """``s = gain · sinh(b clamp(x / input_range, floor, 1))``, the array's voltage-to-current curve (DESIGN §2).
 
     Saves only ``s``, which the following matrix product saves anyway: ``ds/dx = b/input_range · sqrt(gain² + s²)``
     inside the range and 0 outside. For ``b < 1e-4``, where the curve is straight, ``sinh(b u)`` is taken as ``u``.
@@ -102,8 +111,9 @@ class ShrunkSinh(Function):
         x: inputs, any shape.
         input_range: a positive float, or a tensor with one element, which then gets a gradient.
         b: dimensionless, see :mod:`hf_reram.device.iv`.
-        levels: DAC levels per sign (``2^(bits-1) - 1``), 0 for no quantization; its gradient is straight through.
+        levels: DAC levels up to 1, 0 for no quantization; its gradient is straight through.
         gain: a positive float. pull: what powers of s add to its gradient, see :mod:`.power`.
+        floor: lowest u, from -1 to 0, on the DAC's grid; above -1 where inputs are one-sided.
     """
 
     @staticmethod
@@ -115,18 +125,22 @@ class ShrunkSinh(Function):
         levels: int,
         gain: float = 1.0,
         pull: Pull | None = None,
+        floor: float = -1.0,
     ) -> Tensor:
         linear = b < LINEAR_B
         bound = 1.0 if linear else b
         scale = bound / input_range
         if not linear and b <= _POLYNOMIAL_B and chunkable(x):
-            s = _sinh_chunked(x.detach(), float(input_range), b, levels, gain)
+            s = _sinh_chunked(x.detach(), float(input_range), b, levels, gain, floor)
         else:
-            s = _drive_(x * scale, bound, levels)
+            s = _drive_(x * scale, bound, levels, floor)
             s = s if linear else s.sinh_()
             s = s if gain == 1.0 else s.mul_(gain)
         # A little inside the largest value that the clamp lets through, so that clamped inputs get no gradient.
-        ctx.limit = gain * (1.0 if linear else math.sinh(b)) * (1 - 8 * torch.finfo(s.dtype).eps)
+        inside = gain * (1 - 8 * torch.finfo(s.dtype).eps)
+        low, high = (floor, 1.0) if linear else (math.sinh(b * floor), math.sinh(b))
+        # Zeros get their gradient although they may be the floor: they mostly are inputs below half a DAC step.
+        ctx.limits = (inside * low if floor else -1e-30, inside * high)
         ctx.gain = gain
         ctx.linear, ctx.bound, ctx.pull = linear, bound, pull
         ctx.input_range = None if isinstance(input_range, Tensor) else input_range
@@ -140,16 +154,16 @@ class ShrunkSinh(Function):
         input_range = ctx.input_range if range_tensor is None else range_tensor
         scale = ctx.bound / input_range
         pulled = None if ctx.pull is None else ctx.pull.take()
-        rest = (None,) * 4
+        rest = (None,) * 5
         if not ctx.needs_input_grad[1] and not ctx.linear and chunkable(s, grad):
-            arguments = (grad, s, ctx.limit, float(scale), ctx.gain)
+            arguments = (grad, s, ctx.limits, float(scale), ctx.gain)
             if pulled is None:
                 return _sinh_backward_chunked(*arguments), None, *rest
             if s.is_contiguous() or pulled[0].dim() == 3:
                 return _pulled_backward_chunked(*arguments, *pulled), None, *rest
         if pulled is not None:
             grad = _pulled(grad, s, *pulled)
-        inside = torch.ops.aten.hardtanh_backward(grad, s, -ctx.limit, ctx.limit)
+        inside = torch.ops.aten.hardtanh_backward(grad, s, *ctx.limits)
         if ctx.linear:
             inside.mul_(ctx.gain)
         else:

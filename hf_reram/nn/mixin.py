@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import converter_levels
+from ..config import converter_levels, dac_grid
 from ..device.iv import LINEAR_B
 from ..device.weight_error import white_error
 from .attach import Attach
@@ -20,7 +20,7 @@ from .terms import TERMS, Reading, output_term, tap_output, taps_output, wide
 
 # Per-layer results of calibration, kept beside the weight and saved with it. All are float, of one element except
 # weight_scale; input_range 0 means not calibrated, each batch then spans its own range.
-BUFFERS = ("input_range", "range_shrink", "gain", "adc_range", "weight_scale")
+BUFFERS = ("input_range", "range_shrink", "gain", "adc_range", "weight_scale", "input_floor")
 
 
 class CrossbarMixin(nn.Module):
@@ -66,7 +66,7 @@ class CrossbarMixin(nn.Module):
         dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
         for buffer in BUFFERS:
             size = width if buffer == "weight_scale" else 1
-            fill = 1.0 if buffer in ("range_shrink", "gain") else 0.0
+            fill = {"range_shrink": 1.0, "gain": 1.0, "input_floor": -1.0}.get(buffer, 0.0)
             self.register_buffer(buffer, torch.full((size,), fill, dtype=dtype, device=weight.device))
 
     def remove_crossbar(self) -> None:
@@ -83,15 +83,15 @@ class CrossbarMixin(nn.Module):
         """Whether the layer has an input range."""
         return self.scalars()[0] > 0
 
-    def scalars(self) -> tuple[float, float, float, float]:
-        """``(input_range, b, gain · b, adc_range)`` as floats, read again only when a buffer has changed."""
-        tensors = (self.input_range, self.range_shrink, self.gain, self.adc_range)
+    def scalars(self) -> tuple[float, float, float, float, float]:
+        """``(input_range, b, gain · b, adc_range, input_floor)`` as floats, read again only when a buffer changed."""
+        tensors = (self.input_range, self.range_shrink, self.gain, self.adc_range, self.input_floor)
         if torch.compiler.is_compiling() and self._scalars_of is not None:
             return self._scalars_of[1]
         key = tuple((id(t), -1 if t.is_inference() else t._version) for t in tensors)
         if self._scalars_of is None or self._scalars_of[0] != key:
-            r, shrink, gain, full_scale = (float(t.detach().item()) for t in tensors)
-            self._scalars_of = (key, (r, self.crossbar.config.device.b(shrink), gain, full_scale))
+            r, shrink, gain, full_scale, floor = (float(t.detach().item()) for t in tensors)
+            self._scalars_of = (key, (r, self.crossbar.config.device.b(shrink), gain, full_scale, floor))
         return self._scalars_of[1]
 
     def extra_repr(self) -> str:
@@ -137,17 +137,17 @@ class CrossbarMixin(nn.Module):
         """``(s, factor, pull)`` with ``phi(x) = factor · s``, and where powers of s leave their gradients. The factor
         is 1, folded into s, unless the input range is learned."""
         state = self.crossbar
-        _, b, gain, _ = self.scalars()
-        levels = converter_levels(state.config.dac_bits)
+        _, b, gain, _, floor = self.scalars()
+        levels, floor = dac_grid(state.config.dac_bits, floor)
         factor: Any = span * (gain if b < LINEAR_B else gain / b)
         if isinstance(span, Tensor):
-            return ShrunkSinh.apply(x, span, b, levels), factor, None
+            return ShrunkSinh.apply(x, span, b, levels, 1.0, None, floor), factor, None
 
         def compute() -> tuple[Tensor, Pull | None]:
             pull = Pull() if self.training and state.term and not torch.compiler.is_compiling() else None
-            return ShrunkSinh.apply(x, span, b, levels, factor, pull), pull
+            return ShrunkSinh.apply(x, span, b, levels, factor, pull, floor), pull
 
-        s, pull = shared_drive(x, (span, b, levels, factor, self.training), compute)
+        s, pull = shared_drive(x, (span, b, levels, floor, factor, self.training), compute)
         return s, 1.0, pull
 
     def _span(self, x: Tensor) -> Any:
@@ -203,7 +203,7 @@ class CrossbarMixin(nn.Module):
         if not config.adc_bits and not noisy:
             return self._op(s, weight, None)
         # One unit of current, that of a fully-on cell at read_voltage, in units of the output.
-        _, b, gain, _ = self.scalars()
+        _, b, gain, *_ = self.scalars()
         unit = self._broadcast(self.weight_scale, "output").to(s.dtype) * span * (gain * config.device.b() / b)
         y: Any = None
         tiles = 0

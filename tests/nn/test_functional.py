@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
+from hf_reram.config import dac_grid
 from hf_reram.device.iv import cell_current, full_scale_gain, least_squares_gain, sinh_coefficients, uniform_gain
 from hf_reram.device.weight_error import WeightError
 from hf_reram.nn.cells import DriftedWeight, WeightVariance, map_weight, weight_mean
@@ -45,6 +46,31 @@ def test_sinh_gradients_for_input_and_range(b):
     assert gradcheck(lambda x: ShrunkSinh.apply(x, 1.3, b, 0), (x,))
     assert gradcheck(lambda x: ShrunkSinh.apply(x, 1.3, b, 0, 2.5), (x,))
     assert gradcheck(lambda x, r: ShrunkSinh.apply(x, r, b, 0), (x, span))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 12), st.floats(-1, 0))
+def test_a_dac_uses_its_codes_and_no_more(bits, floor):
+    levels, lowest = dac_grid(bits, floor)
+    codes = levels + round(-lowest * levels) + 1
+    assert 2**bits - 3 <= codes <= 2**bits
+    assert lowest <= floor + 1e-9 and lowest * levels == pytest.approx(round(lowest * levels))
+    assert dac_grid(bits, -1.0) == (2 ** (bits - 1) - 1, -1.0)
+
+
+@pytest.mark.parametrize("b", [1e-5, 0.8, 6.0])
+@pytest.mark.parametrize("floor", [0.0, -0.1, -1.0])
+def test_one_sided_inputs_are_driven_and_clipped_on_their_side(b, floor):
+    levels, lowest = dac_grid(6, floor)
+    x = torch.linspace(-2.00031, 1.99977, 3989, requires_grad=True)  # no value half way between two codes
+    s = ShrunkSinh.apply(x, 1.6, b, levels, 1.0, None, lowest)
+    s.sum().backward()
+    u = (x.detach().double() / 1.6).clamp(lowest, 1)
+    u = (u * levels).round() / levels
+    expected = u if b < 1e-4 else torch.sinh(b * u)
+    torch.testing.assert_close(s.detach().double(), expected, rtol=1e-5, atol=1e-6)
+    assert not x.grad[(x < 1.6 * lowest - 0.1) | (x > 1.7)].any() or lowest == 0
+    assert bool((x.grad[(x > 0.1) & (x < 1.5)] > 0).all())
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (2, 3, 4, 5), (600, 700)])
