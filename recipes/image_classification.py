@@ -56,7 +56,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mobilenetv3-large": {"model_name_or_path": "timm/mobilenetv3_large_100.ra_in1k", "learning_rate": 3e-4},
 }
 SHAPES = {
-    "deit-tiny": lambda: DeiTConfig(hidden_size=192, num_attention_heads=3, intermediate_size=768),
+    "deit-tiny": lambda: DeiTConfig(
+        architectures=["DeiTForImageClassification"], hidden_size=192, num_attention_heads=3, intermediate_size=768
+    ),
     "resnet18": lambda: TimmWrapperConfig(architecture="resnet18"),
     "mobilenetv3-small": lambda: TimmWrapperConfig(architecture="mobilenetv3_small_100"),
     "mobilenetv3-large": lambda: TimmWrapperConfig(architecture="mobilenetv3_large_100"),

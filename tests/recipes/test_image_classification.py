@@ -57,9 +57,9 @@ def test_one_file_without_labels(tmp_path, base, batch_norm):
     ("preset", "overrides"),
     [
         ("deit-tiny", "image_size=32,patch_size=16,num_hidden_layers=1"),
-        ("resnet18", None),
         ("mobilenetv3-small", None),
-        ("mobilenetv3-large", None),
+        pytest.param("resnet18", None, marks=pytest.mark.slow),
+        pytest.param("mobilenetv3-large", None, marks=pytest.mark.slow),
     ],
 )
 def test_presets_train_a_base_of_their_own_shape(tmp_path, preset, overrides):
