@@ -34,7 +34,7 @@ class CrossbarMixin(nn.Module):
         range_shrink: share of read_voltage that the DAC uses.
         gain: read-out gain times b, 1 for the small-signal gain.
         adc_range: full scale of the ADC, in currents of one fully-on cell at read_voltage.
-        input_floor: lowest input that the DAC drives, as a share of input_range; -1, or above where inputs are one-sided.
+        input_floor: lowest input that the DAC drives, as a share of input_range: -1, or above for one-sided inputs.
         weight_scale: (output channels,) or (1,), the weight that a cell at g_max stands for.
     """
 
