@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import load_dataset
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForImageClassification,
@@ -38,6 +37,7 @@ from hf_reram import ReRAMConfig, ReRAMTrainer
 from hf_reram.about import About
 from hf_reram.arguments import ReRAMArguments
 from hf_reram.batch_norm import batch_norms, fold_batch_norm, reestimate_batch_norm
+from hf_reram.data import draw, load_rows
 from hf_reram.image_classification import (
     ImageClassification,
     ImageDataset,
@@ -127,23 +127,12 @@ def parse() -> tuple[Arguments, ReRAMArguments, Training]:
 
 
 def load(arguments: Arguments, which: str):
-    """The data set "train" or "validation"; None where the flags name none."""
+    """The data set "train" or "validation"; None where the flags name only the other one."""
     folder, file = getattr(arguments, f"{which}_dir"), getattr(arguments, f"{which}_file")
-    if path := folder or file:
-        if not Path(path).exists():
-            raise FileNotFoundError(f"no such path {path}")
-        if folder:
-            return load_dataset("imagefolder", data_dir=folder, split="train")
-        if Path(path).suffix != ".parquet":
-            raise ValueError(f"{path}: allowed are .parquet files; for folders of images use --{which}_dir")
-        return load_dataset("parquet", data_files=path, split="train")
-    if arguments.train_dir or arguments.train_file or arguments.validation_dir or arguments.validation_file:
+    others = (arguments.train_dir, arguments.train_file, arguments.validation_dir, arguments.validation_file)
+    if not (folder or file) and any(others):
         return None
-    return load_dataset(arguments.dataset_name, split=getattr(arguments, f"{which}_split"))
-
-
-def draw(dataset, count: int | None, seed: int):
-    return dataset if count is None or count >= len(dataset) else dataset.shuffle(seed=seed).select(range(count))
+    return load_rows(arguments.dataset_name, getattr(arguments, f"{which}_split"), file, folder)
 
 
 def split_by_label(dataset, share: float, seed: int):

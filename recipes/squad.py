@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForQuestionAnswering,
@@ -31,6 +30,7 @@ from transformers import (
 from hf_reram import ReRAMConfig, ReRAMTrainer, deploy, patch_model
 from hf_reram.about import About
 from hf_reram.arguments import ReRAMArguments
+from hf_reram.data import draw, load_rows
 from hf_reram.protocol import OURS, run_protocol
 from hf_reram.publish import push
 from hf_reram.question_answering import QuestionAnswering, training_features
@@ -69,21 +69,6 @@ class Training(TrainingArguments):
     report_to: str = "none"
 
 
-def load(file: str | None, name: str, split: str):
-    if file is None:
-        return load_dataset(name, split=split)
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"no file {file}")
-    kind = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}.get(Path(file).suffix)
-    if kind is None:
-        raise ValueError(f"{file}: allowed are .parquet, .json and .jsonl files")
-    return load_dataset(kind, data_files=file, split="train")
-
-
-def draw(dataset, count: int | None, seed: int):
-    return dataset if count is None or count >= len(dataset) else dataset.shuffle(seed=seed).select(range(count))
-
-
 def load_model(name: str):
     model, found = AutoModelForQuestionAnswering.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     if found["missing_keys"]:
@@ -104,7 +89,7 @@ def main() -> None:
     base()  # refuses a wrong model before the data are prepared
 
     with training.main_process_first():
-        questions = load(arguments.train_file, arguments.dataset_name, "train")
+        questions = load_rows(arguments.dataset_name, "train", arguments.train_file)
         stride = min(arguments.doc_stride, arguments.train_max_length // 2)
         train = training_features(
             draw(questions, arguments.max_train_samples, training.seed),
@@ -113,7 +98,7 @@ def main() -> None:
             stride,
             labels=not label_free,
         )
-        held = load(arguments.validation_file, arguments.dataset_name, "validation")
+        held = load_rows(arguments.dataset_name, "validation", arguments.validation_file)
         if arguments.answerable_only:
             held = held.filter(lambda row: len(row["answers"]["text"]) > 0)
         held = draw(held, arguments.max_eval_samples, training.seed)

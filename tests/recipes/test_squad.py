@@ -65,7 +65,7 @@ def test_two_processes_write_once_and_measure_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--train_file", "nowhere.parquet"], "no file nowhere.parquet"),
+        (["--train_file", "nowhere.parquet"], "no such path nowhere.parquet"),
         (["--device", "unobtainium"], "unobtainium"),
         (["--train_file", str(RECIPE)], "allowed are .parquet"),
     ],
