@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainingArguments
+
 from .config import ReRAMConfig
 from .protocol import METHODS, Method
 
@@ -31,8 +33,11 @@ class ReRAMArguments:
     teacher_weight: float = field(
         default=1.0, metadata={"help": "share of the teacher against the labels; 1 needs no labels"}
     )
-    lora: bool = field(default=False, metadata={"help": "train LoRA adapters, merged into the weights afterwards"})
-    lora_rank: int = 16
+
+    @property
+    def label_free(self) -> bool:
+        """Whether training follows the teacher alone."""
+        return self.teacher and self.teacher_weight == 1
 
     def config(self) -> ReRAMConfig:
         """What the flags say as a config.
@@ -65,6 +70,20 @@ class ReRAMArguments:
             if not any(part in label for label in labels):
                 raise ValueError(f"methods={part!r}: allowed are parts of {labels}")
         return [m for m in METHODS if not self.methods or any(part in m.label for part in self.methods)]
+
+
+@dataclass
+class RecipeTrainingArguments(TrainingArguments):
+    """``TrainingArguments`` with the defaults of a short finetuning that can be resumed."""
+
+    max_steps: int = 200
+    learning_rate: float = 1e-4
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 0.1
+    save_steps: float = 50
+    save_total_limit: int | None = 1
+    logging_steps: float = 10
+    report_to: str = "none"
 
 
 def number_or_word(text: str, name: str, words: dict[str, str | None]) -> float | str | None:

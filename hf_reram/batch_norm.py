@@ -1,14 +1,13 @@
 """Batch norm of models that go on crossbars: folded into the convolutions, re-estimated, or frozen."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .outputs import call_model
+from .outputs import call_model, evaluating
 
 LINEAR = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
@@ -39,23 +38,20 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> None:
     norms = [norm for norm in batch_norms(model).values() if norm.track_running_stats]
     if not norms:
         return
-    modes = {module: module.training for module in model.modules()}
     momenta = [norm.momentum for norm in norms]
     seen = 0
-    try:
-        model.eval()
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # PyTorch then averages over all batches
-            norm.train()
-        for batch in batches:
-            call_model(model, batch)
-            seen += 1
-    finally:
-        for norm, momentum in zip(norms, momenta):
-            norm.momentum = momentum
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(model):
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # PyTorch then averages over all batches
+                norm.train()
+            for batch in batches:
+                call_model(model, batch)
+                seen += 1
+        finally:
+            for norm, momentum in zip(norms, momenta):
+                norm.momentum = momentum
     if not seen:
         raise ValueError("batches is empty: allowed is at least one batch of model inputs")
 
@@ -111,7 +107,7 @@ def _pairs(model: nn.Module, batch: Any) -> dict[_BatchNorm, Any]:
         if (source := origin.get(id(args[0]))) is not None:
             pairs[module] = source
 
-    with _evaluating(model):
+    with evaluating(model):
         handles = [m.register_forward_hook(after) for m in model.modules() if isinstance(m, (*LINEAR, _BatchNorm))]
         handles += [norm.register_forward_pre_hook(before) for norm in batch_norms(model).values()]
         try:
@@ -121,14 +117,3 @@ def _pairs(model: nn.Module, batch: Any) -> dict[_BatchNorm, Any]:
                 handle.remove()
     sources = list(pairs.values())
     return {n: s for n, s in pairs.items() if runs[n] == runs[s] == 1 and sources.count(s) == 1}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes: Mapping[nn.Module, bool] = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

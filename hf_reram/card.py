@@ -79,8 +79,12 @@ def _shown(about: About, report: RobustnessReport) -> list[str]:
     return [name for name in about.details if name in report.metrics] or report.metrics
 
 
+def _on_hub(name: str) -> bool:
+    return "/" in name and not name.startswith(("/", "."))
+
+
 def _link(base_model: str) -> str:
-    hub = "/" in base_model and not base_model.startswith(("/", "."))
+    hub = _on_hub(base_model)
     return f"[{base_model}](https://huggingface.co/{base_model})" if hub else f"`{base_model}`"
 
 
@@ -108,7 +112,7 @@ def _metadata(about: About, report: RobustnessReport) -> ModelCardData:
         for time in report.times:
             found = report.statistic(metric, time)
             add(metric, found.mean, f"{device} {format_time(time)} after programming, mean of {found.chips} chips")
-    hub = "/" in about.base_model and not about.base_model.startswith(("/", "."))
+    hub = _on_hub(about.base_model)
     return ModelCardData(
         model_name=about.name,
         library_name="hf_reram",

@@ -11,6 +11,7 @@ from .device.programming import program
 from .device.time import parse_time
 from .nn import CrossbarMixin
 from .nn.state import layer_seed
+from .outputs import evaluating
 from .patching import crossbar_layers, crossbar_state
 
 
@@ -70,14 +71,8 @@ def realize(layer: CrossbarMixin, time: float | None, temperature: float | None,
 @contextmanager
 def digital_eval(model: nn.Module) -> Iterator[nn.Module]:
     """:func:`digital` in eval mode; every module's own mode is restored afterwards."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with digital(model):
-            yield model
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    with evaluating(model), digital(model):
+        yield model
 
 
 @contextmanager

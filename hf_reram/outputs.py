@@ -1,7 +1,8 @@
 """Models are called and answer in many shapes; what they predict is in their logits."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,18 @@ def call_model(model: nn.Module, batch):
     if isinstance(batch, (tuple, list)):
         return model(*(value.to(device) if isinstance(value, Tensor) else value for value in batch))
     return model(batch.to(device))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in evaluation mode for as long as the context lasts; every module's own mode is restored afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def find_logits(outputs) -> list[Tensor]:

@@ -28,14 +28,13 @@ from transformers import (
     TimmWrapperConfig,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_reram import ReRAMConfig, ReRAMTrainer
 from hf_reram.about import About
-from hf_reram.arguments import ReRAMArguments
+from hf_reram.arguments import RecipeTrainingArguments, ReRAMArguments
 from hf_reram.batch_norm import batch_norms, fold_batch_norm, reestimate_batch_norm
 from hf_reram.data import draw, load_rows
 from hf_reram.image_classification import (
@@ -100,18 +99,10 @@ class Arguments:
 
 
 @dataclass
-class Training(TrainingArguments):
+class Training(RecipeTrainingArguments):
     output_dir: str | None = "outputs/image-classification"
-    max_steps: int = 200
-    learning_rate: float = 1e-4
     per_device_train_batch_size: int = 32
     per_device_eval_batch_size: int = 64
-    lr_scheduler_type: str = "cosine"
-    warmup_steps: float = 0.1
-    save_steps: float = 50
-    save_total_limit: int | None = 1
-    logging_steps: float = 10
-    report_to: str = "none"
     remove_unused_columns: bool | None = False
 
 
@@ -229,9 +220,7 @@ def main() -> None:
     with training.main_process_first():
         train, held = load_data(arguments, training.seed)
         image, label = find_columns(held, "the evaluation data")
-        _, train_label = find_columns(
-            train, "the training data", labels=not (reram.teacher and reram.teacher_weight == 1)
-        )
+        _, train_label = find_columns(train, "the training data", labels=not reram.label_free)
         names = getattr(held.features[label], "names", None)
         classes = len(names) if names else max(held[label]) + 1
         home = arguments.model_name_or_path

@@ -23,13 +23,12 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     HfArgumentParser,
-    TrainingArguments,
     set_seed,
 )
 
 from hf_reram import ReRAMConfig, ReRAMTrainer, deploy, patch_model
 from hf_reram.about import About
-from hf_reram.arguments import ReRAMArguments
+from hf_reram.arguments import RecipeTrainingArguments, ReRAMArguments
 from hf_reram.data import draw, load_rows
 from hf_reram.protocol import OURS, run_protocol
 from hf_reram.publish import push
@@ -53,20 +52,14 @@ class Arguments:
     n_best_size: int = 20
     max_answer_length: int = 30
     null_score_diff_threshold: float = 0.0
+    lora: bool = field(default=False, metadata={"help": "train LoRA adapters, merged into the weights afterwards"})
+    lora_rank: int = 16
 
 
 @dataclass
-class Training(TrainingArguments):
+class Training(RecipeTrainingArguments):
     output_dir: str | None = "outputs/squad"
-    max_steps: int = 200
-    learning_rate: float = 1e-4
     per_device_train_batch_size: int = 16
-    lr_scheduler_type: str = "cosine"
-    warmup_steps: float = 0.1
-    save_steps: float = 50
-    save_total_limit: int | None = 1
-    logging_steps: float = 10
-    report_to: str = "none"
 
 
 def load_model(name: str):
@@ -85,7 +78,6 @@ def main() -> None:
     def base():
         return load_model(arguments.model_name_or_path)
 
-    label_free = reram.teacher and reram.teacher_weight == 1
     base()  # refuses a wrong model before the data are prepared
 
     with training.main_process_first():
@@ -96,7 +88,7 @@ def main() -> None:
             tokenizer,
             arguments.train_max_length,
             stride,
-            labels=not label_free,
+            labels=not reram.label_free,
         )
         held = load_rows(arguments.dataset_name, "validation", arguments.validation_file)
         if arguments.answerable_only:
@@ -116,9 +108,9 @@ def main() -> None:
     def make_trainer(method_config: ReRAMConfig, folder: str) -> ReRAMTrainer:
         set_seed(training.seed)
         model = base()
-        if reram.lora:
+        if arguments.lora:
             patch_model(model, method_config)
-            model = get_peft_model(model, LoraConfig(r=reram.lora_rank, target_modules="all-linear"))
+            model = get_peft_model(model, LoraConfig(r=arguments.lora_rank, target_modules="all-linear"))
         return ReRAMTrainer(
             model,
             replace(training, output_dir=folder, push_to_hub=False),
@@ -145,7 +137,7 @@ def main() -> None:
         repo=training.hub_model_id,
         examples=len(held),
         details=[name for name in DETAILS if not (arguments.answerable_only and name.startswith("NoAns"))],
-        label_free=label_free,
+        label_free=reram.label_free,
         command="accelerate launch " + shlex.join(["recipes/squad.py", *sys.argv[1:]]),
     )
     run_protocol(
