@@ -10,7 +10,7 @@ class About:
     """What a card says beside numbers; kept in :attr:`RobustnessReport.about`.
 
     Attributes:
-        task: the Hub's pipeline tag. metric: the one to judge by.
+        task: the Hub's pipeline tag, "" where none fits. metric: the one to judge by, "" where none was measured.
         dataset: Hub id or name of the evaluated data, dataset_split: of them.
         base_model: Hub id, or the name of a local model.
         name: of the robust model. repo: where it is, None: ``name``.
@@ -18,6 +18,7 @@ class About:
         base_metrics: of the digital base. details: the metrics of the second table; empty: all.
         label_free: whether it was trained on the base's predictions alone.
         command: that made it. training: what else to say about the training, a sentence each.
+        co2_grams: that the training emitted, where known.
         versions: by package. date: ISO.
     """
 
@@ -34,6 +35,7 @@ class About:
     label_free: bool = False
     command: str | None = None
     training: list[str] = field(default_factory=list)
+    co2_grams: float | None = None
     versions: dict[str, str] = field(default_factory=dict)
     date: str = ""
 

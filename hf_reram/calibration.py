@@ -33,6 +33,9 @@ _BINS = _BINS_PER_OCTAVE * _OCTAVES
 # Sampled vectors a layer, and a bound on their elements (8 MiB in float32).
 _SAMPLES, _SAMPLE_ELEMENTS = 256, 1 << 21
 
+# Share of the input's power from which on an offset is subtracted.
+WORTHWHILE = 0.1
+
 # Candidates for range_shrink="auto".
 SHRINKS = tuple(0.02 * 50 ** (i / 31) for i in range(32))
 
@@ -43,10 +46,15 @@ class LayerStatistics:
     Attributes:
         counts: (bins,) histogram of |x|, in double precision. largest: max |x|. smallest: min x, at most 0.
         samples: (at most 256, groups · rows) vectors that met the array.
+        offset: (input channels,), subtracted from the input, zero where that does not help; from the first batch.
+
+    Args:
+        center: whether to look for an offset.
     """
 
-    def __init__(self, layer: CrossbarMixin, name: str, seed: int):
+    def __init__(self, layer: CrossbarMixin, name: str, seed: int, center: bool = True):
         self.layer, self.name = layer, name
+        self.offset: Tensor | None = None if center else torch.zeros_like(layer.input_offset, dtype=torch.float32)
         device = layer.weight.device
         self.counts = torch.zeros(_BINS, dtype=torch.float64, device=device)
         self.largest = self.smallest = 0.0
@@ -62,6 +70,9 @@ class LayerStatistics:
             x = x.reshape(-1, x.shape[-1])[keep.bool()]
         if x.numel() == 0:
             return
+        if self.offset is None:
+            self.offset = _offset(x, self.layer)
+        x = self.layer.center(x, self.offset)
         magnitude = x.abs().reshape(-1)
         largest = float(magnitude.max())
         if not math.isfinite(largest):
@@ -116,6 +127,17 @@ class LayerStatistics:
         return self.samples.view(len(self.samples), groups, -1).transpose(0, 1)
 
 
+def _offset(x: Tensor, layer: CrossbarMixin) -> Tensor:
+    """Mean of each input channel, or zeros where leaving them out takes less than :data:`WORTHWHILE` off the power,
+    as a whole and averaged over channels (those of a depthwise convolution do not mix)."""
+    channel = x.dim() - 3 if isinstance(layer, CrossbarConv2d) else x.dim() - 1
+    flat = x.transpose(0, channel).flatten(1)
+    mean, power = flat.mean(1), flat.square().mean(1)
+    share = mean.square() / power.clamp(min=1e-30)
+    whole = mean.square().sum() / power.sum().clamp(min=1e-30)
+    return mean if max(float(whole), float(share.mean())) > WORTHWHILE else torch.zeros_like(mean)
+
+
 def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = None) -> nn.Module:
     """Set every crossbar layer's input range, shrink, gain, weight scale and ADC range, in place.
 
@@ -132,7 +154,10 @@ def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = No
     """
     state, layers = crossbar_state(model), crossbar_layers(model)
     config = state.config
-    statistics = {name: LayerStatistics(layer, name, seed) for seed, (name, layer) in enumerate(layers.items())}
+    statistics = {
+        name: LayerStatistics(layer, name, seed, config.center_inputs)
+        for seed, (name, layer) in enumerate(layers.items())
+    }
     groups: dict[str, str] = {}
     if sensitivity is None:
         sensitivity = state.term == "sensitivity"
@@ -191,6 +216,7 @@ def _settle(shared: list[LayerStatistics], config: ReRAMConfig) -> None:
         layer = statistics.layer
         layer.input_range.fill_(span)
         layer.input_floor.fill_(max(-1.0, first.smallest / span))
+        layer.input_offset.copy_(first.offset)
         layer.range_shrink.fill_(shrink)
         layer.gain.fill_(gain)
         inputs = _phi(statistics.grouped_samples(), span, config.device.b(shrink), gain)

@@ -21,6 +21,11 @@ AUTO_CLASSES = {
     "text-classification": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
     "text-generation": "AutoModelForCausalLM",
+    "fill-mask": "AutoModelForMaskedLM",
+    "image-segmentation": "AutoModelForSemanticSegmentation",
+    "object-detection": "AutoModelForObjectDetection",
+    "audio-classification": "AutoModelForAudioClassification",
+    "automatic-speech-recognition": "AutoModelForSpeechSeq2Seq",
 }
 
 
@@ -32,7 +37,7 @@ def model_card(
     """The card of the model that ``report`` was measured on.
 
     Args:
-        report: with :attr:`~RobustnessReport.about`.
+        report: with :attr:`~RobustnessReport.about`; without measurements the card says that there are none.
         comparison: reports by label, for the table; None: the model alone.
         plot: where the card finds it; None shows none.
 
@@ -44,7 +49,8 @@ def model_card(
     about = About.from_dict(report.about)
     config = ReRAMConfig.from_dict(report.config)
     rows = dict(comparison or {about.name: report})
-    last = report.times[-1]
+    measured = bool(report.measurements)
+    last = report.times[-1] if measured else parse_time(config.retention_times[-1])
     template = resources.files(__package__) / "templates" / "model_card.md"
     return ModelCard.from_template(
         _metadata(about, report),
@@ -59,14 +65,14 @@ def model_card(
         repo=about.repo or about.name,
         last_time=format_time(last),
         metric=about.metric,
-        dataset=f"{about.dataset}, {about.dataset_split}",
+        dataset=", ".join(part for part in (about.dataset, about.dataset_split) if part),
         examples=about.examples,
-        chips=report.statistic(about.metric, last).chips,
-        table=comparison_table(rows, about.metric, digital=about.base_metrics).strip(),
+        chips=report.statistic(about.metric, last).chips if measured else 0,
+        table=comparison_table(rows, about.metric, digital=about.base_metrics).strip() if measured else "",
         details=metrics_table(rows, last, digital=about.base_metrics, metrics=_shown(about, report)).strip()
-        if len(report.metrics) > 1
+        if measured and len(report.metrics) > 1
         else "",
-        plot=plot,
+        plot=plot if measured else None,
         hardware=_hardware(config),
         summary=report.summary.strip(),
         training=_training(about, config),
@@ -90,7 +96,7 @@ def _link(base_model: str) -> str:
 
 def _metadata(about: About, report: RobustnessReport) -> ModelCardData:
     device = ReRAMConfig.from_dict(report.config).device.name
-    results = []
+    results: list[EvalResult] = []
 
     def add(metric: str, value: float, when: str) -> None:
         results.append(
@@ -105,7 +111,8 @@ def _metadata(about: About, report: RobustnessReport) -> ModelCardData:
             )
         )
 
-    for metric in report.metrics if len(report.metrics) < 4 else [about.metric]:
+    metrics = [about.metric] if about.metric else []
+    for metric in [] if not report.measurements else report.metrics if len(report.metrics) < 4 else metrics:
         for reference, values in (("as a digital model", report.digital), ("ideal crossbar", report.ideal)):
             if values and metric in values:
                 add(metric, values[metric], reference)
@@ -119,14 +126,19 @@ def _metadata(about: About, report: RobustnessReport) -> ModelCardData:
         base_model=about.base_model if hub else None,
         base_model_relation="finetune" if hub else None,
         datasets=[about.dataset] if "/" in about.dataset else None,
-        metrics=[about.metric.lower()],
-        pipeline_tag=about.task,
+        metrics=[metric.lower() for metric in metrics] or None,
+        pipeline_tag=about.task or None,
         tags=list(TAGS),
-        eval_results=results,
+        co2_eq_emissions=None
+        if about.co2_grams is None
+        else {"emissions": about.co2_grams, "training_type": "fine-tuning"},
+        eval_results=results or None,
     )
 
 
 def _headline(about: About, report: RobustnessReport) -> str:
+    if not report.measurements:
+        return "Its robustness has not been measured, or not with these weights."
     last = report.times[-1]
     found = report.statistic(about.metric, last)
     base = about.base_metrics.get(about.metric)
@@ -165,6 +177,7 @@ def _training(about: About, config: ReRAMConfig) -> list[str]:
     lines = [f"retention loss “{config.retention_loss}”, for {times} at {kelvin:g} K"]
     lines += ["without labels: on the digital base's predictions"] if about.label_free else []
     lines += about.training
+    lines += [f"{about.co2_grams:g} g CO₂eq"] if about.co2_grams is not None else []
     if about.versions:
         made = ", ".join(f"{name} {version}" for name, version in about.versions.items())
         lines.append(f"{about.date}, {made}" if about.date else made)

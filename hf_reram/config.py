@@ -42,6 +42,8 @@ class ReRAMConfig(QuantizationConfigMixin):
             input range), "small_signal" (exact at 0).
         input_percentile: of |x| on calibration data, in (0, 100], taken as input range. The default was measured:
             lower percentiles clip the few outlier dimensions that transformers depend on (recipes/README.md).
+        center_inputs: subtract each input channel's mean on calibration data digitally, and add W times it to the bias,
+            where that takes at least a tenth off the input's power: the cells' errors act on what is left.
         learn_input_range: make input ranges trainable parameters.
         weight_scale: "per_channel" or "per_tensor": what shares one conductance scale.
         weight_clip: w_scale is at most this many RMS of the channel (tensor); larger weights saturate at g_max.
@@ -72,6 +74,7 @@ class ReRAMConfig(QuantizationConfigMixin):
     range_shrink: Any = "auto"
     gain: str = "calibrated"
     input_percentile: float = 99.999
+    center_inputs: bool = True
     learn_input_range: bool = False
     weight_scale: str = "per_channel"
     weight_clip: Any = "auto"
@@ -94,6 +97,7 @@ class ReRAMConfig(QuantizationConfigMixin):
         self._number_or("range_shrink", ("auto",), 0, 1)
         self._one_of("gain", GAINS)
         self._number_or("input_percentile", (), 0, 100)
+        self._flag("center_inputs")
         self._flag("learn_input_range")
         self._one_of("weight_scale", WEIGHT_SCALES)
         self._number_or("weight_clip", ("auto", None), 0, math.inf)

@@ -95,7 +95,7 @@ def evaluate_robustness(
     ]
     if device.assumed:
         notes.append(f"assumed, not measured: {', '.join(device.assumed)}")
-    return RobustnessReport(
+    report = RobustnessReport(
         measurements=[
             Measurement(run.time, run.temperature, run.seed, found[run]) for run in runs if run.kind == "chip"
         ],
@@ -106,6 +106,8 @@ def evaluate_robustness(
         notes=notes,
         weights=weights_digest(model),
     )
+    state.report = report  # for push_to_hub
+    return report
 
 
 def _measure(model: nn.Module, evaluate: Callable, run: Run) -> dict[str, float]:

@@ -16,6 +16,7 @@ logger = logging.get_logger(__name__)
 
 IMAGES = ("image", "img", "pixel_values")
 LABELS = ("label", "labels", "fine_label")
+CROPS = (0.35, 1.0)  # share of the image's area in a training crop
 KEPT_BYTES = 1 << 30  # preprocessed images that are kept for the next evaluation
 
 
@@ -99,18 +100,37 @@ def image_transforms(model: Any, name: str | None, size: int | None = None) -> t
 
         own = {"input_size": (3, size, size), "crop_pct": 1.0} if size else {}
         wanted = resolve_data_config(own, model=model.timm_model)
-        return create_transform(**wanted, is_training=True, auto_augment=None, re_prob=0), create_transform(**wanted)
+        mild: Any = {"auto_augment": None, "re_prob": 0, "color_jitter": None, "scale": CROPS}
+        return create_transform(**wanted, is_training=True, **mild), create_transform(**wanted)
+    return processor_transforms(image_processor(model, name, size))
+
+
+def image_processor(model: Any, name: str | None, size: int | None = None) -> Any:
+    """The image processor that goes with a model's checkpoint; None for a timm model, whose config.json says it all.
+
+    Args, Raises: as :func:`image_transforms`.
+    """
+    if hasattr(model, "timm_model"):
+        return None
     if name is None:
         side = size or getattr(model.config, "image_size", None)
         if side is None:
             raise ValueError("nothing says how large images are: give an image size")
         shape = {"height": side, "width": side}
-        return processor_transforms(ViTImageProcessor(size=shape, image_mean=[0.5] * 3, image_std=[0.5] * 3))
+        return ViTImageProcessor(size=shape, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     try:
-        processor = AutoImageProcessor.from_pretrained(name, **({"size": size, "crop_size": size} if size else {}))
+        return AutoImageProcessor.from_pretrained(name, **({"size": size, "crop_size": size} if size else {}))
     except (OSError, ValueError) as error:
         raise ValueError(f"{name} has no image processor, so nothing says how to preprocess images: {error}") from error
-    return processor_transforms(processor)
+
+
+def keep_preprocessing(model: Any, size: int | None) -> None:
+    """Have a timm model's config.json say how :func:`image_transforms` preprocesses with ``size``."""
+    if not hasattr(model, "timm_model"):
+        return
+    own = {"input_size": (3, size, size), "crop_pct": 1.0} if size else {}
+    model.config.pretrained_cfg = {**model.timm_model.pretrained_cfg, **own}
+    model.timm_model.pretrained_cfg = model.config.pretrained_cfg
 
 
 def processor_transforms(processor: Any) -> tuple[Callable, Callable]:
@@ -121,7 +141,7 @@ def processor_transforms(processor: Any) -> tuple[Callable, Callable]:
     normalize = v2.Normalize(processor.image_mean, processor.image_std) if processor.do_normalize else v2.Identity()
     train = v2.Compose(
         [
-            v2.RandomResizedCrop(side, scale=(0.35, 1.0)),
+            v2.RandomResizedCrop(side, scale=CROPS),
             v2.RandomHorizontalFlip(),
             v2.PILToTensor(),
             v2.ToDtype(torch.float32, scale=True),

@@ -17,6 +17,10 @@ from .nn.state import CrossbarState
 
 logger = logging.get_logger(__name__)
 
+UPLOAD = (
+    "_upload_modified_files"  # through which transformers' push_to_hub and save_pretrained upload, see hf_reram.hub
+)
+
 # By exact forward: a subclass with a forward of its own computes something else and stays digital.
 _CROSSBARS: dict[Any, type] = {nn.Linear: CrossbarLinear, nn.Conv2d: CrossbarConv2d, Conv1D: CrossbarConv1D}
 _KINDS: Any = tuple(_CROSSBARS)
@@ -60,12 +64,15 @@ def patch_model(model: nn.Module, config: ReRAMConfig) -> nn.Module:
 
 
 def attach_config(model: Any, config: ReRAMConfig) -> None:
-    """Let a PreTrainedModel's ``save_pretrained`` write the config into config.json."""
+    """Let a PreTrainedModel's ``save_pretrained`` write the config into config.json, and its ``push_to_hub`` upload
+    report and card."""
+    from .hub import attach_upload
     from .quantizer import ReRAMQuantizer
 
     if hasattr(model, "config") and hasattr(model, "save_pretrained"):
         model.config.quantization_config = config
         model.hf_quantizer = ReRAMQuantizer(config, pre_quantized=False)
+        attach_upload(model)
 
 
 def swap_layers(model: Any, config: ReRAMConfig) -> CrossbarState:
@@ -81,7 +88,7 @@ def swap_layers(model: Any, config: ReRAMConfig) -> CrossbarState:
         digital = type(module)
         module.__class__ = _crossbar_class(module)
         module._digital_class = digital
-        module.init_crossbar(state, name, _channels(module))
+        module.init_crossbar(state, name, *_channels(module))
     for module in model.modules():
         if getattr(module, "inplace", False) is True:  # would overwrite the output that a retention term still needs
             module.inplace, module._was_inplace = False, True
@@ -111,6 +118,7 @@ def initialize_layers(model: nn.Module, names: set[str] | None = None) -> None:
             layer.input_range.zero_()
             layer.adc_range.zero_()
             layer.input_floor.fill_(-1.0)
+            layer.input_offset.zero_()
             shrink = 1.0 if config.range_shrink == "auto" else config.range_shrink
             layer.range_shrink.fill_(shrink)
             layer.gain.fill_(initial_gain(config, config.device.b(shrink)))
@@ -149,7 +157,8 @@ def unpatch_model(model: Any) -> nn.Module:
             module.inplace = True
     model._crossbar_hook.remove()
     del model._crossbar_hook
-    for owner, name in ((model, "hf_quantizer"), (getattr(model, "config", None), "quantization_config")):
+    config = getattr(model, "config", None)
+    for owner, name in ((model, "hf_quantizer"), (model, UPLOAD), (config, "quantization_config")):
         if name in getattr(owner, "__dict__", {}):
             delattr(owner, name)
     return model
@@ -237,8 +246,12 @@ def _crossbar_class(module: nn.Module) -> type | None:
     return None
 
 
-def _channels(module: Any) -> int:
-    return module.weight.shape[1] if isinstance(module, Conv1D) else module.weight.shape[0]
+def _channels(module: Any) -> tuple[int, int]:
+    """Of the output and of the input."""
+    if isinstance(module, nn.Conv2d):
+        return module.out_channels, module.in_channels
+    rows = module.weight.shape
+    return (rows[1], rows[0]) if isinstance(module, Conv1D) else (rows[0], rows[1])
 
 
 # Summary

@@ -77,6 +77,7 @@ def run_protocol(
     title: str | None = None,
     settings: Mapping[str, Any] | None = None,
     temperatures: Sequence[float | None] = (None,),
+    prepare: Callable[[ReRAMTrainer], None] | None = None,
 ) -> dict[str, RobustnessReport]:
     """Train and evaluate every method, and compare them in ``folder``: ``report.md``, ``report.json``,
     ``robustness.png``, and for each method a folder with its checkpoints, model and report. A model's folder also holds
@@ -93,6 +94,7 @@ def run_protocol(
         about: what the card says; base metrics, training, versions and date are added.
         title: of the plot.
         settings: what else the results depend on, such as hyperparameters.
+        prepare: called with each trainer before its training, after the base was measured.
 
     Returns:
         Reports by the methods' labels.
@@ -110,6 +112,8 @@ def run_protocol(
         main = trainer.is_world_process_zero()
         if not about.base_metrics:
             about.base_metrics = _base_metrics(trainer, evaluate, folder / "base.json")
+        if prepare is not None:
+            prepare(trainer)
         note = _train(trainer, home) if method.loss is not None else None
         logger.warning("evaluating: %s", method.label)
         report = evaluate_robustness(

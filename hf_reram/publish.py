@@ -3,13 +3,18 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import yaml_dump
 
 from .about import About
 from .card import BEGIN, END, model_card
 from .report import RobustnessReport, write_whole
+
+
+REPORT, PLOT, COMPARISON = "robustness.json", "robustness.png", "comparison.json"
+BLANK = "This model card has been automatically generated."  # transformers' own, which says nothing
 
 
 def write_card(path: str | Path, card: ModelCard) -> ModelCard:
@@ -24,23 +29,50 @@ def write_card(path: str | Path, card: ModelCard) -> ModelCard:
     """
     path = Path(path)
     if path.exists() and (old := path.read_text(encoding="utf-8")).strip():
-        card = _merged(ModelCard(old, ignore_metadata_errors=True), card, path)
+        card = merge_cards(old, card, path)
     write_whole(path, str(card).strip() + "\n")
     return card
 
 
-def _merged(old: ModelCard, new: ModelCard, path: Path) -> ModelCard:
-    before, begin, rest = old.text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if bool(begin) != bool(end):
-        raise ValueError(f"{path} holds only one of the marks {BEGIN!r} and {END!r}: allowed are both or none")
-    text = before + new.text.strip() + after if begin else f"{new.text.strip()}\n\n{old.text.strip()}\n"
-    data = old.data.to_dict() | new.data.to_dict()
+def merge_cards(old: str, new: ModelCard, where: str | Path = "the card") -> ModelCard:
+    """``new`` with what people have written in ``old``: text outside the marks that ``new`` has not too, and metadata
+    that it does not set.
+
+    Args:
+        old: text of a card; one without marks is kept whole, below. where: for the error.
+
+    Raises:
+        ValueError: ``old`` has damaged marks.
+    """
+    card = ModelCard(old, ignore_metadata_errors=True)
+    text = "" if BLANK in card.text else card.text
+    if (BEGIN in text) != (END in text):
+        raise ValueError(f"{where} holds only one of the marks {BEGIN!r} and {END!r}: allowed are both or none")
+    (above, _, below), (before, core, after) = _split(text), _split(new.text)
+    text = f"{_joined(before, above)}{core}{_joined(after, below)}"
+    kept = card.data.to_dict()
+    kept.pop("model-index", None)  # figures of the weights before
+    data = kept | new.data.to_dict()
     for key in ("tags", "datasets", "metrics"):
-        kept = [v for v in _listed(old.data.to_dict().get(key)) if v not in _listed(data.get(key))]
-        if kept:
-            data[key] = [*_listed(data.get(key)), *kept]
+        more = [v for v in _listed(kept.get(key)) if v not in _listed(data.get(key))]
+        if more:
+            data[key] = [*_listed(data.get(key)), *more]
     return ModelCard(f"---\n{yaml_dump(data)}---\n{text}")
+
+
+def _split(text: str) -> tuple[str, str, str]:
+    """What stands before, between (with them) and after the marks; without marks all stands after."""
+    if BEGIN not in text:
+        return "", "", f"\n\n{text.strip()}\n" if text.strip() else ""
+    before, begin, rest = text.partition(BEGIN)
+    core, end, after = rest.partition(END)
+    return before, begin + core + end, after
+
+
+def _joined(own: str, other: str) -> str:
+    if other.strip() in own:
+        return own
+    return other if own.strip() in other else f"{own.rstrip()}\n\n{other.strip()}\n\n"
 
 
 def _listed(value) -> list:
@@ -52,38 +84,38 @@ def publish(
     report: RobustnessReport,
     comparison: Mapping[str, RobustnessReport] | None = None,
     title: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Put report, comparison, plot and card beside a checkpoint's weights: ``robustness.json``, ``comparison.json``,
-    ``robustness.png`` and ``README.md``, ready for the Hub."""
+    ``robustness.png`` and ``README.md``, ready for the Hub. Files of an earlier report are removed.
+
+    Args:
+        report: without measurements there is only a card, which says so.
+        title: of the plot. metadata: more of the card's, such as ``license``.
+    """
     folder, about = Path(folder), About.from_dict(report.about)
-    report.to_json(folder / "robustness.json")
     rows = dict(comparison or {})
+    card = model_card(report, rows or None)
+    for key, value in (metadata or {}).items():
+        if key == "tags":
+            value = [*(card.data.tags or []), *(tag for tag in _listed(value) if tag not in (card.data.tags or []))]
+        setattr(card.data, key, value)
+    for name, written in ((REPORT, report.measurements), (PLOT, report.measurements), (COMPARISON, rows)):
+        if not written:
+            (folder / name).unlink(missing_ok=True)
     if rows:
         text = json.dumps({label: row.to_dict() for label, row in rows.items()})
-        write_whole(folder / "comparison.json", text + "\n")
-    reports = rows or {about.name: report}
-    first, *others = reports.values()
-    first.plot(
-        folder / "robustness.png",
-        *others,
-        metric=about.metric,
-        labels=list(reports),
-        title=title,
-        digital=about.base_metrics,
-    )
-    write_card(folder / "README.md", model_card(report, rows or None))
+        write_whole(folder / COMPARISON, text + "\n")
+    if report.measurements:
+        report.to_json(folder / REPORT)
+        reports = rows or {about.name: report}
+        first, *others = reports.values()
+        looks: Any = {"metric": about.metric, "labels": list(reports), "title": title, "digital": about.base_metrics}
+        first.plot(folder / PLOT, *others, **looks)
+    write_card(folder / "README.md", card)
 
 
 def read_comparison(path: str | Path) -> dict[str, RobustnessReport]:
     """What :func:`publish` wrote as ``comparison.json``: reports by label."""
     data = json.loads(Path(path).read_text(encoding="utf-8"))
     return {label: RobustnessReport.from_dict(row, path) for label, row in data.items()}
-
-
-def push(folder: str | Path, repo: str, private: bool | None = None, token: str | None = None) -> str:
-    """Upload a checkpoint's folder, creating the repository if need be; the URL of the commit. Repeating it is safe."""
-    api = HfApi(token=token)
-    name = api.create_repo(repo, private=private, exist_ok=True).repo_id
-    return str(
-        api.upload_folder(repo_id=name, folder_path=folder, ignore_patterns=["training_args.bin", "checkpoint-*"])
-    )

@@ -4,14 +4,18 @@ Registered when hf_reram is imported. Without it transformers does not know the 
 checkpoint as the plain digital model that its weights are.
 """
 
+from typing import Any
+
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
+from .checkpoint import attach_stored_report
 from .config import ReRAMConfig
+from .hub import attach_upload
 from .nn.mixin import BUFFERS
 from .patching import crossbar_layers, initialize_layers, make_range_trainable, swap_layers, unpatch_model
 
-ADDED_LATER = ("input_floor",)  # checkpoints before it drive every input from both sides
+ADDED_LATER = {"input_floor": -1.0, "input_offset": 0.0}  # and what they are in checkpoints from before
 
 
 @register_quantizer("reram")
@@ -20,13 +24,17 @@ class ReRAMQuantizer(HfQuantizer):
 
     requires_calibration = False
     quantization_config: ReRAMConfig
+    files: Any = None  # that the weights come from
 
-    def _process_model_before_weight_loading(self, model, **kwargs):
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+        self.files = checkpoint_files if self.pre_quantized else None
         swap_layers(model, self.quantization_config)
         if self.quantization_config.learn_input_range:
             for layer in crossbar_layers(model).values():
                 make_range_trainable(layer)
-        absent = ADDED_LATER if self.pre_quantized else BUFFERS  # a digital checkpoint has none of them, and need not
+        absent = (
+            tuple(ADDED_LATER) if self.pre_quantized else BUFFERS
+        )  # a digital checkpoint has none of them, and need not
         ignored = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])
         model._keys_to_ignore_on_load_missing = ignored + [rf"(^|\.){name}$" for name in absent]
         return model
@@ -37,11 +45,15 @@ class ReRAMQuantizer(HfQuantizer):
         for name, layer in crossbar_layers(model).items():
             if not self.pre_quantized or not all(_was_loaded(getattr(layer, b)) for b in needed):
                 missing.add(name)
-            elif not _was_loaded(layer.input_floor):
-                layer.input_floor.data.fill_(-1.0)
+                continue
+            for buffer, value in ADDED_LATER.items():
+                if not _was_loaded(getattr(layer, buffer)):
+                    getattr(layer, buffer).data.fill_(value)
         initialize_layers(model, missing)
         # transformers refuses .half() and .float() for quantized models; here weights are ordinary parameters.
         model.is_quantized = False
+        attach_stored_report(model, self.files)
+        attach_upload(model)
         return model
 
     def _dequantize(self, model, dtype=None):

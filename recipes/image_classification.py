@@ -37,15 +37,17 @@ from hf_reram.about import About
 from hf_reram.arguments import RecipeTrainingArguments, ReRAMArguments
 from hf_reram.batch_norm import batch_norms, fold_batch_norm, reestimate_batch_norm
 from hf_reram.data import draw, load_rows
+from hf_reram.hub import push
 from hf_reram.image_classification import (
     ImageClassification,
     ImageDataset,
     check_labels,
     find_columns,
+    image_processor,
     image_transforms,
+    keep_preprocessing,
 )
 from hf_reram.protocol import OURS, run_protocol
-from hf_reram.publish import push
 
 # Flags of each preset, and the shape of a new model of its kind for --from_scratch.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -90,6 +92,7 @@ class Arguments:
     base_steps: int = field(default=0, metadata={"help": "train the digital base first, with a new head if need be"})
     base_learning_rate: float = 1e-3
     base_batch_size: int = 128
+    base_bf16: bool = field(default=False, metadata={"help": "train the base in bfloat16, whatever --bf16 says"})
     from_scratch: bool = field(
         default=False, metadata={"help": "a new model of the preset's shape (needs --base_steps)"}
     )
@@ -167,7 +170,7 @@ def load_model(name: str, **changes):
     return model
 
 
-def train_base(arguments: Arguments, training: Training, train, classes: int) -> str:
+def train_base(arguments: Arguments, training: Training, train, classes: int, names: list[str] | None) -> str:
     """The digital base, trained or finetuned on the data; its folder."""
     home = Path(training.output_dir or ".") / "base"
     if (home / "model" / "config.json").exists():
@@ -186,9 +189,15 @@ def train_base(arguments: Arguments, training: Training, train, classes: int) ->
         max_steps=arguments.base_steps,
         learning_rate=arguments.base_learning_rate,
         per_device_train_batch_size=arguments.base_batch_size,
+        bf16=training.bf16 or arguments.base_bf16,
         push_to_hub=False,
     )
-    trainer = Trainer(model, settings, train_dataset=ImageDataset(train, augmented, image, label))
+    keep_preprocessing(model, arguments.image_size)
+    if names:
+        model.config.id2label, model.config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
+    processor = image_processor(model, name, arguments.image_size)
+    images = ImageDataset(train, augmented, image, label)
+    trainer = Trainer(model, settings, train_dataset=images, processing_class=processor)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(home)) if home.is_dir() else None)
     trainer.save_model(str(home / "model"))
     return str(home / "model")
@@ -225,7 +234,7 @@ def main() -> None:
         classes = len(names) if names else max(held[label]) + 1
         home = arguments.model_name_or_path
         if arguments.base_steps:
-            home = train_base(arguments, training, train, classes)
+            home = train_base(arguments, training, train, classes, names)
     model = load_model(home)
     check_labels(held, model, "the evaluation data")
     if train_label is not None:
@@ -254,15 +263,19 @@ def main() -> None:
             base(),
             replace(training, output_dir=folder, push_to_hub=False),
             train_dataset=images,
+            processing_class=image_processor(model, source, arguments.image_size),
             reram_config=method_config,
             teacher=base() if reram.teacher else None,
             teacher_weight=reram.teacher_weight,
             freeze_batch_norm=arguments.batch_norm != "reestimate",
         )
         if arguments.batch_norm == "reestimate" and batch_norms(trainer.model):
-            reestimate_batch_norm(trainer.model, batches())
             trainer.add_callback(Reestimate(batches))
         return trainer
+
+    def prepare(trainer: ReRAMTrainer) -> None:
+        if arguments.batch_norm == "reestimate" and batch_norms(trainer.model):
+            reestimate_batch_norm(trainer.model, batches())
 
     fixed = {**asdict(arguments), **asdict(reram)}
     for name in ("times", "chips", "methods"):  # may differ from those of the run that is resumed
@@ -294,6 +307,7 @@ def main() -> None:
         methods,
         title=f"{about.dataset} on {config.device.name}, {reram.chips} chips",
         settings={**fixed, **{name: getattr(training, name) for name in settings}},
+        prepare=prepare,
     )
     if training.process_index == 0:
         output = Path(training.output_dir)

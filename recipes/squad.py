@@ -30,8 +30,8 @@ from hf_reram import ReRAMConfig, ReRAMTrainer, deploy, patch_model
 from hf_reram.about import About
 from hf_reram.arguments import RecipeTrainingArguments, ReRAMArguments
 from hf_reram.data import draw, load_rows
+from hf_reram.hub import push
 from hf_reram.protocol import OURS, run_protocol
-from hf_reram.publish import push
 from hf_reram.question_answering import QuestionAnswering, training_features
 
 DETAILS = ("exact", "f1", "AvNA", "HasAns_exact", "HasAns_f1", "HasAns_span_f1", "NoAns_exact", "NoAns_f1", "best_f1")

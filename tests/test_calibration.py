@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_reram import ReRAMConfig, calibrate, crossbar_layers, deploy, digital, patch_model
+from hf_reram import ReRAMConfig, calibrate, crossbar_layers, deploy, digital, patch_model, unpatch_model
 from hf_reram.calibration import LayerStatistics
 from hf_reram.device.weight_error import weight_error
 from hf_reram.mapping import CLIPS, expected_error, weight_scales
@@ -88,6 +88,43 @@ def test_auto_clip_is_the_minimum_of_the_expected_error():
         assert (chosen <= expected_error(rows, torch.minimum(largest, clip * rms), error, inputs) * 1.00001).all()
 
 
+def test_one_sided_inputs_are_centered_and_chips_err_less():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, groups=8)).eval()
+    x = torch.randn(16, 3, 12, 12) + 1
+    exact, errors = model(x).detach(), {}
+    for center in (True, False):
+        patch_model(model, ReRAMConfig(device="cmo-hfox-ibm", weight_clip=None, center_inputs=center))
+        calibrate(model, [x])
+        assert all(layer.centered == center for layer in crossbar_layers(model).values())
+        with torch.no_grad():
+            per_chip = []
+            for seed in range(20):
+                with deploy(model, "10y", seed=seed):
+                    per_chip.append((model(x) - exact).square().mean())
+        errors[center] = float(torch.stack(per_chip).mean())
+        unpatch_model(model)
+    assert errors[True] < 0.6 * errors[False]
+
+
+def test_inputs_around_zero_are_driven_as_they_are():
+    model = nn.Sequential(nn.Linear(16, 4))
+    patch_model(model, ReRAMConfig())
+    calibrate(model, [torch.randn(500, 16)])
+    assert not model[0].centered
+
+
+def test_padding_does_not_count_in_the_offset():
+    model = nn.Sequential(nn.Linear(4, 4))
+    patch_model(model, ReRAMConfig())
+    statistics = LayerStatistics(model[0], "0", 0)
+    x = torch.full((2, 6, 4), 3.0)
+    x[:, 3:] = 100.0
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0]] * 2)
+    statistics.update(x, mask.reshape(-1))
+    torch.testing.assert_close(statistics.offset, torch.full((4,), 3.0))
+
+
 def test_expected_error_is_what_chips_show():
     torch.manual_seed(5)
     model = nn.Sequential(nn.Linear(48, 20, bias=False)).eval()
@@ -149,7 +186,7 @@ def test_one_sided_inputs_get_the_whole_dac():
     model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.Hardswish(), nn.Linear(32, 4)).eval()
     x = torch.randn(256, 8) * 3
     exact = model(x).detach()
-    patch_model(model, ReRAMConfig(device="cmo-hfox-ibm", dac_bits=5, weight_clip=None))
+    patch_model(model, ReRAMConfig(device="cmo-hfox-ibm", dac_bits=5, weight_clip=None, center_inputs=False))
     calibrate(model, [x])
     floors = [float(layer.input_floor) for layer in crossbar_layers(model).values()]
     assert floors[0] < -0.5 and floors[1] == 0 and -0.5 < floors[2] < 0

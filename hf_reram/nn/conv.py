@@ -12,15 +12,25 @@ class CrossbarConv2d(CrossbarMixin, nn.Conv2d):
     groups. Each group is an array of ``in_channels / groups · kernel height · kernel width`` rows; a tile holds whole
     input channels."""
 
-    def _pad(self, s: Tensor) -> Tensor:
+    def pad(self, x: Tensor) -> Tensor:
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
         pads = self._reversed_padding_repeated_twice
-        return F.pad(s, pads, mode=mode) if any(pads) else s
+        return F.pad(x, pads, mode=mode) if any(pads) else x
+
+    def _padded(self, s: Tensor) -> Tensor:
+        """The driven input with padding, which it already has where the layer centers it."""
+        return s if self.centered else self.pad(s)
+
+    def _shape_key(self) -> tuple:
+        return (type(self), self.kernel_size, self.stride, self.dilation, self.padding, self.padding_mode)
+
+    def _channels_last(self, per_channel: Tensor) -> Tensor:
+        return per_channel[:, None, None]
 
     def _op(self, s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if weight.shape == self.weight.shape:
+        if weight.shape == self.weight.shape and not self.centered:
             return self._conv_forward(s, weight, bias)
-        return F.conv2d(self._pad(s), weight, bias, self.stride, 0, self.dilation, self.groups)
+        return F.conv2d(self._padded(s), weight, bias, self.stride, 0, self.dilation, self.groups)
 
     def _tiles(self, s: Tensor, weight: Tensor):
         area = self.kernel_size[0] * self.kernel_size[1]
@@ -35,11 +45,11 @@ class CrossbarConv2d(CrossbarMixin, nn.Conv2d):
     def _input_power(self, s: Tensor, pull: Pull | None) -> Tensor:
         # Summed over the batch first: a window's sum of squares needs no unfolding of the whole batch.
         power = InputPower.apply(s if s.dim() == 4 else s[None], None, pull)
-        return self.unfold(power[None]).sum(-1).view(self.groups, -1)
+        return self.unfold(self._padded(power[None])).sum(-1).view(self.groups, -1)
 
     def unfold(self, x: Tensor) -> Tensor:
-        """The array's input for each output pixel: (N, C · kernel area, pixels)."""
-        return F.unfold(self._pad(x), self.kernel_size, self.dilation, 0, self.stride)
+        """The array's input for each output pixel, (N, C · kernel area, pixels), of a padded one."""
+        return F.unfold(x, self.kernel_size, self.dilation, 0, self.stride)
 
     def _rows(self, weight: Tensor) -> Tensor:
         return weight.reshape(self.groups, self.out_channels // self.groups, -1)
@@ -54,15 +64,15 @@ class CrossbarConv2d(CrossbarMixin, nn.Conv2d):
 class CrossbarConv2dSame(CrossbarConv2d):
     """timm's ``Conv2dSame``: TensorFlow's padding, which depends on the input's size."""
 
-    def _pad(self, s: Tensor) -> Tensor:
+    def pad(self, x: Tensor) -> Tensor:
         pads: list[int] = []
-        for size, kernel, stride, dilation in zip(s.shape[:-3:-1], *self._reversed_geometry()):
+        for size, kernel, stride, dilation in zip(x.shape[:-3:-1], *self._reversed_geometry()):
             total = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
             pads += [total // 2, total - total // 2]
-        return F.pad(s, pads) if any(pads) else s
+        return F.pad(x, pads) if any(pads) else x
 
     def _reversed_geometry(self):
         return self.kernel_size[::-1], self.stride[::-1], self.dilation[::-1]
 
     def _op(self, s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv2d(self._pad(s), weight, bias, self.stride, 0, self.dilation, self.groups)
+        return F.conv2d(self._padded(s), weight, bias, self.stride, 0, self.dilation, self.groups)

@@ -1,6 +1,7 @@
 """What a simulated crossbar does, whatever the shape of the layer: drive, hold, read out, account for retention."""
 
 import math
+import zlib
 from typing import Any
 
 import torch
@@ -19,14 +20,16 @@ from .state import CrossbarState
 from .terms import TERMS, Reading, output_term, tap_output, taps_output, wide
 
 # Per-layer results of calibration, kept beside the weight and saved with it. All are float, of one element except
-# weight_scale; input_range 0 means not calibrated, each batch then spans its own range.
-BUFFERS = ("input_range", "range_shrink", "gain", "adc_range", "weight_scale", "input_floor")
+# weight_scale and input_offset; input_range 0 means not calibrated, each batch then spans its own range.
+BUFFERS = ("input_range", "range_shrink", "gain", "adc_range", "weight_scale", "input_floor", "input_offset")
 
 
 class CrossbarMixin(nn.Module):
     """A layer on a simulated ReRAM crossbar, in place of a digital layer of the same parameters.
 
-    ``y = W phi(x) + bias`` with ``W`` held within ``±weight_scale`` and ``phi`` as in :mod:`hf_reram.device.iv`.
+    ``y = W phi(x - o) + (bias + W o)`` with ``W`` held within ``±weight_scale`` and ``phi`` as in
+    :mod:`hf_reram.device.iv`. The offset o is subtracted, and ``bias + W o`` added, digitally, so that the cells' errors
+    act only on what varies of the input.
     A subclass says how its weight meets an input: :meth:`_op`, :meth:`_tiles`, :meth:`_input_power`, :meth:`_rows`.
 
     Buffers:
@@ -36,6 +39,7 @@ class CrossbarMixin(nn.Module):
         adc_range: full scale of the ADC, in currents of one fully-on cell at read_voltage.
         input_floor: lowest input that the DAC drives, as a share of input_range: -1, or above for one-sided inputs.
         weight_scale: (output channels,) or (1,), the weight that a cell at g_max stands for.
+        input_offset: (input channels,), zero where the input is driven as it is.
     """
 
     weight: Any
@@ -46,6 +50,7 @@ class CrossbarMixin(nn.Module):
     adc_range: Tensor
     input_floor: Tensor
     weight_scale: Tensor
+    input_offset: Tensor
     crossbar: CrossbarState
     crossbar_name: str
     _digital_class: Any  # that it was made from
@@ -57,8 +62,12 @@ class CrossbarMixin(nn.Module):
 
     # Set-up
 
-    def init_crossbar(self, state: CrossbarState, name: str, channels: int) -> None:
-        """Add the buffers to a digital layer whose class has just been swapped."""
+    def init_crossbar(self, state: CrossbarState, name: str, channels: int, inputs: int) -> None:
+        """Add the buffers to a digital layer whose class has just been swapped.
+
+        Args:
+            channels, inputs: of the output and of the input.
+        """
         self.crossbar, self.crossbar_name = state, name
         self.deployed = self.sensitivity = None
         self._scalars_of = self._white_std = None
@@ -67,7 +76,7 @@ class CrossbarMixin(nn.Module):
         width = channels if state.config.weight_scale == "per_channel" else 1
         dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
         for buffer in BUFFERS:
-            size = width if buffer == "weight_scale" else 1
+            size = {"weight_scale": width, "input_offset": inputs}.get(buffer, 1)
             fill = {"range_shrink": 1.0, "gain": 1.0, "input_floor": -1.0}.get(buffer, 0.0)
             self.register_buffer(buffer, torch.full((size,), fill, dtype=dtype, device=weight.device))
 
@@ -85,15 +94,23 @@ class CrossbarMixin(nn.Module):
         """Whether the layer has an input range."""
         return self.scalars()[0] > 0
 
-    def scalars(self) -> tuple[float, float, float, float, float]:
-        """``(input_range, b, gain · b, adc_range, input_floor)`` as floats, read again only when a buffer changed."""
-        tensors = (self.input_range, self.range_shrink, self.gain, self.adc_range, self.input_floor)
+    @property
+    def centered(self) -> bool:
+        """Whether the layer subtracts an offset from its input."""
+        return self.scalars()[5] != 0
+
+    def scalars(self) -> tuple[float, float, float, float, float, int]:
+        """``(input_range, b, gain · b, adc_range, input_floor, a number that stands for input_offset)`` as floats, read
+        again only when a buffer changed."""
+        tensors = (self.input_range, self.range_shrink, self.gain, self.adc_range, self.input_floor, self.input_offset)
         if torch.compiler.is_compiling() and self._scalars_of is not None:
             return self._scalars_of[1]
         key = tuple((id(t), -1 if t.is_inference() else t._version) for t in tensors)
         if self._scalars_of is None or self._scalars_of[0] != key:
-            r, shrink, gain, full_scale, floor = (float(t.detach().item()) for t in tensors)
-            self._scalars_of = (key, (r, self.crossbar.config.device.b(shrink), gain, full_scale, floor))
+            r, shrink, gain, full_scale, floor = (float(t.detach().item()) for t in tensors[:-1])
+            offset = self.input_offset.detach().float().cpu()
+            mark = zlib.crc32(offset.numpy().tobytes()) if offset.any() else 0
+            self._scalars_of = (key, (r, self.crossbar.config.device.b(shrink), gain, full_scale, floor, mark))
         return self._scalars_of[1]
 
     def extra_repr(self) -> str:
@@ -107,6 +124,39 @@ class CrossbarMixin(nn.Module):
         return f"{super().extra_repr()}, crossbar={device.name}, input_range={span}, b={b:.3g}"
 
     # The parts of a forward
+
+    def pad(self, x: Tensor) -> Tensor:
+        """The input with what the layer pads it with."""
+        return x
+
+    def _shape_key(self) -> tuple:
+        """What the padded input depends on beside the input."""
+        return ()
+
+    def _channels_last(self, per_channel: Tensor) -> Tensor:
+        """A vector over input channels, shaped to broadcast against an input."""
+        return per_channel
+
+    def center(self, x: Tensor, offset: Tensor) -> Tensor:
+        """``x - o``, padded, as the DACs get it. Padding is part of the input, so it is centered too."""
+        return self.pad(x) - self._channels_last(offset).to(x.dtype)
+
+    def _driven(self, x: Tensor) -> Tensor:
+        return self.center(x, self.input_offset) if self.centered else x
+
+    def _offset_output(self) -> Tensor:
+        """``W o``, (output channels,), of the weights as they were programmed."""
+        rows = self._rows(map_weight(self.weight, self.held_scale()))
+        offset = self.input_offset.to(rows.dtype).view(rows.shape[0], -1, 1)
+        offset = offset.expand(-1, -1, rows.shape[2] // offset.shape[1]).reshape(rows.shape[0], -1, 1)
+        return torch.bmm(rows, offset).view(-1)
+
+    def _digital_bias(self) -> Tensor | None:
+        """What is added digitally to the read-out, (output channels,)."""
+        if not self.centered:
+            return self.bias
+        offset = self._offset_output()
+        return offset if self.bias is None else self.bias + offset
 
     def _op(self, s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
@@ -139,17 +189,18 @@ class CrossbarMixin(nn.Module):
         """``(s, factor, pull)`` with ``phi(x) = factor · s``, and where powers of s leave their gradients. The factor
         is 1, folded into s, unless the input range is learned."""
         state = self.crossbar
-        _, b, gain, _, floor = self.scalars()
+        _, b, gain, _, floor, mark = self.scalars()
         levels, floor = dac_grid(state.config.dac_bits, floor)
         factor: Any = span * (gain if b < LINEAR_B else gain / b)
         if isinstance(span, Tensor):
-            return ShrunkSinh.apply(x, span, b, levels, 1.0, None, floor), factor, None
+            return ShrunkSinh.apply(self._driven(x), span, b, levels, 1.0, None, floor), factor, None
 
         def compute() -> tuple[Tensor, Pull | None]:
             pull = Pull() if self.training and state.term and not torch.compiler.is_compiling() else None
-            return ShrunkSinh.apply(x, span, b, levels, factor, pull, floor), pull
+            return ShrunkSinh.apply(self._driven(x), span, b, levels, factor, pull, floor), pull
 
-        s, pull = shared_drive(x, (span, b, levels, floor, factor, self.training), compute)
+        shape = self._shape_key() if mark else ()
+        s, pull = shared_drive(x, (span, b, levels, floor, factor, self.training, mark, shape), compute)
         return s, 1.0, pull
 
     def _span(self, x: Tensor) -> Any:
@@ -237,7 +288,8 @@ class CrossbarMixin(nn.Module):
         if isinstance(factor, Tensor):
             weight = weight * factor
         tapped = taps_output(self)
-        bias = self.bias.detach() if tapped and self.bias is not None else self.bias
+        full_bias = self._digital_bias()
+        bias = full_bias.detach() if tapped and full_bias is not None else full_bias
         if state.config.adc_bits or self.deployed is not None:
             y = self._read(s, weight, span)
             if bias is not None:
@@ -245,7 +297,7 @@ class CrossbarMixin(nn.Module):
         else:
             y = self._op(s, weight, bias)
         if self.training and (state.term or state.measure):
-            y = self._account(Reading(s, y, factor, pull, variance=variance), tapped)
+            y = self._account(Reading(s, y, factor, pull, full_bias, variance=variance), tapped)
         return y
 
     def _account(self, reading: Reading, tapped: bool) -> Tensor:

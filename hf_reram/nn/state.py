@@ -1,6 +1,7 @@
 """What all crossbar layers of one model share: the device, the mode of the forward, and the terms it collected."""
 
 import hashlib
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,10 @@ class CrossbarState:
         consumed: the terms have been read; the next one starts anew.
         noise_seed: seeds the sampled drift, so that all micro-batches and processes of an optimizer step see one chip;
             None draws from torch's global generator.
+        report: the model's last robustness report, whose weights it may have left since.
     """
+
+    report: Any = None
 
     def __init__(self, config: ReRAMConfig):
         self.digital = False
@@ -99,7 +103,7 @@ class CrossbarState:
 
     def __deepcopy__(self, memo):
         copy = CrossbarState(self.config)
-        copy.digital = self.digital
+        copy.digital, copy.report = self.digital, self.report
         memo[id(self)] = copy
         return copy
 

@@ -21,6 +21,7 @@ class Reading:
     Attributes:
         s: driven input; phi = factor · s, with a factor that is no number only where it is learned. y: output with its
             bias.
+        bias: what was added to it digitally, (output channels,) or None.
         input_pull, output_pull: where powers of s and of y leave their gradients; None if they compute them.
         variance: s² of the weights if it is already known.
     """
@@ -29,6 +30,7 @@ class Reading:
     y: Tensor
     factor: Tensor | float
     input_pull: Pull | None
+    bias: Tensor | None
     output_pull: Pull | None = None
     variance: Tensor | None = None
 
@@ -48,7 +50,7 @@ def taps_output(layer) -> bool:
 def tap_output(layer, reading: Reading) -> None:
     """Put a Tap on the output, which was computed with the bias detached."""
     reading.output_pull = Pull()
-    rows = Tap.apply(layer._output_rows(reading.y), _bias(layer), reading.output_pull)
+    rows = Tap.apply(layer._output_rows(reading.y), _bias(layer, reading), reading.output_pull)
     reading.y = rows.view(reading.y.shape)
 
 
@@ -110,13 +112,13 @@ def _variance(layer, reading: Reading) -> Tensor:
     return WeightVariance.apply(wide(layer.weight), wide(layer.held_scale()), error)
 
 
-def _bias(layer) -> Tensor | None:
-    return None if layer.bias is None else wide(layer._broadcast(layer.bias, "output"))
+def _bias(layer, reading: Reading) -> Tensor | None:
+    return None if reading.bias is None else wide(layer._broadcast(reading.bias, "output"))
 
 
 def _output_power(layer, reading: Reading) -> Tensor:
     keep = layer.crossbar.keep(reading.s)
-    return OutputPower.apply(layer._output_rows(reading.y), _bias(layer), keep, reading.output_pull)
+    return OutputPower.apply(layer._output_rows(reading.y), _bias(layer, reading), keep, reading.output_pull)
 
 
 def _mean_power(layer, reading: Reading) -> Tensor:

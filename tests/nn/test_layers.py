@@ -45,6 +45,47 @@ def test_b_to_zero_is_the_digital_layer_and_unpatching_gives_it_back(kind, train
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d", *CONVS], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_centering_the_input_changes_nothing_on_ideal_cells(kind, training):
+    layer, x = layer_of(kind)
+    x = x.abs() + 0.5  # one-sided
+    model = nn.Sequential(layer).train(training)
+    expected = model(x)
+    (expected * torch.linspace(-1, 1, expected.numel()).view_as(expected)).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    patch_model(model, straight(retention_loss="output", input_percentile=100))
+    calibrate(model, [x])
+    assert layer.centered and float(layer.input_range) < float(x.max())
+    y = model(x)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[name], rtol=1e-4, atol=1e-4)
+
+
+def test_term_counts_what_varies_of_a_centered_input():
+    """On a constant input nothing is left for the cells' errors to act on."""
+    layer, x = nn.Linear(8, 6), torch.rand(200, 8) + 3
+    model = nn.Sequential(layer).train()
+    patch_model(model, ReRAMConfig(retention_loss="output"))
+    calibrate(model, [x])
+    model(x)
+    varying = float(retention_loss(model).detach())
+    with torch.no_grad():
+        noise = {}
+        for offset in (layer.input_offset.clone(), torch.zeros(8)):
+            layer.input_offset.copy_(offset)
+            layer.input_range.fill_(float((x - offset).abs().max()))
+            layer.crossbar.term = "output"
+            model(x)
+            (term,) = layer.crossbar.terms.values()
+            noise[bool(offset.any())] = float(term[0])
+    assert noise[True] < noise[False] / 30
+    assert 0 < varying < 1
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", *CONVS], ids=str)
 def test_term_is_that_of_the_linear_form(kind):
     """R of any layer equals that of the matrix that its unfolded inputs meet."""
     layer, x = layer_of(kind)
@@ -58,7 +99,7 @@ def test_term_is_that_of_the_linear_form(kind):
         s, factor, _ = layer._drive(x, layer._span(x))
         phi = s * factor
         if isinstance(kind, dict):
-            columns = layer.unfold(phi).transpose(1, 2)  # (n, pixels, groups · rows)
+            columns = layer.unfold(layer.pad(phi)).transpose(1, 2)  # (n, pixels, groups · rows)
             columns = columns.reshape(-1, layer.groups, columns.shape[-1] // layer.groups)
         else:
             columns = phi.reshape(-1, 1, 8)
@@ -94,12 +135,14 @@ def test_coarse_adc_rounds_each_tile():
     assert all(len(y[:, i].unique()) <= 7 for i in range(6))
 
 
-def test_all_gradients_against_finite_differences():
+@pytest.mark.parametrize("shift", [0.0, 2.0])
+def test_all_gradients_against_finite_differences(shift):
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double().train()
-    x = torch.randn(9, 6, dtype=torch.float64)
+    x = torch.randn(9, 6, dtype=torch.float64) + shift
     patch_model(model, ReRAMConfig(range_shrink=0.7, weight_clip=None, retention_loss="output"))
-    calibrate(model, [x * 2])
+    calibrate(model, [(x - shift) * 2 + shift])
+    assert shift == 0 or model[0].centered
     for layer in crossbar_layers(model).values():
         layer.weight_scale.mul_(1.5)  # off the kink at the largest weight
 
