@@ -12,7 +12,6 @@ from .about import About
 from .card import BEGIN, END, model_card
 from .report import RobustnessReport, write_whole
 
-
 REPORT, PLOT, COMPARISON = "robustness.json", "robustness.png", "comparison.json"
 BLANK = "This model card has been automatically generated."  # transformers' own, which says nothing
 

@@ -91,7 +91,7 @@ def test_auto_clip_is_the_minimum_of_the_expected_error():
 def test_one_sided_inputs_are_centered_and_chips_err_less():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, groups=8)).eval()
-    x = torch.randn(16, 3, 12, 12) + 1
+    x = torch.randn(16, 3, 12, 12) + 2
     exact, errors = model(x).detach(), {}
     for center in (True, False):
         patch_model(model, ReRAMConfig(device="cmo-hfox-ibm", weight_clip=None, center_inputs=center))
