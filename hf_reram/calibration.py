@@ -46,7 +46,7 @@ class LayerStatistics:
     Attributes:
         counts: (bins,) histogram of |x|, in double precision. largest: max |x|. smallest: min x, at most 0.
         samples: (at most 256, groups · rows) vectors that met the array.
-        offset: (input channels,), subtracted from the input, zero where that does not help; from the first batch.
+        offset: (input channels,) or None before the first batch, subtracted from the input, zero where that does not help; from the first batch.
 
     Args:
         center: whether to look for an offset.
@@ -54,7 +54,7 @@ class LayerStatistics:
 
     def __init__(self, layer: CrossbarMixin, name: str, seed: int, center: bool = True):
         self.layer, self.name = layer, name
-        self.offset: Tensor | None = None if center else torch.zeros_like(layer.input_offset, dtype=torch.float32)
+        self.offset: Any = None if center else torch.zeros_like(layer.input_offset, dtype=torch.float32)
         device = layer.weight.device
         self.counts = torch.zeros(_BINS, dtype=torch.float64, device=device)
         self.largest = self.smallest = 0.0

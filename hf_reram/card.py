@@ -120,6 +120,7 @@ def _metadata(about: About, report: RobustnessReport) -> ModelCardData:
             found = report.statistic(metric, time)
             add(metric, found.mean, f"{device} {format_time(time)} after programming, mean of {found.chips} chips")
     hub = _on_hub(about.base_model)
+    emissions = None if about.co2_grams is None else {"emissions": about.co2_grams, "training_type": "fine-tuning"}
     return ModelCardData(
         model_name=about.name,
         library_name="hf_reram",
@@ -129,9 +130,7 @@ def _metadata(about: About, report: RobustnessReport) -> ModelCardData:
         metrics=[metric.lower() for metric in metrics] or None,
         pipeline_tag=about.task or None,
         tags=list(TAGS),
-        co2_eq_emissions=None
-        if about.co2_grams is None
-        else {"emissions": about.co2_grams, "training_type": "fine-tuning"},
+        co2_eq_emissions=emissions,
         eval_results=results or None,
     )
 

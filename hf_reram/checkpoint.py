@@ -68,7 +68,7 @@ def attach_stored_report(model: Any, files: Sequence[str] | None) -> None:
         crossbar_state(model).report = report
     else:
         logger.warning(
-            "%s: its %s was measured on other weights (digest %s, these have %s); its figures do not hold for this model",
+            "%s: its %s was measured on other weights (digest %s, these have %s): its figures are not this model's",
             name,
             REPORT,
             report.weights[:12] or "missing",

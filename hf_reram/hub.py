@@ -117,7 +117,7 @@ def prepare(folder: str | os.PathLike, model: Any, repo: str | None = None) -> N
         report = RobustnessReport.from_json(file)
         if report.weights != weights_digest(model):
             raise ValueError(
-                f"{file} was measured on other weights than {folder} holds: evaluate this model again, or delete the file"
+                f"{file} was measured on other weights than those beside it: evaluate this model again, or delete it"
             )
         rows = read_comparison(folder / COMPARISON) if (folder / COMPARISON).exists() else None
     elif crossbar_state(model).report is not None and report is None:

@@ -17,7 +17,8 @@ from .nn.state import CrossbarState
 
 logger = logging.get_logger(__name__)
 
-UPLOAD = (
+# Through which transformers' push_to_hub and save_pretrained upload, see hf_reram.hub.
+UPLOAD = "_upload_modified_files"
     "_upload_modified_files"  # through which transformers' push_to_hub and save_pretrained upload, see hf_reram.hub
 )
 

@@ -95,10 +95,11 @@ def publish(
     folder, about = Path(folder), About.from_dict(report.about)
     rows = dict(comparison or {})
     card = model_card(report, rows or None)
+    data: Any = card.data
     for key, value in (metadata or {}).items():
         if key == "tags":
-            value = [*(card.data.tags or []), *(tag for tag in _listed(value) if tag not in (card.data.tags or []))]
-        setattr(card.data, key, value)
+            value = [*data.tags, *(tag for tag in _listed(value) if tag not in data.tags)]
+        setattr(data, key, value)
     for name, written in ((REPORT, report.measurements), (PLOT, report.measurements), (COMPARISON, rows)):
         if not written:
             (folder / name).unlink(missing_ok=True)

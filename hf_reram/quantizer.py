@@ -32,9 +32,7 @@ class ReRAMQuantizer(HfQuantizer):
         if self.quantization_config.learn_input_range:
             for layer in crossbar_layers(model).values():
                 make_range_trainable(layer)
-        absent = (
-            tuple(ADDED_LATER) if self.pre_quantized else BUFFERS
-        )  # a digital checkpoint has none of them, and need not
+        absent = tuple(ADDED_LATER) if self.pre_quantized else BUFFERS  # a digital checkpoint need have none of them
         ignored = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])
         model._keys_to_ignore_on_load_missing = ignored + [rf"(^|\.){name}$" for name in absent]
         return model

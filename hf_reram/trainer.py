@@ -230,7 +230,7 @@ class ReRAMTrainer(Trainer):
         """
         if not self.is_world_process_zero():
             return
-        folder = Path(self.args.output_dir)
+        folder = Path(self.args.output_dir or ".")
         report = report_of(self.model)
         if report is None:
             report = unmeasured(self.model)
@@ -289,10 +289,10 @@ class ReRAMTrainer(Trainer):
         self._finish_current_push()
         revision = revision if revision is not None else self.args.hub_revision
 
+        folder, repo = self.args.output_dir or ".", str(self.hub_model_id)
+
         def upload():
-            return push(
-                self.args.output_dir, self.hub_model_id, None, token, revision, commit_message, None, verify=False
-            )
+            return push(folder, repo, None, token, revision, commit_message, verify=False)
 
         return upload() if blocking else HfApi().run_as_future(upload)
 

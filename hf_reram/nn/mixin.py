@@ -28,8 +28,9 @@ class CrossbarMixin(nn.Module):
     """A layer on a simulated ReRAM crossbar, in place of a digital layer of the same parameters.
 
     ``y = W phi(x - o) + (bias + W o)`` with ``W`` held within ``±weight_scale`` and ``phi`` as in
-    :mod:`hf_reram.device.iv`. The offset o is subtracted, and ``bias + W o`` added, digitally, so that the cells' errors
-    act only on what varies of the input.
+    :mod:`hf_reram.device.iv`. The offset o is subtracted, and ``bias + W o`` added, digitally: the cells' errors act
+    only on what varies of the input.
+
     A subclass says how its weight meets an input: :meth:`_op`, :meth:`_tiles`, :meth:`_input_power`, :meth:`_rows`.
 
     Buffers:
