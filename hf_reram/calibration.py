@@ -46,7 +46,7 @@ class LayerStatistics:
     Attributes:
         counts: (bins,) histogram of |x|, in double precision. largest: max |x|. smallest: min x, at most 0.
         samples: (at most 256, groups · rows) vectors that met the array.
-        offset: (input channels,) or None before the first batch, subtracted from the input, zero where that does not help; from the first batch.
+        offset: (input channels,), subtracted from the input, zero where that does not help; from the first batch.
 
     Args:
         center: whether to look for an offset.

@@ -19,8 +19,6 @@ logger = logging.get_logger(__name__)
 
 # Through which transformers' push_to_hub and save_pretrained upload, see hf_reram.hub.
 UPLOAD = "_upload_modified_files"
-    "_upload_modified_files"  # through which transformers' push_to_hub and save_pretrained upload, see hf_reram.hub
-)
 
 # By exact forward: a subclass with a forward of its own computes something else and stays digital.
 _CROSSBARS: dict[Any, type] = {nn.Linear: CrossbarLinear, nn.Conv2d: CrossbarConv2d, Conv1D: CrossbarConv1D}
