@@ -10,7 +10,7 @@ from .config import ReRAMConfig
 from .device.retention import retention_to_dict
 from .device.time import format_time, parse_time
 from .report import RobustnessReport
-from .tables import comparison_table, metrics_table
+from .tables import comparison_table, metrics_table, places
 
 BEGIN = "<!-- hf_reram writes what stands between this line and its end mark; text above and below is kept -->"
 END = "<!-- end of what hf_reram writes -->"
@@ -102,9 +102,9 @@ def _metadata(about: About, report: RobustnessReport) -> ModelCardData:
         results.append(
             EvalResult(
                 task_type=about.task,
-                dataset_type=about.dataset,
-                dataset_name=about.dataset,
-                dataset_split=about.dataset_split,
+                dataset_type=about.dataset or "unknown",
+                dataset_name=about.dataset or "unknown",
+                dataset_split=about.dataset_split or None,
                 metric_type=metric.lower(),
                 metric_name=f"{metric}, {when}",
                 metric_value=round(value, 4),
@@ -141,8 +141,9 @@ def _headline(about: About, report: RobustnessReport) -> str:
     last = report.times[-1]
     found = report.statistic(about.metric, last)
     base = about.base_metrics.get(about.metric)
-    aged = f"{found.mean:.1f} ± {found.std:.1f} on chips {format_time(last)} after programming"
-    return f"{about.metric}: {aged}" + (f", {base:.1f} of the digital base." if base is not None else ".")
+    n = places([found.mean])
+    aged = f"{found.mean:.{n}f} ± {found.std:.{n}f} on chips {format_time(last)} after programming"
+    return f"{about.metric}: {aged}" + (f", {base:.{n}f} of the digital base." if base is not None else ".")
 
 
 def _hardware(config: ReRAMConfig) -> list[tuple[str, str]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from safetensors import safe_open
 from torch import nn
-from transformers.utils import cached_file, logging
+from transformers.utils import cached_file, extract_commit_hash, logging
 
 from .digest import weights_digest
 from .patching import crossbar_state
@@ -56,8 +56,9 @@ def attach_stored_report(model: Any, files: Sequence[str] | None) -> None:
     name = getattr(model, "name_or_path", "")
     if not name or not files or any(p.is_meta for p in model.parameters()):
         return
+    commit = extract_commit_hash(files[0], None)
     try:
-        report = stored_report(name, revision=getattr(model.config, "_commit_hash", None))
+        report = stored_report(name, **({} if commit is None else {"revision": commit}))
     except ValueError as error:
         logger.warning("the robustness report of %s cannot be read: %s", name, error)
         return

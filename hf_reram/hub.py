@@ -11,7 +11,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import RevisionNotFoundError
 from transformers import AutoConfig, AutoProcessor
 from transformers.models.auto import modeling_auto
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from .about import About
 from .card import AUTO_CLASSES
@@ -206,10 +206,19 @@ def save_processor(model: Any, folder: str | os.PathLike) -> None:
     name = getattr(model, "name_or_path", "")
     if not name or any((Path(folder) / file).exists() for file in PROCESSORS):
         return
+    if not any(_has(name, file) for file in PROCESSORS):  # AutoProcessor would make up an empty tokenizer
+        return
     try:
         AutoProcessor.from_pretrained(name).save_pretrained(folder)
     except (OSError, ValueError, ImportError) as error:
-        logger.info("%s comes without tokenizer or image processor: %s", name, error)
+        logger.warning("the tokenizer or image processor of %s cannot be loaded and is not saved: %s", name, error)
+
+
+def _has(name: str, file: str) -> bool:
+    try:
+        return cached_file(name, file) is not None
+    except OSError:  # no such file, or no way to it
+        return False
 
 
 def _files(folder: Path) -> list[str]:

@@ -13,7 +13,7 @@ from scipy import stats
 
 from .device.time import format_time, parse_time
 from .plotting import plot_reports
-from .tables import markdown
+from .tables import markdown, places
 
 
 @dataclass(frozen=True)
@@ -153,19 +153,24 @@ class RobustnessReport:
             raise ValueError(f"{path} is no robustness report: {error!r}") from error
         return cls(measurements, **rest)
 
-    def to_markdown(self, decimals: int = 2) -> str:
-        """A table: metrics by row, references and times by column, mean ± standard deviation over chips."""
+    def to_markdown(self, decimals: int | None = None) -> str:
+        """A table: metrics by row, references and times by column, mean ± standard deviation over chips.
+
+        Args:
+            decimals: None takes 1 for percentages and 3 for what lies within ±1.
+        """
         hot = len(self.temperatures) > 1
         head = ["metric", *(["temperature"] if hot else []), "digital", "ideal crossbar"]
         rows = []
         for metric in self.metrics:
+            n = places(m.metrics[metric] for m in self.measurements) if decimals is None else decimals
             for kelvin in self.temperatures:
                 row = [metric, *([f"{kelvin:g} K" if kelvin is not None else "reference"] if hot else [])]
                 for reference in (self.digital, self.ideal):
-                    row.append(f"{reference[metric]:.{decimals}f}" if reference and metric in reference else "–")
+                    row.append(f"{reference[metric]:.{n}f}" if reference and metric in reference else "–")
                 for time in self.times:
                     s = self.statistic(metric, time, kelvin)
-                    row.append(f"{s.mean:.{decimals}f} ± {s.std:.{decimals}f}")
+                    row.append(f"{s.mean:.{n}f} ± {s.std:.{n}f}")
                 rows.append(row)
         table = markdown([*head, *(format_time(t) for t in self.times)], rows)
         chips = self.statistic(self.metrics[0], self.times[0]).chips

@@ -1,6 +1,6 @@
 """Markdown tables of robustness reports."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from .device.time import format_time
@@ -15,10 +15,14 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def places(values: Iterable[float]) -> int:
+    """Decimals that show a metric well: 1 for percentages, 3 for what lies within ±1."""
+    return 3 if max(map(abs, values), default=0.0) <= 1 else 1
+
+
 def metrics_table(
     reports: Mapping[str, "RobustnessReport"],
     time: str | float,
-    decimals: int = 1,
     digital: Mapping[str, float] | None = None,
     metrics: Sequence[str] = (),
 ) -> str:
@@ -29,25 +33,26 @@ def metrics_table(
     for metric in metrics or first.metrics:
         base = [digital[metric]] if digital else []
         means = [report.statistic(metric, time).mean for report in reports.values()]
-        rows.append([metric, *(f"{value:.{decimals}f}" for value in [*base, *means])])
+        n = places([*base, *means])
+        rows.append([metric, *(f"{value:.{n}f}" for value in [*base, *means])])
     return markdown(["", *(["digital base"] if digital else []), *reports], rows)
 
 
 def comparison_table(
     reports: Mapping[str, "RobustnessReport"],
     metric: str | None = None,
-    decimals: int = 1,
     digital: Mapping[str, float] | None = None,
 ) -> str:
     """The digital base (``digital``, its metrics) and a row a model: ideal crossbar, and mean ± standard deviation over
     chips at each time."""
     first = next(iter(reports.values()))
     metric = metric or first.metrics[0]
+    n = places(report.statistic(metric, t).mean for report in reports.values() for t in report.times)
     rows = []
     if digital:
-        rows.append(["digital base", "–", *[f"{digital[metric]:.{decimals}f}"] * len(first.times)])
+        rows.append(["digital base", "–", *[f"{digital[metric]:.{n}f}"] * len(first.times)])
     for label, report in reports.items():
         cells = [report.statistic(metric, t) for t in report.times]
-        ideal = f"{report.ideal[metric]:.{decimals}f}" if report.ideal else "–"
-        rows.append([label, ideal, *(f"{s.mean:.{decimals}f} ± {s.std:.{decimals}f}" for s in cells)])
+        ideal = f"{report.ideal[metric]:.{n}f}" if report.ideal else "–"
+        rows.append([label, ideal, *(f"{s.mean:.{n}f} ± {s.std:.{n}f}" for s in cells)])
     return markdown(["", "ideal crossbar", *(format_time(t) for t in first.times)], rows)
