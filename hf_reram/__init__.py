@@ -4,6 +4,7 @@ Importing it lets ``from_pretrained`` bring back the crossbar layers of a checkp
 """
 
 from .calibration import calibrate
+from .checkpoint import report_of
 from .config import ReRAMConfig
 from .deployment import deploy, digital
 from .device import DeviceConfig
@@ -31,6 +32,7 @@ __all__ = [
     "hold_weights",
     "noise_to_signal",
     "patch_model",
+    "report_of",
     "retention_loss",
     "sampled_drift",
     "summarize",

@@ -187,7 +187,7 @@ class ImageClassification:
         self.batch_size, self.workers = batch_size, workers
         self._kept: list[Mapping[str, Tensor]] | None = None
 
-    def _batches(self):
+    def batches(self):
         if self._kept is not None:
             yield from self._kept
             return
@@ -210,7 +210,7 @@ class ImageClassification:
         right = torch.zeros(2, dtype=torch.float64)
         try:
             device = next(model.parameters()).device
-            for batch in self._batches():
+            for batch in self.batches():
                 with torch.inference_mode():
                     logits = model(pixel_values=batch["pixel_values"].to(device)).logits.float().cpu()
                 if logits.dim() != 2:

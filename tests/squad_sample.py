@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import BertConfig, BertForQuestionAnswering, BertTokenizerFast
+from transformers import BertConfig, BertForQuestionAnswering, BertTokenizerFast, DataCollatorWithPadding
 
 PLACES = ["paris", "london", "rome", "oslo", "cairo", "lima"]
 PEOPLE = ["ann", "bob", "cid", "dan", "eve", "fay"]
@@ -39,6 +39,10 @@ def model(words: int) -> BertForQuestionAnswering:
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     return BertForQuestionAnswering(BertConfig(vocab_size=words, max_position_embeddings=64, **shape)).eval()
+
+
+def collator(fast: BertTokenizerFast) -> DataCollatorWithPadding:
+    return DataCollatorWithPadding(fast)
 
 
 def write(folder: Path) -> dict[str, str]:

@@ -54,8 +54,10 @@ class CrossbarState:
         self.error = self.error_at(self.times)
         self.drift_error = self.error_at(self.times[:1])
 
-    def error_at(self, times: tuple[float, ...]) -> WeightError:
-        return weight_error(self.config.device, times, self.config.temperature)
+    def error_at(self, times: tuple[float, ...], temperature: float | None = None) -> WeightError:
+        """The moments at the given times [s], at a temperature [K], None for the config's."""
+        kelvin = self.config.temperature if temperature is None else temperature
+        return weight_error(self.config.device, times, kelvin)
 
     def begin_forward(self, training: bool, inputs: tuple, kwargs: dict) -> None:
         """Forget the last forward's terms; note this one's padding mask and batch size; draw its drift time."""

@@ -201,7 +201,7 @@ class Hub:
                 files[value["path"]] = Blob(base64.b64decode(value["content"]), False)
             elif key == "lfsFile":
                 if value["oid"] not in self.objects:
-                    raise Refused(400, "", f"Your push was rejected because an LFS pointer has no file: {value['path']}")
+                    raise Refused(400, "", f"An LFS pointer points to a file that does not exist: {value['path']}")
                 files[value["path"]] = Blob(self.objects[value["oid"]], True)
             elif key == "deletedFile":
                 del files[value["path"]]
@@ -296,7 +296,9 @@ def application(hub: Hub) -> Starlette:
 def running():
     """A Hub that answers at ``hub.url`` for as long as the context lasts."""
     hub = Hub()
-    server = uvicorn.Server(uvicorn.Config(application(hub), host="127.0.0.1", port=0, log_level="critical", lifespan="off"))
+    server = uvicorn.Server(
+        uvicorn.Config(application(hub), host="127.0.0.1", port=0, log_level="critical", lifespan="off")
+    )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

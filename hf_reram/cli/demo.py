@@ -1,33 +1,15 @@
-"""``hf-reram``: the command line."""
+"""``hf-reram demo``."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .version import __version__
-
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Pretrained models, robust on ReRAM crossbars.")
-console = Console()
+from .output import console
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        console.print(__version__)
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True)] = False,
-) -> None:
-    pass
-
-
-@app.command()
 def demo(
     folder: Annotated[Path, typer.Argument(help="Where plot, report and checkpoint go.")] = Path("reram-demo"),
     chips: Annotated[int, typer.Option(min=2, help="Chips per row of the table.")] = 16,
@@ -41,7 +23,7 @@ def demo(
 
     from transformers.utils import logging
 
-    from .demo import CORNER, METHODS, TIMES, run_demo
+    from ..demo import CORNER, METHODS, TIMES, run_demo
 
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=UserWarning)
@@ -71,8 +53,3 @@ def demo(
         table.add_row(label, *(f"{s.mean:.1f} ± {s.std:.1f}" for s in cells))
     console.print(table)
     console.print(f"Plot, report and checkpoint: {folder}/robustness.png, report.md, report.json, checkpoint/")
-
-
-def main() -> None:
-    """Entry point of the console script."""
-    app()

@@ -1,0 +1,37 @@
+"""The command line's root: its commands, its version, and how it says what went wrong."""
+
+from typing import Annotated
+
+import typer
+
+from ..version import __version__
+from .card import card, push
+from .demo import demo
+from .evaluate import evaluate
+from .inspect import inspect
+from .output import console, reported
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Pretrained models, robust on ReRAM crossbars.")
+app.command()(demo)
+app.command("eval")(reported(evaluate))
+app.command()(reported(inspect))
+app.command()(reported(card))
+app.command()(reported(push))
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        console.print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True)] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

@@ -1,0 +1,48 @@
+"""``hf-reram card`` and ``hf-reram push``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from huggingface_hub import ModelCard
+
+from ..hub import load_model, prepare
+from ..hub import push as upload
+from .output import console, show_json
+
+
+def card(
+    folder: Annotated[Path, typer.Argument(help="Of a checkpoint, with its robustness.json.")],
+    repo: Annotated[str | None, typer.Option(help="Hub id that the card names.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the card's metadata as JSON.")] = False,
+) -> None:
+    """Write the model card of a checkpoint from its robustness report; what people have added to it is kept."""
+    prepare(folder, load_model(_existing(folder)), repo)
+    path = folder / "README.md"
+    if as_json:
+        show_json(ModelCard.load(path).data.to_dict())
+    else:
+        console.print(f"Written: {path}")
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="Of a checkpoint.")],
+    repo: Annotated[str, typer.Argument(help="Hub id, such as me/robust-model; created if need be.")],
+    private: Annotated[bool | None, typer.Option("--private/--public", help="Of a new repository.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch; created if need be.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="As a pull request.")] = False,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the commit as JSON.")] = False,
+) -> None:
+    """Upload a checkpoint with report, plot and card in one commit. Log in with `hf auth login` or HF_TOKEN."""
+    found = upload(_existing(folder), repo, private, None, revision, message, None, create_pr)
+    if as_json:
+        show_json({"url": str(found.commit_url), "oid": found.oid, "pull_request": found.pr_url})
+    else:
+        console.print(f"Pushed: {found.pr_url or found.commit_url}", soft_wrap=True)
+
+
+def _existing(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no such folder {folder}")
+    return folder

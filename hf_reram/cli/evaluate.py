@@ -1,0 +1,97 @@
+"""``hf-reram eval``."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..arguments import number_or_word
+from ..calibration import calibrate
+from ..device.time import format_time
+from ..evaluation import evaluate_robustness
+from ..hub import about_model, task_of
+from ..report import RobustnessReport, write_whole
+from ..tables import places
+from ..tasks import TASKS, load_task
+from .model import patched, words
+from .output import console, show_json, show_table
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Hub id or folder, of a robust checkpoint or a plain one.")],
+    dataset: Annotated[str, typer.Option(help="Hub id, parquet or JSON file, or folder of images by class.")],
+    task: Annotated[str | None, typer.Option(help=f"One of {', '.join(TASKS)}; default by the model.")] = None,
+    split: Annotated[str, typer.Option(help="Of a data set on the Hub.")] = "validation",
+    samples: Annotated[int | None, typer.Option(min=1, help="How many examples, drawn by --seed; default all.")] = None,
+    times: Annotated[list[str] | None, typer.Option(help="Since programming, such as 1s,1d,10y.")] = None,
+    temperature: Annotated[list[float] | None, typer.Option(help="K; several are evaluated one by one.")] = None,
+    chips: Annotated[int, typer.Option(min=1, help="Chips, each with its own programming.")] = 10,
+    device: Annotated[str | None, typer.Option(help="Cells of a plain checkpoint: preset or JSON file.")] = None,
+    range_shrink: Annotated[str, typer.Option(help="auto, or a number in (0, 1].")] = "auto",
+    weight_clip: Annotated[str, typer.Option(help="auto, none, or RMS multiples.")] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Of the examples drawn.")] = 0,
+    output: Annotated[Path, typer.Option(help="Folder for report, table and plot.")] = Path("reram-eval"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON and nothing else.")] = False,
+) -> None:
+    """How a checkpoint does as chips that age: a table, a JSON report and a plot.
+
+    A plain checkpoint is put on the cells of --device and calibrated on the evaluated inputs, without their labels. An
+    evaluation that was interrupted goes on where it stopped.
+    """
+    found, fresh = patched(
+        model,
+        device,
+        range_shrink=number_or_word(range_shrink, "range_shrink", {"auto": "auto"}),
+        weight_clip=number_or_word(weight_clip, "weight_clip", {"auto": "auto", "none": None}),
+    )
+    work = load_task(task or task_of(found), found, model, dataset, split, samples, batch_size, seed)
+    if fresh:
+        calibrate(found, work.batches)
+    report = evaluate_robustness(
+        found,
+        work.evaluate,
+        words(times) or ("1s", "1d", "10y"),
+        temperature or (None,),
+        chips,
+        progress=not as_json,
+        resume=output / "chips.jsonl",
+    )
+    report.about = replace(
+        about_model(found, report),
+        task=task or task_of(found),
+        metric=work.metric,
+        dataset=Path(dataset).name if Path(dataset).exists() else dataset,
+        dataset_split="" if Path(dataset).exists() else split,
+        base_model=model if not Path(model).exists() else Path(model).resolve().name,
+        examples=work.examples,
+    ).to_dict()
+    if fresh:
+        report.notes.append("calibrated on the evaluated inputs")
+    report.to_json(output / "robustness.json")
+    write_whole(output / "robustness.md", report.to_markdown())
+    report.plot(output / "robustness.png", metric=work.metric, title=f"{model} on {report.config['device']['name']}")
+    if as_json:
+        show_json(report.to_dict())
+        return
+    _show(report, work.metric)
+    console.print(f"Report, table and plot: {output}/robustness.json, robustness.md, robustness.png")
+
+
+def _show(report: RobustnessReport, metric: str) -> None:
+    rows: list[list[str]] = []
+    n = places(m.metrics[metric] for m in report.measurements)
+    for name, reference in (("digital", report.digital), ("ideal crossbar", report.ideal)):
+        assert reference is not None
+        rows.append([name, "", f"{reference[metric]:.{n}f}", ""])
+    for kelvin in report.temperatures:
+        for time in report.times:
+            s = report.statistic(metric, time, kelvin)
+            heat = "" if kelvin is None else f"{kelvin:g} K"
+            rows.append([f"after {format_time(time)}", heat, f"{s.mean:.{n}f} ± {s.std:.{n}f}", f"± {s.ci95:.{n}f}"])
+    chips: Any = report.statistic(metric, report.times[0]).chips
+    show_table(f"{metric}, {chips} chips", ["", "temperature", "mean ± std", "95 % of the mean"], rows)
+    console.print(report.summary)
+    for note in report.notes:
+        console.print(f"- {note}")

@@ -1,0 +1,73 @@
+"""``hf-reram inspect``."""
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from ..calibration import calibrate
+from ..device.time import format_time, parse_time
+from ..hub import task_of
+from ..inspection import inspect_layers
+from ..patching import crossbar_state, summarize
+from ..tasks import load_task
+from .model import patched
+from .output import console, show_json, show_table
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="Hub id or folder, of a robust checkpoint or a plain one.")],
+    time: Annotated[str, typer.Option(help="Since programming.")] = "10y",
+    temperature: Annotated[float | None, typer.Option(help="K; default the config's.")] = None,
+    device: Annotated[str | None, typer.Option(help="Cells of a plain checkpoint: preset or JSON file.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Weigh errors with the layers' inputs on these data.")] = None,
+    task: Annotated[str | None, typer.Option(help="Of the data; default by the model.")] = None,
+    split: Annotated[str, typer.Option(help="Of a data set on the Hub.")] = "validation",
+    samples: Annotated[int, typer.Option(min=1, help="How many examples of the data.")] = 64,
+    top: Annotated[int | None, typer.Option(min=1, help="Only so many layers, the worst ones.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+) -> None:
+    """Layer by layer: array, cells, input range, b, and noise-to-signal ratio at a time, the worst layers first."""
+    found, fresh = patched(model, device)
+    work = None
+    if dataset is not None:
+        work = load_task(task or task_of(found), found, model, dataset, split, samples)
+        if fresh:
+            calibrate(found, work.batches)
+    layers = inspect_layers(found, time, temperature, work.batches if work else None)[:top]
+    config = crossbar_state(found).config
+    kelvin = temperature or config.temperature or config.device.reference_temperature
+    if as_json:
+        summary = asdict(summarize(found))
+        show_json(
+            {
+                "model": model,
+                "device": config.device.name,
+                "time": parse_time(time),
+                "temperature": kelvin,
+                "noise_to_signal": "of outputs" if work else "of weights",
+                "summary": summary,
+                "config": config.to_dict(),
+                "layers": [asdict(layer) for layer in layers],
+            }
+        )
+        return
+    rows = [
+        [
+            layer.name,
+            layer.kind,
+            f"{layer.rows} x {layer.columns}",
+            f"{layer.cells:,}",
+            "–" if layer.input_range is None else f"{layer.input_range:.3g}{' ◦' if layer.centered else ''}",
+            f"{layer.b:.3f}",
+            f"{100 * layer.clipped:.1f} %",
+            f"{layer.noise_to_signal:.2e}",
+        ]
+        for layer in layers
+    ]
+    of = "outputs" if work else "weights"
+    head = ["layer", "class", "array", "cells", "input range", "b", "clipped", f"noise-to-signal of {of}"]
+    show_table(f"{model}, {format_time(parse_time(time))} after programming at {kelvin:g} K", head, rows)
+    console.print(str(summarize(found)))
+    if any(layer.centered for layer in layers):
+        console.print("◦ centered: the inputs' mean is subtracted digitally")

@@ -1,0 +1,43 @@
+"""The MODEL that commands take: a robust checkpoint, or a plain one that is patched here."""
+
+from typing import Any
+
+from ..config import ReRAMConfig
+from ..device import DeviceConfig
+from ..hub import load_model
+from ..patching import crossbar_layers, crossbar_state, patch_model, unpatch_model
+
+
+def device_of(name: str) -> Any:
+    """A preset's name, or the device in a JSON file."""
+    return DeviceConfig.from_json(name) if name.endswith(".json") else name
+
+
+def patched(name: str, device: str | None, **options: Any) -> tuple[Any, bool]:
+    """A checkpoint's model on crossbars, and whether it still has to be calibrated.
+
+    Args:
+        device: for a plain checkpoint, or to put a robust one on other cells. options: more of :class:`ReRAMConfig`.
+
+    Raises:
+        ValueError: a plain checkpoint and no device.
+    """
+    model = load_model(name)
+    if not crossbar_layers(model):
+        if device is None:
+            raise ValueError(f"{name} is a plain checkpoint: --device says which cells to put it on")
+        return patch_model(model, ReRAMConfig(device=device_of(device), **options)), True
+    before = crossbar_state(model).config.to_dict()
+    changes = {key: value for key, value in options.items() if value != getattr(ReRAMConfig, key)}
+    if device is not None:
+        cell = ReRAMConfig(device=device_of(device)).device.to_dict()
+        changes |= {"device": cell} if cell != before["device"] else {}
+    if not changes:
+        return model, not all(layer.calibrated for layer in crossbar_layers(model).values())
+    config = ReRAMConfig.from_dict({**before, **changes})
+    return patch_model(unpatch_model(model), config), True
+
+
+def words(values: list[str] | None) -> list[str]:
+    """``["1s,1d", "10y"]`` as ``["1s", "1d", "10y"]``."""
+    return [word for value in values or [] for word in value.replace(",", " ").split()]

@@ -1,0 +1,51 @@
+"""What commands print: tables for people, JSON for programs, errors in one line."""
+
+import functools
+import json
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import typer
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub.errors import HfHubHTTPError
+from rich.console import Console
+from rich.table import Table
+
+console = Console()
+
+
+def reported(command: Callable) -> Callable:
+    """The command, with errors that a user can mend as one line on stderr and exit code 1."""
+
+    @functools.wraps(command)
+    def run(*args, **kwargs):
+        warnings.filterwarnings("ignore", category=UserWarning)
+        try:
+            return command(*args, **kwargs)
+        except (ValueError, OSError, ImportError, HfHubHTTPError, DatasetNotFoundError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(1) from error
+
+    return run
+
+
+def show_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(value, indent=2))
+
+
+def show_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table whose first column is text and whose others are numbers."""
+    table = Table(title=title)
+    for i, name in enumerate(head):
+        table.add_column(name, justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def numbers(values: Mapping[str, float]) -> dict[str, float]:
+    """Rounded to what a reader can use."""
+    return {key: float(f"{value:.6g}") for key, value in values.items()}

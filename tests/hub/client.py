@@ -1,0 +1,78 @@
+"""What a person does with the Hub, in a process of its own: ``python client.py push|model|trainer|load ...``."""
+
+import json
+import sys
+
+import torch
+from transformers import AutoModelForQuestionAnswering, Trainer, TrainingArguments  # noqa: F401
+
+import hf_reram
+from hf_reram import ReRAMConfig, ReRAMTrainer, calibrate, evaluate_robustness, patch_model
+from hf_reram.digest import weights_digest
+from hf_reram.hub import push
+from hf_reram.question_answering import QuestionAnswering, training_features
+from tests import squad_sample
+
+REPO = "ann/robust"
+
+
+def robust(base: str, scale: float = 1.0):
+    """A patched, calibrated and evaluated model of the checkpoint in the folder ``base``."""
+    model = AutoModelForQuestionAnswering.from_pretrained(base)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(scale)
+    evaluate = QuestionAnswering(squad_sample.dataset(6), squad_sample.tokenizer(), 32, 8)
+    patch_model(model, ReRAMConfig(device="cmo-hfox-ibm"))
+    calibrate(model, [dict(batch) for _, batch in evaluate.batches])
+    evaluate_robustness(model, evaluate, ["1s", "10y"], seeds=2, progress=False)
+    return model, evaluate
+
+
+def push_folder(folder: str) -> None:
+    print(json.dumps(str(push(folder, REPO))))
+
+
+def push_model(base: str, scale: str = "1", *flags: str) -> None:
+    model, _ = robust(base, float(scale))
+    if "stale" in flags:
+        with torch.no_grad():
+            next(model.parameters()).add_(1)
+    model.push_to_hub(REPO, private="private" in flags)
+    print(json.dumps(weights_digest(model)))
+
+
+def push_trainer(base: str, output: str) -> None:
+    model = AutoModelForQuestionAnswering.from_pretrained(base)
+    tokenizer = squad_sample.tokenizer()
+    train = training_features(squad_sample.dataset(), tokenizer, 32, 8)
+    args = TrainingArguments(output, max_steps=2, report_to="none", use_cpu=True, hub_model_id=REPO, disable_tqdm=True)
+    trainer = ReRAMTrainer(
+        model,
+        args,
+        train_dataset=train,
+        eval_dataset=train,
+        processing_class=tokenizer,
+        data_collator=squad_sample.collator(tokenizer),
+        reram_config=ReRAMConfig(device="cmo-hfox-ibm"),
+    )
+    trainer.train()
+    trainer.evaluate_robustness(["1s", "10y"], seeds=2, progress=False)
+    trainer.push_to_hub(dataset="rajpurkar/squad_v2", license="mit")
+    print(json.dumps(weights_digest(trainer.model)))
+
+
+def load(name: str = REPO, *flags: str) -> None:
+    model, info = AutoModelForQuestionAnswering.from_pretrained(name, output_loading_info=True)
+    report = hf_reram.report_of(model)
+    found = {"digest": weights_digest(model), "layers": len(hf_reram.crossbar_layers(model)), "report": None}
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    if report is not None:
+        evaluate = QuestionAnswering(squad_sample.dataset(6), squad_sample.tokenizer(), 32, 8)
+        again = evaluate_robustness(model, evaluate, report.times, seeds=2, progress=False)
+        found["report"] = again.measurements == report.measurements
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    {"folder": push_folder, "model": push_model, "trainer": push_trainer, "load": load}[sys.argv[1]](*sys.argv[2:])
