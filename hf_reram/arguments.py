@@ -34,6 +34,10 @@ class ReRAMArguments:
         default=1.0, metadata={"help": "share of the teacher against the labels; 1 needs no labels"}
     )
 
+    teacher_temperature: float = field(
+        default=1.0, metadata={"help": "of both models' logits; above 1, unlikely classes count more"}
+    )
+
     @property
     def label_free(self) -> bool:
         """Whether training follows the teacher alone."""

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 from .device.time import format_time, parse_time
-from .plotting import plot_reports
 from .tables import markdown, places
 
 
@@ -102,7 +101,7 @@ class RobustnessReport:
                 f"and temperatures {self.temperatures}"
             )
         n, std = len(values), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-        half = float(stats.t.ppf(0.975, n - 1)) * std / n**0.5 if n > 1 else 0.0
+        half = float(stdtrit(n - 1, 0.975)) * std / n**0.5 if n > 1 else 0.0
         return Statistic(float(np.mean(values)), std, half, n)
 
     # Files
@@ -193,6 +192,8 @@ class RobustnessReport:
             others: more reports for the same plot. metric: None takes the first. labels: one a report.
             digital: metrics of the reference line; None takes this report's.
         """
+        from .plotting import plot_reports  # matplotlib takes a second to import
+
         return plot_reports(path, [self, *others], metric or self.metrics[0], labels, title, digital or self.digital)
 
 

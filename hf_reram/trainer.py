@@ -1,5 +1,6 @@
 """A transformers.Trainer whose model trains on simulated ReRAM crossbars."""
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ class ReRAMTrainer(Trainer):
         teacher: a digital model with the same outputs; training then follows its predictions (KL divergence), so
             that labels are not needed.
         teacher_weight: share of the teacher's divergence in the task loss where the model also returns a loss.
+        teacher_temperature: divides both models' logits in that divergence, above 0; more than 1 where training data
+            show only some of the classes.
         eval_times: times since programming at which every evaluation also measures the model as chips, adding metrics
             such as ``eval_1d_loss`` and ``eval_1d_accuracy``, means over chips; ``metric_for_best_model`` may name one.
         eval_chips: how many chips for ``eval_times``.
@@ -59,6 +62,7 @@ class ReRAMTrainer(Trainer):
         reram_config: ReRAMConfig | None = None,
         teacher: nn.Module | None = None,
         teacher_weight: float = 1.0,
+        teacher_temperature: float = 1.0,
         eval_times: Sequence[str | float] = (),
         eval_chips: int = 3,
         calibration_dataset=None,
@@ -67,12 +71,14 @@ class ReRAMTrainer(Trainer):
     ):
         if not 0 <= teacher_weight <= 1:
             raise ValueError(f"teacher_weight={teacher_weight!r}: allowed is a number from 0 to 1")
+        if not 0 < teacher_temperature < math.inf:
+            raise ValueError(f"teacher_temperature={teacher_temperature!r}: allowed is a number above 0")
         if isinstance(eval_chips, bool) or not isinstance(eval_chips, int) or eval_chips < 1:
             raise ValueError(f"eval_chips={eval_chips!r}: allowed is an integer of at least 1")
         if isinstance(eval_times, str):
             eval_times = [eval_times]
         self.reram_config: Any = reram_config
-        self.teacher, self.teacher_weight = None, teacher_weight
+        self.teacher, self.teacher_weight, self.teacher_temperature = None, teacher_weight, teacher_temperature
         self.eval_times, self.eval_chips = [parse_time(t) for t in eval_times], eval_chips
         self.calibration_dataset, self.freeze_batch_norm = calibration_dataset, freeze_batch_norm
         self._sums: dict[str, Tensor] = {}
@@ -188,13 +194,14 @@ class ReRAMTrainer(Trainer):
     def _task_loss(self, model, inputs, kept, num_items_in_batch):
         if self.teacher is None:
             return super().compute_loss(model, inputs, True, num_items_in_batch)
+        heat = self.teacher_temperature
         with torch.no_grad():
             guide = self.teacher(**self._without_labels(kept))
         if self.teacher_weight == 1.0 or not any(name in kept for name in self.label_names):
             outputs = model(**self._without_labels(kept))
-            return self._ga_mean(divergence(outputs, guide), num_items_in_batch), outputs
+            return self._ga_mean(divergence(outputs, guide, heat), num_items_in_batch), outputs
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        guided = self._ga_mean(divergence(outputs, guide), num_items_in_batch)
+        guided = self._ga_mean(divergence(outputs, guide, heat), num_items_in_batch)
         return (1 - self.teacher_weight) * loss + self.teacher_weight * guided, outputs
 
     def _without_labels(self, inputs: dict) -> dict:

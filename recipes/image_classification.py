@@ -263,10 +263,12 @@ def main() -> None:
             base(),
             replace(training, output_dir=folder, push_to_hub=False),
             train_dataset=images,
+            calibration_dataset=ImageDataset(train, plain, image, None),
             processing_class=image_processor(model, source, arguments.image_size),
             reram_config=method_config,
             teacher=base() if reram.teacher else None,
             teacher_weight=reram.teacher_weight,
+            teacher_temperature=reram.teacher_temperature,
             freeze_batch_norm=arguments.batch_norm != "reestimate",
         )
         if arguments.batch_norm == "reestimate" and batch_norms(trainer.model):

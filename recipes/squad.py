@@ -120,6 +120,7 @@ def main() -> None:
             reram_config=method_config,
             teacher=base() if reram.teacher else None,
             teacher_weight=reram.teacher_weight,
+            teacher_temperature=reram.teacher_temperature,
         )
 
     fixed = {**asdict(arguments), **asdict(reram)}

@@ -1,6 +1,10 @@
 """What several tests need: small models, a small device, the data folder."""
 
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: two workers with all threads each would slow one another
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 from pathlib import Path
 
 import pytest

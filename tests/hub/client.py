@@ -1,15 +1,17 @@
-"""What a person does with the Hub, in a process of its own: ``python client.py push|model|trainer|load ...``."""
+"""What a person does with the Hub, in a process of its own: ``python -m tests.hub.client ACTION [then ACTION]``. Each
+action prints one line of JSON."""
 
+import itertools
 import json
+import os
 import sys
 
 import torch
-from transformers import AutoModelForQuestionAnswering, Trainer, TrainingArguments  # noqa: F401
+from transformers import AutoModelForQuestionAnswering, TrainingArguments
 
 import hf_reram
 from hf_reram import ReRAMConfig, ReRAMTrainer, calibrate, evaluate_robustness, patch_model
 from hf_reram.digest import weights_digest
-from hf_reram.hub import push
 from hf_reram.question_answering import QuestionAnswering, training_features
 from tests import squad_sample
 
@@ -27,10 +29,6 @@ def robust(base: str, scale: float = 1.0):
     calibrate(model, [dict(batch) for _, batch in evaluate.batches])
     evaluate_robustness(model, evaluate, ["1s", "10y"], seeds=2, progress=False)
     return model, evaluate
-
-
-def push_folder(folder: str) -> None:
-    print(json.dumps(str(push(folder, REPO))))
 
 
 def push_model(base: str, scale: str = "1", *flags: str) -> None:
@@ -74,5 +72,22 @@ def load(name: str = REPO, *flags: str) -> None:
     print(json.dumps(found))
 
 
+def refused(token: str, action: str, *arguments: str) -> None:
+    """What another token gets for an action."""
+    mine = os.environ.pop("HF_TOKEN")
+    os.environ |= {"HF_TOKEN": token} if token != "none" else {}
+    try:
+        ACTIONS[action](*arguments)
+    except (OSError, ValueError) as error:
+        print(json.dumps(f"{type(error).__name__}: {error}"))
+    finally:
+        os.environ["HF_TOKEN"] = mine
+
+
+ACTIONS = {"model": push_model, "trainer": push_trainer, "load": load, "refused": refused}
+
 if __name__ == "__main__":
-    {"folder": push_folder, "model": push_model, "trainer": push_trainer, "load": load}[sys.argv[1]](*sys.argv[2:])
+    for then, words in itertools.groupby(sys.argv[1:], key=lambda word: word == "then"):
+        if not then:
+            action, *arguments = words
+            ACTIONS[action](*arguments)

@@ -125,7 +125,7 @@ class Hub:
             raise Refused(403, "", f"You don't have the rights to create a model under the namespace {owner}")
         if name in self.repos:
             return JSONResponse({"error": "You already created this model repo", "url": f"{self.url}/{name}"}, 409)
-        self.repos[name] = Repo(bool(wanted.get("private")))
+        self.repos[name] = Repo(bool(wanted.get("private")) or wanted.get("visibility") == "private")
         self.repos[name].commit({".gitattributes": Blob(b"*.safetensors filter=lfs\n", False)}, "main")
         return JSONResponse({"url": f"{self.url}/{name}", "name": name, "id": name})
 

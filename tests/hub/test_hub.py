@@ -50,47 +50,45 @@ class Person:
         assert (process.returncode != 0) == fails, err[-3000:]
         return out, err
 
-    def client(self, *arguments: str, fails: bool = False):
-        out, err = self.run(sys.executable, "-m", "tests.hub.client", *arguments, fails=fails)
-        return err if fails else (json.loads(out.splitlines()[-1]), err)
+    def client(self, *actions: str, fails: bool = False):
+        """What the actions print, a list, and the last process's stderr."""
+        out, err = self.run(sys.executable, "-m", "tests.hub.client", *actions, fails=fails)
+        return [json.loads(line) for line in out.splitlines() if line.startswith(('{"', '"'))], err
 
-    def cli(self, *arguments: str, fails: bool = False):
-        out, err = self.run(sys.executable, "-m", "hf_reram", *arguments, fails=fails)
-        return err if fails else out
+    def cli(self, *arguments: str) -> str:
+        return self.run(sys.executable, "-m", "hf_reram", *arguments)[0]
 
 
 def test_a_pushed_model_comes_back_bit_for_bit_with_the_same_numbers(hub, base, tmp_path):
-    pushed, _ = Person(hub, tmp_path / "a").client("model", base)
+    (pushed,), _ = Person(hub, tmp_path / "a").client("model", base)
     files = hub.files(REPO)
     assert {"README.md", "config.json", "model.safetensors", "robustness.json", "robustness.png"} <= files.keys()
     assert "tokenizer.json" in files and not any(path.endswith((".bin", ".pt")) for path in files)
     assert json.loads(files["config.json"])["quantization_config"]["device"]["g_max"] == 89.0
-    loaded, err = Person(hub, tmp_path / "b", None).client("load")
+    (loaded,), err = Person(hub, tmp_path / "b", None).client("load")
     assert loaded == {"digest": pushed, "layers": 7, "report": True}
     assert "other weights" not in err
 
 
 def test_the_trainer_pushes_the_same(hub, base, tmp_path):
-    pushed, _ = Person(hub, tmp_path / "a").client("trainer", base, str(tmp_path / "out"))
+    actions = ("trainer", base, str(tmp_path / "out"), "then", "load")
+    (pushed, loaded), _ = Person(hub, tmp_path / "a").client(*actions)
     files = hub.files(REPO)
     assert not any(path.endswith(".bin") or "checkpoint" in path for path in files)
     data = yaml.safe_load(files["README.md"].decode().split("---")[1])
     assert data["license"] == "mit" and data["datasets"] == ["rajpurkar/squad_v2"]
     assert "2 steps of" in files["README.md"].decode()
-    loaded, _ = Person(hub, tmp_path / "b").client("load")
     assert loaded["digest"] == pushed and loaded["layers"] == 7
 
 
 def test_changed_weights_go_up_without_the_old_figures(hub, base, tmp_path):
-    ann = Person(hub, tmp_path / "a")
-    ann.client("model", base)
-    assert b"model-index" in hub.files(REPO)["README.md"]
-    _, err = ann.client("model", base, "1", "stale")
-    files = hub.files(REPO)
+    actions = ("model", base, "then", "model", base, "1", "stale", "then", "load")
+    (*_, loaded), err = Person(hub, tmp_path / "a").client(*actions)
+    repo, files = hub.repos[REPO], hub.files(REPO)
     assert "the weights have changed" in err
+    assert sum("robustness.json" in files for files in repo.commits.values()) == 1
     assert not {"robustness.json", "robustness.png"} & files.keys()
     assert b"model-index" not in files["README.md"] and b"has not been measured" in files["README.md"]
-    loaded, _ = Person(hub, tmp_path / "b").client("load")
     assert loaded["report"] is None
 
 
@@ -103,13 +101,13 @@ def test_loading_says_when_the_report_is_of_other_weights(hub, base, tmp_path):
     weights["qa_outputs.bias"] += 1
     save_file(weights, tmp_path / "weights", {"format": "pt"})
     blob.content = (tmp_path / "weights").read_bytes()
-    loaded, err = Person(hub, tmp_path / "b").client("load")
+    (loaded,), err = Person(hub, tmp_path / "b").client("load")
     assert "was measured on other weights" in err and loaded["report"] is None
 
 
 def test_an_upload_that_is_killed_leaves_the_repository_whole_and_can_be_repeated(hub, base, tmp_path):
     ann = Person(hub, tmp_path / "a")
-    first, _ = ann.client("model", base)
+    (first,), _ = ann.client("model", base)
     before = hub.files(REPO)
     hub.hold.set()
     hub.begun.clear()
@@ -119,19 +117,19 @@ def test_an_upload_that_is_killed_leaves_the_repository_whole_and_can_be_repeate
     process.communicate()
     hub.hold.clear()
     assert hub.files(REPO) == before
-    loaded, _ = Person(hub, tmp_path / "b").client("load")
-    assert loaded == {"digest": first, "layers": 7, "report": True}
-    second, _ = ann.client("model", base, "1.5")
-    loaded, _ = Person(hub, tmp_path / "c").client("load")
-    assert second != first and loaded == {"digest": second, "layers": 7, "report": True}
+    actions = ("load", "then", "model", base, "1.5", "then", "load")
+    (old, second, new), _ = Person(hub, tmp_path / "b").client(*actions)
+    assert second != first and old == {"digest": first, "layers": 7, "report": True}
+    assert new == {"digest": second, "layers": 7, "report": True}
 
 
 def test_a_commit_that_fails_is_an_error_and_can_be_repeated(hub, base, tmp_path):
-    ann = Person(hub, tmp_path / "a")
     hub.fail_commits = 1
-    assert "500" in ann.client("model", base, fails=True)
-    assert "README.md" not in hub.files(REPO)
-    ann.client("model", base)
+    actions = ("refused", "hf_ann", "model", base, "then", "model", base)
+    (error, _), _ = Person(hub, tmp_path / "a").client(*actions)
+    assert "500" in error
+    first, second = hub.repos[REPO].commits.values()
+    assert set(first) == {".gitattributes"} and "robustness.json" in second
     assert "robustness.json" in hub.files(REPO)
 
 
@@ -142,24 +140,23 @@ def test_what_people_write_on_the_hub_stays(hub, base, tmp_path):
     card = repo.commits[repo.branches["main"]]["README.md"]
     text = card.content.decode().replace(BEGIN, "Our lab's note.\n\n" + BEGIN).replace(END, END + "\n\nAsk Ann.")
     card.content = text.replace("---\n", "---\nlicense: apache-2.0\n", 1).encode()
-    ann.client("model", base, "1.5")
+    ann.client("model", base, "1.5", "then", "model", base)
     text = hub.files(REPO)["README.md"].decode()
-    assert "Our lab's note." in text and "Ask Ann." in text and "license: apache-2.0" in text
-    ann.client("model", base)
-    assert hub.files(REPO)["README.md"].decode().count("Ask Ann.") == 1
+    assert text.count("Our lab's note.") == text.count("Ask Ann.") == 1 and "license: apache-2.0" in text
 
 
 def test_tokens_private_and_missing_repositories(hub, base, tmp_path):
     ann = Person(hub, tmp_path / "a")
     ann.client("model", base, "1", "private")
-    assert ann.client("load")[0]["report"]
-    for token, name in (("hf_bob", REPO), (None, REPO), ("hf_ann", "ann/none")):
-        err = Person(hub, tmp_path / f"{token}-{name[-4:]}", token).client("load", name, fails=True)
-        assert "is not a local folder and is not a valid model identifier" in err
-    wrong = Person(hub, tmp_path / "d", "hf_wrong")
-    assert "Invalid credentials" in wrong.client("load", fails=True)
-    assert "Invalid credentials" in wrong.client("model", base, fails=True)
-    assert "rights" in Person(hub, tmp_path / "e", "hf_bob").client("model", base, fails=True)
+    assert hub.repos[REPO].private
+    tries = [("hf_bob", "load"), ("none", "load"), ("hf_ann", "load", "ann/none"), ("hf_wrong", "load")]
+    tries += [("hf_wrong", "model", base), ("hf_bob", "model", base)]
+    actions = [word for one in tries for word in ("refused", *one, "then")][:-1]
+    errors, _ = Person(hub, tmp_path / "b").client(*actions)
+    for error in errors[:3]:
+        assert "is not a local folder and is not a valid model identifier" in error
+    assert "Invalid credentials" in errors[4] and "rights" in errors[5]
+    assert len(errors) == 6
 
 
 def test_the_command_line_pushes_and_evaluates(hub, base, tmp_path):
