@@ -160,8 +160,8 @@ class ReRAMConfig(QuantizationConfigMixin):
         value = self.retention_times
         if isinstance(value, (str, int, float)):
             value = [value]
-        if not isinstance(value, (list, tuple)) or not value:
-            self._refuse("retention_times", "a non-empty list of times such as ['1d', '10y'] or seconds")
+        if not isinstance(value, (list, tuple)) or not 0 < len(value) <= 64:
+            self._refuse("retention_times", "a list of 1 to 64 times such as ['1d', '10y'] or seconds")
         for time in value:
             try:
                 parse_time(time)

@@ -1,9 +1,10 @@
 """Put a model's layers on crossbars in place, and take them off again."""
 
-import re
+import math
 from dataclasses import dataclass
 from typing import Any
 
+import regex
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -19,6 +20,8 @@ logger = logging.get_logger(__name__)
 
 # Through which transformers' push_to_hub and save_pretrained upload, see hf_reram.hub.
 UPLOAD = "_upload_modified_files"
+
+MAX_TILES = 1024  # of a layer
 
 # By exact forward: a subclass with a forward of its own computes something else and stays digital.
 _CROSSBARS: dict[Any, type] = {nn.Linear: CrossbarLinear, nn.Conv2d: CrossbarConv2d, Conv1D: CrossbarConv1D}
@@ -82,6 +85,7 @@ def swap_layers(model: Any, config: ReRAMConfig) -> CrossbarState:
     for name, module in selected.items():
         if module.weight.device.type != "meta" and not torch.isfinite(module.weight.detach()).all():
             raise ValueError(f"the weight of layer {name!r} holds NaN or infinite values")
+        _check_tiles(name, module, config)
     state = CrossbarState(config)
     for name, module in selected.items():
         digital = type(module)
@@ -93,6 +97,16 @@ def swap_layers(model: Any, config: ReRAMConfig) -> CrossbarState:
             module.inplace, module._was_inplace = False, True
     model._crossbar_hook = model.register_forward_pre_hook(_BeginForward(state), with_kwargs=True)
     return state
+
+
+def _check_tiles(name: str, module: Any, config: ReRAMConfig) -> None:
+    rows = module.weight.numel() // _channels(module)[0]
+    tiles = math.ceil(rows / (config.tile_size or rows)) if rows else 0
+    if tiles > MAX_TILES:
+        raise ValueError(
+            f"ReRAMConfig.tile_size={config.tile_size!r}: layer {name!r} with {rows} rows would have {tiles} tiles, "
+            f"allowed are {MAX_TILES}"
+        )
 
 
 class _BeginForward:
@@ -206,10 +220,12 @@ def _targets(able: dict[str, nn.Module], target) -> set[str]:
     if target is None or target == "all-linear":
         return set(able)
     if isinstance(target, str):
-        try:
-            chosen = {name for name in able if re.fullmatch(target, name)}
-        except re.error as error:
+        try:  # a config may come from anyone, and some expressions take forever
+            chosen = {name for name in able if regex.fullmatch(target, name, timeout=1.0)}
+        except regex.error as error:
             raise ValueError(f"target_modules={target!r} is no regular expression: {error}") from error
+        except TimeoutError as error:
+            raise ValueError(f"target_modules={target!r} took too long to match: allowed is a second a name") from error
         if not chosen:
             raise ValueError(f"target_modules={target!r} matches no layer; layers are {_some(able)}")
         return chosen

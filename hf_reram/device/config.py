@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .checks import number, numbers
 from .retention import (
+    LONGEST,
     GenericRetention,
     RetentionModel,
     equivalent_time,
@@ -19,6 +20,8 @@ from .retention import (
     retention_to_dict,
 )
 from .time import parse_time
+
+ABSURD = 1e4
 
 
 def preset_names() -> list[str]:
@@ -90,13 +93,31 @@ class DeviceConfig:
         if isinstance(retention, GenericRetention):
             retention = dataclasses.replace(retention, g_min=self.g_min)
         put("retention", retention)
+        self._check_errors()
         for name in ("name", "source"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"device.{name}={getattr(self, name)!r}: allowed is a text")
         known = {f.name for f in fields(self)}
-        if not isinstance(self.assumed, (list, tuple)) or not set(self.assumed) <= known:
+        named = isinstance(self.assumed, (list, tuple)) and all(isinstance(name, str) for name in self.assumed)
+        if not named or not set(self.assumed) <= known:
             raise ValueError(f"device.assumed={self.assumed!r}: allowed is a list of names out of {sorted(known)}")
         put("assumed", tuple(self.assumed))
+
+    def _check_errors(self) -> None:
+        """Errors of more than :data:`ABSURD` conductance windows would leave the range of float32 on their way."""
+        grid = [self.g_min + self.g_range * i / 16 for i in range(17)]
+        times = getattr(self.retention, "times", ()) or (1.0, LONGEST)
+        if getattr(self.retention, "extrapolate", False):
+            times = (*times, LONGEST)
+        curves = [("programming", self.programming)]
+        curves += [("retention", curve) for time in times for curve in self.retention.polynomials(time)]
+        for name, curve in curves:
+            largest = max(abs(horner(curve, g)) for g in grid)
+            if not largest <= ABSURD * self.g_range:
+                raise ValueError(
+                    f"device.{name}={getattr(self, name)!r}: errors of up to {largest:g} µS, allowed are "
+                    f"{ABSURD * self.g_range:g} µS ({ABSURD:g} times g_max - g_min)"
+                )
 
     # Construction and JSON
 
@@ -107,7 +128,7 @@ class DeviceConfig:
         Raises:
             ValueError: no such preset.
         """
-        if name not in preset_names():
+        if not isinstance(name, str) or name not in preset_names():
             raise ValueError(f"device={name!r} is no preset: allowed are {preset_names()}, a dict or a DeviceConfig")
         text = (resources.files(__package__) / "presets" / f"{name}.json").read_text(encoding="utf-8")
         return cls.from_dict(json.loads(text))

@@ -13,6 +13,7 @@ from typing import Any
 
 from .checks import number, numbers
 
+LONGEST = 1e30  # s; equivalent times beyond are taken as this
 BOLTZMANN = 8.617333262e-5  # eV/K, CODATA 2018
 
 Polynomial = tuple[float, ...]
@@ -35,7 +36,7 @@ def equivalent_time(time: float, temperature: float, activation_energy: float, r
         activation_energy: eV.
     """
     exponent = activation_energy / BOLTZMANN * (1 / reference_temperature - 1 / temperature)
-    return time * math.exp(min(exponent, 700.0))
+    return min(time * math.exp(min(exponent, 700.0)), LONGEST)
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def retention_from_dict(data) -> RetentionModel:
     """
     if isinstance(data, RetentionModel):
         return data
-    if not isinstance(data, dict) or data.get("type") not in RETENTION_TYPES:
+    if not isinstance(data, dict) or not isinstance(data.get("type"), str) or data["type"] not in RETENTION_TYPES:
         raise ValueError(f"retention={data!r}: allowed is an object whose 'type' is one of {sorted(RETENTION_TYPES)}")
     cls: Any = RETENTION_TYPES[data["type"]]
     known = {f.name for f in fields(cls)}

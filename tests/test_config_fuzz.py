@@ -1,0 +1,131 @@
+"""A config from the Hub is data: whatever stands in it, it loads and runs on finite numbers, or is a ValueError."""
+
+import copy
+import json
+import warnings
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+
+from hf_reram import ReRAMConfig, add_retention_loss, deploy, patch_model, sampled_drift
+from hf_reram.device import DeviceConfig
+from tests.conftest import bert_batch
+
+GENERIC = {"type": "generic", "A": 0.01, "tau": 1.0, "s0": 0.5, "s1": 0.05, "s2": 0.01}
+CELLS = [DeviceConfig.from_preset(name).to_dict() for name in ("hfox-neurram", "cmo-hfox-ibm")]
+CONFIGS = [ReRAMConfig(device=cell, tile_size=8, dac_bits=8, adc_bits=8).to_dict() for cell in CELLS]
+CONFIGS.append(ReRAMConfig(device={**CELLS[1], "retention": GENERIC}, retention_loss="output+drift").to_dict())
+
+numbers = st.one_of(
+    st.floats(allow_nan=True, allow_infinity=True),
+    st.integers(-(10**20), 10**20),
+    st.sampled_from([0, 1, -1, 2, 16, 1e-320, 1e-30, 1e-8, 1e8, 1e30, 1.7e308, True]),
+)
+words = st.sampled_from(
+    ["", "auto", "none", "drift", "output", "../../etc/passwd", "hfox-neurram", "(a+)+$", "1d", "10y", "é\0"]
+)
+leaves = st.one_of(st.none(), numbers, words)
+values = st.recursive(
+    leaves, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(words, inner, max_size=3), max_leaves=8
+)
+
+
+def places(data, path=()):
+    """Paths of everything in a nested config."""
+    yield path
+    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in items:
+        yield from places(value, (*path, key))
+
+
+@st.composite
+def configs(draw):
+    """A good config in which one to three places were replaced, removed or added to."""
+    data = copy.deepcopy(draw(st.sampled_from(CONFIGS)))
+    for _ in range(draw(st.integers(1, 3))):
+        path = draw(st.sampled_from([p for p in places(data) if p]))
+        owner = data
+        for key in path[:-1]:
+            owner = owner[key]
+        match draw(st.sampled_from(["replace", "replace", "scale", "remove", "add"])):
+            case "replace":
+                owner[path[-1]] = draw(values)
+            case "scale" if isinstance(owner[path[-1]], (int, float)):
+                owner[path[-1]] *= draw(st.sampled_from([-1, 0.001, 1e3, 1e10, 1e-10]))
+            case "remove":
+                del owner[path[-1]]
+            case "add" if isinstance(owner, dict):
+                owner[draw(words)] = draw(values)
+    return data
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5))
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(configs())
+def test_any_config_runs_or_is_refused(data):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            config = ReRAMConfig.from_dict(json.loads(json.dumps(data)))
+            patched = patch_model(model(), config)
+        except ValueError:
+            return
+        x = torch.randn(2, 3, 4, 4)
+        with torch.no_grad():
+            assert torch.isfinite(patched.eval()(x)).all()
+            for time in ("1s", "10y"):
+                with deploy(patched, time):
+                    assert torch.isfinite(patched(x)).all()
+        if "sensitivity" in config.retention_loss or config.retention_loss == "consistency":
+            return  # the one needs calibration, the other the Trainer
+        patched.train()
+        with sampled_drift(patched):
+            loss, _ = add_retention_loss(patched(x).square().mean(), patched)
+        loss.backward()
+        assert torch.isfinite(loss)
+        assert all(torch.isfinite(p.grad).all() for p in patched.parameters())
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=configs())
+def test_any_checkpoint_loads_or_is_refused(tiny_bert, tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_bert.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {**data, "quant_method": "reram"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            loaded = AutoModelForSequenceClassification.from_pretrained(folder)
+        except ValueError:
+            return
+        with deploy(loaded, "10y"), torch.no_grad():
+            assert torch.isfinite(loaded(**bert_batch()).logits).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"device": "../../../etc/passwd"}, "no preset"),
+        ({"device": {**CELLS[0], "__class__": "os.system"}}, "unknown fields"),
+        ({"tile_size": 1}, "tiles"),
+        ({"target_modules": "(([a-z0-9.])+)+X"}, "took too long"),
+        ({"retention_times": ["1d"] * 100_000}, "retention_times"),
+        ({"version": 2}, "newer hf_reram"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_a_hostile_config_might_try(changes, message):
+    wide = nn.Sequential()
+    wide.add_module("a" * 60, nn.Linear(5000, 2))
+    with pytest.raises(ValueError, match=message):
+        patch_model(wide, ReRAMConfig.from_dict({**CONFIGS[0], **changes}))
