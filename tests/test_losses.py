@@ -14,6 +14,7 @@ from hf_reram import (
     retention_loss,
     sampled_drift,
 )
+from hf_reram.outputs import divergence
 from tests.conftest import bert_batch, device
 
 GENERIC = {"type": "generic", "A": 0.01, "tau": 1.0, "s0": 0.5, "s1": 0.05, "s2": 0.01}
@@ -222,3 +223,13 @@ def test_errors_say_what_to_do(tiny_bert):
         retention_loss(model)
     with pytest.raises(RuntimeError, match="sensitivity=True"):
         model(**bert_batch())
+
+
+def test_divergence_at_a_high_temperature_is_that_of_centered_logits():
+    """T² KL(p/T ‖ q/T) → ½ mean over classes of the squared difference of centered logits (Hinton et al., eq. 4)."""
+    s, t = torch.randn(2, 7, 11, dtype=torch.float64).float()
+    centered = (s - s.mean(-1, keepdim=True)) - (t - t.mean(-1, keepdim=True))
+    expected = 0.5 * centered.square().mean(-1).mean()
+    assert float(divergence(s, t, 300.0)) == pytest.approx(float(expected), rel=0.02)
+    assert float(divergence(t, t, 4.0)) == pytest.approx(0.0, abs=1e-5)
+    assert float(divergence(s, t)) == pytest.approx(float(divergence(s / 2, t / 2, 0.5) * 4), rel=1e-5)
