@@ -118,7 +118,7 @@ def test_any_checkpoint_loads_or_is_refused(tiny_bert, tmp_path_factory, data):
         ({"device": "../../../etc/passwd"}, "no preset"),
         ({"device": {**CELLS[0], "__class__": "os.system"}}, "unknown fields"),
         ({"tile_size": 1}, "tiles"),
-        ({"target_modules": "(([a-z0-9.])+)+X"}, "took too long"),
+        ({"target_modules": "(a|aa)+X"}, "took too long"),
         ({"retention_times": ["1d"] * 100_000}, "retention_times"),
         ({"version": 2}, "newer hf_reram"),
     ],
