@@ -1,14 +1,12 @@
 """Command line flags that every recipe shares, for ``HfArgumentParser``."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 from transformers import TrainingArguments
 
 from .config import ReRAMConfig
+from .device import DeviceConfig
 from .protocol import METHODS, Method
 
 
@@ -50,11 +48,8 @@ class ReRAMArguments:
             FileNotFoundError: no such device file.
             ValueError: a value that is not allowed.
         """
-        device: str | dict[str, Any] = self.device
-        if self.device.endswith(".json"):
-            device = json.loads(Path(self.device).read_text(encoding="utf-8"))
         return ReRAMConfig(
-            device=device,
+            device=device_of(self.device),
             range_shrink=number_or_word(self.range_shrink, "range_shrink", {"auto": "auto"}),
             weight_clip=number_or_word(self.weight_clip, "weight_clip", {"auto": "auto", "none": None}),
             retention_loss=self.retention_loss,
@@ -88,6 +83,15 @@ class RecipeTrainingArguments(TrainingArguments):
     save_total_limit: int | None = 1
     logging_steps: float = 10
     report_to: str = "none"
+
+
+def device_of(name: str) -> str | DeviceConfig:
+    """A preset's name as it is, or the device in a JSON file.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: no device in it.
+    """
+    return DeviceConfig.from_json(name) if name.endswith(".json") else name
 
 
 def number_or_word(text: str, name: str, words: dict[str, str | None]) -> float | str | None:

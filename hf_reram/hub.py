@@ -112,7 +112,7 @@ def prepare(folder: str | os.PathLike, model: Any, repo: str | None = None) -> N
     if not crossbar_layers(model):
         raise ValueError(f"{folder} holds no model on crossbars: its config.json has no ReRAM quantization_config")
     file, rows = folder / REPORT, None
-    report = report_of(model)
+    report: RobustnessReport | None
     if file.exists():
         report = RobustnessReport.from_json(file)
         if report.weights != weights_digest(model):
@@ -120,7 +120,7 @@ def prepare(folder: str | os.PathLike, model: Any, repo: str | None = None) -> N
                 f"{file} was measured on other weights than those beside it: evaluate this model again, or delete it"
             )
         rows = read_comparison(folder / COMPARISON) if (folder / COMPARISON).exists() else None
-    elif crossbar_state(model).report is not None and report is None:
+    elif (report := report_of(model)) is None and crossbar_state(model).report is not None:
         logger.warning("the weights have changed since evaluate_robustness: report and plot are not uploaded")
     if report is None:
         report = unmeasured(model, repo)

@@ -98,8 +98,7 @@ def image_transforms(model: Any, name: str | None, size: int | None = None) -> t
     if hasattr(model, "timm_model"):
         from timm.data import create_transform, resolve_data_config
 
-        own = {"input_size": (3, size, size), "crop_pct": 1.0} if size else {}
-        wanted = resolve_data_config(own, model=model.timm_model)
+        wanted = resolve_data_config(_timm_size(size), model=model.timm_model)
         mild: Any = {"auto_augment": None, "re_prob": 0, "color_jitter": None, "scale": CROPS}
         return create_transform(**wanted, is_training=True, **mild), create_transform(**wanted)
     return processor_transforms(image_processor(model, name, size))
@@ -128,9 +127,13 @@ def keep_preprocessing(model: Any, size: int | None) -> None:
     """Have a timm model's config.json say how :func:`image_transforms` preprocesses with ``size``."""
     if not hasattr(model, "timm_model"):
         return
-    own = {"input_size": (3, size, size), "crop_pct": 1.0} if size else {}
-    model.config.pretrained_cfg = {**model.timm_model.pretrained_cfg, **own}
+    model.config.pretrained_cfg = {**model.timm_model.pretrained_cfg, **_timm_size(size)}
     model.timm_model.pretrained_cfg = model.config.pretrained_cfg
+
+
+def _timm_size(size: int | None) -> dict[str, Any]:
+    """What timm's preprocessing calls an image size of one's own."""
+    return {"input_size": (3, size, size), "crop_pct": 1.0} if size else {}
 
 
 def processor_transforms(processor: Any) -> tuple[Callable, Callable]:

@@ -8,11 +8,10 @@ from typing import Any
 from torch import nn
 from transformers import AutoTokenizer
 
+from .config import ReRAMConfig
 from .data import KINDS, draw, load_rows
 from .image_classification import ImageClassification, check_labels, image_transforms
 from .question_answering import QuestionAnswering
-
-CALIBRATED = 32  # batches
 
 
 @dataclass
@@ -92,4 +91,4 @@ def _where(dataset: str) -> dict[str, str]:
 
 def _spread(batches: list) -> list:
     """As many as calibration reads, from all over: the first ones may be the shortest."""
-    return batches[:: max(1, -(-len(batches) // CALIBRATED))]
+    return batches[:: max(1, -(-len(batches) // ReRAMConfig.calibration_batches))]

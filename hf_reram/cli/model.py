@@ -2,15 +2,10 @@
 
 from typing import Any
 
+from ..arguments import device_of
 from ..config import ReRAMConfig
-from ..device import DeviceConfig
 from ..hub import load_model
 from ..patching import crossbar_layers, crossbar_state, patch_model, unpatch_model
-
-
-def device_of(name: str) -> Any:
-    """A preset's name, or the device in a JSON file."""
-    return DeviceConfig.from_json(name) if name.endswith(".json") else name
 
 
 def patched(name: str, device: str | None, **options: Any) -> tuple[Any, bool]:

@@ -4,7 +4,7 @@ import functools
 import json
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import typer
@@ -44,8 +44,3 @@ def show_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -
     for row in rows:
         table.add_row(*row)
     console.print(table)
-
-
-def numbers(values: Mapping[str, float]) -> dict[str, float]:
-    """Rounded to what a reader can use."""
-    return {key: float(f"{value:.6g}") for key, value in values.items()}

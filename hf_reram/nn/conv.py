@@ -24,9 +24,6 @@ class CrossbarConv2d(CrossbarMixin, nn.Conv2d):
     def _shape_key(self) -> tuple:
         return (type(self), self.kernel_size, self.stride, self.dilation, self.padding, self.padding_mode)
 
-    def _channels_last(self, per_channel: Tensor) -> Tensor:
-        return per_channel[:, None, None]
-
     def _op(self, s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if weight.shape == self.weight.shape and not self.centered:
             return self._conv_forward(s, weight, bias)

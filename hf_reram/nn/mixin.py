@@ -134,13 +134,9 @@ class CrossbarMixin(nn.Module):
         """What the padded input depends on beside the input."""
         return ()
 
-    def _channels_last(self, per_channel: Tensor) -> Tensor:
-        """A vector over input channels, shaped to broadcast against an input."""
-        return per_channel
-
     def center(self, x: Tensor, offset: Tensor) -> Tensor:
         """``x - o``, padded, as the DACs get it. Padding is part of the input, so it is centered too."""
-        return self.pad(x) - self._channels_last(offset).to(x.dtype)
+        return self.pad(x) - self._broadcast(offset, "output").to(x.dtype)
 
     def _driven(self, x: Tensor) -> Tensor:
         return self.center(x, self.input_offset) if self.centered else x
@@ -179,7 +175,8 @@ class CrossbarMixin(nn.Module):
         raise NotImplementedError
 
     def _broadcast(self, per_channel: Tensor, like: str) -> Tensor:
-        """A vector over channels shaped to broadcast against a ``"weight"`` or an ``"output"``."""
+        """A vector over channels shaped to broadcast against a ``"weight"`` or an ``"output"``; against an input as
+        against an output."""
         raise NotImplementedError
 
     def held_scale(self) -> Tensor:

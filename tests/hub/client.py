@@ -28,11 +28,11 @@ def robust(base: str, scale: float = 1.0):
     patch_model(model, ReRAMConfig(device="cmo-hfox-ibm"))
     calibrate(model, [dict(batch) for _, batch in evaluate.batches])
     evaluate_robustness(model, evaluate, ["1s", "10y"], seeds=2, progress=False)
-    return model, evaluate
+    return model
 
 
 def push_model(base: str, scale: str = "1", *flags: str) -> None:
-    model, _ = robust(base, float(scale))
+    model = robust(base, float(scale))
     if "stale" in flags:
         with torch.no_grad():
             next(model.parameters()).add_(1)
@@ -60,7 +60,7 @@ def push_trainer(base: str, output: str) -> None:
     print(json.dumps(weights_digest(trainer.model)))
 
 
-def load(name: str = REPO, *flags: str) -> None:
+def load(name: str = REPO) -> None:
     model, info = AutoModelForQuestionAnswering.from_pretrained(name, output_loading_info=True)
     report = hf_reram.report_of(model)
     found = {"digest": weights_digest(model), "layers": len(hf_reram.crossbar_layers(model)), "report": None}
