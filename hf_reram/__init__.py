@@ -1,6 +1,6 @@
 """hf_reram: pretrained Hugging Face models, finetuned to be robust on ReRAM crossbars.
 
-Importing it lets ``from_pretrained`` bring back the crossbar layers of a checkpoint.
+Importing it lets ``from_pretrained`` bring back the crossbar layers of a checkpoint, and ``pipeline`` answer questions.
 """
 
 from .calibration import calibrate
@@ -11,10 +11,13 @@ from .device import DeviceConfig
 from .evaluation import evaluate_robustness
 from .losses import add_retention_loss, hold_weights, noise_to_signal, retention_loss, sampled_drift
 from .patching import crossbar_layers, patch_model, summarize, unpatch_model
+from .pipeline import register as _register
 from .quantizer import ReRAMQuantizer
 from .report import RobustnessReport
 from .trainer import ReRAMTrainer
 from .version import __version__
+
+_register()
 
 __all__ = [
     "DeviceConfig",

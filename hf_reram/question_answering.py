@@ -14,6 +14,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .metrics.squad_v2 import squad_v2_metrics
+from .spans import best_spans
 
 logger = logging.get_logger(__name__)
 
@@ -40,7 +41,13 @@ def check_squad(dataset, what: str = "dataset", columns: Sequence[str] = COLUMNS
         )
 
 
-def _windows(tokenizer, rows: dict[str, list], max_length: int, stride: int):
+def windows(tokenizer, rows: dict[str, list], max_length: int, stride: int):
+    """Questions and contexts, split into windows of at most ``max_length`` tokens that overlap by ``stride``.
+
+    Raises:
+        ValueError: a stride that is not below the length, or a tokenizer without character offsets.
+    """
+    _fast(tokenizer)
     if not 0 <= stride < max_length:
         raise ValueError(f"stride={stride!r}: allowed is an integer from 0 to max_length - 1 = {max_length - 1}")
     return tokenizer(
@@ -70,12 +77,11 @@ def training_features(dataset, tokenizer, max_length: int = 384, stride: int = 1
         ValueError: as :func:`check_squad`; a tokenizer without character offsets; no question is left.
     """
     check_squad(dataset, "the training data", COLUMNS if labels else ("question", "context"))
-    _fast(tokenizer)
     if labels:
         dataset = _with_gold_in_context(dataset)
 
     def features(rows):
-        encoded = _windows(tokenizer, rows, max_length, stride)
+        encoded = windows(tokenizer, rows, max_length, stride)
         owners = encoded.pop("overflow_to_sample_mapping")
         offsets = encoded.pop("offset_mapping")
         if not labels:
@@ -159,13 +165,12 @@ class QuestionAnswering:
         batch_size: int = 32,
     ):
         check_squad(dataset, "the evaluation data")
-        _fast(tokenizer)
         self.references = [{"id": row["id"], "answers": row["answers"]} for row in dataset]
         self.contexts = list(dataset["context"])
         if len({r["id"] for r in self.references}) < len(self.references):
             raise ValueError("the evaluation data hold an id twice: allowed are unique ids")
         self.n_best, self.max_answer_length, self.null_threshold = n_best, max_answer_length, null_threshold
-        encoded = _windows(tokenizer, dataset[:], max_length, stride)
+        encoded = windows(tokenizer, dataset[:], max_length, stride)
         self.owners = encoded.pop("overflow_to_sample_mapping")
         self.offsets = [np.array(o) for o in encoded.pop("offset_mapping")]
         self.inside = [np.array([s == 1 for s in encoded.sequence_ids(i)]) for i in range(len(self.owners))]
@@ -175,7 +180,7 @@ class QuestionAnswering:
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
             rows = {key: [values[i] for i in part] for key, values in encoded.items()}
-            self.batches.append((part, dict(tokenizer.pad(rows, return_tensors="pt"))))
+            self.batches.append((part, dict(tokenizer.pad(rows, padding_side="right", return_tensors="pt"))))
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """The official figures, in percent."""
@@ -194,13 +199,13 @@ class QuestionAnswering:
         nulls: dict[int, float] = {}
         try:
             device = next(model.parameters()).device
-            for windows, batch in self.batches:
+            for part, batch in self.batches:
                 with torch.inference_mode():
                     output = model(**{key: value.to(device) for key, value in batch.items()})
                 if getattr(output, "start_logits", None) is None or getattr(output, "end_logits", None) is None:
                     raise ValueError(f"{type(model).__name__} gives no start_logits and end_logits: it is not for QA")
                 starts, ends = (z.float().cpu().numpy() for z in (output.start_logits, output.end_logits))
-                for row, window in enumerate(windows):
+                for row, window in enumerate(part):
                     owner = self.owners[window]
                     null = float(starts[row, 0] + ends[row, 0])
                     nulls[owner] = min(nulls.get(owner, np.inf), null)
@@ -211,20 +216,9 @@ class QuestionAnswering:
 
     def _best_spans(self, window: int, starts: np.ndarray, ends: np.ndarray) -> list[tuple[float, int, int]]:
         """(score, first character, last character + 1) of the window's best spans inside the context."""
-        allowed = np.flatnonzero(self.inside[window])
-        first = allowed[np.argsort(-starts[allowed], kind="stable")[: self.n_best]]
-        last = allowed[np.argsort(-ends[allowed], kind="stable")[: self.n_best]]
-        length = last[None, :] - first[:, None] + 1
-        score = np.where(
-            (length > 0) & (length <= self.max_answer_length), starts[first][:, None] + ends[last], -np.inf
-        )
-        best = np.argsort(-score, axis=None, kind="stable")[: self.n_best]
         offsets = self.offsets[window]
-        return [
-            (float(score.flat[k]), int(offsets[first[k // len(last)]][0]), int(offsets[last[k % len(last)]][1]))
-            for k in best
-            if np.isfinite(score.flat[k])
-        ]
+        found = best_spans(starts, ends, self.inside[window], self.n_best, self.max_answer_length)
+        return [(score, int(offsets[first][0]), int(offsets[last][1])) for score, first, last in found]
 
     def _answer(self, index: int, spans: list[tuple[float, int, int]], null: float) -> dict[str, Any]:
         spans = sorted(spans, key=lambda span: -span[0])[: self.n_best]
