@@ -12,7 +12,7 @@ class About:
     Attributes:
         task: the Hub's pipeline tag, "" where none fits. metric: the one to judge by, "" where none was measured.
         dataset: Hub id or name of the evaluated data, dataset_split: of them.
-        base_model: Hub id, or the name of a local model.
+        base_model: Hub id, or the name of a local model. relation: the Hub's word for what was made of it.
         name: of the robust model. repo: where it is, None: ``name``.
         examples: how many were evaluated.
         base_metrics: of the digital base. details: the metrics of the second table; empty: all.
@@ -28,6 +28,7 @@ class About:
     base_model: str
     name: str
     dataset_split: str = "validation"
+    relation: str = "finetune"
     repo: str | None = None
     examples: int | None = None
     base_metrics: dict[str, float] = field(default_factory=dict)

@@ -64,6 +64,11 @@ def attach_stored_report(model: Any, files: Sequence[str] | None) -> None:
         return
     if report is None or _dtypes_of(files) != {str(p.dtype).removeprefix("torch.") for p in _floats(model)}:
         return
+    attach_report(model, report, name)
+
+
+def attach_report(model: Any, report: RobustnessReport, name: str | os.PathLike) -> None:
+    """Give a patched model a report that came from ``name``, or warn that it was measured on other weights."""
     found = weights_digest(model)
     if report.weights == found:
         crossbar_state(model).report = report

@@ -9,13 +9,14 @@ from typing import Any
 import transformers
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import RevisionNotFoundError
+from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoProcessor
 from transformers.models.auto import modeling_auto
 from transformers.utils import cached_file, logging
 
 from .about import About
 from .card import AUTO_CLASSES
-from .checkpoint import report_of
+from .checkpoint import attach_report, report_of, stored_report
 from .digest import weights_digest
 from .patching import UPLOAD, crossbar_layers, crossbar_state, summarize
 from .publish import COMPARISON, PLOT, REPORT, merge_cards, publish, read_comparison
@@ -31,6 +32,7 @@ FOLDERS = ("additional_chat_templates",)
 LEFT_OUT = ("trainer_state.json",)
 # Of the files before, these would speak of, or be read instead of, the new weights.
 REPLACED = (REPORT, COMPARISON, PLOT, "model.safetensors.index.json")
+ADAPTER = "adapter_config.json"
 PROCESSORS = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
 
 
@@ -84,7 +86,8 @@ def push(
 
 
 def load_model(name: str | os.PathLike, **where: Any) -> Any:
-    """A checkpoint's model in the class that its config names, out of transformers' own.
+    """A checkpoint's model in the class that its config names, out of transformers' own; one of PEFT's adapters on the
+    checkpoint that they were trained on.
 
     Args:
         name: folder or Hub id. where: as in ``from_pretrained``.
@@ -92,6 +95,12 @@ def load_model(name: str | os.PathLike, **where: Any) -> Any:
     Raises:
         ValueError: the config names no such class.
     """
+    if _has(name, ADAPTER, **where):
+        base = load_model(PeftConfig.from_pretrained(str(name), **where).base_model_name_or_path)
+        model = PeftModel.from_pretrained(base, name, **where)
+        if crossbar_layers(model) and (report := stored_report(name, **where)) is not None:
+            attach_report(model, report, name)
+        return model
     config = AutoConfig.from_pretrained(name, **where)
     for architecture in config.architectures or ():
         if hasattr(transformers, architecture):
@@ -110,7 +119,8 @@ def prepare(folder: str | os.PathLike, model: Any, repo: str | None = None) -> N
     """
     folder = Path(folder)
     if not crossbar_layers(model):
-        raise ValueError(f"{folder} holds no model on crossbars: its config.json has no ReRAM quantization_config")
+        base = f", nor has {model.name_or_path}, its adapters' base" if isinstance(model, PeftModel) else ""
+        raise ValueError(f"{folder} holds no model on crossbars: no ReRAM quantization_config in its config.json{base}")
     file, rows = folder / REPORT, None
     report: RobustnessReport | None
     if file.exists():
@@ -152,6 +162,7 @@ def about_model(model: Any, report: RobustnessReport | None, repo: str | None = 
         "dataset_split": "",
         "base_model": base if not local else folder.resolve().name if folder else type(model).__name__,
         "name": name,
+        "relation": "adapter" if isinstance(model, PeftModel) else "finetune",
         "repo": repo,
         "versions": {"hf_reram": __version__, "transformers": transformers.__version__},
     }
@@ -160,6 +171,7 @@ def about_model(model: Any, report: RobustnessReport | None, repo: str | None = 
 
 def task_of(model: Any) -> str:
     """The Hub's pipeline tag of a model's class, "" where none fits."""
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
     kind = getattr(getattr(model, "config", None), "model_type", None)
     names = {cls.__name__ for cls in type(model).__mro__}
     for task, auto in AUTO_CLASSES.items():
@@ -214,9 +226,9 @@ def save_processor(model: Any, folder: str | os.PathLike) -> None:
         logger.warning("the tokenizer or image processor of %s cannot be loaded and is not saved: %s", name, error)
 
 
-def _has(name: str, file: str) -> bool:
+def _has(name: str | os.PathLike, file: str, **where: Any) -> bool:
     try:
-        return cached_file(name, file) is not None
+        return cached_file(name, file, **where) is not None
     except OSError:  # no such file, or no way to it
         return False
 
@@ -225,7 +237,7 @@ def _files(folder: Path) -> list[str]:
     """What goes to the Hub, relative to the folder.
 
     Raises:
-        ValueError: config.json or safetensors are missing.
+        ValueError: config.json (or that of PEFT's adapters) or safetensors are missing.
     """
     paths = [path for path in folder.iterdir() if path.is_file()]
     paths += [path for name in FOLDERS for path in (folder / name).glob("*") if path.is_file()]
@@ -239,7 +251,7 @@ def _files(folder: Path) -> list[str]:
     if left := sorted(path.name for path in set(paths) - set(wanted)):
         logger.info("not uploaded: %s", ", ".join(left))
     names = [path.relative_to(folder).as_posix() for path in wanted]
-    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
+    if not {"config.json", ADAPTER} & set(names) or not any(name.endswith(".safetensors") for name in names):
         raise ValueError(
             f"{folder} holds {sorted(p.name for p in paths)}: missing is config.json or a safetensors file"
         )

@@ -14,8 +14,12 @@ from .spans import best_spans
 TASK = "question-answering"
 
 
-class QuestionAnsweringPipeline(ChunkPipeline):
-    """Answers questions from contexts with any ``AutoModelForQuestionAnswering``, as the pipeline of transformers 4 did.
+# Pipeline declares its class attributes as None and its hooks with other arguments than its own subclasses take.
+Base: Any = ChunkPipeline
+
+
+class QuestionAnsweringPipeline(Base):
+    """Answers from contexts with any ``AutoModelForQuestionAnswering``, as the pipeline of transformers 4 did.
 
     Call it with ``question=`` and ``context=``, two strings or two lists of the same length, or with a dict or a list
     of dicts of both. Options of the call or of ``pipeline()``: ``top_k`` (1), ``doc_stride`` (128, tokens),
@@ -53,13 +57,13 @@ class QuestionAnsweringPipeline(ChunkPipeline):
         split = {"doc_stride": doc_stride, "max_seq_len": max_seq_len}
         return _set(split), {}, _set(given)
 
-    def __call__(self, *args, question=None, context=None, **kwargs) -> Any:  # type: ignore[override]
+    def __call__(self, *args, question=None, context=None, **kwargs) -> Any:
         inputs = args[0] if args else {"question": question, "context": context}
         if len(args) == 2:  # pipe(question, context), by position
             inputs = {"question": args[0], "context": args[1]}
         return super().__call__(_examples(inputs), **kwargs)
 
-    def preprocess(self, example: dict[str, str], doc_stride: int = 128, max_seq_len: int = 384):  # type: ignore[override]
+    def preprocess(self, example: dict[str, str], doc_stride: int = 128, max_seq_len: int = 384):
         for key in ("question", "context"):
             text = example.get(key)
             if not isinstance(text, str) or not text.strip():

@@ -13,7 +13,8 @@ from .card import BEGIN, END, model_card
 from .report import RobustnessReport, write_whole
 
 REPORT, PLOT, COMPARISON = "robustness.json", "robustness.png", "comparison.json"
-BLANK = "This model card has been automatically generated."  # transformers' own, which says nothing
+# Of the cards that transformers and peft write by themselves, which say nothing.
+BLANK = ("This model card has been automatically generated.", "# Model Card for Model ID")
 
 
 def write_card(path: str | Path, card: ModelCard) -> ModelCard:
@@ -44,7 +45,7 @@ def merge_cards(old: str, new: ModelCard, where: str | Path = "the card") -> Mod
         ValueError: ``old`` has damaged marks.
     """
     card = ModelCard(old, ignore_metadata_errors=True)
-    text = "" if BLANK in card.text else card.text
+    text = "" if any(blank in card.text for blank in BLANK) else card.text
     if (BEGIN in text) != (END in text):
         raise ValueError(f"{where} holds only one of the marks {BEGIN!r} and {END!r}: allowed are both or none")
     (above, _, below), (before, core, after) = _split(text), _split(new.text)

@@ -2,9 +2,19 @@
 
 import pytest
 import torch
-from transformers import AutoModelForQuestionAnswering, AutoTokenizer, pipeline
+from PIL import Image
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    pipeline,
+)
 
-from hf_reram import ReRAMConfig, calibrate, crossbar_layers, patch_model
+from hf_reram import ReRAMConfig, calibrate, crossbar_layers, deploy, patch_model
 from hf_reram.pipeline import QuestionAnsweringPipeline
 from hf_reram.question_answering import QuestionAnswering
 from tests import squad_sample
@@ -12,7 +22,7 @@ from tests import squad_sample
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> str:
-    """A crossbar model that has learned the sample's answers by heart."""
+    """A calibrated crossbar model, untrained."""
     folder = tmp_path_factory.mktemp("robust")
     fast = squad_sample.tokenizer()
     model = squad_sample.model(len(fast))
@@ -55,7 +65,10 @@ def test_batches_change_nothing(checkpoint, side):
     pipe = pipeline("question-answering", model=model, tokenizer=fast, device="cpu")
     rows = squad_sample.rows(6)
     inputs = {key: [row[key] for row in rows] for key in ("question", "context")}
-    alone, together = pipe(**inputs, max_seq_len=24, doc_stride=4), pipe(**inputs, batch_size=4, max_seq_len=24, doc_stride=4)
+    alone, together = (
+        pipe(**inputs, max_seq_len=24, doc_stride=4),
+        pipe(**inputs, batch_size=4, max_seq_len=24, doc_stride=4),
+    )
     for one, other in zip(alone, together, strict=True):
         assert one["answer"] == other["answer"] and one["score"] == pytest.approx(other["score"], abs=1e-5)
 
@@ -97,3 +110,33 @@ def test_no_answer_only_if_allowed(answer):
 def test_bad_input(answer, inputs):
     with pytest.raises(ValueError):
         answer(**inputs)
+
+
+def test_other_pipelines_take_crossbar_checkpoints(tmp_path):
+    config = BertConfig(vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    images = ViTConfig(image_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    fast = squad_sample.tokenizer()
+    inputs = {
+        "text-classification": (
+            BertForSequenceClassification(config),
+            fast,
+            dict(fast("ann lives", return_tensors="pt")),
+        ),
+        "image-classification": (
+            ViTForImageClassification(images),
+            ViTImageProcessor(size={"height": 32, "width": 32}),
+            {"pixel_values": torch.randn(2, 3, 32, 32)},
+        ),
+    }
+    asked = {"text-classification": "bob lives in rome", "image-classification": Image.new("RGB", (40, 50), "red")}
+    for task, (model, processor, batch) in inputs.items():
+        patch_model(model.eval(), ReRAMConfig(device="cmo-hfox-ibm"))
+        calibrate(model, [batch])
+        model.save_pretrained(tmp_path / task)
+        processor.save_pretrained(tmp_path / task)
+        pipe = pipeline(task, model=str(tmp_path / task), device="cpu")
+        assert len(crossbar_layers(pipe.model)) == len(crossbar_layers(model))
+        now = pipe(asked[task])
+        assert sum(found["score"] for found in pipe(asked[task], top_k=None)) == pytest.approx(1, abs=1e-5)
+        with deploy(pipe.model, "10y", seed=1):
+            assert pipe(asked[task]) != now

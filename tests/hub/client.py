@@ -7,15 +7,17 @@ import os
 import sys
 
 import torch
-from transformers import AutoModelForQuestionAnswering, TrainingArguments
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForQuestionAnswering, TrainingArguments, pipeline
 
 import hf_reram
 from hf_reram import ReRAMConfig, ReRAMTrainer, calibrate, evaluate_robustness, patch_model
 from hf_reram.digest import weights_digest
+from hf_reram.hub import load_model
 from hf_reram.question_answering import QuestionAnswering, training_features
 from tests import squad_sample
 
-REPO = "ann/robust"
+REPO, ADAPTER = "ann/robust", "ann/adapter"
 
 
 def robust(base: str, scale: float = 1.0):
@@ -24,11 +26,15 @@ def robust(base: str, scale: float = 1.0):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(scale)
-    evaluate = QuestionAnswering(squad_sample.dataset(6), squad_sample.tokenizer(), 32, 8)
+    evaluate = _questions()
     patch_model(model, ReRAMConfig(device="cmo-hfox-ibm"))
     calibrate(model, [dict(batch) for _, batch in evaluate.batches])
     evaluate_robustness(model, evaluate, ["1s", "10y"], seeds=2, progress=False)
     return model
+
+
+def _questions() -> QuestionAnswering:
+    return QuestionAnswering(squad_sample.dataset(6), squad_sample.tokenizer(), 32, 8)
 
 
 def push_model(base: str, scale: str = "1", *flags: str) -> None:
@@ -41,10 +47,26 @@ def push_model(base: str, scale: str = "1", *flags: str) -> None:
 
 
 def push_trainer(base: str, output: str) -> None:
-    model = AutoModelForQuestionAnswering.from_pretrained(base)
+    trainer = _trained(AutoModelForQuestionAnswering.from_pretrained(base), REPO, output)
+    trainer.evaluate_robustness(["1s", "10y"], seeds=2, progress=False)
+    trainer.push_to_hub(dataset="rajpurkar/squad_v2", license="mit")
+    print(json.dumps(weights_digest(trainer.model)))
+
+
+def push_adapter(output: str) -> None:
+    """LoRA beside the crossbars of the model on the Hub."""
+    model = AutoModelForQuestionAnswering.from_pretrained(REPO)
+    lora = LoraConfig(target_modules=["query", "value"], init_lora_weights=False)
+    trainer = _trained(get_peft_model(model, lora), ADAPTER, output)
+    evaluate_robustness(trainer.model, _questions(), ["1s", "10y"], seeds=2, progress=False)
+    trainer.push_to_hub()
+    print(json.dumps(weights_digest(trainer.model)))
+
+
+def _trained(model, repo: str, output: str) -> ReRAMTrainer:
     tokenizer = squad_sample.tokenizer()
     train = training_features(squad_sample.dataset(), tokenizer, 32, 8)
-    args = TrainingArguments(output, max_steps=2, report_to="none", use_cpu=True, hub_model_id=REPO, disable_tqdm=True)
+    args = TrainingArguments(output, max_steps=2, report_to="none", use_cpu=True, hub_model_id=repo, disable_tqdm=True)
     trainer = ReRAMTrainer(
         model,
         args,
@@ -52,22 +74,36 @@ def push_trainer(base: str, output: str) -> None:
         eval_dataset=train,
         processing_class=tokenizer,
         data_collator=squad_sample.collator(tokenizer),
-        reram_config=ReRAMConfig(device="cmo-hfox-ibm"),
+        reram_config=None if hf_reram.crossbar_layers(model) else ReRAMConfig(device="cmo-hfox-ibm"),
     )
     trainer.train()
-    trainer.evaluate_robustness(["1s", "10y"], seeds=2, progress=False)
-    trainer.push_to_hub(dataset="rajpurkar/squad_v2", license="mit")
-    print(json.dumps(weights_digest(trainer.model)))
+    return trainer
 
 
 def load(name: str = REPO) -> None:
     model, info = AutoModelForQuestionAnswering.from_pretrained(name, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    _print_loaded(model)
+
+
+def load_adapter() -> None:
+    _print_loaded(load_model(ADAPTER))
+
+
+def ask(name: str = REPO) -> None:
+    """The checkpoint as a pipeline."""
+    pipe = pipeline("question-answering", model=name)
+    row = squad_sample.rows()[1]
+    answer = pipe(question=row["question"], context=row["context"])
+    assert answer["answer"] == row["context"][answer["start"] : answer["end"]]
+    print(json.dumps({"answer": answer["answer"], "layers": len(hf_reram.crossbar_layers(pipe.model))}))
+
+
+def _print_loaded(model) -> None:
     report = hf_reram.report_of(model)
     found = {"digest": weights_digest(model), "layers": len(hf_reram.crossbar_layers(model)), "report": None}
-    assert not info["missing_keys"] and not info["unexpected_keys"]
     if report is not None:
-        evaluate = QuestionAnswering(squad_sample.dataset(6), squad_sample.tokenizer(), 32, 8)
-        again = evaluate_robustness(model, evaluate, report.times, seeds=2, progress=False)
+        again = evaluate_robustness(model, _questions(), report.times, seeds=2, progress=False)
         found["report"] = again.measurements == report.measurements
     print(json.dumps(found))
 
@@ -84,7 +120,8 @@ def refused(token: str, action: str, *arguments: str) -> None:
         os.environ["HF_TOKEN"] = mine
 
 
-ACTIONS = {"model": push_model, "trainer": push_trainer, "load": load, "refused": refused}
+ACTIONS = {"model": push_model, "trainer": push_trainer, "adapter": push_adapter, "load": load, "ask": ask}
+ACTIONS |= {"load_adapter": load_adapter, "refused": refused}
 
 if __name__ == "__main__":
     for then, words in itertools.groupby(sys.argv[1:], key=lambda word: word == "then"):

@@ -65,8 +65,9 @@ def test_a_pushed_model_comes_back_bit_for_bit_with_the_same_numbers(hub, base, 
     assert {"README.md", "config.json", "model.safetensors", "robustness.json", "robustness.png"} <= files.keys()
     assert "tokenizer.json" in files and not any(path.endswith((".bin", ".pt")) for path in files)
     assert json.loads(files["config.json"])["quantization_config"]["device"]["g_max"] == 89.0
-    (loaded,), err = Person(hub, tmp_path / "b", None).client("load")
+    (loaded, asked), err = Person(hub, tmp_path / "b", None).client("load", "then", "ask")
     assert loaded == {"digest": pushed, "layers": 7, "report": True}
+    assert asked["layers"] == 7 and asked["answer"]
     assert "other weights" not in err
 
 
@@ -79,6 +80,22 @@ def test_the_trainer_pushes_the_same(hub, base, tmp_path):
     assert data["license"] == "mit" and data["datasets"] == ["rajpurkar/squad_v2"]
     assert "2 steps of" in files["README.md"].decode()
     assert loaded["digest"] == pushed and loaded["layers"] == 7
+
+
+def test_adapters_go_up_as_adapters(hub, base, tmp_path):
+    ann = Person(hub, tmp_path / "a")
+    (_, pushed), _ = ann.client("model", base, "then", "adapter", str(tmp_path / "out"))
+    files = hub.files("ann/adapter")
+    assert {"adapter_config.json", "adapter_model.safetensors", "robustness.json", "robustness.png"} <= files.keys()
+    assert "model.safetensors" not in files and not any(path.endswith((".bin", ".pt")) for path in files)
+    _, metadata, text = files["README.md"].decode().split("---\n", 2)
+    data = yaml.safe_load(metadata)
+    assert (data["base_model"], data["base_model_relation"]) == (REPO, "adapter")
+    assert 'PeftModel.from_pretrained(base, "ann/adapter")' in text and "Model Card for" not in text
+    bob = Person(hub, tmp_path / "b", "hf_bob")
+    (loaded,), _ = bob.client("load_adapter")
+    assert loaded == {"digest": pushed, "layers": 7, "report": True}
+    assert len(json.loads(bob.cli("inspect", "ann/adapter", "--json"))["layers"]) == 7
 
 
 def test_changed_weights_go_up_without_the_old_figures(hub, base, tmp_path):
