@@ -35,7 +35,8 @@ class Method:
 
     Attributes:
         label: in table and plot. loss: ``retention_loss``; "" takes the config's, None trains nothing.
-        mapped: shrink and clipping as the config says, else a naive crossbar: the whole read voltage, no clipping.
+        mapped: shrink, clipping and input offset as the config says, else a naive crossbar: the whole read voltage, the
+            largest weight at g_max, no offset.
     """
 
     label: str
@@ -49,7 +50,7 @@ class Method:
 
     def config(self, config: ReRAMConfig) -> ReRAMConfig:
         """``config`` changed to this method."""
-        changes: dict[str, Any] = {} if self.mapped else {"range_shrink": 1.0, "weight_clip": None}
+        changes: dict[str, Any] = {} if self.mapped else {"range_shrink": 1.0, "weight_clip": None, "center_inputs": False}
         if self.loss != "":
             changes["retention_loss"] = self.loss or "none"
         return ReRAMConfig.from_dict({**config.to_dict(), **changes})
