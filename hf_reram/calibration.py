@@ -36,6 +36,9 @@ _SAMPLES, _SAMPLE_ELEMENTS = 256, 1 << 21
 # Share of the input's power from which on an offset is subtracted.
 WORTHWHILE = 0.1
 
+# Up to which an input is no signal; the inverse of a smaller range could overflow.
+TINY = 1e-30
+
 # Candidates for range_shrink="auto".
 SHRINKS = tuple(0.02 * 50 ** (i / 31) for i in range(32))
 
@@ -162,9 +165,10 @@ def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = No
     if sensitivity is None:
         sensitivity = state.term == "sensitivity"
     kept = []
-    with _observed(model, statistics, groups):
+    with _observed(model, statistics, groups) as look:
         for batch in itertools.islice(batches, config.calibration_batches):
             call_model(model, batch)
+            look()
             if sensitivity:
                 kept.append(batch)
     if all(s.samples is None for s in statistics.values()):
@@ -187,6 +191,11 @@ def _observed(model: nn.Module, statistics: dict[str, LayerStatistics], groups: 
     state = crossbar_state(model)
     last: list = [None, None]  # the input seen last and the layer that saw it first
 
+    outputs: list[tuple[Any, Tensor, int]] = []  # of the first batch: (layer, output, its version then)
+
+    def hold(layer, args, y):
+        outputs.append((layer, y, -1 if y.is_inference() else y._version))
+
     def observe(layer, args):
         name, x = layer.crossbar_name, args[0]
         if last[0] is not x:
@@ -195,11 +204,23 @@ def _observed(model: nn.Module, statistics: dict[str, LayerStatistics], groups: 
         statistics[name].update(x, state.keep(x))
 
     hooks = [s.layer.register_forward_pre_hook(observe) for s in statistics.values()]
+    holds = [s.layer.register_forward_hook(hold) for s in statistics.values()]
+
+    def look() -> None:
+        """See, after the first batch, which outputs the model has changed in place."""
+        changed = {layer.crossbar_name for layer, y, version in outputs if version < 0 or y._version != version}
+        for layer, *_ in outputs:
+            layer.copies_output = layer.crossbar_name in changed
+        outputs.clear()
+        for hook in holds:
+            hook.remove()
+
     try:
         with digital_eval(model), torch.no_grad():
-            yield
+            yield look
     finally:
         state.mask = None
+        look()
         for hook in hooks:
             hook.remove()
 
@@ -209,7 +230,8 @@ def _settle(shared: list[LayerStatistics], config: ReRAMConfig) -> None:
     if not shared:
         return
     first = shared[0]
-    span = first.percentile(config.input_percentile) or 1.0  # a constant zero input: any range holds it
+    span = first.percentile(config.input_percentile)
+    span = span if span > TINY else 1.0  # an input that is always zero: any range holds it
     shrink = _best_shrink(shared, span, config) if config.range_shrink == "auto" else config.range_shrink
     gain = _gain(first, span, config.device.b(shrink), config)
     for statistics in shared:

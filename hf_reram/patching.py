@@ -6,7 +6,7 @@ from typing import Any
 
 import regex
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
@@ -26,6 +26,8 @@ MAX_TILES = 1024  # of a layer
 # By exact forward: a subclass with a forward of its own computes something else and stays digital.
 _CROSSBARS: dict[Any, type] = {nn.Linear: CrossbarLinear, nn.Conv2d: CrossbarConv2d, Conv1D: CrossbarConv1D}
 _KINDS: Any = tuple(_CROSSBARS)
+# Subclasses with a forward of their own that is known, by package and name, so that the package need not be there.
+_BY_NAME = {("timm", "Conv2dSame"): CrossbarConv2dSame, ("transformers", "FalconLinear"): CrossbarLinear}
 
 
 def crossbar_layers(model: nn.Module) -> dict[str, CrossbarMixin]:
@@ -253,8 +255,9 @@ def _tied_names(model: Any) -> set[str]:
 
 
 def _crossbar_class(module: nn.Module) -> type | None:
-    if type(module).__name__ == "Conv2dSame" and type(module).__module__.startswith("timm."):
-        return CrossbarConv2dSame
+    known = _BY_NAME.get((type(module).__module__.partition(".")[0], type(module).__name__))
+    if known is not None:
+        return known
     for digital, crossbar in _CROSSBARS.items():
         if isinstance(module, digital) and type(module).forward is digital.forward:
             return crossbar
@@ -315,7 +318,7 @@ def summarize(model: nn.Module) -> CrossbarSummary:
     digital = tuple(
         f"{name} ({type(m).__name__})"
         for name, m in model.named_modules()
-        if not isinstance(m, CrossbarMixin) and getattr(m, "weight", None) is not None and m.weight.dim() > 1
+        if not isinstance(m, CrossbarMixin) and isinstance(getattr(m, "weight", None), Tensor) and m.weight.dim() > 1
     )
     return CrossbarSummary(
         device=state.config.device.name,

@@ -50,7 +50,9 @@ class Method:
 
     def config(self, config: ReRAMConfig) -> ReRAMConfig:
         """``config`` changed to this method."""
-        changes: dict[str, Any] = {} if self.mapped else {"range_shrink": 1.0, "weight_clip": None, "center_inputs": False}
+        changes: dict[str, Any] = (
+            {} if self.mapped else {"range_shrink": 1.0, "weight_clip": None, "center_inputs": False}
+        )
         if self.loss != "":
             changes["retention_loss"] = self.loss or "none"
         return ReRAMConfig.from_dict({**config.to_dict(), **changes})

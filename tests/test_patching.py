@@ -13,6 +13,7 @@ from hf_reram import (
     crossbar_layers,
     deploy,
     patch_model,
+    sampled_drift,
     summarize,
     unpatch_model,
 )
@@ -163,3 +164,37 @@ def test_an_activation_in_place_does_not_overwrite_what_the_term_needs(loss):
     torch.testing.assert_close(*grads)
     unpatch_model(net)
     assert net[1].inplace
+
+
+class _AddsInPlace(nn.Module):
+    """A residual connection in place, as torchvision's and some of transformers' models have it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x, in_place=True):
+        y = self.first(x)
+        y = y.add_(x) if in_place else y + x
+        return self.second(y)
+
+
+@pytest.mark.parametrize("loss", ["output", "sensitivity", "weight", "output+drift"])
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_outputs_that_the_model_changes_in_place(loss, calibrated):
+    grads = []
+    for in_place in (False, True):
+        model, x = _AddsInPlace().train(), torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+        patch_model(model, ReRAMConfig(retention_loss=loss))
+        calibrate(model, [{"x": x, "in_place": in_place}])
+        assert [layer.copies_output for layer in crossbar_layers(model).values()] == [in_place, False]
+        if not calibrated:  # as from a checkpoint: nobody has looked
+            for layer in crossbar_layers(model).values():
+                layer.copies_output = True
+        with sampled_drift(model):
+            y = model(x, in_place=in_place)
+        add_retention_loss(y.square().sum(), model)[0].backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other)

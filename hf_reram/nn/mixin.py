@@ -57,6 +57,7 @@ class CrossbarMixin(nn.Module):
     _digital_class: Any  # that it was made from
     deployed: Tensor | None  # the realized weight of a chip, in place of `weight`; see hf_reram.deployment
     sensitivity: Tensor | None  # (output channels,), see hf_reram.sensitivity
+    copies_output: bool  # whether the model may change the output in place, which a retention term still needs
     _scalars_of: Any = None
     _white_std: float | None = None
     term_scale: Tensor  # the gradient that this layer's retention term receives, see hf_reram.nn.attach
@@ -72,6 +73,7 @@ class CrossbarMixin(nn.Module):
         self.crossbar, self.crossbar_name = state, name
         self.deployed = self.sensitivity = None
         self._scalars_of = self._white_std = None
+        self.copies_output = True
         self.term_scale = torch.zeros(2, device=self.weight.device)
         weight = self.weight
         width = channels if state.config.weight_scale == "per_channel" else 1
@@ -86,7 +88,7 @@ class CrossbarMixin(nn.Module):
         for name in BUFFERS:
             self._buffers.pop(name, None)
             self._parameters.pop(name, None)
-        own = ("crossbar", "crossbar_name", "deployed", "sensitivity", "term_scale")
+        own = ("crossbar", "crossbar_name", "deployed", "sensitivity", "term_scale", "copies_output")
         for name in (*own, "_scalars_of", "_white_std"):
             self.__dict__.pop(name, None)
 
@@ -313,4 +315,5 @@ class CrossbarMixin(nn.Module):
             state.collect(state.terms, self.crossbar_name, term)
             if self.term_scale.device != reading.y.device:
                 self.term_scale = torch.zeros(2, device=reading.y.device)
-            return Attach.apply(reading.y, term, self.term_scale)
+            y = Attach.apply(reading.y, term, self.term_scale)
+            return y.clone() if self.copies_output else y

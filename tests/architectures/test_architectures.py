@@ -1,0 +1,77 @@
+"""Any model of transformers: patched, calibrated, trained with retention loss, saved, loaded, unpatched."""
+
+import pytest
+import torch
+import transformers
+from transformers.utils import ModelOutput
+
+from hf_reram import (
+    ReRAMConfig,
+    add_retention_loss,
+    calibrate,
+    crossbar_layers,
+    deploy,
+    patch_model,
+    sampled_drift,
+    unpatch_model,
+)
+from tests.architectures.zoo import ZOO
+
+
+def _tensors(output) -> list[torch.Tensor]:
+    """The floating-point tensors of a model's output, caches left out."""
+    values = output.to_tuple() if isinstance(output, ModelOutput) else output
+    return [v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()]
+
+
+@torch.no_grad()
+def _run(model, batch) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return _tensors(model(**batch))
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_whole_path(name, tmp_path):
+    entry = ZOO[name]
+    model, batch = entry.build(), entry.batch()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    expected = _run(model, batch)
+    config = ReRAMConfig(device="cmo-hfox-ibm", retention_times=["1d"], retention_loss="output+drift")
+
+    patch_model(model, config)
+    layers = crossbar_layers(model)
+    assert layers
+    calibrate(model, [batch])
+    model.train()
+    with sampled_drift(model):
+        output = model(**batch)
+    loss = output.loss if getattr(output, "loss", None) is not None else _tensors(output)[0].square().mean()
+    total, retention = add_retention_loss(loss, model)
+    total.backward()
+    assert torch.isfinite(total) and retention > 0
+    reached = [layer for layer in layers.values() if layer.weight.grad is not None]
+    assert len(reached) >= 0.5 * len(layers)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    model.zero_grad()
+    for key, value in model.state_dict().items():
+        if "running_" in key or "num_batches" in key:  # training has moved batch norm
+            value.copy_(before[key])
+
+    model.eval()
+    robust = _run(model, batch)
+    assert all(torch.isfinite(value).all() for value in robust)
+    with deploy(model, "10y", seed=1):
+        aged = _run(model, batch)
+    assert any(not torch.equal(a, b) for a, b in zip(aged, robust, strict=True))
+
+    model.save_pretrained(tmp_path)
+    again, info = getattr(transformers, entry.model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert list(crossbar_layers(again)) == list(layers)
+    for one, other in zip(_run(again.eval(), batch), robust, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+    unpatch_model(model)
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[key], before[key]) for key in before)
+    assert all(torch.equal(one, other) for one, other in zip(_run(model, batch), expected, strict=True))
