@@ -6,7 +6,7 @@ from typing import Any
 
 import regex
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
@@ -26,6 +26,8 @@ MAX_TILES = 1024  # of a layer
 # By exact forward: a subclass with a forward of its own computes something else and stays digital.
 _CROSSBARS: dict[Any, type] = {nn.Linear: CrossbarLinear, nn.Conv2d: CrossbarConv2d, Conv1D: CrossbarConv1D}
 _KINDS: Any = tuple(_CROSSBARS)
+_UNSUPPORTED: Any = (nn.Conv1d, nn.Conv3d, nn.modules.conv._ConvTransposeNd, nn.MultiheadAttention, nn.RNNBase)
+_TABLES: Any = (nn.Embedding, nn.utils.parametrize.ParametrizationList)
 # Subclasses with a forward of their own that is known, by package and name, so that the package need not be there.
 _BY_NAME = {("timm", "Conv2dSame"): CrossbarConv2dSame, ("transformers", "FalconLinear"): CrossbarLinear}
 
@@ -201,6 +203,8 @@ def select_layers(model: nn.Module, config: ReRAMConfig) -> dict[str, nn.Module]
             unable.append(f"{name} ({type(module).__name__})")
         else:
             able[name] = module
+    if left := unsupported(model):
+        logger.warning("%s multiply by weights of kinds that are not put on crossbars, and stay digital", _some(left))
     if unable:
         logger.warning("layers of these classes have a forward of their own and stay digital: %s", ", ".join(unable))
     chosen = _targets(able, config.target_modules)
@@ -216,6 +220,21 @@ def select_layers(model: nn.Module, config: ReRAMConfig) -> dict[str, nn.Module]
             "leave none"
         )
     return {name: module for name, module in able.items() if name in chosen}
+
+
+def unsupported(model: nn.Module) -> list[str]:
+    """Modules, by name and class, that multiply by weights which no crossbar layer can hold: other convolutions,
+    attention with weights of its own, recurrent layers, experts stacked in one tensor."""
+    return [
+        f"{name} ({type(m).__name__})"
+        for name, m in model.named_modules()
+        if isinstance(m, _UNSUPPORTED) or (not isinstance(m, (*_KINDS, *_TABLES)) and _stacked(m))
+    ]
+
+
+def _stacked(module: nn.Module) -> bool:
+    """Whether it holds matrices in one tensor. Positions, alike for all examples, have a first dimension of 1."""
+    return any(p.dim() > 2 and p.shape[0] > 1 for p in module.parameters(recurse=False))
 
 
 def _targets(able: dict[str, nn.Module], target) -> set[str]:
@@ -283,7 +302,7 @@ class CrossbarSummary:
         device: name of the cell technology. layers: crossbar layers. cells: ReRAM cells, two a weight.
         weights: weights on crossbars. parameters: all of the model's parameters.
         calibrated: layers that have an input range.
-        digital: layers with weights of their own that stay digital, by name and class.
+        digital: modules with matrices of their own that stay digital, by name and class.
     """
 
     device: str
@@ -318,7 +337,7 @@ def summarize(model: nn.Module) -> CrossbarSummary:
     digital = tuple(
         f"{name} ({type(m).__name__})"
         for name, m in model.named_modules()
-        if not isinstance(m, CrossbarMixin) and isinstance(getattr(m, "weight", None), Tensor) and m.weight.dim() > 1
+        if not isinstance(m, CrossbarMixin) and any(p.dim() > 1 for p in m.parameters(recurse=False))
     )
     return CrossbarSummary(
         device=state.config.device.name,

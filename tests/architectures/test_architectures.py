@@ -1,5 +1,7 @@
 """Any model of transformers: patched, calibrated, trained with retention loss, saved, loaded, unpatched."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -15,7 +17,8 @@ from hf_reram import (
     sampled_drift,
     unpatch_model,
 )
-from tests.architectures.zoo import ZOO
+from hf_reram.patching import unsupported
+from tests.architectures.zoo import TIMM, ZOO, Entry, image, table, tokens
 
 
 def _tensors(output) -> list[torch.Tensor]:
@@ -32,7 +35,17 @@ def _run(model, batch) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("name", ZOO)
 def test_the_whole_path(name, tmp_path):
-    entry = ZOO[name]
+    _whole_path(ZOO[name], tmp_path)
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_the_whole_path_of_timm(name, tmp_path):
+    pytest.importorskip("timm")
+    shape = {"architecture": name, "num_labels": 2}
+    _whole_path(Entry("timm", "TimmWrapperForImageClassification", "TimmWrapperConfig", shape, image), tmp_path)
+
+
+def _whole_path(entry, tmp_path):
     model, batch = entry.build(), entry.batch()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     expected = _run(model, batch)
@@ -41,6 +54,7 @@ def test_the_whole_path(name, tmp_path):
     patch_model(model, config)
     layers = crossbar_layers(model)
     assert layers
+    assert {found.split("(")[1].rstrip(")") for found in unsupported(model)} == set(entry.digital)
     calibrate(model, [batch])
     model.train()
     with sampled_drift(model):
@@ -75,3 +89,31 @@ def test_the_whole_path(name, tmp_path):
     after = model.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[key], before[key]) for key in before)
     assert all(torch.equal(one, other) for one, other in zip(_run(model, batch), expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2"])
+def test_causal_models_generate_with_a_cache(name):
+    model, batch = ZOO[name].build(), ZOO[name].batch()
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    patch_model(model, ReRAMConfig(device="cmo-hfox-ibm"))
+    calibrate(model, [batch])
+    assert not any("lm_head" in layer for layer in crossbar_layers(model))
+    prompt = {"input_ids": tokens(), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
+    with deploy(model, "1d", seed=1):
+        found = [
+            model.generate(**prompt, max_new_tokens=6, do_sample=False, use_cache=cache, eos_token_id=None)
+            for cache in (True, False)
+        ]
+    assert torch.equal(*found) and found[0].shape == (2, 14)
+
+
+def test_the_table_in_the_readme_is_what_is_tested():
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert len(ZOO) >= 30 and table() in readme
+
+
+def test_parts_that_stay_digital_are_named(caplog):
+    with caplog.at_level("WARNING", "hf_reram"):
+        patch_model(ZOO["mixtral"].build(), ReRAMConfig())
+    assert "model.layers.0.mlp.experts (MixtralExperts)" in caplog.text

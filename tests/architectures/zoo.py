@@ -64,7 +64,7 @@ class Entry:
     Attributes:
         kind: in the documentation's table. model: class in transformers. config: of it, with ``shape``.
         batch: makes model inputs.
-        digital: parts that stay digital although they multiply by weights, for the table.
+        digital: classes of modules that stay digital although they multiply by weights.
     """
 
     kind: str
@@ -72,7 +72,7 @@ class Entry:
     config: str
     shape: dict[str, Any] = field(hash=False)
     batch: Callable[[], dict[str, Any]]
-    digital: str = ""
+    digital: tuple[str, ...] = ()
 
     def build(self) -> Any:
         torch.manual_seed(0)
@@ -147,7 +147,6 @@ LLAVA = {
     "vision_feature_select_strategy": "default",
     "vision_feature_layer": -1,
 }
-EXPERTS = "experts (stacked tensors)"
 
 ZOO = {
     # Text encoders
@@ -188,6 +187,7 @@ ZOO = {
         "FunnelConfig",
         {"vocab_size": 60, "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 32, "block_sizes": [1, 1]},
         classified,
+        ("FunnelRelMultiheadAttention",),
     ),
     # Causal language models
     "gpt2": Entry(
@@ -225,7 +225,7 @@ ZOO = {
         "MambaConfig",
         {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
         continued,
-        "convolution over time (Conv1d)",
+        ("Conv1d",),
     ),
     "mixtral": Entry(
         "causal",
@@ -233,7 +233,7 @@ ZOO = {
         "MixtralConfig",
         {**DECODER, "num_local_experts": 2, "num_experts_per_tok": 1},
         continued,
-        EXPERTS,
+        ("MixtralExperts",),
     ),
     "qwen3-moe": Entry(
         "causal",
@@ -241,7 +241,7 @@ ZOO = {
         "Qwen3MoeConfig",
         {**DECODER, "head_dim": 8, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16},
         continued,
-        EXPERTS,
+        ("Qwen3MoeExperts",),
     ),
     # Encoder-decoders
     "t5": Entry(
@@ -348,17 +348,15 @@ ZOO = {
         pictures(),
     ),
     # Audio
-    "wav2vec2": Entry(
-        "audio", "Wav2Vec2ForCTC", "Wav2Vec2Config", SPEECH, wave, "feature encoder and positions (Conv1d)"
-    ),
-    "hubert": Entry("audio", "HubertForCTC", "HubertConfig", SPEECH, wave, "feature encoder and positions (Conv1d)"),
+    "wav2vec2": Entry("audio", "Wav2Vec2ForCTC", "Wav2Vec2Config", SPEECH, wave, ("Conv1d", "ParametrizedConv1d")),
+    "hubert": Entry("audio", "HubertForCTC", "HubertConfig", SPEECH, wave, ("Conv1d", "ParametrizedConv1d")),
     "whisper": Entry(
         "audio",
         "WhisperForConditionalGeneration",
         "WhisperConfig",
         {**ENCODER_DECODER, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 32},
         spectrum,
-        "feature encoder (Conv1d)",
+        ("Conv1d",),
     ),
     "audio-spectrogram-transformer": Entry(
         "audio",
@@ -388,7 +386,7 @@ ZOO = {
             "vision_config": transformers.SiglipVisionConfig(**IMAGE),
         },
         captioned,
-        "attention pooling (MultiheadAttention)",
+        ("MultiheadAttention",),
     ),
     "vilt": Entry("multimodal", "ViltForQuestionAnswering", "ViltConfig", {**TEXT, **IMAGE}, asked),
     "blip": Entry(
@@ -406,3 +404,26 @@ ZOO = {
     ),
     "llava": Entry("multimodal", "LlavaForConditionalGeneration", "LlavaConfig", LLAVA, described),
 }
+
+TIMM = (
+    "resnet18",
+    "mobilenetv3_small_100",
+    "mobilenetv3_large_100",
+    "efficientnet_lite0",
+    "convnext_atto",
+    "regnetx_002",
+)
+
+
+def table() -> str:
+    """The documentation's table, in Markdown."""
+    lines = ["| | patched, trained with retention loss, saved, loaded, unpatched bit for bit |", "| --- | --- |"]
+    for kind in dict.fromkeys(entry.kind for entry in ZOO.values()):
+        names = [
+            name + (f" ({', '.join(entry.digital)} stay digital)" if entry.digital else "")
+            for name, entry in ZOO.items()
+            if entry.kind == kind
+        ]
+        lines.append(f"| {kind} | {', '.join(names)} |")
+    lines.append(f"| timm | {', '.join(TIMM)} |")
+    return "\n".join(lines)
