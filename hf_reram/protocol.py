@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from .about import About
@@ -22,6 +21,7 @@ from .device.time import format_time
 from .evaluation import evaluate_robustness
 from .publish import publish
 from .report import RobustnessReport, write_whole
+from .saving import last_checkpoint
 from .tables import comparison_table, metrics_table
 from .trainer import ReRAMTrainer
 from .version import __version__
@@ -156,7 +156,7 @@ def _base_metrics(trainer: ReRAMTrainer, evaluate: Callable, file: Path) -> dict
 
 def _train(trainer: ReRAMTrainer, home: Path) -> str:
     """Train from the last checkpoint on, if there is one; what to say about it, which a resumption says again."""
-    checkpoint = get_last_checkpoint(str(home)) if home.is_dir() else None
+    checkpoint = last_checkpoint(home)
     done = trainer.train(resume_from_checkpoint=checkpoint)
     if hasattr(trainer.model, "merge_and_unload"):  # LoRA: a chip has no digital side path
         trainer.model = trainer.model.merge_and_unload()

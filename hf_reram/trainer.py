@@ -22,10 +22,12 @@ from .evaluation import DEFAULT_TIMES, evaluate_robustness
 from .hub import about_model, push, unmeasured
 from .losses import add_retention_loss, hold_weights, noise_to_signal, sampled_drift
 from .nn.state import layer_seed
+from .nonfinite import explain
 from .outputs import divergence
 from .patching import crossbar_layers, crossbar_state, patch_model, unpatch_model
 from .publish import publish
 from .report import RobustnessReport
+from .saving import remove_incomplete, staged
 from .sensitivity import measure_sensitivity
 
 
@@ -144,6 +146,36 @@ class ReRAMTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return [n for n in super().get_decay_parameter_names(model) if not n.endswith("input_range")]
+
+    # Training
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As ``Trainer.train``. Checkpoints whose saving was interrupted are deleted, so that ``True`` resumes from the
+        last whole one; :func:`hf_reram.saving.last_checkpoint` finds it.
+
+        Raises:
+            FloatingPointError: the loss is NaN or infinite; says which layer made it so.
+        """
+        if self.is_world_process_zero():
+            remove_incomplete(self.args.output_dir or ".")
+        self.accelerator.wait_for_everyone()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        kept = dict(inputs)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):  # Trainer reads the loss here too, to keep it out of its log
+            with self.compute_loss_context_manager(), sampled_drift(self.model):
+                why = explain(self.model, lambda: self.model(**self._prepare_inputs(kept)))
+            raise FloatingPointError(f"the loss of step {self.state.global_step + 1} is {float(loss)}: {why}")
+        return loss
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        output_dir = output_dir if output_dir is not None else self.args.output_dir or "."
+        if not self.args.should_save:
+            return super()._save(output_dir, state_dict)
+        with staged(output_dir) as staging:
+            super()._save(staging, state_dict)
 
     # Loss
 

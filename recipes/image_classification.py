@@ -30,7 +30,6 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_reram import ReRAMConfig, ReRAMTrainer
 from hf_reram.about import About
@@ -48,6 +47,7 @@ from hf_reram.image_classification import (
     keep_preprocessing,
 )
 from hf_reram.protocol import OURS, run_protocol
+from hf_reram.saving import last_checkpoint
 
 # Flags of each preset, and the shape of a new model of its kind for --from_scratch.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -198,7 +198,7 @@ def train_base(arguments: Arguments, training: Training, train, classes: int, na
     processor = image_processor(model, name, arguments.image_size)
     images = ImageDataset(train, augmented, image, label)
     trainer = Trainer(model, settings, train_dataset=images, processing_class=processor)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(home)) if home.is_dir() else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(home))
     trainer.save_model(str(home / "model"))
     return str(home / "model")
 

@@ -1,0 +1,74 @@
+"""Checkpoints that are there whole or not at all, whatever interrupts the saving."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+STATE = "trainer_state.json"  # Trainer writes it last
+STAGING = ".incomplete"
+CARD = "README.md"  # PEFT writes one with every save
+
+
+@contextmanager
+def staged(folder: str | os.PathLike) -> Iterator[str]:
+    """Another folder to write into, whose files then replace those of the same name in ``folder``, except a README.md,
+    in which a person may have written. If writing fails, ``folder`` is as it was."""
+    folder = Path(folder)
+    staging = folder / STAGING
+    shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
+    staging.mkdir(parents=True)
+    try:
+        yield str(staging)
+        for path in sorted(path for path in staging.rglob("*") if path.is_file()):
+            target = folder / path.relative_to(staging)
+            if path.name == CARD and target.exists():
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def last_checkpoint(folder: str | os.PathLike) -> str | None:
+    """The last of a Trainer's checkpoints in ``folder`` that was saved to its end, None if there is none."""
+    whole = [path for path in _checkpoints(folder) if is_whole(path)]
+    return str(whole[-1]) if whole else None
+
+
+def remove_incomplete(folder: str | os.PathLike) -> None:
+    """Delete checkpoints whose saving was interrupted: to Trainer they would be the newest, so that it would resume
+    from them, and delete whole ones before them."""
+    for path in _checkpoints(folder):
+        if not is_whole(path):
+            logger.warning("%s was not saved to its end and is deleted", path)
+            shutil.rmtree(path)
+
+
+def is_whole(checkpoint: str | os.PathLike) -> bool:
+    """Whether a checkpoint was saved to its end."""
+    try:
+        TrainerState.load_from_json(str(Path(checkpoint) / STATE))
+    except (OSError, json.JSONDecodeError, TypeError):  # not there, cut off, or of other fields
+        return False
+    return True
+
+
+def _checkpoints(folder: str | os.PathLike) -> list[Path]:
+    """By their steps."""
+    folder = Path(folder)
+    steps = {
+        path: int(found[1])
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if path.is_dir() and (found := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name))
+    }
+    return sorted(steps, key=steps.__getitem__)
