@@ -25,6 +25,7 @@ class ReRAMQuantizer(HfQuantizer):
     requires_calibration = False
     quantization_config: ReRAMConfig
     files: Any = None  # that the weights come from
+    gathered: dict[str, Any] | None = None  # the state dict of a sharded model while it is saved
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         self.files = checkpoint_files if self.pre_quantized else None
@@ -56,6 +57,10 @@ class ReRAMQuantizer(HfQuantizer):
 
     def _dequantize(self, model, dtype=None):
         return unpatch_model(model)
+
+    def get_state_dict_and_metadata(self, model):
+        """What ``save_pretrained`` takes in place of the state dict that it is given; None takes the model's own."""
+        return self.gathered, {}
 
     def is_serializable(self) -> bool:
         return True

@@ -85,6 +85,7 @@ class ReRAMTrainer(Trainer):
         self.calibration_dataset, self.freeze_batch_norm = calibration_dataset, freeze_batch_norm
         self._sums: dict[str, Tensor] = {}
         self._logged_step = 0
+        self._looked_at_loss = False
         super().__init__(*args, **kwargs)
         self._prepare_crossbars(self.model)
         if teacher is not None:
@@ -174,8 +175,15 @@ class ReRAMTrainer(Trainer):
         output_dir = output_dir if output_dir is not None else self.args.output_dir or "."
         if not self.args.should_save:
             return super()._save(output_dir, state_dict)
-        with staged(output_dir) as staging:
-            super()._save(staging, state_dict)
+        quantizer = getattr(self.accelerator.unwrap_model(self.model), "hf_quantizer", None)
+        try:
+            if quantizer is not None:
+                quantizer.gathered = state_dict
+            with staged(output_dir) as staging:
+                super()._save(staging, state_dict)
+        finally:
+            if quantizer is not None:
+                quantizer.gathered = None
 
     # Loss
 
@@ -191,6 +199,8 @@ class ReRAMTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.freeze_batch_norm:
             freeze_batch_norm(self.model)
+        if num_items_in_batch is not None and self.model_accepts_loss_kwargs and not self._looked_at_loss:
+            self._look_at_loss(model, inputs, num_items_in_batch)
         state = crossbar_state(self.model)
         state.noise_seed = layer_seed(self.args.seed, f"step {self.state.global_step}")
         state.measure = state.term != "output" and self._measures_next()
@@ -222,6 +232,22 @@ class ReRAMTrainer(Trainer):
             if retention is None:
                 self._count("retention_loss", mean)
         return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def _look_at_loss(self, model: nn.Module, inputs: dict[str, Any], count: Any) -> None:
+        """See whether the model divides its loss by ``num_items_in_batch``. Trainer believes that of every model that
+        takes ``**kwargs``; where one averages over the batch nevertheless (BertForSequenceClassification), processes
+        and accumulated batches would add up instead of being averaged, and the retention loss would weigh less."""
+        self._looked_at_loss = True
+        if self.args.world_size * self.args.gradient_accumulation_steps == 1:
+            return
+        model.eval()
+        try:
+            one, half = (getattr(model(**inputs, num_items_in_batch=count * times), "loss", None) for times in (1, 2))
+        finally:
+            model.train()
+        if one is not None and half is not None and torch.allclose(one.float(), half.float(), rtol=1e-3):
+            self.model_accepts_loss_kwargs = False
 
     def _task_loss(self, model, inputs, kept, num_items_in_batch):
         if self.teacher is None:
