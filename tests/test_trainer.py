@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_reram import ReRAMConfig, ReRAMTrainer, RobustnessReport, crossbar_layers, digital, patch_model
+from hf_reram import ReRAMConfig, ReRAMTrainer, RobustnessReport, calibrate, crossbar_layers, digital, patch_model
 from hf_reram.config import RETENTION_LOSSES
 from tests.conftest import bert_batch
 
@@ -19,10 +21,7 @@ def fresh_bert(seed=0):
     set_seed(seed)
     shape = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 3}
     quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    model = BertForSequenceClassification(BertConfig(**shape, **quiet, intermediate_size=32))
-    # It takes **kwargs but ignores num_items_in_batch, so that Trainer itself would count each micro-batch fully.
-    model.accepts_loss_kwargs = False
-    return model
+    return BertForSequenceClassification(BertConfig(**shape, **quiet, intermediate_size=32))
 
 
 def examples(n=32, labels=True):
@@ -219,3 +218,22 @@ def test_model_init(tmp_path):
     )
     trainer.train()
     assert all(layer.calibrated for layer in crossbar_layers(trainer.model).values())
+
+
+@pytest.mark.parametrize("loss", ["none", "weight"])
+def test_accumulated_batches_are_averaged_though_the_model_ignores_how_many(tiny_bert, tmp_path, loss):
+    """BertForSequenceClassification takes ``**kwargs`` but averages over the batch that it sees."""
+    batch = bert_batch(16)
+    data = [{key: value[i] for key, value in batch.items()} for i in range(16)]
+    patch_model(tiny_bert, ReRAMConfig(retention_loss=loss))
+    calibrate(tiny_bert, [batch])
+    found = []
+    for size, parts in ((16, 1), (4, 4)):
+        more = {"per_device_train_batch_size": size, "gradient_accumulation_steps": parts, "max_grad_norm": 1e9}
+        args = TrainingArguments(
+            tmp_path, max_steps=1, logging_steps=1, use_cpu=True, report_to=[], save_strategy="no", **more
+        )
+        trainer = ReRAMTrainer(copy.deepcopy(tiny_bert), args, train_dataset=data)
+        trainer.train()
+        found.append({key: trainer.state.log_history[0][key] for key in ("loss", "grad_norm", "task_loss")})
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
