@@ -6,6 +6,8 @@ from typing import Any
 
 import regex
 import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
@@ -53,7 +55,8 @@ def patch_model(model: nn.Module, config: ReRAMConfig) -> nn.Module:
 
     ``nn.Linear`` becomes :class:`CrossbarLinear`, ``nn.Conv2d`` :class:`CrossbarConv2d`, GPT-2's ``Conv1D``
     :class:`CrossbarConv1D`, by class swap: no weight is copied and every state-dict key stays. Embeddings and layers
-    tied to them stay digital. Input ranges are set by :func:`hf_reram.calibrate`; until then each batch spans its own.
+    tied to them stay digital, and so do PEFT's adapters beside a crossbar. Input ranges are set by
+    :func:`hf_reram.calibrate`; until then each batch spans its own.
 
     Raises:
         ValueError: the model is patched already, nothing is left to patch, a name in ``target_modules`` or
@@ -62,11 +65,17 @@ def patch_model(model: nn.Module, config: ReRAMConfig) -> nn.Module:
     """
     if not isinstance(config, ReRAMConfig):
         raise TypeError(f"config={config!r}: allowed is a ReRAMConfig")
-    swap_layers(model, config)
-    initialize_layers(model)
-    attach_config(model, config)
-    logger.info("%s", summarize(model))
+    base = _without_adapters(model)
+    swap_layers(base, config)
+    initialize_layers(base)
+    attach_config(base, config)
+    logger.info("%s", summarize(base))
     return model
+
+
+def _without_adapters(model: Any) -> Any:
+    """The model that PEFT has wrapped, whose layers hold the adapters; any other model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def attach_config(model: Any, config: ReRAMConfig) -> None:
@@ -166,7 +175,8 @@ def unpatch_model(model: Any) -> nn.Module:
         ValueError: the model is not patched.
     """
     crossbar_state(model)
-    for layer in crossbar_layers(model).values():
+    wrapped, model = model, _without_adapters(model)
+    for layer in [m for m in model.modules() if isinstance(m, CrossbarMixin)]:  # PEFT's modules_to_save are copies
         layer.remove_crossbar()
         layer.__class__ = layer.__dict__.pop("_digital_class")
     for module in model.modules():
@@ -178,7 +188,7 @@ def unpatch_model(model: Any) -> nn.Module:
     for owner, name in ((model, "hf_quantizer"), (model, UPLOAD), (config, "quantization_config")):
         if name in getattr(owner, "__dict__", {}):
             delattr(owner, name)
-    return model
+    return wrapped
 
 
 # Selection
@@ -193,12 +203,19 @@ def select_layers(model: nn.Module, config: ReRAMConfig) -> dict[str, nn.Module]
         if isinstance(m, nn.MultiheadAttention)  # reads its projections' weights without calling them
         for child, _ in m.named_children()
     }
+    adapted: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    adapters = tuple(
+        f"{name}.{child}." for name, m in adapted.items() for child, _ in m.named_children() if child != "base_layer"
+    )
     able: dict[str, nn.Module] = {}
     unable = []
     module: Any
     for name, module in model.named_modules():
         if not isinstance(module, _KINDS) or name in tied or name in inside_attention:
             continue
+        if f"{name}.".startswith(adapters):
+            continue
+        name = name.replace(".base_layer", "")  # PEFT's, so that the layer has one name with adapters and without
         if _crossbar_class(module) is None:
             unable.append(f"{name} ({type(module).__name__})")
         else:
@@ -219,7 +236,7 @@ def select_layers(model: nn.Module, config: ReRAMConfig) -> dict[str, nn.Module]
             f"target_modules={config.target_modules!r}, modules_to_not_convert={config.modules_to_not_convert!r} "
             "leave none"
         )
-    return {name: module for name, module in able.items() if name in chosen}
+    return {name: able[name] for name in able if name in chosen}
 
 
 def unsupported(model: nn.Module) -> list[str]:

@@ -1,0 +1,164 @@
+"""PEFT's adapters as digital side paths beside frozen crossbars."""
+
+import copy
+from contextlib import nullcontext
+from functools import partial
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import BertForSequenceClassification, TrainingArguments
+
+from hf_reram import (
+    ReRAMConfig,
+    ReRAMTrainer,
+    calibrate,
+    crossbar_layers,
+    deploy,
+    evaluate_robustness,
+    noise_to_signal,
+    patch_model,
+    unpatch_model,
+)
+from tests.conftest import bert_batch
+
+
+@pytest.fixture
+def base(tiny_bert, tmp_path) -> str:
+    """A calibrated checkpoint on crossbars."""
+    patch_model(tiny_bert, ReRAMConfig(device="hfox-neurram", retention_loss="output+drift", retention_times=["1d"]))
+    calibrate(tiny_bert, [bert_batch()])
+    tiny_bert.save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+def with_lora(base: str) -> PeftModel:
+    torch.manual_seed(0)
+    model = BertForSequenceClassification.from_pretrained(base)
+    return get_peft_model(model, LoraConfig(r=4, target_modules=["query", "value", "dense"], task_type="SEQ_CLS"))
+
+
+@torch.no_grad()
+def logits(model, batch, chip: bool) -> torch.Tensor:
+    with deploy(model, "1d", seed=2) if chip else nullcontext():
+        torch.manual_seed(0)  # of the read noise
+        return model(**batch).logits
+
+
+def trained(base: str, folder, **options) -> ReRAMTrainer:
+    batch = bert_batch(32)
+    data = [{key: value[i] for key, value in batch.items()} for i in range(32)]
+    args = TrainingArguments(
+        folder, max_steps=8, learning_rate=1e-2, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True
+    )
+    trainer = ReRAMTrainer(with_lora(base), args, train_dataset=data, **options)
+    trainer.train()
+    return trainer
+
+
+def test_adapters_are_trained_beside_frozen_crossbars(base, tmp_path):
+    before = BertForSequenceClassification.from_pretrained(base)
+    trainer = trained(base, tmp_path)
+    model, batch = trainer.model, bert_batch()
+    after = dict(model.get_base_model().named_parameters())
+    for name, value in before.named_parameters():
+        name = (
+            name
+            if name in after
+            else name.replace(".weight", ".base_layer.weight").replace(".bias", ".base_layer.bias")
+        )
+        if "classifier" not in name:  # trained whole, as task_type says
+            assert torch.equal(after[name], value), name
+    assert all(torch.any(p != 0) for n, p in model.named_parameters() if "lora_B" in n)
+    assert noise_to_signal(model)  # the crossbars' errors were on in training
+    # An ordinary adapter: PEFT saves and loads it.
+    model.eval().save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(BertForSequenceClassification.from_pretrained(base), tmp_path / "adapter").eval()
+    assert len(crossbar_layers(again)) == len(crossbar_layers(before))
+    for chip in (True, False):
+        one, other, plain = (logits(m, batch, chip) for m in (model, again, before.eval()))
+        torch.testing.assert_close(one, other)
+        assert not torch.allclose(one, plain)
+
+
+def test_chips_spoil_the_crossbars_but_not_the_side_paths(base):
+    model, batch = with_lora(base).eval(), bert_batch()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "base_layer.weight" in name:
+                parameter.zero_()  # what is left is the side path
+            if "lora_B" in name:
+                parameter.normal_()
+    layer = model.get_base_model().bert.encoder.layer[0].attention.self.query
+    x = torch.randn(4, 16)
+
+    @torch.no_grad()
+    def parts() -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(0)  # of the read noise
+        whole = layer(x)
+        torch.manual_seed(0)
+        crossbar = layer.base_layer(x)
+        return crossbar, whole - crossbar
+
+    with deploy(model, "1d", seed=1):
+        spoilt, side = parts()
+    crossbar, expected = parts()
+    assert not torch.allclose(spoilt, crossbar)
+    torch.testing.assert_close(side, expected, rtol=1e-4, atol=1e-5)
+    report = evaluate_robustness(model, lambda m: float(m(**batch).loss), ["1d"], seeds=2, progress=False)
+    assert len(report.measurements) == 2
+
+
+def test_adapters_merge_into_the_crossbars(base, tmp_path):
+    model, batch = trained(base, tmp_path).model.eval(), bert_batch()
+    with torch.no_grad():
+        for layer in crossbar_layers(model).values():
+            layer.weight_scale.mul_(100)  # far from clipping, which merged weights may meet and side paths do not
+        expected = model(**batch).logits
+        merged = copy.deepcopy(model).merge_and_unload()
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+    assert len(crossbar_layers(merged)) == len(crossbar_layers(model))
+    with torch.no_grad():
+        found = merged(**batch).logits
+    # The side path sees the input as it is, the crossbar through its sinh and its input range.
+    assert torch.nn.functional.cosine_similarity(found.flatten(), expected.flatten(), 0) > 0.99
+    merged.save_pretrained(tmp_path / "merged")
+    again = BertForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(again(**batch).logits, found)
+
+
+@pytest.mark.parametrize("loss", ["output", "weight", "sensitivity", "drift", "output+drift", "noise"])
+def test_frozen_crossbars_get_no_gradient_but_the_side_paths_do(base, tmp_path, loss):
+    model = with_lora(base)
+    config = ReRAMConfig(device="hfox-neurram", retention_loss=loss)
+    batch = bert_batch(16)
+    data = [{key: value[i] for key, value in batch.items()} for i in range(16)]
+    args = TrainingArguments(tmp_path, max_steps=1, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True)
+    trainer = ReRAMTrainer(model, args, train_dataset=data, reram_config=config)
+    trainer.optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    seen = {}
+
+    def look(name: str, grad: torch.Tensor) -> None:
+        seen[name] = bool(torch.isfinite(grad).all())
+
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(partial(look, name))
+    trainer.train()
+    assert seen and all(seen.values()) and any("lora_B" in name for name in seen)
+    assert not any("base_layer" in name for name in seen)
+
+
+def test_a_model_with_adapters_is_patched_around_them(tiny_bert):
+    """The same layers, names and chips as without adapters."""
+    plain = patch_model(copy.deepcopy(tiny_bert), ReRAMConfig(target_modules=["query", "dense"]))
+    model = get_peft_model(copy.deepcopy(tiny_bert), LoraConfig(r=2, target_modules=["query", "value", "dense"]))
+    patch_model(model, ReRAMConfig(target_modules=["query", "dense"]))
+    assert list(crossbar_layers(model)) == list(crossbar_layers(plain))
+    batch = bert_batch()
+    for m in (plain, model):
+        calibrate(m, [batch])
+    torch.testing.assert_close(logits(model.eval(), batch, True), logits(plain, batch, True))
+    unpatch_model(model)
+    assert not crossbar_layers(model)
+    torch.testing.assert_close(model(**batch).logits, tiny_bert(**batch).logits)
