@@ -249,6 +249,7 @@ def _settle(shared: list[LayerStatistics], config: ReRAMConfig) -> None:
         layer.weight_scale.copy_(weight_scales(rows, config.weight_clip, per_channel, error, inputs))
         layer.adc_range.fill_(_largest_current(statistics, span, config))
         layer.forget_white_noise()
+        layer.scalars()
 
 
 def _phi(x: Tensor, span: float, b: float, gain: float) -> Tensor:

@@ -69,7 +69,7 @@ def add_retention_loss(task_loss: Tensor, model: nn.Module, weight: float | None
         return task_loss, torch.zeros_like(task_loss.detach())
     state, terms = _collected(model)
     processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    terms = terms.detach().clone()
+    own, terms = terms, terms.detach().clone()
     if processes > 1:
         dist.all_reduce(terms)
     terms.requires_grad_(True)
@@ -82,8 +82,11 @@ def add_retention_loss(task_loss: Tensor, model: nn.Module, weight: float | None
         state.ratios = {name: term.detach() for name, term in state.terms.items()}
     state.terms = {}  # their graphs would keep activations alive
     weight = state.config.retention_weight if weight is None else weight
-    # Gradients are averaged over processes later, hence the factor.
-    return Add.apply(task_loss, value.detach(), weight, scales, gradients * processes), value.detach()
+    gradients = gradients * processes  # which are averaged over processes later
+    if not state.attached:
+        pull = (own * gradients).sum()
+        return task_loss + weight * (value.detach() + pull - pull.detach()).to(task_loss), value.detach()
+    return Add.apply(task_loss, value.detach(), weight, scales, gradients), value.detach()
 
 
 def noise_to_signal(model: nn.Module) -> dict[str, float]:
@@ -109,6 +112,10 @@ def sampled_drift(model: nn.Module, kind: str | None = None) -> Iterator[None]:
     before = state.drift, state.sampling
     state.drift = kind or state.drift
     state.sampling = state.drift is not None
+    state.draw_drift_time()
+    if state.drift == "noise":
+        for layer in crossbar_layers(model).values():
+            layer.white_noise_std()  # known before compiled code needs it
     try:
         yield
     finally:

@@ -150,6 +150,7 @@ def initialize_layers(model: nn.Module, names: set[str] | None = None) -> None:
             layer.gain.fill_(initial_gain(config, config.device.b(shrink)))
             per_channel = config.weight_scale == "per_channel"
             layer.weight_scale.copy_(weight_scales(layer._rows(layer.weight), config.weight_clip, per_channel, error))
+        layer.scalars()
         if config.learn_input_range and not isinstance(layer.input_range, nn.Parameter):
             make_range_trainable(layer)
 

@@ -44,7 +44,7 @@ class WeightError:
     @property
     def mean_square(self) -> float:
         """Mean over the times of the squared factor by which a linear m scales the weights."""
-        return float(np.mean([mean[1] ** 2 for mean in self.means]))
+        return sum(mean[1] ** 2 for mean in self.means) / len(self.means)
 
 
 @lru_cache(maxsize=256)

@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 from ..device.retention import horner
 from ..device.weight_error import WeightError
 from .chunks import evaluate_polynomial, row_pieces
+from .compiled import held_weight
 
 
 def map_weight(weight: Tensor, scale: Tensor) -> Tensor:
@@ -17,7 +18,9 @@ def map_weight(weight: Tensor, scale: Tensor) -> Tensor:
     Args:
         weight: any shape. scale: w_scale, broadcastable to it.
     """
-    if weight.device.type == "cpu" and not torch.compiler.is_compiling() and _all_within(weight.detach(), scale):
+    if torch.compiler.is_compiling():
+        return held_weight(weight, scale)
+    if weight.device.type == "cpu" and _all_within(weight.detach(), scale):
         return weight
     return MapWeight.apply(weight, scale)
 
@@ -159,7 +162,7 @@ def weight_mean(weight: Tensor, scale: Tensor, mean: tuple) -> Tensor:
 
 def _weight_pieces(weight: Tensor, scale: Tensor, *others: Tensor):
     """Row slices of a weight, its scale, further tensors of the weight's shape, and a work tensor."""
-    if torch.compiler.is_compiling() or weight.device.type != "cpu":
+    if weight.device.type != "cpu":
         yield (weight, scale, *others, torch.empty_like(weight))
         return
     # A scale of fewer dimensions lies along the last one (Conv1D), even where the weight is square.

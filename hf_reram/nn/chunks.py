@@ -62,7 +62,7 @@ def evaluate_polynomial(coefficients: tuple[float, ...], a: Tensor, out: Tensor)
     """``Σ coefficients[k] a^k`` into ``out`` by Horner's scheme, one pass a degree on CPU."""
     if len(coefficients) == 1:
         return out.fill_(coefficients[0])
-    if a.device.type == "cpu" and not torch.compiler.is_compiling():
+    if a.device.type == "cpu":
         constants = _constants(coefficients, a.dtype)
         torch.add(constants[-2], a, alpha=coefficients[-1], out=out)
         for c in constants[-3::-1]:

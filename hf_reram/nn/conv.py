@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .mixin import CrossbarMixin
-from .power import InputPower, Pull
+from .power import Pull, input_power
 
 
 class CrossbarConv2d(CrossbarMixin, nn.Conv2d):
@@ -41,7 +41,7 @@ class CrossbarConv2d(CrossbarMixin, nn.Conv2d):
 
     def _input_power(self, s: Tensor, pull: Pull | None) -> Tensor:
         # Summed over the batch first: a window's sum of squares needs no unfolding of the whole batch.
-        power = InputPower.apply(s if s.dim() == 4 else s[None], None, pull)
+        power = input_power(s if s.dim() == 4 else s[None], None, pull)
         return self.unfold(self._padded(power[None])).sum(-1).view(self.groups, -1)
 
     def unfold(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from .chunks import chunkable, evaluate_polynomial, pieces, row_pieces
 from .power import Pull
 
 # Up to this b a polynomial replaces sinh on CPU, where torch's float32 sinh is scalar code, 20 times slower.
-_POLYNOMIAL_B = 4.0
+POLYNOMIAL_B = 4.0
 
 Limits = tuple[float, float]
 
@@ -130,7 +130,7 @@ class ShrunkSinh(Function):
         linear = b < LINEAR_B
         bound = 1.0 if linear else b
         scale = bound / input_range
-        if not linear and b <= _POLYNOMIAL_B and chunkable(x):
+        if not linear and b <= POLYNOMIAL_B and chunkable(x):
             s = _sinh_chunked(x.detach(), float(input_range), b, levels, gain, floor)
         else:
             s = _drive_(x * scale, bound, levels, floor)

@@ -6,14 +6,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .mixin import CrossbarMixin
-from .power import InputPower, Pull
+from .power import Pull, input_power
 
 
 class _Matrix(CrossbarMixin):
     """A layer whose crossbar is one matrix: rows are input features."""
 
     def _input_power(self, s: Tensor, pull: Pull | None) -> Tensor:
-        return InputPower.apply(s.reshape(-1, s.shape[-1]), self.crossbar.keep(s), pull)[None]
+        return input_power(s.reshape(-1, s.shape[-1]), self.crossbar.keep(s), pull)[None]
 
     def _output_rows(self, y: Tensor) -> Tensor:
         return y.reshape(-1, y.shape[-1])

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ..config import converter_levels, dac_grid
-from ..device.iv import LINEAR_B
+from ..device.iv import LINEAR_B, sinh_coefficients
 from ..device.weight_error import white_error
+from . import compiled
 from .attach import Attach
 from .cells import DriftedWeight, WeightVariance, map_weight
-from .functional import Quantize, ShrunkSinh
+from .functional import POLYNOMIAL_B, Quantize, ShrunkSinh
 from .noise import white_noise_like
 from .power import Pull
 from .sharing import shared_drive
@@ -58,7 +59,9 @@ class CrossbarMixin(nn.Module):
     deployed: Tensor | None  # the realized weight of a chip, in place of `weight`; see hf_reram.deployment
     sensitivity: Tensor | None  # (output channels,), see hf_reram.sensitivity
     copies_output: bool  # whether the model may change the output in place, which a retention term still needs
-    _scalars_of: Any = None
+    _scalars: Any = None
+    _scalars_of: Any = None  # the buffers and their versions
+    _coefficients: tuple[float, ...] = ()
     _white_std: float | None = None
     term_scale: Tensor  # the gradient that this layer's retention term receives, see hf_reram.nn.attach
 
@@ -72,7 +75,7 @@ class CrossbarMixin(nn.Module):
         """
         self.crossbar, self.crossbar_name = state, name
         self.deployed = self.sensitivity = None
-        self._scalars_of = self._white_std = None
+        self._scalars = self._scalars_of = self._white_std = None
         self.copies_output = True
         self.term_scale = torch.zeros(2, device=self.weight.device)
         weight = self.weight
@@ -89,7 +92,7 @@ class CrossbarMixin(nn.Module):
             self._buffers.pop(name, None)
             self._parameters.pop(name, None)
         own = ("crossbar", "crossbar_name", "deployed", "sensitivity", "term_scale", "copies_output")
-        for name in (*own, "_scalars_of", "_white_std"):
+        for name in (*own, "_scalars", "_scalars_of", "_coefficients", "_white_std"):
             self.__dict__.pop(name, None)
 
     @property
@@ -105,16 +108,23 @@ class CrossbarMixin(nn.Module):
     def scalars(self) -> tuple[float, float, float, float, float, int]:
         """``(input_range, b, gain · b, adc_range, input_floor, a number that stands for input_offset)`` as floats, read
         again only when a buffer changed."""
+        if torch.compiler.is_compiling() and self._scalars is not None:
+            return self._scalars  # as calibration or loading left them
         tensors = (self.input_range, self.range_shrink, self.gain, self.adc_range, self.input_floor, self.input_offset)
-        if torch.compiler.is_compiling() and self._scalars_of is not None:
-            return self._scalars_of[1]
         key = tuple((id(t), -1 if t.is_inference() else t._version) for t in tensors)
-        if self._scalars_of is None or self._scalars_of[0] != key:
+        if self._scalars is None or self._scalars_of != key:
             r, shrink, gain, full_scale, floor = (float(t.detach().item()) for t in tensors[:-1])
             offset = self.input_offset.detach().float().cpu()
             mark = zlib.crc32(offset.numpy().tobytes()) if offset.any() else 0
-            self._scalars_of = (key, (r, self.crossbar.config.device.b(shrink), gain, full_scale, floor, mark))
-        return self._scalars_of[1]
+            b = self.crossbar.config.device.b(shrink)
+            self._scalars_of, self._scalars = key, (r, b, gain, full_scale, floor, mark)
+            self._coefficients = sinh_coefficients(b) if LINEAR_B <= b <= POLYNOMIAL_B else ()
+        return self._scalars
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.input_range.device.type != "meta":
+            self.scalars()  # compiled code does not look
 
     def extra_repr(self) -> str:
         if not hasattr(self, "crossbar"):
@@ -193,15 +203,25 @@ class CrossbarMixin(nn.Module):
         levels, floor = dac_grid(state.config.dac_bits, floor)
         factor: Any = span * (gain if b < LINEAR_B else gain / b)
         if isinstance(span, Tensor):
-            return ShrunkSinh.apply(self._driven(x), span, b, levels, 1.0, None, floor), factor, None
+            return self._sinh(x, span, b, levels, 1.0, None, floor), factor, None
+        if torch.compiler.is_compiling():
+            return self._sinh(x, span, b, levels, factor, None, floor), 1.0, None
 
         def compute() -> tuple[Tensor, Pull | None]:
-            pull = Pull() if self.training and state.term and not torch.compiler.is_compiling() else None
-            return ShrunkSinh.apply(self._driven(x), span, b, levels, factor, pull, floor), pull
+            pull = Pull() if self.training and state.term else None
+            return self._sinh(x, span, b, levels, factor, pull, floor), pull
 
         shape = self._shape_key() if mark else ()
         s, pull = shared_drive(x, (span, b, levels, floor, factor, self.training, mark, shape), compute)
         return s, 1.0, pull
+
+    def _sinh(
+        self, x: Tensor, span: Any, b: float, levels: int, gain: float, pull: Pull | None, floor: float
+    ) -> Tensor:
+        x = self._driven(x)
+        if torch.compiler.is_compiling():
+            return compiled.shrunk_sinh(x, span, b, levels, gain, floor, self._coefficients)
+        return ShrunkSinh.apply(x, span, b, levels, gain, pull, floor)
 
     def _span(self, x: Tensor) -> Any:
         """The input range, a float, or a tensor where it is learned; that of the batch where not calibrated.
@@ -228,16 +248,20 @@ class CrossbarMixin(nn.Module):
             return map_weight(self.weight, self.held_scale()), None
         weight = wide(self.weight)
         noise = state.normal(weight, self.crossbar_name)
-        error = state.drift_error if state.drift == "drift" else white_error(self._white_noise_std())
+        error = state.drift_error if state.drift == "drift" else white_error(self.white_noise_std())
         needed = state.term is not None and error is state.error
-        held, variance = DriftedWeight.apply(weight, wide(self.held_scale()), noise, error, needed)
+        scale = wide(self.held_scale())
+        if torch.compiler.is_compiling():
+            held, variance = compiled.drifted_weight(weight, scale, noise, error)
+            return held.to(self.weight.dtype), variance if needed else None
+        held, variance = DriftedWeight.apply(weight, scale, noise, error, needed)
         return held.to(self.weight.dtype), variance
 
     def forget_white_noise(self) -> None:
         """Have the power of "noise" measured anew, after weight_scale has changed."""
         self._white_std = None
 
-    def _white_noise_std(self) -> float:
+    def white_noise_std(self) -> float:
         """Spread, in units of weight_scale, of white noise with the power of the device's retention error."""
         if self._white_std is None:
             with torch.no_grad():
@@ -263,7 +287,9 @@ class CrossbarMixin(nn.Module):
         for s_tile, weight_tile in self._tiles(s, weight):
             current = self._op(s_tile, weight_tile, None)
             if levels := converter_levels(config.adc_bits):
-                current = Quantize.apply(current, self._adc_span(current, unit) * unit / levels, levels)
+                step = self._adc_span(current, unit) * unit / levels
+                fused = torch.compiler.is_compiling()
+                current = (compiled.quantize if fused else Quantize.apply)(current, step, levels)
             y, tiles = current if y is None else y + current, tiles + 1
         if noisy:
             std = config.device.read_noise / (config.device.g_range * config.device.read_voltage)
@@ -313,6 +339,9 @@ class CrossbarMixin(nn.Module):
                 tap_output(self, reading)
             term = TERMS[state.term](self, reading)
             state.collect(state.terms, self.crossbar_name, term)
+            state.attached = not torch.compiler.is_compiling()
+            if not state.attached:
+                return reading.y
             if self.term_scale.device != reading.y.device:
                 self.term_scale = torch.zeros(2, device=reading.y.device)
             y = Attach.apply(reading.y, term, self.term_scale)

@@ -13,6 +13,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from .chunks import row_pieces
+from .compiled import row_power
 
 
 class Pull:
@@ -59,7 +60,7 @@ class InputPower(Function):
         if pull is not None and pull.power is not None:
             return pull.power.clone()
         dtype = torch.promote_types(s.dtype, torch.float32)
-        if torch.compiler.is_compiling() or s.device.type != "cpu" or s.dtype != dtype:
+        if s.device.type != "cpu" or s.dtype != dtype:
             power = (s.to(dtype).square() if keep is None else s.to(dtype).square() * _rows_like(keep, s)).sum(0)
         else:
             power = torch.zeros(s.shape[1:], dtype=dtype)
@@ -82,6 +83,11 @@ class InputPower(Function):
             return None, None, None
         result = s * (2 * grad).to(s.dtype)
         return (result if keep is None else result.mul_(_rows_like(keep, s))), None, None
+
+
+def input_power(s: Tensor, keep: Tensor | None, pull: Pull | None) -> Tensor:
+    """:class:`InputPower`, or what stands for it under ``torch.compile``."""
+    return row_power(s, keep) if torch.compiler.is_compiling() else InputPower.apply(s, keep, pull)
 
 
 class Tap(Function):
@@ -163,7 +169,7 @@ def _power_gradient(grad: Tensor | None, y: Tensor, bias: Tensor | None, amount:
 
 def _pieces(y: Tensor, dtype: torch.dtype | None = None):
     """As :func:`hf_reram.nn.chunks.row_pieces` on CPU; the whole tensor elsewhere."""
-    if torch.compiler.is_compiling() or y.device.type != "cpu":
+    if y.device.type != "cpu":
         yield slice(None), torch.empty(y.shape, device=y.device, dtype=dtype or y.dtype)
     else:
         yield from row_pieces(y, dtype)

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..config import ReRAMConfig
 from ..device.time import parse_time
 from ..device.weight_error import WeightError, weight_error
+from .compiled import seeded_normal
 
 
 class CrossbarState:
@@ -17,7 +18,7 @@ class CrossbarState:
     Attributes:
         digital: layers compute what the digital layer computes.
         error: moments of the retention error over ``config.retention_times``.
-        drift_error: the same at the one time that this forward's sampled drift uses.
+        drift_error: the same at the one time that sampled drift uses now.
         term: which closed-form term training forwards collect: None, "output", "weight" or "sensitivity".
         drift: which error the loss wants sampled: None, "drift" (the device's) or "noise" (white).
         sampling: training forwards sample it now; see :func:`hf_reram.losses.sampled_drift`.
@@ -26,7 +27,8 @@ class CrossbarState:
         terms, ratios: (noise, signal) by layer name, summed over the calls of a layer in the current forward.
         consumed: the terms have been read; the next one starts anew.
         noise_seed: seeds the sampled drift, so that all micro-batches and processes of an optimizer step see one chip;
-            None draws from torch's global generator.
+            None draws from torch's global generator. Kept in a tensor, which compiled code reads anew.
+        attached: the terms travel attached to the layers' outputs, see :mod:`.attach`; not in compiled code.
         report: the model's last robustness report, whose weights it may have left since.
     """
 
@@ -39,10 +41,21 @@ class CrossbarState:
         self.mask: Tensor | None = None
         self.batch_size = 1
         self.consumed = False
-        self.noise_seed: int | None = None
+        self._seed = torch.full((), -1, dtype=torch.int64)
+        self._seed_number: int | None = None
+        self.attached = True
         self.terms: dict[str, Tensor] = {}
         self.ratios: dict[str, Tensor] = {}
         self.configure(config)
+
+    @property
+    def noise_seed(self) -> int | None:
+        return self._seed_number
+
+    @noise_seed.setter
+    def noise_seed(self, seed: int | None) -> None:
+        self._seed_number = seed
+        self._seed.fill_(-1 if seed is None else seed)
 
     def configure(self, config: ReRAMConfig) -> None:
         """Take over a config: the device, the loss and its times."""
@@ -60,21 +73,22 @@ class CrossbarState:
         return weight_error(self.config.device, times, kelvin)
 
     def begin_forward(self, training: bool, inputs: tuple, kwargs: dict) -> None:
-        """Forget the last forward's terms; note this one's padding mask and batch size; draw its drift time."""
+        """Forget the last forward's terms; note this one's padding mask and batch size."""
         tensors = [v for v in (*inputs, *kwargs.values()) if isinstance(v, Tensor)]
         mask = kwargs.get("attention_mask")
         self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        if torch.compiler.is_compiling():
-            return
-        for tensor in tensors:
+        for tensor in () if torch.compiler.is_compiling() else tensors:
             if tensor.is_floating_point() and tensor.device.type == "cpu" and torch.isnan(tensor.detach().sum()):
                 raise ValueError("an input of the model contains NaN: a crossbar cannot be driven with it")
         if training:
             self._forget()
             self.batch_size = tensors[0].shape[0] if tensors and tensors[0].dim() else 1
-            if self.drift == "drift" and len(self.times) > 1:
-                pick = int(torch.randint(len(self.times), (), generator=self._generator("time", torch.device("cpu"))))
-                self.drift_error = self.error_at((self.times[pick],))
+
+    def draw_drift_time(self) -> None:
+        """One of the config's times, for sampled drift."""
+        if self.drift == "drift" and len(self.times) > 1:
+            pick = int(torch.randint(len(self.times), (), generator=self._generator("time", torch.device("cpu"))))
+            self.drift_error = self.error_at((self.times[pick],))
 
     def keep(self, x: Tensor) -> Tensor | None:
         """1 for each row of ``x`` (batch, tokens, features) that is no padding, 0 for the others; None if unknown."""
@@ -95,6 +109,8 @@ class CrossbarState:
 
     def normal(self, like: Tensor, name: str) -> Tensor:
         """Standard normal variates for the layer ``name``, of shape, dtype and device of ``like``."""
+        if torch.compiler.is_compiling():
+            return seeded_normal(like.detach(), self._seed, name)
         generator = self._generator(name, like.device)
         return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
 

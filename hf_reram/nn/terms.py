@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import compiled
 from .cells import WeightVariance, map_weight, weight_mean
 from .power import OutputPower, Pull, Tap
 
@@ -108,8 +109,8 @@ TERMS = {"output": output_term, "weight": weight_term, "sensitivity": sensitivit
 def _variance(layer, reading: Reading) -> Tensor:
     if reading.variance is not None:
         return reading.variance
-    error = layer.crossbar.error
-    return WeightVariance.apply(wide(layer.weight), wide(layer.held_scale()), error)
+    variance = compiled.weight_variance if torch.compiler.is_compiling() else WeightVariance.apply
+    return variance(wide(layer.weight), wide(layer.held_scale()), layer.crossbar.error)
 
 
 def _bias(layer, reading: Reading) -> Tensor | None:
@@ -118,7 +119,13 @@ def _bias(layer, reading: Reading) -> Tensor | None:
 
 def _output_power(layer, reading: Reading) -> Tensor:
     keep = layer.crossbar.keep(reading.s)
-    return OutputPower.apply(layer._output_rows(reading.y), _bias(layer, reading), keep, reading.output_pull)
+    return _power(layer._output_rows(reading.y), _bias(layer, reading), keep, reading.output_pull)
+
+
+def _power(y: Tensor, bias: Tensor | None, keep: Tensor | None, pull: Pull | None) -> Tensor:
+    if torch.compiler.is_compiling():
+        return compiled.total_power(y, bias, keep)
+    return OutputPower.apply(y, bias, keep, pull)
 
 
 def _mean_power(layer, reading: Reading) -> Tensor:
@@ -130,5 +137,5 @@ def _mean_power(layer, reading: Reading) -> Tensor:
     powers: list[Any] = []
     for mean in error.means:
         shifted = weight_mean(wide(layer.weight), scale, mean) * reading.factor
-        powers.append(OutputPower.apply(layer._output_rows(layer._op(s, shifted, None)), None, keep, None))
+        powers.append(_power(layer._output_rows(layer._op(s, shifted, None)), None, keep, None))
     return torch.stack(powers).mean(0)

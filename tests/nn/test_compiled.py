@@ -1,0 +1,157 @@
+"""Under ``torch.compile``: one graph, with the losses and gradients of eager mode."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from hf_reram import (
+    ReRAMConfig,
+    add_retention_loss,
+    calibrate,
+    crossbar_layers,
+    deploy,
+    noise_to_signal,
+    patch_model,
+    sampled_drift,
+)
+from hf_reram.config import RETENTION_LOSSES
+from hf_reram.device.iv import sinh_coefficients
+from hf_reram.nn import compiled
+from hf_reram.nn.functional import Quantize, ShrunkSinh
+from hf_reram.patching import crossbar_state
+from tests.conftest import bert_batch, device
+
+LOSSES = [loss for loss in RETENTION_LOSSES if loss != "consistency"]  # two forwards
+
+
+@pytest.fixture(autouse=True)
+def _forget_graphs():
+    torch._dynamo.reset()
+
+
+def train_step(model, call, batch):
+    crossbar_state(model).noise_seed = 5
+    with sampled_drift(model):
+        loss = call(**batch).loss
+    total, retention = add_retention_loss(loss, model)
+    total.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return float(total.detach()), float(retention), grads
+
+
+CONVERTERS = {"dac_bits": 6, "adc_bits": 8, "tile_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [*((loss, {}) for loss in LOSSES), ("output", CONVERTERS), ("output", {"learn_input_range": True})],
+)
+def test_one_graph_with_the_gradients_of_eager_mode(tiny_bert, loss, options):
+    del tiny_bert.bert.encoder.layer[1:]
+    batch = bert_batch()
+    config = ReRAMConfig(device="hfox-neurram", retention_loss=loss, retention_times=["1s", "1d"], **options)
+    patch_model(tiny_bert.train(), config)
+    calibrate(tiny_bert, [batch])
+    twin = copy.deepcopy(tiny_bert)
+    expected = train_step(tiny_bert, tiny_bert, batch)
+    found = train_step(twin, torch.compile(twin, fullgraph=True, backend="aot_eager"), batch)
+    assert found[:2] == pytest.approx(expected[:2], rel=1e-4)
+    assert found[2].keys() == expected[2].keys()
+    scale = max(float(grad.abs().max()) for grad in expected[2].values())
+    for name, grad in expected[2].items():
+        torch.testing.assert_close(
+            found[2][name], grad, rtol=2e-3, atol=1e-4 * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    if loss == "output":
+        assert noise_to_signal(twin) == pytest.approx(noise_to_signal(tiny_bert), rel=1e-4)
+
+
+def test_new_seeds_and_ranges_need_no_new_graph(tiny_bert):
+    batch = bert_batch()
+    patch_model(tiny_bert.train(), ReRAMConfig(retention_loss="drift"))
+    calibrate(tiny_bert, [batch])
+    counter = torch._dynamo.testing.CompileCounter()
+    model = torch.compile(tiny_bert, fullgraph=True, backend=counter)
+    losses = set()
+    for seed in range(4):
+        crossbar_state(tiny_bert).noise_seed = seed
+        with sampled_drift(tiny_bert):
+            losses.add(round(float(model(**batch).loss), 6))
+    assert counter.frame_count == 1 and len(losses) == 4
+
+
+def test_convolutions(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten()).train()
+    x = torch.rand(4, 3, 6, 6) + 0.5  # one-sided, so that it is centered
+    patch_model(model, ReRAMConfig(retention_loss="output"))
+    calibrate(model, [x])
+    assert model[0].centered
+    grads = []
+    for call in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        add_retention_loss(call(x).square().mean(), model)[0].backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+        model.zero_grad()
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_what_is_loaded_is_what_compiled_code_uses(tiny_bert):
+    batch = bert_batch()
+    patch_model(tiny_bert, ReRAMConfig())
+    state = copy.deepcopy(tiny_bert.state_dict())
+    calibrate(tiny_bert, [batch])
+    calibrated = copy.deepcopy(tiny_bert.state_dict())
+    for saved in (calibrated, state, calibrated):
+        tiny_bert.load_state_dict(saved)
+    torch.testing.assert_close(torch.compile(tiny_bert, backend="aot_eager")(**batch).loss, tiny_bert(**batch).loss)
+
+
+def test_chips(tiny_bert):
+    batch = bert_batch()
+    patch_model(tiny_bert, ReRAMConfig(device=device(read_noise=0.0)))
+    calibrate(tiny_bert, [batch])
+    call = torch.compile(tiny_bert, fullgraph=True, backend="aot_eager")
+    with torch.no_grad(), deploy(tiny_bert, "1d", seed=3):
+        torch.testing.assert_close(call(**batch).logits, tiny_bert(**batch).logits, rtol=1e-4, atol=1e-5)
+    assert len(crossbar_layers(tiny_bert)) > 0
+
+
+@pytest.mark.parametrize("b", [1e-6, 0.3, 2.0, 6.0])
+@pytest.mark.parametrize("levels", [0, 7])
+@pytest.mark.parametrize("floor", [-1.0, 0.0])
+def test_the_curve(b, levels, floor):
+    x = torch.randn(50, requires_grad=True)
+    coefficients = sinh_coefficients(b) if 1e-4 <= b <= 4 else ()
+    results = []
+    for y in (
+        ShrunkSinh.apply(x, 1.3, b, levels, 0.7, None, floor),
+        compiled.shrunk_sinh(x, 1.3, b, levels, 0.7, floor, coefficients),
+    ):
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        results.append((y, grad))
+    torch.testing.assert_close(*[y for y, _ in results], rtol=1e-5, atol=1e-6)
+    # Quantized, the eager function takes the slope at the quantized input, this one too.
+    torch.testing.assert_close(*[grad for _, grad in results], rtol=1e-4, atol=1e-5)
+
+
+def test_the_converter():
+    y, step = torch.randn(40, requires_grad=True), torch.tensor(0.1)
+    one, other = Quantize.apply(y, step, 8), compiled.quantize(y, step, 8)
+    torch.testing.assert_close(one, other)
+    assert torch.equal(*(torch.autograd.grad(z.sum(), y)[0] for z in (one, other)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["none", "drift", "output+drift"])
+def test_inductor(tiny_bert, loss):
+    batch = bert_batch()
+    patch_model(tiny_bert.train(), ReRAMConfig(retention_loss=loss))
+    calibrate(tiny_bert, [batch])
+    twin = copy.deepcopy(tiny_bert)
+    expected = train_step(tiny_bert, tiny_bert, batch)
+    found = train_step(twin, torch.compile(twin, fullgraph=True), batch)
+    assert found[:2] == pytest.approx(expected[:2], rel=1e-4)
