@@ -3,6 +3,7 @@
 Data sets are as on the Hub: an image column and a column of integer labels.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -81,6 +82,34 @@ class ImageDataset(Dataset):
         except (OSError, SyntaxError) as error:  # PIL raises both for broken files
             raise ValueError(f"image {index} cannot be decoded: {error}") from error
         return {"pixel_values": pixels} | ({} if self.label is None else {"labels": int(row[self.label])})
+
+
+class MixUp(Dataset):
+    """Images mixed with others, drawn at random: ``λ x_i + (1 - λ) x_j`` with λ from Beta(α, α) (Zhang et al., arXiv
+    1710.09412). They have no labels; a teacher says what is in them. From few images it makes many (Beyer et al., arXiv
+    2106.05237).
+
+    Args:
+        images: without labels. alpha: above 0; 1 draws λ evenly.
+
+    Raises:
+        ValueError: another alpha, or images with labels.
+    """
+
+    def __init__(self, images: ImageDataset, alpha: float):
+        if not 0 < alpha < math.inf:
+            raise ValueError(f"mixup={alpha!r}: allowed is a number above 0")
+        if images.label is not None:
+            raise ValueError(f"mixup={alpha!r}: mixed images have no labels, allowed is a teacher alone")
+        self.images, self.share = images, torch.distributions.Beta(alpha, alpha)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        other = int(torch.randint(len(self), ()))
+        one, two = (self.images[i]["pixel_values"] for i in (index, other))
+        return {"pixel_values": two.lerp(one, float(self.share.sample()))}
 
 
 def image_transforms(model: Any, name: str | None, size: int | None = None) -> tuple[Callable, Callable]:

@@ -106,12 +106,12 @@ def sampled_drift(model: nn.Module, kind: str | None = None) -> Iterator[None]:
 
     Args:
         kind: "drift" (the device's), "noise" (white, of the same power); None takes what ``config.retention_loss``
-            says, and nothing is sampled where it says neither.
+            says, and nothing is sampled where it says neither. The backward may come after the context.
     """
     state = crossbar_state(model)
-    before = state.drift, state.sampling
-    state.drift = kind or state.drift
-    state.sampling = state.drift is not None
+    before = state.wanted
+    state.wanted = kind or state.configured_drift
+    state.take_wanted()
     state.draw_drift_time()
     if state.drift == "noise":
         for layer in crossbar_layers(model).values():
@@ -119,7 +119,8 @@ def sampled_drift(model: nn.Module, kind: str | None = None) -> Iterator[None]:
     try:
         yield
     finally:
-        state.drift, state.sampling = before
+        # From the next forward on: with gradient checkpointing, this one's backward runs parts of it again.
+        state.wanted = before
 
 
 @torch.no_grad()

@@ -1,13 +1,16 @@
-"""What a crossbar costs in training: step time and peak memory against the same digital finetuning step.
+"""What a crossbar costs: step time and peak memory in training, inference, conversion, and a chip.
 
-    python recipes/benchmark.py --model minilm --pairs 5 --output benchmark.json
+    python recipes/benchmark.py --model minilm --output benchmark.json
 
-Each variant is timed right after a digital step of the same run and reported as the median of the pairs' ratios, so a
-machine whose speed drifts does not matter. Peak memory is that of a process of its own per variant. Weights are random
-(speed does not depend on them); --model_name_or_path takes a checkpoint's shape instead.
+Each variant is timed right after the digital one in the same mode (gradient checkpointing, bfloat16, torch.compile,
+LoRA), turn by turn in one run, and reported as the median of the pairs' ratios, so that a machine whose speed drifts
+does not matter. Peak memory is that of a process of its own per variant. Weights are random (speed does not depend on
+them); --model_name_or_path takes a checkpoint's shape instead. IBM's aihwkit-lightning is timed beside it where it is
+installed (pip install --no-deps aihwkit-lightning==2.1.0).
 """
 
 import copy
+import importlib.util
 import json
 import platform
 import statistics
@@ -18,8 +21,10 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import date
+from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
@@ -27,47 +32,98 @@ from transformers import (
     BertConfig,
     DeiTConfig,
     HfArgumentParser,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TimmWrapperConfig,
 )
 
-from hf_reram import ReRAMConfig, add_retention_loss, calibrate, hold_weights, patch_model, sampled_drift
+from hf_reram import ReRAMConfig, add_retention_loss, calibrate, deploy, hold_weights, patch_model, sampled_drift
 
-VARIANTS: dict[str, dict] = {
-    "crossbar, no retention loss": {"retention_loss": "none"},
-    "retention loss: output": {"retention_loss": "output"},
-    "retention loss: weight": {"retention_loss": "weight"},
-    "retention loss: sensitivity": {"retention_loss": "sensitivity"},
-    "retention loss: noise": {"retention_loss": "noise"},
-    "retention loss: drift": {"retention_loss": "drift"},
-    "retention loss: output+drift": {"retention_loss": "output+drift"},
-    "retention loss: sensitivity+drift": {"retention_loss": "sensitivity+drift"},
-    "learned input ranges": {"retention_loss": "none", "learn_input_range": True},
-    "8-bit DAC and ADC": {"retention_loss": "none", "dac_bits": 8, "adc_bits": 8},
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run the model.
+
+    Attributes:
+        options: of ReRAMConfig; None is the digital model. mode: how both are run; "" as they are.
+        peer: settings of aihwkit-lightning instead of a crossbar of ours. chip: deployed, for inference.
+    """
+
+    options: dict[str, Any] | None = field(default=None, hash=False)
+    mode: str = ""
+    peer: str | None = None
+    chip: bool = False
+
+
+MODES = {"checkpointing": "gradient checkpointing", "bf16": "bfloat16", "compile": "torch.compile", "lora": "LoRA"}
+NONE, DRIFT = {"retention_loss": "none"}, {"retention_loss": "drift"}
+CONVERTERS = {"dac_bits": 8, "adc_bits": 8}
+PEERS = {
+    "ranges": "aihwkit-lightning: input ranges",
+    "noise": "aihwkit-lightning: input ranges, weight noise",
+    "converters": "aihwkit-lightning: input ranges, weight noise, 8-bit DAC and ADC",
+}
+
+TRAINING: dict[str, Variant] = {
+    "crossbar, no retention loss": Variant(NONE),
+    "retention loss: drift (default)": Variant(DRIFT),
+    **{
+        f"retention loss: {loss}": Variant({"retention_loss": loss})
+        for loss in ("noise", "weight", "sensitivity", "sensitivity+drift", "output", "output+drift")
+    },
+    "learned input ranges": Variant({**NONE, "learn_input_range": True}),
+    "8-bit DAC and ADC": Variant({**NONE, **CONVERTERS}),
+    "drift, 8-bit DAC and ADC": Variant({**DRIFT, **CONVERTERS}),
+    **{
+        f"{label}: {'digital' if o is None else 'drift'}": Variant(o, m)
+        for m, label in MODES.items()
+        for o in (None, DRIFT)
+    },
+    **{label: Variant(peer=peer) for peer, label in PEERS.items()},
+}
+INFERENCE: dict[str, Variant] = {
+    "crossbar": Variant(NONE),
+    "8-bit DAC and ADC": Variant({**NONE, **CONVERTERS}),
+    "chip": Variant(NONE, chip=True),
+    **{
+        f"{label}: {'digital' if o is None else 'crossbar'}": Variant(o, m)
+        for m, label in list(MODES.items())[1:3]
+        for o in (None, NONE)
+    },
+    **{label: Variant(peer=peer) for peer, label in PEERS.items() if peer != "noise"},
 }
 
 
 @dataclass
 class Arguments:
-    model: str = field(default="minilm", metadata={"help": "minilm (QA) or deit-tiny (images)"})
+    model: str = field(default="minilm", metadata={"help": "minilm (QA), deit-tiny or mobilenetv3 (images)"})
     model_name_or_path: str | None = field(default=None, metadata={"help": "take this checkpoint's config instead"})
     batch_size: int = 16
     length: int = field(default=192, metadata={"help": "tokens per example (minilm)"})
-    pairs: int = field(default=5, metadata={"help": "timed pairs of digital and crossbar step per variant"})
+    pairs: int = field(default=5, metadata={"help": "timed pairs of digital and other step per variant"})
+    parts: list[str] = field(
+        default_factory=lambda: ["training", "inference", "chip", "conversion"],
+        metadata={"help": "of training, inference, chip, conversion"},
+    )
     variants: list[str] = field(default_factory=list, metadata={"help": "parts of variants' names; default all"})
     memory: bool = field(default=True, metadata={"help": "also measure peak memory, one process per variant"})
     threads: int | None = None
-    output: str | None = field(default=None, metadata={"help": "JSON file for the table"})
+    output: str | None = field(default=None, metadata={"help": "JSON file for the tables"})
     memory_of: str | None = field(default=None, metadata={"help": "internal: measure this variant, print MiB"})
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def build(arguments: Arguments) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     """A model in training mode and a batch for it."""
     torch.manual_seed(0)
-    n = arguments.batch_size
+    n, config = arguments.batch_size, None
+    if arguments.model_name_or_path:
+        config = AutoConfig.from_pretrained(arguments.model_name_or_path)
     if arguments.model == "minilm":
         shape = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
-        config = BertConfig(**shape)
-        if arguments.model_name_or_path:
-            config = AutoConfig.from_pretrained(arguments.model_name_or_path)
+        config = config or BertConfig(**shape)
         model = AutoModelForQuestionAnswering.from_config(config, dtype=torch.float32)
         batch = {
             "input_ids": torch.randint(1000, config.vocab_size, (n, arguments.length)),
@@ -75,45 +131,107 @@ def build(arguments: Arguments) -> tuple[torch.nn.Module, dict[str, torch.Tensor
             "start_positions": torch.randint(arguments.length, (n,)),
             "end_positions": torch.randint(arguments.length, (n,)),
         }
-    elif arguments.model == "deit-tiny":
-        config = DeiTConfig(hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768)
-        if arguments.model_name_or_path:
-            config = AutoConfig.from_pretrained(arguments.model_name_or_path)
+    elif arguments.model in ("deit-tiny", "mobilenetv3"):
+        if config is None and arguments.model == "deit-tiny":
+            config = DeiTConfig(hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768)
+        elif config is None:
+            config = TimmWrapperConfig(architecture="mobilenetv3_large_100")
         config.num_labels = 1000
         model = AutoModelForImageClassification.from_config(config, dtype=torch.float32)
         batch = {"pixel_values": torch.randn(n, 3, 224, 224), "labels": torch.randint(1000, (n,))}
     else:
-        raise ValueError(f"--model {arguments.model}: allowed are minilm, deit-tiny")
-    return model.train(), batch
+        raise ValueError(f"model={arguments.model!r}: allowed are minilm, deit-tiny and mobilenetv3")
+    return model.train().to(DEVICE), {key: value.to(DEVICE) for key, value in batch.items()}
 
 
-def make_step(model, batch, variant: str | None) -> Callable[[], None]:
-    """One training step: forward, loss, backward, AdamW; on crossbars if ``variant`` is not None."""
-    retention = None
-    if variant is not None:
-        options = VARIANTS[variant]
-        patch_model(model, ReRAMConfig(**options))
+def prepared(model: Any, batch: dict[str, torch.Tensor], variant: Variant) -> tuple[Any, Any]:
+    """The model as the variant has it, and what calls it."""
+    if variant.options is not None:
+        patch_model(model, ReRAMConfig(**variant.options))
         calibrate(model, [batch])
-        retention = options["retention_loss"]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    if variant.peer:
+        model = analog(model, variant.peer)
+    if variant.mode == "checkpointing":
+        if hasattr(model, "timm_model"):
+            model.timm_model.set_grad_checkpointing()
+        else:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    if variant.mode == "lora":
+        model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
+    return model, torch.compile(model) if variant.mode == "compile" else model
+
+
+def analog(model: Any, peer: str) -> Any:
+    """The model in aihwkit-lightning."""
+    from aihwkit_lightning.nn.conversion import convert_to_analog
+    from aihwkit_lightning.simulator.configs import TorchInferenceRPUConfig
+    from aihwkit_lightning.simulator.parameters import WeightClipType, WeightNoiseInjectionType
+
+    config = TorchInferenceRPUConfig()
+    config.pre_post.input_range.enable = True
+    config.clip.type, config.clip.sigma = WeightClipType.LAYER_GAUSSIAN_PER_CHANNEL, 2.5
+    if peer != "ranges":
+        config.modifier.noise_type = WeightNoiseInjectionType.ADD_NORMAL_PER_CHANNEL
+        config.modifier.std_dev = 0.03
+    if peer == "converters":
+        config.forward.inp_res = config.forward.out_res = 2**8 - 2
+        config.forward.out_bound = 12.0
+    return convert_to_analog(model, config, inplace=True)
+
+
+def autocast(variant: Variant) -> Any:
+    return torch.autocast(DEVICE, torch.bfloat16) if variant.mode == "bf16" else nullcontext()
+
+
+def make_step(model: Any, batch: dict[str, torch.Tensor], variant: Variant) -> Callable[[], None]:
+    """One training step: forward, loss, backward, AdamW."""
+    model, call = prepared(model, batch, variant)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer: Any
+    if variant.peer:
+        from aihwkit_lightning.optim import AnalogOptimizer
+
+        optimizer = AnalogOptimizer(torch.optim.AdamW, model.analog_layers, trained, lr=1e-5)
+    else:
+        optimizer = torch.optim.AdamW(trained, lr=1e-5)
+    crossbars = variant.options is not None
 
     def step() -> None:
-        with sampled_drift(model) if retention else nullcontext():
-            loss = model(**batch).loss
-        if retention:
+        with sampled_drift(model) if crossbars else nullcontext(), autocast(variant):
+            loss = call(**batch).loss
+        if crossbars:
             loss, _ = add_retention_loss(loss, model)
         loss.backward()
         optimizer.step()
-        if retention:
+        if crossbars:
             hold_weights(model)
         optimizer.zero_grad()
 
     return step
 
 
-def seconds(step: Callable[[], None]) -> float:
+def make_inference(model: Any, batch: dict[str, torch.Tensor], variant: Variant) -> Callable[[], None]:
+    """One forward in evaluation mode."""
+    model, call = prepared(model.eval(), batch, variant)
+    if variant.chip:
+        deploy(model, "1d", seed=0).__enter__()  # for as long as the process runs
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values") if key in batch}
+
+    @torch.no_grad()
+    def step() -> None:
+        with autocast(variant):
+            call(**inputs)
+
+    return step
+
+
+def seconds(step: Callable[[], Any]) -> float:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
     start = time.perf_counter()
     step()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -124,51 +242,130 @@ def status_mib(key: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-def peak_mib(arguments: Arguments, variant: str) -> float:
-    """Peak memory above that of the built model, in a fresh process that runs three steps of a variant or "digital"."""
-    command = [sys.executable, __file__, "--memory_of", variant, "--model", arguments.model]
+def peak_mib(arguments: Arguments, name: str) -> float:
+    """Peak memory above that of the built model, in a fresh process that runs three steps."""
+    command = [sys.executable, __file__, "--memory_of", name, "--model", arguments.model]
     command += ["--batch_size", str(arguments.batch_size), "--length", str(arguments.length)]
     if arguments.model_name_or_path:
         command += ["--model_name_or_path", arguments.model_name_or_path]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
-def main() -> None:
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+def measure_memory(arguments: Arguments) -> float:
     model, batch = build(arguments)
-    if arguments.memory_of:
-        before = status_mib("VmRSS")
-        step = make_step(model, batch, None if arguments.memory_of == "digital" else arguments.memory_of)
-        for _ in range(3):
-            step()
-        print(status_mib("VmHWM") - before)
-        return
-    chosen = [v for v in VARIANTS if not arguments.variants or any(part in v for part in arguments.variants)]
-    digital = make_step(copy.deepcopy(model), batch, None)
-    rows = []
-    memory = peak_mib(arguments, "digital") if arguments.memory else None
-    for variant in chosen:
-        step = make_step(copy.deepcopy(model), batch, variant)
-        digital(), step()  # warm-up
-        pairs = [(seconds(digital), seconds(step)) for _ in range(arguments.pairs)]
+    variant = TRAINING.get(str(arguments.memory_of), Variant())
+    before = torch.cuda.memory_allocated() / 2**20 if DEVICE == "cuda" else status_mib("VmRSS")
+    step = make_step(model, batch, variant)
+    for _ in range(3):
+        step()
+    return (torch.cuda.max_memory_allocated() / 2**20 if DEVICE == "cuda" else status_mib("VmHWM")) - before
+
+
+def able(arguments: Arguments, variant: Variant) -> bool:
+    if variant.peer and importlib.util.find_spec("aihwkit_lightning") is None:
+        return False
+    return not (variant.mode == "lora" and arguments.model == "mobilenetv3")  # which has one linear layer
+
+
+def compare(arguments: Arguments, model: Any, batch: Any, variants: dict[str, Variant], make: Callable) -> list[dict]:
+    """A row for each variant: its time over that of the digital model in the same mode."""
+    rows: list[dict] = []
+    digital = {"": make(copy.deepcopy(model), batch, Variant())}
+    memory = arguments.memory and make is make_step
+    base = peak_mib(arguments, "digital") if memory else None
+    print("\n| | time | peak memory |\n| --- | --- | --- |\n| digital | 1.00 | 1.00 |", flush=True)
+    for name, variant in variants.items():
+        if arguments.variants and not any(part in name for part in arguments.variants):
+            continue
+        if not able(arguments, variant):
+            print(f"| {name} | skipped | |", flush=True)
+            continue
+        if variant.mode not in digital:
+            digital[variant.mode] = make(copy.deepcopy(model), batch, Variant(mode=variant.mode))
+        # A digital model in another mode against the plain one; all else against the digital model in the same mode.
+        against = digital["" if variant.options is None else variant.mode]
+        step = (
+            digital[variant.mode]
+            if variant.options is None and not variant.peer
+            else make(copy.deepcopy(model), batch, variant)
+        )
+        for _ in range(2):  # warm-up; torch.compile
+            against(), step()
+        pairs = [(seconds(against), seconds(step)) for _ in range(arguments.pairs)]
         row = {
-            "variant": variant,
-            "step": statistics.median(b / a for a, b in pairs),
+            "variant": name,
+            "time": statistics.median(b / a for a, b in pairs),
             "digital_seconds": statistics.median(a for a, _ in pairs),
-            "memory": peak_mib(arguments, variant) / memory if memory else None,
+            "memory": peak_mib(arguments, name) / base if base else None,
         }
         rows.append(row)
-        peak = f"{row['memory']:.2f}" if memory else "–"
-        print(f"| {variant} | {row['step']:.3f} | {peak} |", flush=True)
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {date.today()}"
-    print(
-        f"{arguments.model}, batch {arguments.batch_size}: digital step {rows[0]['digital_seconds']:.2f} s; {machine}"
-    )
-    if arguments.output:
-        with open(arguments.output, "w", encoding="utf-8") as file:
-            json.dump({"model": arguments.model, "machine": machine, "rows": rows}, file, indent=2)
+        peak = f"{row['memory']:.2f}" if row["memory"] else "–"
+        print(f"| {name} | {row['time']:.2f} | {peak} |", flush=True)
+    return rows
+
+
+def chip(arguments: Arguments, model: Any, batch: Any) -> dict[str, float]:
+    """Seconds that programming and ageing a chip takes, and those of evaluating 1,000 examples."""
+    crossbar, _ = prepared(copy.deepcopy(model).eval(), batch, Variant(NONE))
+
+    def program() -> None:
+        with deploy(crossbar, "10y", seed=1):
+            pass
+
+    forward = make_inference(copy.deepcopy(model), batch, Variant())
+    program(), forward()
+    rounds = [(seconds(program), seconds(forward)) for _ in range(arguments.pairs)]
+    one, evaluation = (statistics.median(times) for times in zip(*rounds))
+    evaluation *= 1000 / arguments.batch_size
+    print(f"\na chip takes {one:.2f} s, an evaluation of 1,000 examples {evaluation:.1f} s: {one / evaluation:.1%}")
+    return {"chip_seconds": one, "evaluation_seconds": evaluation}
+
+
+def conversion() -> dict[str, float]:
+    """Patching 1.1 billion parameters, without data and with: seconds, and bytes of weights that were copied."""
+    shape = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32}
+    found: dict[str, float] = {}
+    for where in ("meta", "cpu"):
+        with torch.device("meta"):
+            model: Any = LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=4)).to(torch.bfloat16)
+        if where == "cpu":
+            model.to_empty(device="cpu")
+            for parameter in model.parameters():
+                torch.nn.init.normal_(parameter, std=0.02)
+        before = {name: p.data_ptr() for name, p in model.named_parameters()}
+        took = seconds(lambda model=model: patch_model(model, ReRAMConfig()))
+        copied = sum(p.nbytes for n, p in model.named_parameters() if before[n] != p.data_ptr())
+        parameters = sum(p.numel() for p in model.parameters())
+        print(f"{parameters:,} parameters on {where}: patched in {took:.1f} s, {copied} bytes of weights copied")
+        found |= {f"{where}_seconds": took, f"{where}_copied_bytes": copied, "parameters": parameters}
+    return found
+
+
+def main() -> None:
+    arguments: Arguments = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]  # type: ignore[arg-type]
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    if arguments.memory_of:
+        print(measure_memory(arguments))
+        return
+    known = ("training", "inference", "chip", "conversion")
+    if wrong := set(arguments.parts) - set(known):
+        raise ValueError(f"parts={sorted(wrong)}: allowed are {known}")
+    hardware = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} threads"
+    machine = f"{platform.machine()}, {hardware}, torch {torch.__version__}, {date.today()}"
+    found: dict[str, Any] = {"model": arguments.model, "batch_size": arguments.batch_size, "machine": machine}
+    print(f"{arguments.model}, batch {arguments.batch_size}; {machine}")
+    model, batch = build(arguments)
+    for part in arguments.parts:
+        if part == "training":
+            found[part] = compare(arguments, model, batch, TRAINING, make_step)
+        elif part == "inference":
+            found[part] = compare(arguments, copy.deepcopy(model), batch, INFERENCE, make_inference)
+        else:
+            found[part] = chip(arguments, model, batch) if part == "chip" else conversion()
+        if arguments.output:
+            with open(arguments.output, "w", encoding="utf-8") as file:
+                json.dump(found, file, indent=2)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from hf_reram.hub import push
 from hf_reram.image_classification import (
     ImageClassification,
     ImageDataset,
+    MixUp,
     check_labels,
     find_columns,
     image_processor,
@@ -84,6 +85,9 @@ class Arguments:
     max_train_samples: int | None = field(default=None, metadata={"help": "images, drawn by --seed"})
     max_eval_samples: int | None = field(default=None, metadata={"help": "images, drawn by --seed"})
     augment: bool = field(default=True, metadata={"help": "random crops and flips in training"})
+    mixup: float | None = field(
+        default=None, metadata={"help": "mix images by shares from Beta(mixup, mixup); with --teacher True alone"}
+    )
     image_size: int | None = field(default=None, metadata={"help": "pixels; default what the model wants"})
     batch_norm: str = field(default="freeze", metadata={"help": "freeze, fold (into the weights) or reestimate"})
     digital_ends: bool = field(
@@ -242,6 +246,7 @@ def main() -> None:
     source = None if arguments.from_scratch else arguments.model_name_or_path
     augmented, plain = image_transforms(model, source, arguments.image_size)
     images = ImageDataset(train, augmented if arguments.augment else plain, image, train_label)
+    mixed = images if arguments.mixup is None else MixUp(images, arguments.mixup)
     evaluate = ImageClassification(held, plain, training.per_device_eval_batch_size, training.dataloader_num_workers)
     if arguments.digital_ends:
         config = ReRAMConfig.from_dict({**config.to_dict(), "modules_to_not_convert": ends_of(model)})
@@ -262,7 +267,7 @@ def main() -> None:
         trainer = ReRAMTrainer(
             base(),
             replace(training, output_dir=folder, push_to_hub=False),
-            train_dataset=images,
+            train_dataset=mixed,
             calibration_dataset=ImageDataset(train, plain, image, None),
             processing_class=image_processor(model, source, arguments.image_size),
             reram_config=method_config,

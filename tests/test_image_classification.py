@@ -13,6 +13,7 @@ from datasets import Dataset, Features, Image, Value
 from hf_reram.image_classification import (
     ImageClassification,
     ImageDataset,
+    MixUp,
     check_labels,
     find_columns,
     image_transforms,
@@ -122,3 +123,21 @@ def test_timm_says_how_to_preprocess():
     model = TimmWrapperForImageClassification(config)
     augmented, plain = image_transforms(model, None, 64)
     assert augmented(image_sample.picture(0, 0)).shape == plain(image_sample.picture(0, 0)).shape == (3, 64, 64)
+
+
+def test_mixed_images_are_between_two_and_come_without_labels():
+    rows = [{"image": Pillow.new("RGB", (4, 4), (v, v, v)), "label": 0} for v in (0, 255)]
+    images = ImageDataset(
+        rows, lambda image: torch.tensor(float(image.getpixel((0, 0))[0])).expand(3, 2, 2), label=None
+    )
+    mixed = MixUp(images, 1.0)
+    values = torch.stack([mixed[i % 2]["pixel_values"][0, 0, 0] for i in range(400)])
+    assert len(mixed) == 2 and mixed[0].keys() == {"pixel_values"}
+    assert values.min() >= 0 and values.max() <= 255
+    # Half of them mix an image with itself, and the others are uniform over the range.
+    between = values[(values > 0) & (values < 255)]
+    assert 130 < len(between) < 270 and abs(float(between.mean()) - 127.5) < 20
+    with pytest.raises(ValueError, match="mixup=0"):
+        MixUp(images, 0.0)
+    with pytest.raises(ValueError, match="a teacher alone"):
+        MixUp(ImageDataset(rows, lambda image: torch.zeros(3, 2, 2)), 1.0)

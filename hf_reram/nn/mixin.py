@@ -244,7 +244,7 @@ class CrossbarMixin(nn.Module):
         state = self.crossbar
         if self.deployed is not None:
             return self.deployed, None
-        if not (self.training and state.sampling):
+        if not self.training or state.drift is None:
             return map_weight(self.weight, self.held_scale()), None
         weight = wide(self.weight)
         noise = state.normal(weight, self.crossbar_name)

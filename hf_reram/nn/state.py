@@ -20,8 +20,9 @@ class CrossbarState:
         error: moments of the retention error over ``config.retention_times``.
         drift_error: the same at the one time that sampled drift uses now.
         term: which closed-form term training forwards collect: None, "output", "weight" or "sensitivity".
-        drift: which error the loss wants sampled: None, "drift" (the device's) or "noise" (white).
-        sampling: training forwards sample it now; see :func:`hf_reram.losses.sampled_drift`.
+        configured_drift: which error the loss wants sampled: None, "drift" (the device's) or "noise" (white).
+        drift: which one the current forward samples in training mode, None for none, and wanted: which one the next;
+            see :func:`hf_reram.losses.sampled_drift`.
         measure: collect noise-to-signal ratios even if the loss has no closed-form term.
         mask: (batch, tokens), 0 at padding, of the current forward; None where unknown.
         terms, ratios: (noise, signal) by layer name, summed over the calls of a layer in the current forward.
@@ -37,7 +38,8 @@ class CrossbarState:
     def __init__(self, config: ReRAMConfig):
         self.digital = False
         self.measure = False
-        self.sampling = False
+        self.drift: str | None = None
+        self.wanted: str | None = None
         self.mask: Tensor | None = None
         self.batch_size = 1
         self.consumed = False
@@ -62,7 +64,7 @@ class CrossbarState:
         self.config = config
         parts = (config.retention_loss or "none").split("+")
         self.term = next((p for p in parts if p in ("output", "weight", "sensitivity")), None)
-        self.drift = next((p for p in parts if p in ("drift", "noise")), None)
+        self.configured_drift = next((p for p in parts if p in ("drift", "noise")), None)
         self.times = tuple(parse_time(t) for t in config.retention_times)
         self.error = self.error_at(self.times)
         self.drift_error = self.error_at(self.times[:1])
@@ -73,7 +75,8 @@ class CrossbarState:
         return weight_error(self.config.device, times, kelvin)
 
     def begin_forward(self, training: bool, inputs: tuple, kwargs: dict) -> None:
-        """Forget the last forward's terms; note this one's padding mask and batch size."""
+        """Forget the last forward's terms; note this one's padding mask and batch size; sample what is wanted."""
+        self.take_wanted()
         tensors = [v for v in (*inputs, *kwargs.values()) if isinstance(v, Tensor)]
         mask = kwargs.get("attention_mask")
         self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
@@ -83,6 +86,10 @@ class CrossbarState:
         if training:
             self._forget()
             self.batch_size = tensors[0].shape[0] if tensors and tensors[0].dim() else 1
+
+    def take_wanted(self) -> None:
+        """Sample from now on what is wanted."""
+        self.drift = self.wanted
 
     def draw_drift_time(self) -> None:
         """One of the config's times, for sampled drift."""
