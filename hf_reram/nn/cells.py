@@ -89,23 +89,26 @@ class DriftedWeight(Function):
     @staticmethod
     def forward(ctx, weight: Tensor, scale: Tensor, noise: Tensor, error: WeightError, variance: bool):
         # With W' = sign k a and s = k sqrt P(a), the derivative is kept instead of the noise: it costs the same memory.
-        slope, drifted = torch.empty_like(weight), torch.empty_like(weight)
+        drifted, learned = torch.empty_like(weight), ctx.needs_input_grad[0]
+        slope = torch.empty_like(weight) if learned else drifted  # beside an adapter the cells are frozen
         squares = torch.empty_like(weight) if variance else drifted
         mean = error.means[0]
         for w, k, n, d, out, square, a in _weight_pieces(weight, scale, noise, slope, drifted, squares):
             ratio = _magnitude(w, k, torch.empty_like(a), clip=False)
             torch.clamp(ratio, max=1.0, out=a)
-            _square(error, a, out, d)
+            _square(error, a, out, d if learned else None)
             if variance:
                 torch.mul(out, k * k, out=square)
             std, sign = out.clamp_(min=1e-30).sqrt_(), w.sign()
-            d.div_(std).mul_(n).mul_(sign).add_(1.0)
+            if learned:
+                d.div_(std).mul_(n).mul_(sign).add_(1.0)
+                if any(mean):
+                    d.add_(horner(_derivative(mean), a))
+                _zero_clipped(d, ratio)
             if any(mean):
-                d.add_(horner(_derivative(mean), a))
                 a.add_(horner(mean, a))
-            _zero_clipped(d, ratio)
             out.mul_(n).add_(a.mul_(sign)).mul_(k)
-        ctx.save_for_backward(weight, scale, slope)
+        ctx.save_for_backward(*(weight, scale, slope) if learned else ())
         ctx.error = error
         ctx.set_materialize_grads(False)
         return drifted, squares if variance else None

@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
+from hf_reram import DeviceConfig
 from hf_reram.config import dac_grid
 from hf_reram.device.iv import cell_current, full_scale_gain, least_squares_gain, sinh_coefficients, uniform_gain
-from hf_reram.device.weight_error import WeightError
+from hf_reram.device.weight_error import WeightError, weight_error
 from hf_reram.nn.cells import DriftedWeight, WeightVariance, map_weight, weight_mean
 from hf_reram.nn.functional import Quantize, ShrunkSinh
 from hf_reram.nn.power import InputPower, OutputPower, Pull, Tap
@@ -207,3 +208,12 @@ def test_quantize_rounds_saturates_and_passes_gradients():
     assert q.tolist() == [-1.5, 0.5, 0.0, 1.5]
     q.sum().backward()
     assert y.grad.tolist() == [1, 1, 1, 1]
+
+
+def test_frozen_weights_drift_alike():
+    weight, scale, noise = torch.randn(6, 5), torch.rand(6, 1) + 1, torch.randn(6, 5)
+    error = weight_error(DeviceConfig.from_preset("hfox-neurram"), (86400.0,), None)
+    learned = DriftedWeight.apply(weight.clone().requires_grad_(), scale, noise, error, True)
+    frozen = DriftedWeight.apply(weight, scale, noise, error, True)
+    assert all(torch.equal(one, other) for one, other in zip(learned, frozen, strict=True))
+    assert not frozen[0].requires_grad
