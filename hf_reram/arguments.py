@@ -20,6 +20,9 @@ class ReRAMArguments:
     device: str = field(default="hfox-neurram", metadata={"help": "preset, or JSON file of a DeviceConfig"})
     range_shrink: str = field(default="auto", metadata={"help": "auto or a number in (0, 1]"})
     weight_clip: str = field(default="auto", metadata={"help": "auto, none or RMS multiples"})
+    equalize_inputs: bool = field(
+        default=ReRAMConfig.equalize_inputs, metadata={"help": "input channels divided by scales of their own"}
+    )
     retention_loss: str = ReRAMConfig.retention_loss or "none"
     retention_weight: float = ReRAMConfig.retention_weight
     retention_times: list[str] = field(default_factory=lambda: ["1d"], metadata={"help": "to be robust at"})
@@ -52,6 +55,7 @@ class ReRAMArguments:
             device=device_of(self.device),
             range_shrink=number_or_word(self.range_shrink, "range_shrink", {"auto": "auto"}),
             weight_clip=number_or_word(self.weight_clip, "weight_clip", {"auto": "auto", "none": None}),
+            equalize_inputs=self.equalize_inputs,
             retention_loss=self.retention_loss,
             retention_weight=self.retention_weight,
             retention_times=self.retention_times,

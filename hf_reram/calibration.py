@@ -20,6 +20,7 @@ from .deployment import digital_eval
 from .device.iv import LINEAR_B, full_scale_gain, least_squares_gain
 from .mapping import relative_weights, weight_scales
 from .nn import CrossbarConv2d, CrossbarMixin
+from .nn.cells import WeightVariance
 from .outputs import call_model
 from .patching import crossbar_layers, crossbar_state
 from .sensitivity import measure_sensitivity
@@ -39,6 +40,12 @@ WORTHWHILE = 0.1
 # Up to which an input is no signal; the inverse of a smaller range could overflow.
 TINY = 1e-30
 
+# Candidates for the exponent of the input scales, the share of the error that they may leave at most, and a bound.
+POWERS = (0.0, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0)
+GAINED = 0.9
+TYPICAL_CLIP = 3.0  # RMS, in place of "auto" while the scales are chosen
+LARGEST_SCALE = 30.0
+
 # Candidates for range_shrink="auto".
 SHRINKS = tuple(0.02 * 50 ** (i / 31) for i in range(32))
 
@@ -49,15 +56,14 @@ class LayerStatistics:
     Attributes:
         counts: (bins,) histogram of |x|, in double precision. largest: max |x|. smallest: min x, at most 0.
         samples: (at most 256, groups · rows) vectors that met the array.
-        offset: (input channels,), subtracted from the input, zero where that does not help; from the first batch.
-
-    Args:
-        center: whether to look for an offset.
+        offset, scale: (input channels,), subtracted from the input, zero where that does not help, and what it is
+            divided by then, one where that does not help; from the first batch.
     """
 
-    def __init__(self, layer: CrossbarMixin, name: str, seed: int, center: bool = True):
+    def __init__(self, layer: CrossbarMixin, name: str, seed: int):
         self.layer, self.name = layer, name
-        self.offset: Any = None if center else torch.zeros_like(layer.input_offset, dtype=torch.float32)
+        self.offset: Any = None
+        self.scale: Any = None
         device = layer.weight.device
         self.counts = torch.zeros(_BINS, dtype=torch.float64, device=device)
         self.largest = self.smallest = 0.0
@@ -74,8 +80,11 @@ class LayerStatistics:
         if x.numel() == 0:
             return
         if self.offset is None:
-            self.offset = _offset(x, self.layer)
-        x = self.layer.center(x, self.offset)
+            config = self.layer.crossbar.config
+            self.offset = _offset(x, self.layer) if config.center_inputs else torch.zeros_like(_offset(x, self.layer))
+            centered = self.layer.center(x, self.offset)
+            self.scale = _scale(centered, self) if config.equalize_inputs else torch.ones_like(self.offset)
+        x = self.layer.equalize(self.layer.center(x, self.offset), self.scale)
         magnitude = x.abs().reshape(-1)
         largest = float(magnitude.max())
         if not math.isfinite(largest):
@@ -83,9 +92,13 @@ class LayerStatistics:
         self.largest, self.smallest = max(self.largest, largest), min(self.smallest, float(x.min()))
         index = (magnitude.clamp(min=1e-30).log2() + _OCTAVES // 2).mul_(_BINS_PER_OCTAVE).long().clamp_(0, _BINS - 1)
         self.counts += torch.bincount(index, minlength=_BINS)
-        self._sample(self._vectors(x))
+        self._sample(self.vectors(x))
 
-    def _vectors(self, x: Tensor) -> Tensor:
+    def follow(self, leader: "LayerStatistics") -> None:
+        """Take over the offset and the scales of a layer that reads the same input."""
+        self.offset, self.scale = leader.offset, leader.scale
+
+    def vectors(self, x: Tensor) -> Tensor:
         if not isinstance(self.layer, CrossbarConv2d):
             return x.reshape(-1, x.shape[-1])
         images = x if x.dim() == 4 else x[None]
@@ -126,8 +139,12 @@ class LayerStatistics:
 
     def grouped_samples(self) -> Tensor:
         """(groups, samples, crossbar rows)."""
+        return self.grouped(self.samples)
+
+    def grouped(self, vectors: Tensor) -> Tensor:
+        """Vectors that meet the array, group by group."""
         groups = self.layer.groups if isinstance(self.layer, CrossbarConv2d) else 1
-        return self.samples.view(len(self.samples), groups, -1).transpose(0, 1)
+        return vectors.view(len(vectors), groups, -1).transpose(0, 1)
 
 
 def _offset(x: Tensor, layer: CrossbarMixin) -> Tensor:
@@ -139,6 +156,52 @@ def _offset(x: Tensor, layer: CrossbarMixin) -> Tensor:
     share = mean.square() / power.clamp(min=1e-30)
     whole = mean.square().sum() / power.sum().clamp(min=1e-30)
     return mean if max(float(whole), float(share.mean())) > WORTHWHILE else torch.zeros_like(mean)
+
+
+def _scale(x: Tensor, statistics: LayerStatistics) -> Tensor:
+    """Scales of the input channels, (rms of the input / rms of the weights)^p, with the p of the least expected output
+    error (spread of retention, read noise and DAC step); ones where that leaves more than :data:`GAINED` of the error.
+
+    Args:
+        x: centered, as the layer reads it.
+    """
+    layer, config = statistics.layer, statistics.layer.crossbar.config
+    rows = layer._rows(layer.weight.detach()).float()
+    groups, columns, width = rows.shape
+    power, largest, importance = _channel_power(x, statistics, rows)
+    of_weights = rows.square().mean(1).view(groups, -1, width * groups // len(power)).mean(2)
+    ratio = (power.view(groups, -1) / of_weights.clamp(min=TINY)).clamp(min=TINY).sqrt()
+    ratio = (ratio / ratio.log().median().exp()).clamp(1 / LARGEST_SCALE, LARGEST_SCALE)
+    current = config.device.read_noise / (config.device.g_range * config.device.read_voltage)
+    levels, error = converter_levels(config.dac_bits), layer.crossbar.error
+    clip = TYPICAL_CLIP if config.weight_clip == "auto" else config.weight_clip
+    best, least = torch.ones_like(ratio), math.inf
+    for exponent in POWERS:
+        scale = ratio**exponent
+        along = scale.repeat_interleave(width * groups // len(power), 1)[:, None]
+        cells = rows * along
+        held = weight_scales(cells, clip, config.weight_scale == "per_channel", error)
+        held = held.view(groups, columns, 1) if len(held) > 1 else held
+        spread = WeightVariance.apply(cells, held.expand(cells.shape), error).sum(1) / along[:, 0].square()
+        total = float((spread.view(groups, scale.shape[1], -1).sum(2) * power.view(groups, -1)).sum())
+        noise = float(held.square().mean()) * groups * columns * current**2
+        step = float(cells.square().sum()) / (12 * levels**2) if levels else 0.0
+        total += importance * float((largest.view(groups, -1) / scale).max()) ** 2 * (noise + step)
+        if total < least:
+            best, least = scale, total * (1 if exponent else GAINED)
+    return best.reshape(-1)
+
+
+def _channel_power(x: Tensor, statistics: LayerStatistics, rows: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Of each input channel the mean square, weighted as :func:`_sample_weights` says, and the largest magnitude; and
+    the mean of the weights."""
+    if isinstance(statistics.layer, CrossbarConv2d):  # of every pixel: few of them may drive a channel at all
+        flat = x.transpose(0, x.dim() - 3).flatten(1)
+        return flat.square().mean(1), flat.abs().amax(1), 1.0
+    tokens = x.reshape(-1, x.shape[-1])
+    tokens = tokens[:: max(1, len(tokens) // 2048)]
+    weights = relative_weights(rows, tokens[None])
+    return (tokens.square() * weights[:, None]).mean(0), tokens.abs().amax(0), float(weights.mean())
 
 
 def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = None) -> nn.Module:
@@ -157,10 +220,7 @@ def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = No
     """
     state, layers = crossbar_state(model), crossbar_layers(model)
     config = state.config
-    statistics = {
-        name: LayerStatistics(layer, name, seed, config.center_inputs)
-        for seed, (name, layer) in enumerate(layers.items())
-    }
+    statistics = {name: LayerStatistics(layer, name, seed) for seed, (name, layer) in enumerate(layers.items())}
     groups: dict[str, str] = {}
     if sensitivity is None:
         sensitivity = state.term == "sensitivity"
@@ -201,6 +261,8 @@ def _observed(model: nn.Module, statistics: dict[str, LayerStatistics], groups: 
         if last[0] is not x:
             last[:] = [x, name]
         groups.setdefault(name, last[1])
+        if statistics[name].offset is None and groups[name] != name:
+            statistics[name].follow(statistics[groups[name]])
         statistics[name].update(x, state.keep(x))
 
     hooks = [s.layer.register_forward_pre_hook(observe) for s in statistics.values()]
@@ -230,6 +292,9 @@ def _settle(shared: list[LayerStatistics], config: ReRAMConfig) -> None:
     if not shared:
         return
     first = shared[0]
+    for statistics in shared:
+        statistics.layer.input_offset.copy_(first.offset)
+        statistics.layer.input_scale.copy_(first.scale)
     span = first.percentile(config.input_percentile)
     span = span if span > TINY else 1.0  # an input that is always zero: any range holds it
     shrink = _best_shrink(shared, span, config) if config.range_shrink == "auto" else config.range_shrink
@@ -238,18 +303,27 @@ def _settle(shared: list[LayerStatistics], config: ReRAMConfig) -> None:
         layer = statistics.layer
         layer.input_range.fill_(span)
         layer.input_floor.fill_(max(-1.0, first.smallest / span))
-        layer.input_offset.copy_(first.offset)
         layer.range_shrink.fill_(shrink)
         layer.gain.fill_(gain)
         inputs = _phi(statistics.grouped_samples(), span, config.device.b(shrink), gain)
-        rows = layer._rows(layer.weight)
-        inputs = inputs * relative_weights(rows, inputs).sqrt()[:, None]
+        rows = layer._rows(layer.cell_weight())
+        inputs = inputs * _sample_weights(layer, rows, inputs).sqrt()[:, None]
         per_channel = config.weight_scale == "per_channel"
         error = layer.crossbar.error
         layer.weight_scale.copy_(weight_scales(rows, config.weight_clip, per_channel, error, inputs))
         layer.adc_range.fill_(_largest_current(statistics, span, config))
         layer.forget_white_noise()
         layer.scalars()
+
+
+def _sample_weights(layer: CrossbarMixin, rows: Tensor, inputs: Tensor) -> Tensor:
+    """How much each sampled input's output error counts, (samples,). Tokens are normalized one by one later, so theirs
+    count relative to their output; pixels are not, and batch norm scales all of them alike."""
+    if isinstance(layer, CrossbarConv2d):
+        return 1 / torch.bmm(rows.detach().float(), inputs.transpose(1, 2)).square().sum((0, 1)).mean().clamp(
+            min=TINY
+        ).expand(inputs.shape[1])
+    return relative_weights(rows, inputs)
 
 
 def _phi(x: Tensor, span: float, b: float, gain: float) -> Tensor:
@@ -273,9 +347,9 @@ def _best_shrink(shared: list[LayerStatistics], span: float, config: ReRAMConfig
     errors = torch.zeros(len(SHRINKS), dtype=torch.float64)
     for statistics in shared:
         layer, inputs = statistics.layer, statistics.grouped_samples()
-        rows = layer._rows(layer.weight).float()
+        rows = layer._rows(layer.cell_weight()).float()
         clipped = inputs.clamp(-span, span)
-        weights = relative_weights(rows, clipped).double()
+        weights = _sample_weights(layer, rows, clipped).double()
         scale = weight_scales(rows, None, config.weight_scale == "per_channel", layer.crossbar.error)
         tiles = math.ceil(rows.shape[2] / tiles_of) if tiles_of else 1
         channels = rows.shape[0] * rows.shape[1]
@@ -300,7 +374,7 @@ def _largest_current(statistics: LayerStatistics, span: float, config: ReRAMConf
     """The full scale that the ADC was sized for: the largest column current on the samples at range_shrink = 1 and a
     quarter more, since they are only samples; in currents of a fully-on cell at read_voltage."""
     layer = statistics.layer
-    rows = layer._rows(layer.weight).float()
+    rows = layer._rows(layer.cell_weight()).float()
     scale = weight_scales(rows, None, config.weight_scale == "per_channel", layer.crossbar.error)
     shape = (*rows.shape[:2], 1) if len(scale) > 1 else (1, 1, 1)
     b = config.device.b()

@@ -44,6 +44,8 @@ class ReRAMConfig(QuantizationConfigMixin):
             lower percentiles clip the few outlier dimensions that transformers depend on (recipes/README.md).
         center_inputs: subtract each input channel's mean on calibration data digitally, and add W times it to the bias,
             where that takes at least a tenth off the input's power: the cells' errors act on what is left.
+        equalize_inputs: divide each input channel by a number of its own digitally, and let the cells hold the weights
+            times that number, where it lowers the expected output error (retention + read noise + DAC).
         learn_input_range: make input ranges trainable parameters.
         weight_scale: "per_channel" or "per_tensor": what shares one conductance scale.
         weight_clip: w_scale is at most this many RMS of the channel (tensor); larger weights saturate at g_max.
@@ -75,6 +77,7 @@ class ReRAMConfig(QuantizationConfigMixin):
     gain: str = "calibrated"
     input_percentile: float = 99.999
     center_inputs: bool = True
+    equalize_inputs: bool = False
     learn_input_range: bool = False
     weight_scale: str = "per_channel"
     weight_clip: Any = "auto"
@@ -98,6 +101,7 @@ class ReRAMConfig(QuantizationConfigMixin):
         self._one_of("gain", GAINS)
         self._number_or("input_percentile", (), 0, 100)
         self._flag("center_inputs")
+        self._flag("equalize_inputs")
         self._flag("learn_input_range")
         self._one_of("weight_scale", WEIGHT_SCALES)
         self._number_or("weight_clip", ("auto", None), 0, math.inf)

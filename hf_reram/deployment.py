@@ -52,7 +52,8 @@ def deploy(
 
 @torch.no_grad()
 def realize(layer: CrossbarMixin, time: float | None, temperature: float | None, seed: int) -> torch.Tensor:
-    """The weight that the layer's cells hold, ``w_scale (g+ - g-) / Δg``, in its shape and dtype.
+    """What the layer's cells hold, ``w_scale (g+ - g-) / Δg``: its weight, times the input scales, in its shape and
+    dtype.
 
     Args:
         time: s, None for right after programming. temperature: K. seed: of this layer's cells.
@@ -63,7 +64,7 @@ def realize(layer: CrossbarMixin, time: float | None, temperature: float | None,
     weight: Any = layer.weight
     if hasattr(weight, "full_tensor"):  # FSDP2 holds a shard of it; a chip is programmed whole
         weight = weight.full_tensor()
-    targets = device.conductance(weight.float() / scale.clamp(min=1e-30))
+    targets = device.conductance(layer.cell_weight(weight).float() / scale.clamp(min=1e-30))
     plus, minus = (program(device, target, generator).after(device, time, temperature) for target in targets)
     return plus.sub_(minus).mul_(scale / device.g_range).to(layer.weight.dtype)
 

@@ -21,7 +21,8 @@ class LayerReport:
     Attributes:
         name, kind: qualified name, and the digital layer's class. rows, columns: of its array, groups side by side.
         cells: two a weight. input_range: of the DAC in units of the input, None where not calibrated.
-        centered: whether it subtracts an offset from its input. b: how far a full-scale input goes into the sinh.
+        centered, equalized: whether it subtracts an offset from its input, and divides its channels by scales.
+        b: how far a full-scale input goes into the sinh.
         clipped: share of the weights beyond w_scale. noise_to_signal: ``E|ΔW φ|² / E|W φ|²`` with data, else
             ``|ΔW|² / |W|²``.
     """
@@ -33,6 +34,7 @@ class LayerReport:
     cells: int
     input_range: float | None
     centered: bool
+    equalized: bool
     b: float
     clipped: float
     noise_to_signal: float
@@ -59,8 +61,9 @@ def inspect_layers(
     found = []
     for name, layer in layers.items():
         span, b, *_ = layer.scalars()
-        rows = layer._rows(layer.weight)
-        beyond = (layer.weight.detach().abs() > layer.held_scale()).float().mean()
+        weight = layer.cell_weight().detach()
+        rows = layer._rows(weight)
+        beyond = (weight.abs() > layer.held_scale()).float().mean()
         found.append(
             LayerReport(
                 name=name,
@@ -70,6 +73,7 @@ def inspect_layers(
                 cells=2 * layer.weight.numel(),
                 input_range=span or None,
                 centered=layer.centered,
+                equalized=layer.equalized,
                 b=b,
                 clipped=float(beyond),
                 noise_to_signal=ratios.get(name, 0.0),

@@ -115,7 +115,8 @@ def sampled_drift(model: nn.Module, kind: str | None = None) -> Iterator[None]:
     state.draw_drift_time()
     if state.drift == "noise":
         for layer in crossbar_layers(model).values():
-            layer.white_noise_std()  # known before compiled code needs it
+            if not hasattr(layer.weight, "device_mesh"):  # FSDP2 has the weights together in the forward alone
+                layer.white_noise_std()  # known before compiled code needs it
     try:
         yield
     finally:
@@ -134,6 +135,8 @@ def hold_weights(model: nn.Module) -> None:
 def _clamp_to_scale(layer: CrossbarMixin) -> None:
     weight: Any = layer.weight
     scale = layer.held_scale()
+    if layer.equalized:
+        scale = scale / layer._along_inputs(layer.input_scale).to(scale.dtype)
     if hasattr(weight, "device_mesh"):  # FSDP2: shard the scale as the weight is, then clamp each rank's own part
         from torch.distributed.tensor import distribute_tensor
 

@@ -145,11 +145,14 @@ def initialize_layers(model: nn.Module, names: set[str] | None = None) -> None:
             layer.adc_range.zero_()
             layer.input_floor.fill_(-1.0)
             layer.input_offset.zero_()
+            layer.input_scale.fill_(1.0)
             shrink = 1.0 if config.range_shrink == "auto" else config.range_shrink
             layer.range_shrink.fill_(shrink)
             layer.gain.fill_(initial_gain(config, config.device.b(shrink)))
             per_channel = config.weight_scale == "per_channel"
-            layer.weight_scale.copy_(weight_scales(layer._rows(layer.weight), config.weight_clip, per_channel, error))
+            layer.weight_scale.copy_(
+                weight_scales(layer._rows(layer.cell_weight()), config.weight_clip, per_channel, error)
+            )
         layer.scalars()
         if config.learn_input_range and not isinstance(layer.input_range, nn.Parameter):
             make_range_trainable(layer)

@@ -29,14 +29,17 @@ from .version import __version__
 logger = logging.get_logger(__name__)
 
 
+NAIVE = {"range_shrink": 1.0, "weight_clip": None, "center_inputs": False, "equalize_inputs": False}
+
+
 @dataclass(frozen=True)
 class Method:
     """One way to put the base on crossbars.
 
     Attributes:
         label: in table and plot. loss: ``retention_loss``; "" takes the config's, None trains nothing.
-        mapped: shrink, clipping and input offset as the config says, else a naive crossbar: the whole read voltage, the
-            largest weight at g_max, no offset.
+        mapped: shrink, clipping, input offset and scales as the config says, else a naive crossbar: the whole read
+            voltage, the largest weight at g_max, inputs driven as they are.
     """
 
     label: str
@@ -50,9 +53,7 @@ class Method:
 
     def config(self, config: ReRAMConfig) -> ReRAMConfig:
         """``config`` changed to this method."""
-        changes: dict[str, Any] = (
-            {} if self.mapped else {"range_shrink": 1.0, "weight_clip": None, "center_inputs": False}
-        )
+        changes: dict[str, Any] = {} if self.mapped else dict(NAIVE)
         if self.loss != "":
             changes["retention_loss"] = self.loss or "none"
         return ReRAMConfig.from_dict({**config.to_dict(), **changes})

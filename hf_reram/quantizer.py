@@ -15,7 +15,11 @@ from .hub import attach_upload
 from .nn.mixin import BUFFERS
 from .patching import crossbar_layers, initialize_layers, make_range_trainable, swap_layers, unpatch_model
 
-ADDED_LATER = {"input_floor": -1.0, "input_offset": 0.0}  # and what they are in checkpoints from before
+ADDED_LATER = {
+    "input_floor": -1.0,
+    "input_offset": 0.0,
+    "input_scale": 1.0,
+}  # and what they are in checkpoints from before
 
 
 @register_quantizer("reram")

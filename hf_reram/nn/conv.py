@@ -57,6 +57,10 @@ class CrossbarConv2d(CrossbarMixin, nn.Conv2d):
     def _broadcast(self, per_channel: Tensor, like: str) -> Tensor:
         return per_channel[:, None, None, None] if like == "weight" else per_channel[:, None, None]
 
+    def _along_inputs(self, per_channel: Tensor) -> Tensor:
+        own = per_channel.view(self.groups, 1, -1).expand(-1, self.out_channels // self.groups, -1)
+        return own.reshape(self.out_channels, -1, 1, 1)
+
 
 class CrossbarConv2dSame(CrossbarConv2d):
     """timm's ``Conv2dSame``: TensorFlow's padding, which depends on the input's size."""

@@ -35,6 +35,9 @@ class CrossbarLinear(_Matrix, nn.Linear):
     def _broadcast(self, per_channel: Tensor, like: str) -> Tensor:
         return per_channel[:, None] if like == "weight" else per_channel
 
+    def _along_inputs(self, per_channel: Tensor) -> Tensor:
+        return per_channel
+
 
 class CrossbarConv1D(_Matrix, Conv1D):
     """GPT-2's ``Conv1D``, a linear layer with a transposed weight: x (..., nx) to (..., nf)."""
@@ -53,3 +56,6 @@ class CrossbarConv1D(_Matrix, Conv1D):
 
     def _broadcast(self, per_channel: Tensor, like: str) -> Tensor:
         return per_channel
+
+    def _along_inputs(self, per_channel: Tensor) -> Tensor:
+        return per_channel[:, None]

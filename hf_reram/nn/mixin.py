@@ -21,16 +21,26 @@ from .state import CrossbarState
 from .terms import TERMS, Reading, output_term, tap_output, taps_output, wide
 
 # Per-layer results of calibration, kept beside the weight and saved with it. All are float, of one element except
-# weight_scale and input_offset; input_range 0 means not calibrated, each batch then spans its own range.
-BUFFERS = ("input_range", "range_shrink", "gain", "adc_range", "weight_scale", "input_floor", "input_offset")
+# weight_scale, input_offset and input_scale; input_range 0 means not calibrated, each batch then spans its own range.
+BUFFERS = (
+    "input_range",
+    "range_shrink",
+    "gain",
+    "adc_range",
+    "weight_scale",
+    "input_floor",
+    "input_offset",
+    "input_scale",
+)
 
 
 class CrossbarMixin(nn.Module):
     """A layer on a simulated ReRAM crossbar, in place of a digital layer of the same parameters.
 
-    ``y = W phi(x - o) + (bias + W o)`` with ``W`` held within ``±weight_scale`` and ``phi`` as in
+    ``y = V phi((x - o) / a) + (bias + W o)``, ``V = W · a`` held within ``±weight_scale`` and ``phi`` as in
     :mod:`hf_reram.device.iv`. The offset o is subtracted, and ``bias + W o`` added, digitally: the cells' errors act
-    only on what varies of the input.
+    only on what varies of the input. The input scales a spread the input's power and the cells' range evenly over the
+    rows (as SmoothQuant does for integers, Xiao et al., arXiv 2211.10438).
 
     A subclass says how its weight meets an input: :meth:`_op`, :meth:`_tiles`, :meth:`_input_power`, :meth:`_rows`.
 
@@ -41,7 +51,8 @@ class CrossbarMixin(nn.Module):
         adc_range: full scale of the ADC, in currents of one fully-on cell at read_voltage.
         input_floor: lowest input that the DAC drives, as a share of input_range: -1, or above for one-sided inputs.
         weight_scale: (output channels,) or (1,), the weight that a cell at g_max stands for.
-        input_offset: (input channels,), zero where the input is driven as it is.
+        input_offset: (input channels,), o, zero where the input is driven as it is.
+        input_scale: (input channels,), a, one where it is.
     """
 
     weight: Any
@@ -53,6 +64,7 @@ class CrossbarMixin(nn.Module):
     input_floor: Tensor
     weight_scale: Tensor
     input_offset: Tensor
+    input_scale: Tensor
     crossbar: CrossbarState
     crossbar_name: str
     _digital_class: Any  # that it was made from
@@ -82,8 +94,8 @@ class CrossbarMixin(nn.Module):
         width = channels if state.config.weight_scale == "per_channel" else 1
         dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
         for buffer in BUFFERS:
-            size = {"weight_scale": width, "input_offset": inputs}.get(buffer, 1)
-            fill = {"range_shrink": 1.0, "gain": 1.0, "input_floor": -1.0}.get(buffer, 0.0)
+            size = {"weight_scale": width, "input_offset": inputs, "input_scale": inputs}.get(buffer, 1)
+            fill = {"range_shrink": 1.0, "gain": 1.0, "input_floor": -1.0, "input_scale": 1.0}.get(buffer, 0.0)
             self.register_buffer(buffer, torch.full((size,), fill, dtype=dtype, device=weight.device))
 
     def remove_crossbar(self) -> None:
@@ -103,21 +115,27 @@ class CrossbarMixin(nn.Module):
     @property
     def centered(self) -> bool:
         """Whether the layer subtracts an offset from its input."""
-        return self.scalars()[5] != 0
+        return self.scalars()[6]
 
-    def scalars(self) -> tuple[float, float, float, float, float, int]:
-        """``(input_range, b, gain · b, adc_range, input_floor, a number that stands for input_offset)`` as floats, read
-        again only when a buffer changed."""
+    @property
+    def equalized(self) -> bool:
+        """Whether the layer divides its input's channels by scales."""
+        return self.scalars()[7]
+
+    def scalars(self) -> tuple[float, float, float, float, float, int, bool, bool]:
+        """``(input_range, b, gain · b, adc_range, input_floor, a number that stands for offset and scales, whether
+        there is an offset, and scales)``, read again only when a buffer changed."""
         if torch.compiler.is_compiling() and self._scalars is not None:
             return self._scalars  # as calibration or loading left them
-        tensors = (self.input_range, self.range_shrink, self.gain, self.adc_range, self.input_floor, self.input_offset)
+        tensors = tuple(getattr(self, name) for name in BUFFERS if name != "weight_scale")
         key = tuple((id(t), -1 if t.is_inference() else t._version) for t in tensors)
         if self._scalars is None or self._scalars_of != key:
-            r, shrink, gain, full_scale, floor = (float(t.detach().item()) for t in tensors[:-1])
-            offset = self.input_offset.detach().float().cpu()
-            mark = zlib.crc32(offset.numpy().tobytes()) if offset.any() else 0
+            r, shrink, gain, full_scale, floor = (float(t.detach().item()) for t in tensors[:-2])
+            offset, scale = (t.detach().float().cpu() for t in tensors[-2:])
+            centered, equalized = bool(offset.any()), bool((scale != 1).any())
+            mark = zlib.crc32(torch.cat((offset, scale)).numpy().tobytes()) if centered or equalized else 0
             b = self.crossbar.config.device.b(shrink)
-            self._scalars_of, self._scalars = key, (r, b, gain, full_scale, floor, mark)
+            self._scalars_of, self._scalars = key, (r, b, gain, full_scale, floor, mark, centered, equalized)
             self._coefficients = sinh_coefficients(b) if LINEAR_B <= b <= POLYNOMIAL_B else ()
         return self._scalars
 
@@ -147,16 +165,32 @@ class CrossbarMixin(nn.Module):
         return ()
 
     def center(self, x: Tensor, offset: Tensor) -> Tensor:
-        """``x - o``, padded, as the DACs get it. Padding is part of the input, so it is centered too."""
+        """``x - o``, padded. Padding is part of the input, so it is centered too."""
         return self.pad(x) - self._broadcast(offset, "output").to(x.dtype)
 
+    def equalize(self, x: Tensor, scale: Tensor) -> Tensor:
+        """``x / a``."""
+        return x / self._broadcast(scale, "output").to(x.dtype)
+
     def _driven(self, x: Tensor) -> Tensor:
-        return self.center(x, self.input_offset) if self.centered else x
+        """``(x - o) / a``, as the DACs get it."""
+        if not self.equalized:
+            return self.center(x, self.input_offset) if self.centered else x
+        factor = self._broadcast(1 / self.input_scale, "output").to(x.dtype)
+        if not self.centered:
+            return x * factor
+        shift = self._broadcast(-self.input_offset / self.input_scale, "output").to(x.dtype)
+        return torch.addcmul(shift, self.pad(x), factor)  # one pass
+
+    def cell_weight(self, weight: Tensor | None = None) -> Tensor:
+        """``V = W · a``, what the cells are to hold, of W or another weight of its shape."""
+        weight = self.weight if weight is None else weight
+        return weight * self._along_inputs(self.input_scale).to(weight.dtype) if self.equalized else weight
 
     def _offset_output(self) -> Tensor:
         """``W o``, (output channels,), of the weights as they were programmed."""
-        rows = self._rows(map_weight(self.weight, self.held_scale()))
-        offset = self.input_offset.to(rows.dtype).view(rows.shape[0], -1, 1)
+        rows = self._rows(map_weight(self.cell_weight(), self.held_scale()))
+        offset = (self.input_offset / self.input_scale).to(rows.dtype).view(rows.shape[0], -1, 1)
         offset = offset.expand(-1, -1, rows.shape[2] // offset.shape[1]).reshape(rows.shape[0], -1, 1)
         return torch.bmm(rows, offset).view(-1)
 
@@ -191,6 +225,10 @@ class CrossbarMixin(nn.Module):
         against an output."""
         raise NotImplementedError
 
+    def _along_inputs(self, per_channel: Tensor) -> Tensor:
+        """A vector over input channels shaped to broadcast against the weight."""
+        raise NotImplementedError
+
     def held_scale(self) -> Tensor:
         """weight_scale shaped like the weight, in its dtype."""
         return self._broadcast(self.weight_scale, "weight").to(self.weight.dtype)
@@ -199,7 +237,7 @@ class CrossbarMixin(nn.Module):
         """``(s, factor, pull)`` with ``phi(x) = factor · s``, and where powers of s leave their gradients. The factor
         is 1, folded into s, unless the input range is learned."""
         state = self.crossbar
-        _, b, gain, _, floor, mark = self.scalars()
+        _, b, gain, _, floor, mark, *_ = self.scalars()
         levels, floor = dac_grid(state.config.dac_bits, floor)
         factor: Any = span * (gain if b < LINEAR_B else gain / b)
         if isinstance(span, Tensor):
@@ -238,24 +276,24 @@ class CrossbarMixin(nn.Module):
                 raise ValueError(f"the input of layer {self.crossbar_name!r} contains NaN")
         return span or 1.0
 
-    def _hold(self) -> tuple[Tensor, Tensor | None]:
-        """W as the cells hold it: clipped, and deployed or with sampled drift where that is on; and the weights'
+    def _hold(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """V as the cells hold it: clipped, and deployed or with sampled drift where that is on; and the weights'
         retention variance where that came with it."""
         state = self.crossbar
         if self.deployed is not None:
             return self.deployed, None
         if not self.training or state.drift is None:
-            return map_weight(self.weight, self.held_scale()), None
-        weight = wide(self.weight)
+            return map_weight(weight, self.held_scale()), None
+        dtype, weight = weight.dtype, wide(weight)
         noise = state.normal(weight, self.crossbar_name)
         error = state.drift_error if state.drift == "drift" else white_error(self.white_noise_std())
         needed = state.term is not None and error is state.error
         scale = wide(self.held_scale())
         if torch.compiler.is_compiling():
             held, variance = compiled.drifted_weight(weight, scale, noise, error)
-            return held.to(self.weight.dtype), variance if needed else None
+            return held.to(dtype), variance if needed else None
         held, variance = DriftedWeight.apply(weight, scale, noise, error, needed)
-        return held.to(self.weight.dtype), variance
+        return held.to(dtype), variance
 
     def forget_white_noise(self) -> None:
         """Have the power of "noise" measured anew, after weight_scale has changed."""
@@ -266,7 +304,7 @@ class CrossbarMixin(nn.Module):
         if self._white_std is None:
             with torch.no_grad():
                 # In units of w_scale, so that the result is right where a whole channel is zero.
-                ratio = wide(self.weight) / wide(self.held_scale()).clamp(min=1e-30)
+                ratio = wide(self.cell_weight()) / wide(self.held_scale()).clamp(min=1e-30)
                 error = self.crossbar.error
                 power = WeightVariance.apply(ratio, torch.ones_like(ratio[:1]), error)
                 self._white_std = math.sqrt(max(float(power.mean()) + error.mean_square, 0.0))
@@ -310,7 +348,8 @@ class CrossbarMixin(nn.Module):
             return self._digital_class.forward(self, x)
         span = self._span(x)
         s, factor, pull = self._drive(x, span)
-        weight, variance = self._hold()
+        cells = self.cell_weight()
+        weight, variance = self._hold(cells)
         if isinstance(factor, Tensor):
             weight = weight * factor
         tapped = taps_output(self)
@@ -323,7 +362,7 @@ class CrossbarMixin(nn.Module):
         else:
             y = self._op(s, weight, bias)
         if self.training and (state.term or state.measure):
-            y = self._account(Reading(s, y, factor, pull, full_bias, variance=variance), tapped)
+            y = self._account(Reading(s, y, factor, pull, full_bias, weight=cells, variance=variance), tapped)
         return y
 
     def _account(self, reading: Reading, tapped: bool) -> Tensor:

@@ -24,6 +24,7 @@ class Reading:
             bias.
         bias: what was added to it digitally, (output channels,) or None.
         input_pull, output_pull: where powers of s and of y leave their gradients; None if they compute them.
+        weight: what the cells hold before clipping; None: to be taken from the layer.
         variance: s² of the weights if it is already known.
     """
 
@@ -33,6 +34,7 @@ class Reading:
     input_pull: Pull | None
     bias: Tensor | None
     output_pull: Pull | None = None
+    weight: Tensor | None = None
     variance: Tensor | None = None
 
 
@@ -70,7 +72,7 @@ def output_term(layer, reading: Reading) -> Tensor:
 
 def weight_term(layer, reading: Reading) -> Tensor:
     """``(E|ΔW|², |W|²)``: the same without activations."""
-    scale, weight = wide(layer.held_scale()), wide(layer.weight)
+    scale, weight = wide(layer.held_scale()), _weight(layer, reading)
     held = map_weight(weight, scale)
     noise = _variance(layer, reading).sum()
     for mean in layer.crossbar.error.means:
@@ -110,7 +112,11 @@ def _variance(layer, reading: Reading) -> Tensor:
     if reading.variance is not None:
         return reading.variance
     variance = compiled.weight_variance if torch.compiler.is_compiling() else WeightVariance.apply
-    return variance(wide(layer.weight), wide(layer.held_scale()), layer.crossbar.error)
+    return variance(_weight(layer, reading), wide(layer.held_scale()), layer.crossbar.error)
+
+
+def _weight(layer, reading: Reading) -> Tensor:
+    return wide(layer.cell_weight() if reading.weight is None else reading.weight)
 
 
 def _bias(layer, reading: Reading) -> Tensor | None:
@@ -136,6 +142,6 @@ def _mean_power(layer, reading: Reading) -> Tensor:
     scale, s, keep = wide(layer.held_scale()), wide(reading.s), layer.crossbar.keep(reading.s)
     powers: list[Any] = []
     for mean in error.means:
-        shifted = weight_mean(wide(layer.weight), scale, mean) * reading.factor
+        shifted = weight_mean(_weight(layer, reading), scale, mean) * reading.factor
         powers.append(_power(layer._output_rows(layer._op(s, shifted, None)), None, keep, None))
     return torch.stack(powers).mean(0)

@@ -103,7 +103,7 @@ def test_term_is_that_of_the_linear_form(kind):
             columns = columns.reshape(-1, layer.groups, columns.shape[-1] // layer.groups)
         else:
             columns = phi.reshape(-1, 1, 8)
-        rows = layer._rows(layer.weight)
+        rows = layer._rows(layer.cell_weight())
         scale = layer.weight_scale.view(*rows.shape[:2], 1)
         held = torch.maximum(torch.minimum(rows, scale), -scale)
         cell = layer.crossbar.config.device
