@@ -59,6 +59,8 @@ def main(out: str) -> None:
     if dist.is_initialized():
         dist.barrier()  # gloo aborts where one process leaves while the other still talks
         dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)  # gloo's threads may still be ending, and abort the interpreter's exit
 
 
 if __name__ == "__main__":
