@@ -45,13 +45,20 @@ def last_checkpoint(folder: str | os.PathLike) -> str | None:
     return str(whole[-1]) if whole else None
 
 
-def remove_incomplete(folder: str | os.PathLike) -> None:
-    """Delete checkpoints whose saving was interrupted: to Trainer they would be the newest, so that it would resume
-    from them, and delete whole ones before them."""
+def set_incomplete_aside(folder: str | os.PathLike) -> None:
+    """Rename checkpoints whose saving was interrupted to ``incomplete-checkpoint-N``, or delete them if they hold no
+    weights: to Trainer they would be the newest, so that it would resume from them, and delete whole ones before."""
     for path in _checkpoints(folder):
-        if not is_whole(path):
+        if is_whole(path):
+            continue
+        if (path / STAGING).exists() or not any(path.glob("*.safetensors")):
             logger.warning("%s was not saved to its end and is deleted", path)
             shutil.rmtree(path)
+        else:
+            aside = path.with_name(f"incomplete-{path.name}")
+            logger.warning("%s was not saved to its end and is now %s; it can be deleted", path, aside)
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
 
 
 def is_whole(checkpoint: str | os.PathLike) -> bool:

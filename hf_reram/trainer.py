@@ -27,7 +27,7 @@ from .outputs import divergence
 from .patching import crossbar_layers, crossbar_state, patch_model, unpatch_model
 from .publish import publish
 from .report import RobustnessReport
-from .saving import remove_incomplete, staged
+from .saving import set_incomplete_aside, staged
 from .sensitivity import measure_sensitivity
 
 
@@ -151,14 +151,14 @@ class ReRAMTrainer(Trainer):
     # Training
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """As ``Trainer.train``. Checkpoints whose saving was interrupted are deleted, so that ``True`` resumes from the
-        last whole one; :func:`hf_reram.saving.last_checkpoint` finds it.
+        """As ``Trainer.train``. Checkpoints whose saving was interrupted are set aside, so that ``True`` resumes from
+        the last whole one; :func:`hf_reram.saving.last_checkpoint` finds it.
 
         Raises:
             FloatingPointError: the loss is NaN or infinite; says which layer made it so.
         """
         if self.is_world_process_zero():
-            remove_incomplete(self.args.output_dir or ".")
+            set_incomplete_aside(self.args.output_dir or ".")
         self.accelerator.wait_for_everyone()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
