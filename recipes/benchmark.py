@@ -332,9 +332,11 @@ def conversion() -> dict[str, float]:
             model.to_empty(device="cpu")
             for parameter in model.parameters():
                 torch.nn.init.normal_(parameter, std=0.02)
-        before = {name: p.data_ptr() for name, p in model.named_parameters()}
+        before = {name: (p, p.data_ptr()) for name, p in model.named_parameters()}  # on meta, the object itself counts
         took = seconds(lambda model=model: patch_model(model, ReRAMConfig()))
-        copied = sum(p.nbytes for n, p in model.named_parameters() if before[n] != p.data_ptr())
+        copied = sum(
+            p.nbytes for n, p in model.named_parameters() if before[n][0] is not p or before[n][1] != p.data_ptr()
+        )
         parameters = sum(p.numel() for p in model.parameters())
         print(f"{parameters:,} parameters on {where}: patched in {took:.1f} s, {copied} bytes of weights copied")
         found |= {f"{where}_seconds": took, f"{where}_copied_bytes": copied, "parameters": parameters}
