@@ -1,0 +1,46 @@
+"""recipes/benchmark.py at a tiny size: what it prints and writes, not how fast anything is."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import BertConfig
+
+SCRIPT = Path(__file__).parents[2] / "recipes" / "benchmark.py"
+
+
+def run(*flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(SCRIPT), *flags], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def shape(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shape")
+    BertConfig(
+        vocab_size=2000, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def test_every_part_reports_ratios(shape, tmp_path):
+    file = tmp_path / "found.json"
+    flags = ["--model_name_or_path", shape, "--batch_size", "2", "--length", "8", "--pairs", "1", "--output", str(file)]
+    done = run(
+        *flags, "--parts", "training", "inference", "chip", "--variants", "drift (default)", "chip", "LoRA: drift"
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(file.read_text())
+    training = {row["variant"]: row for row in found["training"]}
+    assert training.keys() == {"retention loss: drift (default)", "LoRA: drift"}
+    assert all(row["time"] > 0 and row["memory"] > 0 and row["digital_seconds"] > 0 for row in training.values())
+    assert [row["variant"] for row in found["inference"]] == ["chip"]
+    assert found["inference"][0]["memory"] is None
+    assert found["chip"]["chip_seconds"] > 0
+    assert f"| LoRA: drift | {training['LoRA: drift']['time']:.2f} |" in done.stdout
+
+
+def test_wrong_flags_are_named(shape):
+    assert "parts=['nothing']" in run("--parts", "nothing").stderr
+    assert "allowed are minilm, deit-tiny and mobilenetv3" in run("--model", "gpt").stderr
