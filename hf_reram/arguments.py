@@ -23,6 +23,12 @@ class ReRAMArguments:
     equalize_inputs: bool = field(
         default=ReRAMConfig.equalize_inputs, metadata={"help": "input channels divided by scales of their own"}
     )
+    weight_scale: str = field(
+        default=ReRAMConfig.weight_scale, metadata={"help": "per_channel, per_tensor or per_tile (needs tile_size)"}
+    )
+    tile_size: int | None = field(default=None, metadata={"help": "rows of a crossbar tile; default one tile a layer"})
+    dac_bits: int | None = field(default=None, metadata={"help": "2 to 16, sign included; default ideal"})
+    adc_bits: int | None = field(default=None, metadata={"help": "2 to 16, sign included; default ideal"})
     retention_loss: str = ReRAMConfig.retention_loss or "none"
     retention_weight: float = ReRAMConfig.retention_weight
     retention_times: list[str] = field(default_factory=lambda: ["1d"], metadata={"help": "to be robust at"})
@@ -56,6 +62,10 @@ class ReRAMArguments:
             range_shrink=number_or_word(self.range_shrink, "range_shrink", {"auto": "auto"}),
             weight_clip=number_or_word(self.weight_clip, "weight_clip", {"auto": "auto", "none": None}),
             equalize_inputs=self.equalize_inputs,
+            weight_scale=self.weight_scale,
+            tile_size=self.tile_size,
+            dac_bits=self.dac_bits,
+            adc_bits=self.adc_bits,
             retention_loss=self.retention_loss,
             retention_weight=self.retention_weight,
             retention_times=self.retention_times,

@@ -18,7 +18,7 @@ from transformers.utils import logging
 from .config import ReRAMConfig, converter_levels
 from .deployment import digital_eval
 from .device.iv import LINEAR_B, full_scale_gain, least_squares_gain
-from .mapping import relative_weights, weight_scales
+from .mapping import layer_scales, relative_weights
 from .nn import CrossbarConv2d, CrossbarMixin
 from .nn.cells import WeightVariance
 from .outputs import call_model
@@ -180,11 +180,11 @@ def _scale(x: Tensor, statistics: LayerStatistics) -> Tensor:
         scale = ratio**exponent
         along = scale.repeat_interleave(width * groups // len(power), 1)[:, None]
         cells = rows * along
-        held = weight_scales(cells, clip, config.weight_scale == "per_channel", error)
-        held = held.view(groups, columns, 1) if len(held) > 1 else held
-        spread = WeightVariance.apply(cells, held.expand(cells.shape), error).sum(1) / along[:, 0].square()
+        held = layer_scales(layer, cells, clip)
+        spread = WeightVariance.apply(cells, layer.along_rows(held).expand(cells.shape), error).sum(1)
+        spread = spread / along[:, 0].square()
         total = float((spread.view(groups, scale.shape[1], -1).sum(2) * power.view(groups, -1)).sum())
-        noise = float(held.square().mean()) * groups * columns * current**2
+        noise = float(held.square().mean()) * groups * columns * layer.tiles() * current**2
         step = float(cells.square().sum()) / (12 * levels**2) if levels else 0.0
         total += importance * float((largest.view(groups, -1) / scale).max()) ** 2 * (noise + step)
         if total < least:
@@ -308,9 +308,7 @@ def _settle(shared: list[LayerStatistics], config: ReRAMConfig) -> None:
         inputs = _phi(statistics.grouped_samples(), span, config.device.b(shrink), gain)
         rows = layer._rows(layer.cell_weight())
         inputs = inputs * _sample_weights(layer, rows, inputs).sqrt()[:, None]
-        per_channel = config.weight_scale == "per_channel"
-        error = layer.crossbar.error
-        layer.weight_scale.copy_(weight_scales(rows, config.weight_clip, per_channel, error, inputs))
+        layer.weight_scale.copy_(layer_scales(layer, rows, config.weight_clip, inputs))
         layer.adc_range.fill_(_largest_current(statistics, span, config))
         layer.forget_white_noise()
         layer.scalars()
@@ -343,22 +341,19 @@ def _gain(statistics: LayerStatistics, span: float, b: float, config: ReRAMConfi
 
 def _best_shrink(shared: list[LayerStatistics], span: float, config: ReRAMConfig) -> float:
     """The shrink with the least expected output error: non-linearity on sampled inputs + read noise + ADC step."""
-    tiles_of = config.tile_size
     errors = torch.zeros(len(SHRINKS), dtype=torch.float64)
     for statistics in shared:
         layer, inputs = statistics.layer, statistics.grouped_samples()
         rows = layer._rows(layer.cell_weight()).float()
         clipped = inputs.clamp(-span, span)
         weights = _sample_weights(layer, rows, clipped).double()
-        scale = weight_scales(rows, None, config.weight_scale == "per_channel", layer.crossbar.error)
-        tiles = math.ceil(rows.shape[2] / tiles_of) if tiles_of else 1
-        channels = rows.shape[0] * rows.shape[1]
-        square = float(scale.double().square().mean()) * channels
+        scale = layer_scales(layer, rows, None)
+        square = float(scale.double().square().mean()) * rows.shape[0] * rows.shape[1] * layer.tiles()
         current = config.device.read_noise / (config.device.g_range * config.device.read_voltage)
-        noise = current**2 * tiles
+        noise = current**2
         if levels := converter_levels(config.adc_bits):
             step = _largest_current(statistics, span, config) / levels
-            noise += step**2 / 12 * tiles
+            noise += step**2 / 12
         for i, shrink in enumerate(SHRINKS):
             b = config.device.b(shrink)
             gain = _gain(statistics, span, b, config)
@@ -375,11 +370,9 @@ def _largest_current(statistics: LayerStatistics, span: float, config: ReRAMConf
     quarter more, since they are only samples; in currents of a fully-on cell at read_voltage."""
     layer = statistics.layer
     rows = layer._rows(layer.cell_weight()).float()
-    scale = weight_scales(rows, None, config.weight_scale == "per_channel", layer.crossbar.error)
-    shape = (*rows.shape[:2], 1) if len(scale) > 1 else (1, 1, 1)
+    scale = layer.along_rows(layer_scales(layer, rows, None))
     b = config.device.b()
     drive = _phi(statistics.grouped_samples() / span, 1.0, b, 1.0)
-    cells = rows / scale.view(shape).clamp(min=1e-30)
-    size = config.tile_size or rows.shape[2]
-    parts = zip(cells.split(size, 2), drive.split(size, 2))
+    cells = rows / scale.clamp(min=1e-30)
+    parts = zip(cells.split(layer.tile_rows(), 2), drive.split(layer.tile_rows(), 2))
     return 1.25 * max(float(torch.bmm(w, s.transpose(1, 2)).abs().max()) for w, s in parts)

@@ -14,7 +14,7 @@ from .device import DeviceConfig, parse_time
 from .device.iv import GAINS
 
 CONFIG_VERSION = 1
-WEIGHT_SCALES = ("per_channel", "per_tensor")
+WEIGHT_SCALES = ("per_channel", "per_tensor", "per_tile")
 RETENTION_LOSSES = (
     "output",
     "weight",
@@ -47,7 +47,9 @@ class ReRAMConfig(QuantizationConfigMixin):
         equalize_inputs: divide each input channel by a number of its own digitally, and let the cells hold the weights
             times that number, where it lowers the expected output error (retention + read noise + DAC).
         learn_input_range: make input ranges trainable parameters.
-        weight_scale: "per_channel" or "per_tensor": what shares one conductance scale.
+        weight_scale: "per_channel", "per_tensor" or "per_tile" (a channel's cells within one tile): what shares one
+            conductance scale. Smaller parts have smaller largest weights, so the cells' errors mean less in them;
+            "per_tile" needs a tile_size, and multiplies each tile's read-out digitally before tiles are added.
         weight_clip: w_scale is at most this many RMS of the channel (tensor); larger weights saturate at g_max.
             None: no clipping. "auto": per channel, the one with the least expected output error on calibration data
             (clipping + retention).
@@ -106,6 +108,8 @@ class ReRAMConfig(QuantizationConfigMixin):
         self._one_of("weight_scale", WEIGHT_SCALES)
         self._number_or("weight_clip", ("auto", None), 0, math.inf)
         self._integer("tile_size", 1, 1 << 20)
+        if self.weight_scale == "per_tile" and self.tile_size is None:
+            self._refuse("weight_scale", "'per_channel' or 'per_tensor' without a tile_size")
         self._integer("dac_bits", 2, 16)
         self._integer("adc_bits", 2, 16)
         self._names("target_modules", text=True)

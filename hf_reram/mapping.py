@@ -9,13 +9,19 @@ from torch import Tensor
 
 from .device.weight_error import WeightError
 from .nn.cells import WeightVariance, weight_mean
+from .nn.mixin import CrossbarMixin
 
 # Candidates for weight_clip="auto", in RMS of the channel; beyond comes no clipping at all.
 CLIPS = (1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
 
 
 def weight_scales(
-    rows: Tensor, clip: float | str | None, per_channel: bool, error: WeightError, inputs: Tensor | None = None
+    rows: Tensor,
+    clip: float | str | None,
+    per_channel: bool,
+    error: WeightError,
+    inputs: Tensor | None = None,
+    tile: int | None = None,
 ) -> Tensor:
     """w_scale for each output channel, ``min(max|W|, clip · RMS)``.
 
@@ -26,11 +32,15 @@ def weight_scales(
         error: moments of the retention error, for "auto".
         inputs: samples of the array's input, (groups, samples, crossbar rows), scaled by the root of
             :func:`relative_weights` where a relative error is meant; None takes white inputs.
+        tile: crossbar rows of a tile, where each tile has scales of its own.
 
     Returns:
-        (groups · channels,) or (1,), float32; 0 for an all-zero channel.
+        (groups · channels,) or (1,), or with ``tile`` (groups · channels, tiles), float32; 0 for an all-zero channel.
     """
     rows = rows.detach().float()
+    if tile is not None:
+        parts = zip(rows.split(tile, 2), [None] * rows.shape[2] if inputs is None else inputs.split(tile, 2))
+        return torch.stack([weight_scales(w, clip, per_channel, error, x) for w, x in parts], 1)
     dims = (2,) if per_channel else (0, 1, 2)
     largest = rows.abs().amax(dims, keepdim=True)
     rms = rows.square().mean(dims, keepdim=True).sqrt()
@@ -41,6 +51,13 @@ def weight_scales(
     else:
         best = torch.minimum(largest, clip * rms)
     return best.reshape(-1)
+
+
+def layer_scales(layer: CrossbarMixin, rows: Tensor, clip: float | str | None, inputs: Tensor | None = None) -> Tensor:
+    """:func:`weight_scales` as the layer's config shares them, of the shape of its ``weight_scale``."""
+    sharing = layer.crossbar.config.weight_scale
+    tile = layer.tile_rows() if sharing == "per_tile" else None
+    return weight_scales(rows, clip, sharing != "per_tensor", layer.crossbar.error, inputs, tile)
 
 
 def least_error_scales(rows: Tensor, largest: Tensor, rms: Tensor, error: WeightError, inputs: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from .config import ReRAMConfig
 from .device.iv import full_scale_gain, uniform_gain
-from .mapping import weight_scales
+from .mapping import layer_scales
 from .nn import CrossbarConv1D, CrossbarConv2d, CrossbarConv2dSame, CrossbarLinear, CrossbarMixin
 from .nn.state import CrossbarState
 
@@ -137,7 +137,7 @@ def initialize_layers(model: nn.Module, names: set[str] | None = None) -> None:
     for name, layer in crossbar_layers(model).items():
         if names is not None and name not in names:
             continue
-        config, error = layer.crossbar.config, layer.crossbar.error
+        config = layer.crossbar.config
         if layer.weight.device.type == "meta":
             continue
         with torch.no_grad():
@@ -149,10 +149,7 @@ def initialize_layers(model: nn.Module, names: set[str] | None = None) -> None:
             shrink = 1.0 if config.range_shrink == "auto" else config.range_shrink
             layer.range_shrink.fill_(shrink)
             layer.gain.fill_(initial_gain(config, config.device.b(shrink)))
-            per_channel = config.weight_scale == "per_channel"
-            layer.weight_scale.copy_(
-                weight_scales(layer._rows(layer.cell_weight()), config.weight_clip, per_channel, error)
-            )
+            layer.weight_scale.copy_(layer_scales(layer, layer._rows(layer.cell_weight()), config.weight_clip))
         layer.scalars()
         if config.learn_input_range and not isinstance(layer.input_range, nn.Parameter):
             make_range_trainable(layer)

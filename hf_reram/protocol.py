@@ -29,7 +29,13 @@ from .version import __version__
 logger = logging.get_logger(__name__)
 
 
-NAIVE = {"range_shrink": 1.0, "weight_clip": None, "center_inputs": False, "equalize_inputs": False}
+NAIVE = {
+    "range_shrink": 1.0,
+    "weight_clip": None,
+    "center_inputs": False,
+    "equalize_inputs": False,
+    "weight_scale": "per_channel",
+}
 
 
 @dataclass(frozen=True)

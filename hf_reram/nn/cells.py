@@ -29,6 +29,8 @@ def _all_within(weight: Tensor, scale: Tensor) -> bool:
     shape = (1,) * (weight.dim() - scale.dim()) + scale.shape
     dims = [d for d, size in enumerate(shape) if size == 1]
     scale = scale.view(shape)
+    if not dims:
+        return bool((weight.abs() <= scale).all())
     return bool((weight.amax(dims, True) <= scale).all() and (weight.amin(dims, True) >= -scale).all())
 
 

@@ -29,10 +29,17 @@ class CrossbarConv2d(CrossbarMixin, nn.Conv2d):
             return self._conv_forward(s, weight, bias)
         return F.conv2d(self._padded(s), weight, bias, self.stride, 0, self.dilation, self.groups)
 
+    def _area(self) -> int:
+        return self.kernel_size[0] * self.kernel_size[1]
+
+    def _width(self) -> int:
+        return self.in_channels // self.groups * self._area()
+
+    def tile_rows(self) -> int:
+        return max(super().tile_rows() // self._area(), 1) * self._area()
+
     def _tiles(self, s: Tensor, weight: Tensor):
-        area = self.kernel_size[0] * self.kernel_size[1]
-        channels = weight.shape[1]
-        size = max(1, (self.crossbar.config.tile_size or channels * area) // area)
+        channels, size = weight.shape[1], self.tile_rows() // self._area()
         if size >= channels:
             return [(s, weight)]
         grouped = s.unflatten(-3, (self.groups, channels))
@@ -50,6 +57,9 @@ class CrossbarConv2d(CrossbarMixin, nn.Conv2d):
 
     def _rows(self, weight: Tensor) -> Tensor:
         return weight.reshape(self.groups, self.out_channels // self.groups, -1)
+
+    def _from_rows(self, rows: Tensor) -> Tensor:
+        return rows.view(self.weight.shape)
 
     def _output_rows(self, y: Tensor) -> Tensor:
         return y if y.dim() == 4 else y[None]

@@ -26,11 +26,16 @@ class CrossbarLinear(_Matrix, nn.Linear):
         return F.linear(s, weight, bias)
 
     def _tiles(self, s: Tensor, weight: Tensor):
-        size = self.crossbar.config.tile_size or weight.shape[1]
-        return zip(s.split(size, -1), weight.split(size, 1))
+        return zip(s.split(self.tile_rows(), -1), weight.split(self.tile_rows(), 1))
 
     def _rows(self, weight: Tensor) -> Tensor:
         return weight[None]
+
+    def _from_rows(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def _width(self) -> int:
+        return self.in_features
 
     def _broadcast(self, per_channel: Tensor, like: str) -> Tensor:
         return per_channel[:, None] if like == "weight" else per_channel
@@ -48,11 +53,16 @@ class CrossbarConv1D(_Matrix, Conv1D):
         return y.view(*s.shape[:-1], self.nf)
 
     def _tiles(self, s: Tensor, weight: Tensor):
-        size = self.crossbar.config.tile_size or weight.shape[0]
-        return zip(s.split(size, -1), weight.split(size, 0))
+        return zip(s.split(self.tile_rows(), -1), weight.split(self.tile_rows(), 0))
 
     def _rows(self, weight: Tensor) -> Tensor:
         return weight.t()[None]
+
+    def _from_rows(self, rows: Tensor) -> Tensor:
+        return rows.t()
+
+    def _width(self) -> int:
+        return self.nx
 
     def _broadcast(self, per_channel: Tensor, like: str) -> Tensor:
         return per_channel

@@ -50,7 +50,7 @@ class CrossbarMixin(nn.Module):
         gain: read-out gain times b, 1 for the small-signal gain.
         adc_range: full scale of the ADC, in currents of one fully-on cell at read_voltage.
         input_floor: lowest input that the DAC drives, as a share of input_range: -1, or above for one-sided inputs.
-        weight_scale: (output channels,) or (1,), the weight that a cell at g_max stands for.
+        weight_scale: (output channels,), (1,) or (output channels, tiles), the weight that a cell at g_max stands for.
         input_offset: (input channels,), o, zero where the input is driven as it is.
         input_scale: (input channels,), a, one where it is.
     """
@@ -91,12 +91,12 @@ class CrossbarMixin(nn.Module):
         self.copies_output = True
         self.term_scale = torch.zeros(2, device=self.weight.device)
         weight = self.weight
-        width = channels if state.config.weight_scale == "per_channel" else 1
+        shapes = {"per_tensor": (1,), "per_channel": (channels,), "per_tile": (channels, self.tiles())}
+        sizes = {"weight_scale": shapes[state.config.weight_scale], "input_offset": (inputs,), "input_scale": (inputs,)}
         dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
         for buffer in BUFFERS:
-            size = {"weight_scale": width, "input_offset": inputs, "input_scale": inputs}.get(buffer, 1)
             fill = {"range_shrink": 1.0, "gain": 1.0, "input_floor": -1.0, "input_scale": 1.0}.get(buffer, 0.0)
-            self.register_buffer(buffer, torch.full((size,), fill, dtype=dtype, device=weight.device))
+            self.register_buffer(buffer, torch.full(sizes.get(buffer, (1,)), fill, dtype=dtype, device=weight.device))
 
     def remove_crossbar(self) -> None:
         """Take off all that :meth:`init_crossbar` added."""
@@ -229,9 +229,35 @@ class CrossbarMixin(nn.Module):
         """A vector over input channels shaped to broadcast against the weight."""
         raise NotImplementedError
 
+    def _from_rows(self, rows: Tensor) -> Tensor:
+        """What is for each output channel and crossbar row, (output channels, rows), shaped like the weight."""
+        raise NotImplementedError
+
+    def _width(self) -> int:
+        """Crossbar rows that an output channel has."""
+        raise NotImplementedError
+
+    def tile_rows(self) -> int:
+        """Crossbar rows of a tile."""
+        return max(1, min(self.crossbar.config.tile_size or self._width(), self._width()))
+
+    def tiles(self) -> int:
+        """Tiles that an output channel's rows are spread over."""
+        return -(-self._width() // self.tile_rows())
+
+    def along_rows(self, scale: Tensor) -> Tensor:
+        """A tensor of weight_scale's shape so that it broadcasts against (groups, channels, crossbar rows)."""
+        if scale.dim() == 2:
+            scale = scale.repeat_interleave(self.tile_rows(), 1)[:, : self._width()]
+        groups = getattr(self, "groups", 1) if len(scale) > 1 else 1
+        return scale.view(groups, len(scale) // groups, -1)
+
     def held_scale(self) -> Tensor:
-        """weight_scale shaped like the weight, in its dtype."""
-        return self._broadcast(self.weight_scale, "weight").to(self.weight.dtype)
+        """weight_scale so that it broadcasts against the weight, in its dtype."""
+        scale = self.weight_scale.to(self.weight.dtype)
+        if scale.dim() == 1:
+            return self._broadcast(scale, "weight")
+        return self._from_rows(scale.repeat_interleave(self.tile_rows(), 1)[:, : self._width()])
 
     def _drive(self, x: Tensor, span: Any) -> tuple[Tensor, Tensor | float, Pull | None]:
         """``(s, factor, pull)`` with ``phi(x) = factor · s``, and where powers of s leave their gradients. The factor
@@ -317,21 +343,25 @@ class CrossbarMixin(nn.Module):
         noisy = self.deployed is not None and config.device.read_noise > 0
         if not config.adc_bits and not noisy:
             return self._op(s, weight, None)
-        # One unit of current, that of a fully-on cell at read_voltage, in units of the output.
+        # One unit of current, that of a fully-on cell at read_voltage, in units of the output, tile by tile.
         _, b, gain, *_ = self.scalars()
-        unit = self._broadcast(self.weight_scale, "output").to(s.dtype) * span * (gain * config.device.b() / b)
-        y: Any = None
-        tiles = 0
-        for s_tile, weight_tile in self._tiles(s, weight):
-            current = self._op(s_tile, weight_tile, None)
-            if levels := converter_levels(config.adc_bits):
+        scales = self.weight_scale.unbind(1) if self.weight_scale.dim() == 2 else [self.weight_scale] * self.tiles()
+        factor = span * (gain * config.device.b() / b)
+        units = [self._broadcast(scale, "output").to(s.dtype) * factor for scale in scales]
+        if levels := converter_levels(config.adc_bits):
+            y: Any = None
+            fused = torch.compiler.is_compiling()
+            for (s_tile, weight_tile), unit in zip(self._tiles(s, weight), units):
+                current = self._op(s_tile, weight_tile, None)
                 step = self._adc_span(current, unit) * unit / levels
-                fused = torch.compiler.is_compiling()
                 current = (compiled.quantize if fused else Quantize.apply)(current, step, levels)
-            y, tiles = current if y is None else y + current, tiles + 1
+                y = current if y is None else y + current
+        else:
+            y = self._op(s, weight, None)
         if noisy:
             std = config.device.read_noise / (config.device.g_range * config.device.read_voltage)
-            y = torch.addcmul(y, white_noise_like(y), unit * (std * math.sqrt(tiles)))
+            square = sum(unit.square() for unit in units)
+            y = torch.addcmul(y, white_noise_like(y), square.sqrt() * std)
         return y
 
     def _adc_span(self, current: Tensor, unit: Tensor) -> Tensor:

@@ -47,7 +47,12 @@ CONVERTERS = {"dac_bits": 6, "adc_bits": 8, "tile_size": 8}
 
 @pytest.mark.parametrize(
     ("loss", "options"),
-    [*((loss, {}) for loss in LOSSES), ("output", CONVERTERS), ("output", {"learn_input_range": True})],
+    [
+        *((loss, {}) for loss in LOSSES),
+        ("output", CONVERTERS),
+        ("output+drift", {"weight_scale": "per_tile", "tile_size": 8}),
+        ("output", {"learn_input_range": True}),
+    ],
 )
 def test_one_graph_with_the_gradients_of_eager_mode(tiny_bert, loss, options):
     del tiny_bert.bert.encoder.layer[1:]
