@@ -133,7 +133,8 @@ def build(arguments: Arguments) -> tuple[torch.nn.Module, dict[str, torch.Tensor
         }
     elif arguments.model in ("deit-tiny", "mobilenetv3"):
         if config is None and arguments.model == "deit-tiny":
-            config = DeiTConfig(hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768)
+            shape = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768}
+            config = DeiTConfig(architectures=["DeiTForImageClassification"], **shape)
         elif config is None:
             config = TimmWrapperConfig(architecture="mobilenetv3_large_100")
         config.num_labels = 1000

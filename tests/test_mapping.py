@@ -1,7 +1,8 @@
 import pytest
 import torch
+from torch import nn
 
-from hf_reram import DeviceConfig
+from hf_reram import DeviceConfig, ReRAMConfig, patch_model
 from hf_reram.device.weight_error import weight_error
 from hf_reram.mapping import expected_error, least_error_scales, relative_weights, weight_scales
 
@@ -67,3 +68,15 @@ def test_zero_channels_get_scale_zero():
     assert scales[3] == 0
     assert torch.isfinite(scales).all()
     assert least_error_scales(rows * 0, *[torch.zeros(1, 1, 1)] * 2, ERROR, None).item() == 0
+
+
+def test_a_convolution_clips_less_than_a_linear_layer_of_the_same_weights():
+    torch.manual_seed(0)
+    weight = torch.distributions.StudentT(4.0).sample((8, 16))
+    linear, conv = nn.Linear(16, 8), nn.Conv2d(16, 8, 1)
+    scales = []
+    for layer in (linear, conv):
+        layer.weight.data.copy_(weight.view(layer.weight.shape))
+        patch_model(nn.Sequential(layer), ReRAMConfig(device="hfox-neurram"))
+        scales.append(layer.weight_scale)
+    assert (scales[1] >= scales[0]).all() and (scales[1] > scales[0]).any()

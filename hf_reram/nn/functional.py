@@ -2,6 +2,7 @@
 :mod:`.chunks`)."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -24,15 +25,17 @@ def _drive_(t: Tensor, bound: float, levels: int, floor: float) -> Tensor:
     return t.mul_(levels / bound).round_().mul_(bound / levels) if levels else t
 
 
-def _sinh_chunked(x: Tensor, span: float, b: float, levels: int, gain: float, floor: float) -> Tensor:
-    """``gain · sinh(b clamp(x / span, floor, 1))`` to float32 precision, by an odd polynomial in x."""
+def _sinh_chunked(
+    x: Tensor, span: float, b: float, levels: int, gain: float, floor: float, offset: Tensor | None
+) -> Tensor:
+    """``gain · sinh(b clamp((x - offset) / span, floor, 1))`` to float32 precision, by an odd polynomial in x."""
     scale, coefficients = b / span, sinh_coefficients(b)
     # At extreme spans, passes of their own keep float32's precision. Logarithms: the powers may leave float64's range.
     sizes = (math.log10(gain * c) + (2 * k + 1) * math.log10(scale) for k, c in enumerate(coefficients))
     fold = all(abs(size) < 30 for size in sizes)
     folded = tuple(gain * c * scale ** (2 * k + 1) for k, c in enumerate(coefficients)) if fold else ()
     s = torch.empty_like(x)
-    for x_part, t, q in pieces(x, s):
+    for x_part, t, q in pieces(x, s) if offset is None else _centered(x, s, offset):
         torch.clamp(x_part, floor * span, span, out=t)
         if levels:
             t.mul_(levels / span).round_().mul_(span / levels)
@@ -43,6 +46,13 @@ def _sinh_chunked(x: Tensor, span: float, b: float, levels: int, gain: float, fl
         if not fold:
             t.mul_(gain)
     return s
+
+
+def _centered(x: Tensor, s: Tensor, offset: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Rows of ``x - offset``, written into those of ``s``, these again, and a work tensor."""
+    rows, out = x.view(-1, len(offset)), s.view(-1, len(offset))
+    for part, work in row_pieces(rows):
+        yield torch.sub(rows[part], offset, out=out[part]), out[part], work
 
 
 def _sinh_backward_chunked(grad: Tensor, s: Tensor, limits: Limits, scale: float, gain: float) -> Tensor:
@@ -114,6 +124,7 @@ class ShrunkSinh(Function):
         levels: DAC levels up to 1, 0 for no quantization; its gradient is straight through.
         gain: a positive float. pull: what powers of s add to its gradient, see :mod:`.power`.
         floor: lowest u, from -1 to 0, on the DAC's grid; above -1 where inputs are one-sided.
+        offset: subtracted from x first, without a gradient, along its last dimension; None is 0.
     """
 
     @staticmethod
@@ -126,13 +137,15 @@ class ShrunkSinh(Function):
         gain: float = 1.0,
         pull: Pull | None = None,
         floor: float = -1.0,
+        offset: Tensor | None = None,
     ) -> Tensor:
         linear = b < LINEAR_B
         bound = 1.0 if linear else b
         scale = bound / input_range
-        if not linear and b <= POLYNOMIAL_B and chunkable(x):
-            s = _sinh_chunked(x.detach(), float(input_range), b, levels, gain, floor)
+        if not linear and b <= POLYNOMIAL_B and chunkable(x) and (offset is None or x.is_contiguous()):
+            s = _sinh_chunked(x.detach(), float(input_range), b, levels, gain, floor, offset)
         else:
+            x = x if offset is None else x - offset
             s = _drive_(x * scale, bound, levels, floor)
             s = s if linear else s.sinh_()
             s = s if gain == 1.0 else s.mul_(gain)
@@ -154,7 +167,7 @@ class ShrunkSinh(Function):
         input_range = ctx.input_range if range_tensor is None else range_tensor
         scale = ctx.bound / input_range
         pulled = None if ctx.pull is None else ctx.pull.take()
-        rest = (None,) * 5
+        rest = (None,) * 6
         if not ctx.needs_input_grad[1] and not ctx.linear and chunkable(s, grad):
             arguments = (grad, s, ctx.limits, float(scale), ctx.gain)
             if pulled is None:

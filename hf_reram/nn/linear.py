@@ -12,6 +12,8 @@ from .power import Pull, input_power
 class _Matrix(CrossbarMixin):
     """A layer whose crossbar is one matrix: rows are input features."""
 
+    fuses_offset = True
+
     def _input_power(self, s: Tensor, pull: Pull | None) -> Tensor:
         return input_power(s.reshape(-1, s.shape[-1]), self.crossbar.keep(s), pull)[None]
 

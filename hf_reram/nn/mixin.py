@@ -75,6 +75,7 @@ class CrossbarMixin(nn.Module):
     _scalars_of: Any = None  # the buffers and their versions
     _coefficients: tuple[float, ...] = ()
     _white_std: float | None = None
+    fuses_offset = False  # whether the sinh can subtract the offset, along the input's last dimension
     term_scale: Tensor  # the gradient that this layer's retention term receives, see hf_reram.nn.attach
 
     # Set-up
@@ -282,10 +283,14 @@ class CrossbarMixin(nn.Module):
     def _sinh(
         self, x: Tensor, span: Any, b: float, levels: int, gain: float, pull: Pull | None, floor: float
     ) -> Tensor:
-        x = self._driven(x)
+        offset = None
+        if self.fuses_offset and self.centered and not self.equalized and not torch.compiler.is_compiling():
+            offset = self.input_offset.to(x.dtype)
+        else:
+            x = self._driven(x)
         if torch.compiler.is_compiling():
             return compiled.shrunk_sinh(x, span, b, levels, gain, floor, self._coefficients)
-        return ShrunkSinh.apply(x, span, b, levels, gain, pull, floor)
+        return ShrunkSinh.apply(x, span, b, levels, gain, pull, floor, offset)
 
     def _span(self, x: Tensor) -> Any:
         """The input range, a float, or a tensor where it is learned; that of the batch where not calibrated.
