@@ -111,10 +111,12 @@ def test_read_noise_is_drawn_anew_and_stuck_cells_do_not_move():
     assert float(same) == pytest.approx(0.4**2, abs=0.02)  # both cells of a pair stuck
 
 
-def test_read_noise_has_its_standard_deviation():
+@pytest.mark.parametrize("sharing", ["per_channel", "per_tile"])
+def test_read_noise_has_its_standard_deviation(sharing):
     cell = device(read_noise=0.5, retention=SILENT)
     model = nn.Sequential(nn.Linear(16, 400, bias=False))
-    patch_model(model, ReRAMConfig(device=cell, range_shrink=0.5, gain="small_signal", tile_size=4, weight_clip=None))
+    options = {"weight_clip": None, "weight_scale": sharing, "tile_size": 4}
+    patch_model(model, ReRAMConfig(device=cell, range_shrink=0.5, gain="small_signal", **options))
     x = torch.randn(300, 16)
     calibrate(model, [x])
     layer = model[0]
@@ -123,8 +125,9 @@ def test_read_noise_has_its_standard_deviation():
         with deploy(model, "1s"):
             noise = model(x) - clean
     # In currents: unit = range · scale / (shrink · Δg · read_voltage), four tiles add up.
-    unit = float(layer.input_range) / (0.5 * cell.g_range * cell.read_voltage) * layer.weight_scale
-    assert float((noise / unit).std()) == pytest.approx(0.5 * 2, rel=0.01)
+    scales = layer.weight_scale.view(400, -1).expand(-1, 4)
+    unit = float(layer.input_range) / (0.5 * cell.g_range * cell.read_voltage) * scales.square().sum(1).sqrt()
+    assert float((noise / unit).std()) == pytest.approx(0.5, rel=0.01)
 
 
 @pytest.mark.parametrize(
