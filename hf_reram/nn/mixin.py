@@ -258,7 +258,7 @@ class CrossbarMixin(nn.Module):
         scale = self.weight_scale.to(self.weight.dtype)
         if scale.dim() == 1:
             return self._broadcast(scale, "weight")
-        return self._from_rows(scale.repeat_interleave(self.tile_rows(), 1)[:, : self._width()])
+        return self._from_rows(self.along_rows(scale).flatten(0, 1))
 
     def _drive(self, x: Tensor, span: Any) -> tuple[Tensor, Tensor | float, Pull | None]:
         """``(s, factor, pull)`` with ``phi(x) = factor · s``, and where powers of s leave their gradients. The factor

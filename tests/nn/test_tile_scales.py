@@ -11,7 +11,7 @@ from tests.conftest import bert_batch, device, straight
 from tests.nn.test_layers import CONVS, layer_of
 
 KINDS = ["linear", "conv1d", *CONVS]
-# Rows of a tile: two of the linear layer's eight tiles' worth; whole input channels of a convolution.
+# The tiles of eight rows, three at most in each.
 ROWS = {"linear": [3, 3, 2], "conv1d": [3, 3, 2]}
 
 
