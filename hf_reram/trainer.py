@@ -162,6 +162,14 @@ class ReRAMTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """As Trainer's, but a training that was finished before it was resumed gets no step more, which would make
+        other weights of those that were evaluated."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         kept = dict(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)

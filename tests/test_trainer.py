@@ -119,6 +119,17 @@ def test_resuming_gives_the_losses_of_an_uninterrupted_run(tmp_path):
         assert two[3:] == pytest.approx(one[3:], rel=1e-5)
 
 
+def test_a_finished_training_that_is_resumed_keeps_its_weights(tmp_path):
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
+    whole = trainer_of(tmp_path, ReRAMConfig(), arguments_=options)
+    whole.train()
+    again = trainer_of(tmp_path, ReRAMConfig(), arguments_=options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert again.state.global_step == 3
+    one, two = (t.model.state_dict() for t in (whole, again))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 def test_best_model_is_selected_by_a_metric_of_aged_chips(tmp_path):
     options = {
         "eval_strategy": "steps",
