@@ -27,6 +27,9 @@ class ReRAMArguments:
         default=ReRAMConfig.weight_scale, metadata={"help": "per_channel, per_tensor or per_tile (needs tile_size)"}
     )
     tile_size: int | None = field(default=None, metadata={"help": "rows of a crossbar tile; default one tile a layer"})
+    redundancy: float = field(
+        default=ReRAMConfig.redundancy, metadata={"help": "share of cells on top, for the layers where they do most"}
+    )
     dac_bits: int | None = field(default=None, metadata={"help": "2 to 16, sign included; default ideal"})
     adc_bits: int | None = field(default=None, metadata={"help": "2 to 16, sign included; default ideal"})
     retention_loss: str = ReRAMConfig.retention_loss or "none"
@@ -64,6 +67,7 @@ class ReRAMArguments:
             equalize_inputs=self.equalize_inputs,
             weight_scale=self.weight_scale,
             tile_size=self.tile_size,
+            redundancy=self.redundancy,
             dac_bits=self.dac_bits,
             adc_bits=self.adc_bits,
             retention_loss=self.retention_loss,

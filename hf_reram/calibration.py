@@ -18,11 +18,12 @@ from transformers.utils import logging
 from .config import ReRAMConfig, converter_levels
 from .deployment import digital_eval
 from .device.iv import LINEAR_B, full_scale_gain, least_squares_gain
-from .mapping import layer_scales, relative_weights
+from .mapping import expected_error, layer_scales, relative_weights
 from .nn import CrossbarConv2d, CrossbarMixin
 from .nn.cells import WeightVariance
 from .outputs import call_model
 from .patching import crossbar_layers, crossbar_state
+from .redundancy import allot_pairs
 from .sensitivity import measure_sensitivity
 
 logger = logging.get_logger(__name__)
@@ -172,8 +173,8 @@ def _scale(x: Tensor, statistics: LayerStatistics) -> Tensor:
     of_weights = rows.square().mean(1).view(groups, -1, width * groups // len(power)).mean(2)
     ratio = (power.view(groups, -1) / of_weights.clamp(min=TINY)).clamp(min=TINY).sqrt()
     ratio = (ratio / ratio.log().median().exp()).clamp(1 / LARGEST_SCALE, LARGEST_SCALE)
-    current = config.device.read_noise / (config.device.g_range * config.device.read_voltage)
-    levels, error = converter_levels(config.dac_bits), layer.crossbar.error
+    current = config.device.relative_read_noise(layer.pairs)
+    levels, error = converter_levels(config.dac_bits), layer.error
     clip = TYPICAL_CLIP if config.weight_clip == "auto" else config.weight_clip
     best, least = torch.ones_like(ratio), math.inf
     for exponent in POWERS:
@@ -205,7 +206,7 @@ def _channel_power(x: Tensor, statistics: LayerStatistics, rows: Tensor) -> tupl
 
 
 def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = None) -> nn.Module:
-    """Set every crossbar layer's input range, shrink, gain, weight scale and ADC range, in place.
+    """Set every crossbar layer's input range, shrink, gain, weight scale, ADC range and pairs per weight, in place.
 
     Args:
         model: patched by :func:`patch_model`.
@@ -220,6 +221,8 @@ def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = No
     """
     state, layers = crossbar_state(model), crossbar_layers(model)
     config = state.config
+    for layer in layers.values():
+        layer.pairs_per_weight.fill_(1.0)
     statistics = {name: LayerStatistics(layer, name, seed) for seed, (name, layer) in enumerate(layers.items())}
     groups: dict[str, str] = {}
     if sensitivity is None:
@@ -237,9 +240,17 @@ def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = No
     if unseen:
         logger.warning("calibration data reach %d layers not at all, which stay uncalibrated: %s", len(unseen), unseen)
     with torch.no_grad():
-        for leader in dict.fromkeys(groups.values()):
-            shared = [statistics[name] for name, first in groups.items() if first == leader]
-            _settle([s for s in shared if s.samples is not None], config)
+        followers: dict[str, list[LayerStatistics]] = {}
+        for name, leader in groups.items():
+            if statistics[name].samples is not None:
+                followers.setdefault(leader, []).append(statistics[name])
+        for shared in followers.values():
+            _settle(shared, config)
+        if config.redundancy:
+            _spread_pairs(statistics, config)
+            for shared in followers.values():
+                if any(s.layer.pairs > 1 for s in shared):
+                    _settle(shared, config)  # quieter cells: other ranges and scales may be best
     if sensitivity:
         measure_sensitivity(model, kept)
     return model
@@ -289,8 +300,6 @@ def _observed(model: nn.Module, statistics: dict[str, LayerStatistics], groups: 
 
 def _settle(shared: list[LayerStatistics], config: ReRAMConfig) -> None:
     """Choose for layers that read the same input, so that they can share phi: one range and one shrink."""
-    if not shared:
-        return
     first = shared[0]
     for statistics in shared:
         statistics.layer.input_offset.copy_(first.offset)
@@ -305,13 +314,37 @@ def _settle(shared: list[LayerStatistics], config: ReRAMConfig) -> None:
         layer.input_floor.fill_(max(-1.0, first.smallest / span))
         layer.range_shrink.fill_(shrink)
         layer.gain.fill_(gain)
-        inputs = _phi(statistics.grouped_samples(), span, config.device.b(shrink), gain)
-        rows = layer._rows(layer.cell_weight())
-        inputs = inputs * _sample_weights(layer, rows, inputs).sqrt()[:, None]
+        rows, inputs = _weighted_inputs(statistics)
         layer.weight_scale.copy_(layer_scales(layer, rows, config.weight_clip, inputs))
         layer.adc_range.fill_(_largest_current(statistics, span, config))
         layer.forget_white_noise()
         layer.scalars()
+
+
+def _spread_pairs(statistics: dict[str, LayerStatistics], config: ReRAMConfig) -> None:
+    """Give the layers their pairs per weight, from the shares of their outputs' power that the spread of their cells
+    has."""
+    errors, cells = [], []
+    for found in statistics.values():
+        layer, error = found.layer, 0.0
+        if found.samples is not None:
+            rows, inputs = _weighted_inputs(found)
+            scale = layer.along_rows(layer.weight_scale)
+            error = float(expected_error(rows.float(), scale, layer.error, inputs, 0.0).sum())
+        errors.append(error)
+        cells.append(layer.weight.numel())
+    for found, pairs in zip(statistics.values(), allot_pairs(errors, cells, config.redundancy * sum(cells))):
+        found.layer.pairs_per_weight.fill_(pairs)
+        found.layer.forget_white_noise()
+
+
+def _weighted_inputs(statistics: LayerStatistics) -> tuple[Tensor, Tensor]:
+    """The layer's weights, and phi of the sampled inputs scaled by the root of :func:`_sample_weights`, both by rows
+    of the array."""
+    layer = statistics.layer
+    span, b, gain, *_ = layer.scalars()
+    rows, inputs = layer._rows(layer.cell_weight()), _phi(statistics.grouped_samples(), span, b, gain)
+    return rows, inputs * _sample_weights(layer, rows, inputs).sqrt()[:, None]
 
 
 def _sample_weights(layer: CrossbarMixin, rows: Tensor, inputs: Tensor) -> Tensor:
@@ -349,8 +382,7 @@ def _best_shrink(shared: list[LayerStatistics], span: float, config: ReRAMConfig
         weights = _sample_weights(layer, rows, clipped).double()
         scale = layer_scales(layer, rows, None)
         square = float(scale.double().square().mean()) * rows.shape[0] * rows.shape[1] * layer.tiles()
-        current = config.device.read_noise / (config.device.g_range * config.device.read_voltage)
-        noise = current**2
+        noise = config.device.relative_read_noise(layer.pairs) ** 2
         if levels := converter_levels(config.adc_bits):
             step = _largest_current(statistics, span, config) / levels
             noise += step**2 / 12

@@ -159,8 +159,13 @@ def _hardware(config: ReRAMConfig) -> list[tuple[str, str]]:
         ("programming error", f"{_polynomial(device.programming)} µS"),
         ("read noise", f"{device.read_noise:g} µA a column and read"),
         ("converters", f"DAC {_bits(config.dac_bits)}, ADC {_bits(config.adc_bits)}"),
+        *([("redundancy", _redundancy(config))] if config.redundancy else []),
         ("assumed, not measured", ", ".join(device.assumed) or "nothing"),
     ]
+
+
+def _redundancy(config: ReRAMConfig) -> str:
+    return f"{100 * config.redundancy:g} % more cells, in the layers where they do most"
 
 
 def _polynomial(coefficients: Sequence[float]) -> str:

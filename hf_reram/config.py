@@ -54,6 +54,10 @@ class ReRAMConfig(QuantizationConfigMixin):
             None: no clipping. "auto": per channel, the one with the least expected output error on calibration data
             (clipping + retention).
         tile_size: rows of a crossbar tile; each tile has its own ADC and read noise. None: one tile a layer.
+        redundancy: cells on top of two a weight, as a share of those, in [0, 4]; calibration gives them to the layers
+            where they take most off the model's expected output error, whose weights several pairs then hold together
+            (several devices a synapse, Boybat et al., Nat. Commun. 9, 2514, 2018). Few cells do much where some layers
+            are small and sensitive: stems, depthwise convolutions.
         dac_bits, adc_bits: 2 to 16, sign included; None: ideal converters.
         target_modules: names of layers to put on crossbars: a list of names or last parts of names, or a regular
             expression that matches whole names (as in PEFT). None: every Linear, Conv2d and Conv1D.
@@ -84,6 +88,7 @@ class ReRAMConfig(QuantizationConfigMixin):
     weight_scale: str = "per_channel"
     weight_clip: Any = "auto"
     tile_size: int | None = None
+    redundancy: float = 0.0
     dac_bits: int | None = None
     adc_bits: int | None = None
     target_modules: Any = None
@@ -110,6 +115,8 @@ class ReRAMConfig(QuantizationConfigMixin):
         self._integer("tile_size", 1, 1 << 20)
         if self.weight_scale == "per_tile" and self.tile_size is None:
             self._refuse("weight_scale", "'per_channel' or 'per_tensor' without a tile_size")
+        if not _is_number(self.redundancy) or not 0 <= self.redundancy <= 4:
+            self._refuse("redundancy", "a number from 0 to 4")
         self._integer("dac_bits", 2, 16)
         self._integer("adc_bits", 2, 16)
         self._names("target_modules", text=True)

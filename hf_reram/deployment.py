@@ -52,8 +52,8 @@ def deploy(
 
 @torch.no_grad()
 def realize(layer: CrossbarMixin, time: float | None, temperature: float | None, seed: int) -> torch.Tensor:
-    """What the layer's cells hold, ``w_scale (g+ - g-) / Δg``: its weight, times the input scales, in its shape and
-    dtype.
+    """What the layer's cells hold, ``w_scale (g+ - g-) / Δg``, averaged over a weight's pairs: its weight, times the
+    input scales, in its shape and dtype.
 
     Args:
         time: s, None for right after programming. temperature: K. seed: of this layer's cells.
@@ -65,8 +65,11 @@ def realize(layer: CrossbarMixin, time: float | None, temperature: float | None,
     if hasattr(weight, "full_tensor"):  # FSDP2 holds a shard of it; a chip is programmed whole
         weight = weight.full_tensor()
     targets = device.conductance(layer.cell_weight(weight).float() / scale.clamp(min=1e-30))
-    plus, minus = (program(device, target, generator).after(device, time, temperature) for target in targets)
-    return plus.sub_(minus).mul_(scale / device.g_range).to(layer.weight.dtype)
+    held: Any = None
+    for _ in range(layer.pairs):
+        plus, minus = (program(device, target, generator).after(device, time, temperature) for target in targets)
+        held = plus.sub_(minus) if held is None else held.add_(plus.sub_(minus))
+    return held.mul_(scale / (device.g_range * layer.pairs)).to(layer.weight.dtype)
 
 
 @contextmanager

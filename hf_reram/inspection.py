@@ -20,7 +20,8 @@ class LayerReport:
 
     Attributes:
         name, kind: qualified name, and the digital layer's class. rows, columns: of its array, groups side by side.
-        cells: two a weight. input_range: of the DAC in units of the input, None where not calibrated.
+        cells: two a weight and pair. pairs_per_weight: that hold each weight.
+        input_range: of the DAC in units of the input, None where not calibrated.
         centered, equalized: whether it subtracts an offset from its input, and divides its channels by scales.
         b: how far a full-scale input goes into the sinh.
         clipped: share of the weights beyond w_scale. noise_to_signal: ``E|ΔW φ|² / E|W φ|²`` with data, else
@@ -32,6 +33,7 @@ class LayerReport:
     rows: int
     columns: int
     cells: int
+    pairs_per_weight: int
     input_range: float | None
     centered: bool
     equalized: bool
@@ -70,7 +72,8 @@ def inspect_layers(
                 kind=layer._digital_class.__name__,
                 rows=rows.shape[2],
                 columns=rows.shape[0] * rows.shape[1],
-                cells=2 * layer.weight.numel(),
+                cells=2 * layer.weight.numel() * layer.pairs,
+                pairs_per_weight=layer.pairs,
                 input_range=span or None,
                 centered=layer.centered,
                 equalized=layer.equalized,

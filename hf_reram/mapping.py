@@ -66,7 +66,7 @@ def layer_scales(layer: CrossbarMixin, rows: Tensor, clip: float | str | None, i
     sharing = layer.crossbar.config.weight_scale
     tile = layer.tile_rows() if sharing == "per_tile" else None
     systematic = CONVOLUTION if isinstance(layer, CrossbarConv2d) else 1.0
-    return weight_scales(rows, clip, sharing != "per_tensor", layer.crossbar.error, inputs, tile, systematic)
+    return weight_scales(rows, clip, sharing != "per_tensor", layer.error, inputs, tile, systematic)
 
 
 def least_error_scales(

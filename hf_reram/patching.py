@@ -16,6 +16,7 @@ from .config import ReRAMConfig
 from .device.iv import full_scale_gain, uniform_gain
 from .mapping import layer_scales
 from .nn import CrossbarConv1D, CrossbarConv2d, CrossbarConv2dSame, CrossbarLinear, CrossbarMixin
+from .nn.mixin import FILLS
 from .nn.state import CrossbarState
 
 logger = logging.get_logger(__name__)
@@ -143,9 +144,8 @@ def initialize_layers(model: nn.Module, names: set[str] | None = None) -> None:
         with torch.no_grad():
             layer.input_range.zero_()
             layer.adc_range.zero_()
-            layer.input_floor.fill_(-1.0)
-            layer.input_offset.zero_()
-            layer.input_scale.fill_(1.0)
+            for buffer in ("input_floor", "pairs_per_weight", "input_offset", "input_scale"):
+                getattr(layer, buffer).fill_(FILLS.get(buffer, 0.0))
             shrink = 1.0 if config.range_shrink == "auto" else config.range_shrink
             layer.range_shrink.fill_(shrink)
             layer.gain.fill_(initial_gain(config, config.device.b(shrink)))
@@ -317,7 +317,7 @@ class CrossbarSummary:
     """What of a model is on crossbars.
 
     Attributes:
-        device: name of the cell technology. layers: crossbar layers. cells: ReRAM cells, two a weight.
+        device: name of the cell technology. layers: crossbar layers. cells: ReRAM cells, two a weight and pair.
         weights: weights on crossbars. parameters: all of the model's parameters.
         calibrated: layers that have an input range.
         digital: modules with matrices of their own that stay digital, by name and class.
@@ -343,6 +343,10 @@ class CrossbarSummary:
         )
 
 
+def _pairs(layer: CrossbarMixin) -> int:
+    return 1 if layer.weight.device.type == "meta" else layer.pairs
+
+
 def summarize(model: nn.Module) -> CrossbarSummary:
     """Count the model's crossbar layers and cells.
 
@@ -360,7 +364,7 @@ def summarize(model: nn.Module) -> CrossbarSummary:
     return CrossbarSummary(
         device=state.config.device.name,
         layers=len(layers),
-        cells=2 * weights,
+        cells=sum(2 * layer.weight.numel() * _pairs(layer) for layer in layers.values()),
         weights=weights,
         parameters=sum(p.numel() for p in model.parameters()) - ranges,
         calibrated=sum(layer.weight.device.type != "meta" and layer.calibrated for layer in layers.values()),

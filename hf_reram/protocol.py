@@ -35,6 +35,7 @@ NAIVE = {
     "center_inputs": False,
     "equalize_inputs": False,
     "weight_scale": "per_channel",
+    "redundancy": 0.0,
 }
 
 
@@ -44,8 +45,8 @@ class Method:
 
     Attributes:
         label: in table and plot. loss: ``retention_loss``; "" takes the config's, None trains nothing.
-        mapped: shrink, clipping, input offset and scales as the config says, else a naive crossbar: the whole read
-            voltage, the largest weight at g_max, inputs driven as they are.
+        mapped: shrink, clipping, input offset, scales and redundancy as the config says, else a naive crossbar: the
+            whole read voltage, the largest weight at g_max, inputs driven as they are.
     """
 
     label: str

@@ -12,14 +12,11 @@ from transformers.quantizers.base import HfQuantizer
 from .checkpoint import attach_stored_report
 from .config import ReRAMConfig
 from .hub import attach_upload
-from .nn.mixin import BUFFERS
+from .nn.mixin import BUFFERS, FILLS
 from .patching import crossbar_layers, initialize_layers, make_range_trainable, swap_layers, unpatch_model
 
-ADDED_LATER = {
-    "input_floor": -1.0,
-    "input_offset": 0.0,
-    "input_scale": 1.0,
-}  # and what they are in checkpoints from before
+# Buffers that checkpoints from before do not have.
+ADDED_LATER = ("input_floor", "input_offset", "input_scale", "pairs_per_weight")
 
 
 @register_quantizer("reram")
@@ -37,7 +34,7 @@ class ReRAMQuantizer(HfQuantizer):
         if self.quantization_config.learn_input_range:
             for layer in crossbar_layers(model).values():
                 make_range_trainable(layer)
-        absent = tuple(ADDED_LATER) if self.pre_quantized else BUFFERS  # a digital checkpoint need have none of them
+        absent = ADDED_LATER if self.pre_quantized else BUFFERS  # a digital checkpoint need have none of them
         ignored = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])
         model._keys_to_ignore_on_load_missing = ignored + [rf"(^|\.){name}$" for name in absent]
         return model
@@ -49,9 +46,9 @@ class ReRAMQuantizer(HfQuantizer):
             if not self.pre_quantized or not all(_was_loaded(getattr(layer, b)) for b in needed):
                 missing.add(name)
                 continue
-            for buffer, value in ADDED_LATER.items():
+            for buffer in ADDED_LATER:
                 if not _was_loaded(getattr(layer, buffer)):
-                    getattr(layer, buffer).data.fill_(value)
+                    getattr(layer, buffer).data.fill_(FILLS.get(buffer, 0.0))
         initialize_layers(model, missing)
         # transformers refuses .half() and .float() for quantized models; here weights are ordinary parameters.
         model.is_quantized = False

@@ -6,7 +6,7 @@ from hf_reram.protocol import METHODS, OURS
 
 def test_methods_differ_from_ours_in_what_their_names_say():
     options = {"weight_clip": 2.5, "range_shrink": 0.5, "equalize_inputs": True}
-    options |= {"weight_scale": "per_tile", "tile_size": 64}
+    options |= {"weight_scale": "per_tile", "tile_size": 64, "redundancy": 0.1}
     config = ReRAMConfig(device="cmo-hfox-ibm", retention_loss="output", **options)
     ours = config.to_dict()
     found = {}
@@ -14,7 +14,7 @@ def test_methods_differ_from_ours_in_what_their_names_say():
         theirs = method.config(config).to_dict()
         found[method.label] = {key: theirs[key] for key in ours if theirs[key] != ours[key]}
     naive = {"range_shrink": 1.0, "weight_clip": None, "retention_loss": "none"}
-    naive |= {"center_inputs": False, "equalize_inputs": False, "weight_scale": "per_channel"}
+    naive |= {"center_inputs": False, "equalize_inputs": False, "weight_scale": "per_channel", "redundancy": 0.0}
     assert found.pop("naive crossbar") == naive
     assert found.pop("finetuned with noise injection") == {"retention_loss": "noise"}
     assert found.pop(OURS.label) == {}

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 
 from hf_reram import ReRAMConfig, calibrate, crossbar_layers, deploy, patch_model, summarize
+from hf_reram.quantizer import ADDED_LATER
 from tests.conftest import bert_batch
 
 
@@ -40,11 +41,11 @@ def test_a_checkpoint_from_before_some_buffers_loads_as_it_was(tiny_bert, tmp_pa
         layer.input_floor.fill_(-1.0)
     tiny_bert.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    for later in ("center_inputs", "equalize_inputs"):
+    for later in ("center_inputs", "equalize_inputs", "redundancy"):
         del config["quantization_config"][later]
     (tmp_path / "config.json").write_text(json.dumps(config))
     weights = load_file(tmp_path / "model.safetensors")
-    weights = {k: v for k, v in weights.items() if not k.endswith(("input_floor", "input_offset", "input_scale"))}
+    weights = {k: v for k, v in weights.items() if not k.endswith(ADDED_LATER)}
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     state = again.state_dict()

@@ -6,7 +6,7 @@ One cell of each pair is always at g_min, so mean and variance of ``W(t) - W`` d
     s² = (w_scale/Δg)² · (σ²(g_min + Δg a) + σ²(g_min))
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -45,6 +45,18 @@ class WeightError:
     def mean_square(self) -> float:
         """Mean over the times of the squared factor by which a linear m scales the weights."""
         return sum(mean[1] ** 2 for mean in self.means) / len(self.means)
+
+    def averaged(self, pairs: int) -> "WeightError":
+        """The moments where each weight is the average of several cell pairs, whose spreads are independent."""
+        if pairs == 1:
+            return self
+        return replace(
+            self,
+            variance=tuple(c / pairs for c in self.variance),
+            variance_slope=tuple(c / pairs for c in self.variance_slope),
+            std=None if self.std is None else tuple(c / pairs**0.5 for c in self.std),
+            floor=self.floor / pairs,
+        )
 
 
 @lru_cache(maxsize=256)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..config import converter_levels, dac_grid
 from ..device.iv import LINEAR_B, sinh_coefficients
-from ..device.weight_error import white_error
+from ..device.weight_error import WeightError, white_error
 from . import compiled
 from .attach import Attach
 from .cells import DriftedWeight, WeightVariance, map_weight
@@ -29,9 +29,13 @@ BUFFERS = (
     "adc_range",
     "weight_scale",
     "input_floor",
+    "pairs_per_weight",
     "input_offset",
     "input_scale",
 )
+
+# What they are before anything is known, where that is not 0.
+FILLS = {"range_shrink": 1.0, "gain": 1.0, "input_floor": -1.0, "pairs_per_weight": 1.0, "input_scale": 1.0}
 
 
 class CrossbarMixin(nn.Module):
@@ -50,6 +54,7 @@ class CrossbarMixin(nn.Module):
         gain: read-out gain times b, 1 for the small-signal gain.
         adc_range: full scale of the ADC, in currents of one fully-on cell at read_voltage.
         input_floor: lowest input that the DAC drives, as a share of input_range: -1, or above for one-sided inputs.
+        pairs_per_weight: cell pairs that hold each weight, side by side in columns whose currents are averaged.
         weight_scale: (output channels,), (1,) or (output channels, tiles), the weight that a cell at g_max stands for.
         input_offset: (input channels,), o, zero where the input is driven as it is.
         input_scale: (input channels,), a, one where it is.
@@ -62,6 +67,7 @@ class CrossbarMixin(nn.Module):
     gain: Tensor
     adc_range: Tensor
     input_floor: Tensor
+    pairs_per_weight: Tensor
     weight_scale: Tensor
     input_offset: Tensor
     input_scale: Tensor
@@ -96,8 +102,8 @@ class CrossbarMixin(nn.Module):
         sizes = {"weight_scale": shapes[state.config.weight_scale], "input_offset": (inputs,), "input_scale": (inputs,)}
         dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
         for buffer in BUFFERS:
-            fill = {"range_shrink": 1.0, "gain": 1.0, "input_floor": -1.0, "input_scale": 1.0}.get(buffer, 0.0)
-            self.register_buffer(buffer, torch.full(sizes.get(buffer, (1,)), fill, dtype=dtype, device=weight.device))
+            fill = torch.full(sizes.get(buffer, (1,)), FILLS.get(buffer, 0.0), dtype=dtype, device=weight.device)
+            self.register_buffer(buffer, fill)
 
     def remove_crossbar(self) -> None:
         """Take off all that :meth:`init_crossbar` added."""
@@ -123,20 +129,31 @@ class CrossbarMixin(nn.Module):
         """Whether the layer divides its input's channels by scales."""
         return self.scalars()[7]
 
-    def scalars(self) -> tuple[float, float, float, float, float, int, bool, bool]:
+    @property
+    def pairs(self) -> int:
+        """Cell pairs that hold each weight."""
+        return self.scalars()[8]
+
+    @property
+    def error(self) -> WeightError:
+        """Moments of the retention error of this layer's weights."""
+        return self.crossbar.error.averaged(self.pairs)
+
+    def scalars(self) -> tuple[float, float, float, float, float, int, bool, bool, int]:
         """``(input_range, b, gain · b, adc_range, input_floor, a number that stands for offset and scales, whether
-        there is an offset, and scales)``, read again only when a buffer changed."""
+        there is an offset, and scales, pairs_per_weight)``, read again only when a buffer changed."""
         if torch.compiler.is_compiling() and self._scalars is not None:
             return self._scalars  # as calibration or loading left them
         tensors = tuple(getattr(self, name) for name in BUFFERS if name != "weight_scale")
         key = tuple((id(t), -1 if t.is_inference() else t._version) for t in tensors)
         if self._scalars is None or self._scalars_of != key:
-            r, shrink, gain, full_scale, floor = (float(t.detach().item()) for t in tensors[:-2])
+            r, shrink, gain, full_scale, floor, pairs = (float(t.detach().item()) for t in tensors[:-2])
             offset, scale = (t.detach().float().cpu() for t in tensors[-2:])
             centered, equalized = bool(offset.any()), bool((scale != 1).any())
             mark = zlib.crc32(torch.cat((offset, scale)).numpy().tobytes()) if centered or equalized else 0
             b = self.crossbar.config.device.b(shrink)
-            self._scalars_of, self._scalars = key, (r, b, gain, full_scale, floor, mark, centered, equalized)
+            shape = (mark, centered, equalized, max(1, round(pairs)))
+            self._scalars_of, self._scalars = key, (r, b, gain, full_scale, floor, *shape)
             self._coefficients = sinh_coefficients(b) if LINEAR_B <= b <= POLYNOMIAL_B else ()
         return self._scalars
 
@@ -317,8 +334,9 @@ class CrossbarMixin(nn.Module):
             return map_weight(weight, self.held_scale()), None
         dtype, weight = weight.dtype, wide(weight)
         noise = state.normal(weight, self.crossbar_name)
-        error = state.drift_error if state.drift == "drift" else white_error(self.white_noise_std())
-        needed = state.term is not None and error is state.error
+        drifts = state.drift == "drift"
+        error = state.drift_error.averaged(self.pairs) if drifts else white_error(self.white_noise_std())
+        needed = state.term is not None and drifts and state.drift_error is state.error
         scale = wide(self.held_scale())
         if torch.compiler.is_compiling():
             held, variance = compiled.drifted_weight(weight, scale, noise, error)
@@ -336,7 +354,7 @@ class CrossbarMixin(nn.Module):
             with torch.no_grad():
                 # In units of w_scale, so that the result is right where a whole channel is zero.
                 ratio = wide(self.cell_weight()) / wide(self.held_scale()).clamp(min=1e-30)
-                error = self.crossbar.error
+                error = self.error
                 power = WeightVariance.apply(ratio, torch.ones_like(ratio[:1]), error)
                 self._white_std = math.sqrt(max(float(power.mean()) + error.mean_square, 0.0))
         return self._white_std
@@ -364,7 +382,7 @@ class CrossbarMixin(nn.Module):
         else:
             y = self._op(s, weight, None)
         if noisy:
-            std = config.device.read_noise / (config.device.g_range * config.device.read_voltage)
+            std = config.device.relative_read_noise(self.pairs)
             square = sum(unit.square() for unit in units)
             y = torch.addcmul(y, white_noise_like(y), square.sqrt() * std)
         return y

@@ -59,7 +59,7 @@ def tap_output(layer, reading: Reading) -> None:
 
 def output_term(layer, reading: Reading) -> Tensor:
     """``(E|ΔW phi|², E|W phi|²)``: their ratio is the layer's noise-to-signal ratio."""
-    error = layer.crossbar.error
+    error = layer.error
     columns = layer._rows(_variance(layer, reading)).sum(1)
     noise = (columns * layer._input_power(reading.s, reading.input_pull)).sum() * reading.factor**2
     signal = _output_power(layer, reading)
@@ -75,9 +75,9 @@ def weight_term(layer, reading: Reading) -> Tensor:
     scale, weight = wide(layer.held_scale()), _weight(layer, reading)
     held = map_weight(weight, scale)
     noise = _variance(layer, reading).sum()
-    for mean in layer.crossbar.error.means:
+    for mean in layer.error.means:
         if any(mean):
-            noise = noise + weight_mean(weight, scale, mean).square().sum() / len(layer.crossbar.error.means)
+            noise = noise + weight_mean(weight, scale, mean).square().sum() / len(layer.error.means)
     return torch.stack((noise, held.square().sum()))
 
 
@@ -94,7 +94,7 @@ def sensitivity_term(layer, reading: Reading) -> Tensor:
             f"layer {layer.crossbar_name!r} has no sensitivity: call calibrate(model, batches, sensitivity=True) "
             'before training with retention_loss="sensitivity"'
         )
-    error = layer.crossbar.error
+    error = layer.error
     variance = layer._rows(_variance(layer, reading))
     h = layer.sensitivity.to(variance.device).reshape(variance.shape[:2])
     power = layer._input_power(reading.s, reading.input_pull)
@@ -112,7 +112,7 @@ def _variance(layer, reading: Reading) -> Tensor:
     if reading.variance is not None:
         return reading.variance
     variance = compiled.weight_variance if torch.compiler.is_compiling() else WeightVariance.apply
-    return variance(_weight(layer, reading), wide(layer.held_scale()), layer.crossbar.error)
+    return variance(_weight(layer, reading), wide(layer.held_scale()), layer.error)
 
 
 def _weight(layer, reading: Reading) -> Tensor:
@@ -136,7 +136,7 @@ def _power(y: Tensor, bias: Tensor | None, keep: Tensor | None, pull: Pull | Non
 
 def _mean_power(layer, reading: Reading) -> Tensor:
     """``sum_n |m phi_n|²``, averaged over the times; m proportional to W needs no further product."""
-    error = layer.crossbar.error
+    error = layer.error
     if error.mean_is_linear:
         return error.mean_square * _output_power(layer, reading)
     scale, s, keep = wide(layer.held_scale()), wide(reading.s), layer.crossbar.keep(reading.s)

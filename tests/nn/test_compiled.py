@@ -51,6 +51,7 @@ CONVERTERS = {"dac_bits": 6, "adc_bits": 8, "tile_size": 8}
         *((loss, {}) for loss in LOSSES),
         ("output", CONVERTERS),
         ("output+drift", {"weight_scale": "per_tile", "tile_size": 8}),
+        ("output+drift", {"redundancy": 1.0}),
         ("output", {"learn_input_range": True}),
     ],
 )
