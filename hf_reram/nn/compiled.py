@@ -8,6 +8,7 @@ from torch import Tensor
 from ..device.iv import LINEAR_B
 from ..device.retention import horner
 from ..device.weight_error import WeightError
+from .noise import white_noise_like
 
 
 def shrunk_sinh(
@@ -61,19 +62,19 @@ def total_power(y: Tensor, bias: Tensor | None, keep: Tensor | None) -> Tensor:
 
 @torch.library.custom_op("hf_reram::seeded_normal", mutates_args=())
 def seeded_normal(like: Tensor, seed: Tensor, name: str) -> Tensor:
-    """Standard normal variates of the shape, dtype and device of ``like``, for a layer's name and a seed, (), int64 on
-    the CPU; a negative seed draws from PyTorch's global generator. An operator, so that the compiler need not look
-    into generators, nor compile anew for each seed."""
+    """:func:`.noise.white_noise_like` for a layer's name and a seed, (), int64 on the CPU; a negative seed draws
+    from PyTorch's global generator. An operator, so that the compiler need not look into generators, nor compile anew
+    for each seed."""
     from .state import layer_seed
 
     number = int(seed)
     generator = None if number < 0 else torch.Generator(like.device).manual_seed(layer_seed(number, name))
-    return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
+    return white_noise_like(like, generator)
 
 
 @seeded_normal.register_fake
 def _(like: Tensor, seed: Tensor, name: str) -> Tensor:
-    return like.new_empty(like.shape)
+    return torch.empty_like(like)
 
 
 def held_weight(weight: Tensor, scale: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from ..config import ReRAMConfig
 from ..device.time import parse_time
 from ..device.weight_error import WeightError, weight_error
 from .compiled import seeded_normal
+from .noise import white_noise_like
 
 
 class CrossbarState:
@@ -118,8 +119,7 @@ class CrossbarState:
         """Standard normal variates for the layer ``name``, of shape, dtype and device of ``like``."""
         if torch.compiler.is_compiling():
             return seeded_normal(like.detach(), self._seed, name)
-        generator = self._generator(name, like.device)
-        return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
+        return white_noise_like(like.detach(), self._generator(name, like.device))
 
     def _generator(self, name: str, device: torch.device) -> torch.Generator | None:
         if self.noise_seed is None:
