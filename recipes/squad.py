@@ -153,8 +153,10 @@ def main() -> None:
         title=f"SQuAD v2 on {config.device.name}, {reram.chips} chips",
         settings={**fixed, **{name: getattr(training, name) for name in names}},
     )
-    if training.process_index == 0 and OURS in methods:
-        finish(Path(training.output_dir), evaluate, reram.times[-1], training)
+    if training.process_index == 0:
+        if OURS in methods:
+            finish(Path(training.output_dir), evaluate, reram.times[-1], training)
+        print((Path(training.output_dir) / "report.md").read_text())
 
 
 def finish(output: Path, evaluate: QuestionAnswering, time: str, training: Training) -> None:
@@ -166,7 +168,6 @@ def finish(output: Path, evaluate: QuestionAnswering, time: str, training: Train
     odds = {p["id"]: p["no_answer_probability"] for p in predictions}
     (output / "predictions.json").write_text(json.dumps(texts, indent=1))
     (output / "null_odds.json").write_text(json.dumps(odds, indent=1))
-    print((output / "report.md").read_text())
     if training.push_to_hub:
         push(output / OURS.folder / "model", training.hub_model_id or f"{output.name}-reram", training.hub_private_repo)
 

@@ -55,8 +55,8 @@ def test_two_processes_write_once_and_measure_the_same(tmp_path):
     flags = ["--methods", "naive", "calibrated"]
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    run(tmp_path / "one", *flags)
-    run(tmp_path / "two", *flags, launcher=pair)
+    printed = run(tmp_path / "one", *flags), run(tmp_path / "two", *flags, launcher=pair)
+    assert [out.count("\n| naive crossbar |") for out in printed] == [1, 1]
     one, two = (json.loads((tmp_path / name / "out" / "report.json").read_text()) for name in ("one", "two"))
     for label in one:
         for alone, shared in zip(one[label]["measurements"], two[label]["measurements"], strict=True):
