@@ -27,9 +27,10 @@ def shrunk_sinh(
     return t * horner(tuple(gain * c for c in coefficients), t * t) if coefficients else torch.sinh(t) * gain
 
 
-def quantize(y: Tensor, step: Tensor, levels: int) -> Tensor:
+def quantize(y: Tensor, step: Tensor, levels: int, bias: Tensor | None = None) -> Tensor:
     """As :class:`.functional.Quantize`."""
-    return y + ((y / step.clamp(min=1e-30)).round().clamp(-levels, levels) * step - y).detach()
+    result = y + ((y / step.clamp(min=1e-30)).round().clamp(-levels, levels) * step - y).detach()
+    return result if bias is None else result + bias
 
 
 def weight_variance(weight: Tensor, scale: Tensor, error: WeightError) -> Tensor:

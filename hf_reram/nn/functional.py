@@ -189,16 +189,36 @@ class ShrunkSinh(Function):
 
 
 class Quantize(Function):
-    """Round to multiples of ``step`` within ``±levels · step``; the gradient is straight through.
+    """Round to multiples of ``step`` within ``±levels · step``, and add a bias; the gradient is straight through.
 
     Args:
-        y: any shape. step: positive, broadcastable to it (0 leaves the value). levels: ``2^(bits-1) - 1``.
+        y: any shape. step: positive, broadcastable to it (0 gives 0). levels: ``2^(bits-1) - 1``.
+        bias: broadcastable to y, or None.
     """
 
     @staticmethod
-    def forward(ctx, y: Tensor, step: Tensor, levels: int) -> Tensor:
-        return (y / step.clamp(min=1e-30)).round_().clamp_(-levels, levels).mul_(step)
+    def forward(ctx, y: Tensor, step: Tensor, levels: int, bias: Tensor | None = None) -> Tensor:
+        ctx.shape = None if bias is None else bias.shape
+        result, divisor = torch.empty_like(y), step.clamp(min=1e-30)
+        for part, out in _parts(y, result, step):
+            torch.div(part, divisor, out=out).round_().clamp_(-levels, levels).mul_(step)
+            if bias is not None:
+                out.add_(bias)
+        return result
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return grad, None, None
+        learned = ctx.shape is not None and ctx.needs_input_grad[3]
+        return grad, None, None, grad.sum_to_size(ctx.shape) if learned else None
+
+
+def _parts(y: Tensor, result: Tensor, like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tokens or images of two outputs in step, against which ``like`` broadcasts, in pieces where that helps."""
+    if chunkable(y, result):
+        if like.dim() == 1 and y.is_contiguous():
+            y, result = (t.view(-1, t.shape[-1]) for t in (y, result))
+        if y.dim() > like.dim():
+            for rows, _ in row_pieces(y):
+                yield y[rows], result[rows]
+            return
+    yield y, result

@@ -359,13 +359,13 @@ class CrossbarMixin(nn.Module):
                 self._white_std = math.sqrt(max(float(power.mean()) + error.mean_square, 0.0))
         return self._white_std
 
-    def _read(self, s: Tensor, weight: Tensor, span: Tensor | float) -> Tensor:
-        """The output before the bias: one matrix product, or one per tile with its ADC and its read noise; for an
-        input range of ``span``."""
+    def _read(self, s: Tensor, weight: Tensor, bias: Tensor | None, span: Tensor | float) -> Tensor:
+        """The output: one matrix product, or one per tile with its ADC and its read noise; for an input range of
+        ``span``."""
         config = self.crossbar.config
         noisy = self.deployed is not None and config.device.read_noise > 0
         if not config.adc_bits and not noisy:
-            return self._op(s, weight, None)
+            return self._op(s, weight, bias)
         # One unit of current, that of a fully-on cell at read_voltage, in units of the output, tile by tile.
         _, b, gain, *_ = self.scalars()
         scales = self.weight_scale.unbind(1) if self.weight_scale.dim() == 2 else [self.weight_scale] * self.tiles()
@@ -373,18 +373,18 @@ class CrossbarMixin(nn.Module):
         units = [self._broadcast(scale, "output").to(s.dtype) * factor for scale in scales]
         if levels := converter_levels(config.adc_bits):
             y: Any = None
-            fused = torch.compiler.is_compiling()
+            quantize = compiled.quantize if torch.compiler.is_compiling() else Quantize.apply
+            added = None if bias is None else self._broadcast(bias, "output")
             for (s_tile, weight_tile), unit in zip(self._tiles(s, weight), units):
                 current = self._op(s_tile, weight_tile, None)
                 step = self._adc_span(current, unit) * unit / levels
-                current = (compiled.quantize if fused else Quantize.apply)(current, step, levels)
-                y = current if y is None else y + current
+                y = quantize(current, step, levels, added) if y is None else y + quantize(current, step, levels, None)
         else:
-            y = self._op(s, weight, None)
+            y = self._op(s, weight, bias)
         if noisy:
             std = config.device.relative_read_noise(self.pairs)
             square = sum(unit.square() for unit in units)
-            y = torch.addcmul(y, white_noise_like(y), square.sqrt() * std)
+            y = y.addcmul_(white_noise_like(y), square.sqrt() * std)  # of its own making
         return y
 
     def _adc_span(self, current: Tensor, unit: Tensor) -> Tensor:
@@ -409,9 +409,7 @@ class CrossbarMixin(nn.Module):
         full_bias = self._digital_bias()
         bias = full_bias.detach() if tapped and full_bias is not None else full_bias
         if state.config.adc_bits or self.deployed is not None:
-            y = self._read(s, weight, span)
-            if bias is not None:
-                y = y + self._broadcast(bias, "output")
+            y = self._read(s, weight, bias, span)
         else:
             y = self._op(s, weight, bias)
         if self.training and (state.term or state.measure):

@@ -210,6 +210,26 @@ def test_quantize_rounds_saturates_and_passes_gradients():
     assert y.grad.tolist() == [1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("shape", [(70,), (5, 70), (3, 50, 70), (3, 70, 5, 4), (70, 5, 4), (0, 70), (1100, 10, 70)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("one_step", [True, False])
+def test_quantize_in_pieces_and_with_a_bias(shape, layout, one_step):
+    channel = len(shape) - 3 if 70 in shape[-3:-2] else len(shape) - 1
+    y = torch.randn(shape)
+    if len(shape) == 4:
+        y = y.to(memory_format=layout)
+    vector = (70, 1, 1) if channel == len(shape) - 3 else (70,)
+    step = torch.rand((1,) * len(vector) if one_step else vector) + 0.1
+    bias = torch.randn(vector, requires_grad=True)
+    y.requires_grad_()
+    found = Quantize.apply(y, step, 7, bias)
+    torch.testing.assert_close(found, (y / step).round().clamp(-7, 7) * step + bias)
+    weights = torch.randn(shape)
+    gradients = torch.autograd.grad((found * weights).sum(), (y, bias))
+    torch.testing.assert_close(gradients[0], weights)
+    torch.testing.assert_close(gradients[1], weights.sum_to_size(bias.shape), rtol=1e-4, atol=1e-4)
+
+
 def test_frozen_weights_drift_alike():
     weight, scale, noise = torch.randn(6, 5), torch.rand(6, 1) + 1, torch.randn(6, 5)
     error = weight_error(DeviceConfig.from_preset("hfox-neurram"), (86400.0,), None)
