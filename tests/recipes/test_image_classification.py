@@ -58,6 +58,7 @@ def test_one_file_without_labels(tmp_path, base, batch_norm):
     [
         ("deit-tiny", "image_size=32,patch_size=16,num_hidden_layers=1"),
         ("mobilenetv3-small", None),
+        ("efficientnet-lite0", None),
         pytest.param("resnet18", None, marks=pytest.mark.slow),
         pytest.param("mobilenetv3-large", None, marks=pytest.mark.slow),
     ],
