@@ -32,7 +32,11 @@ _KINDS: Any = tuple(_CROSSBARS)
 _UNSUPPORTED: Any = (nn.Conv1d, nn.Conv3d, nn.modules.conv._ConvTransposeNd, nn.MultiheadAttention, nn.RNNBase)
 _TABLES: Any = (nn.Embedding, nn.utils.parametrize.ParametrizationList)
 # Subclasses with a forward of their own that is known, by package and name, so that the package need not be there.
-_BY_NAME = {("timm", "Conv2dSame"): CrossbarConv2dSame, ("transformers", "FalconLinear"): CrossbarLinear}
+_BY_NAME = {
+    ("timm", "Conv2dSame"): CrossbarConv2dSame,
+    ("timm", "Linear"): CrossbarLinear,
+    ("transformers", "FalconLinear"): CrossbarLinear,
+}
 
 
 def crossbar_layers(model: nn.Module) -> dict[str, CrossbarMixin]:

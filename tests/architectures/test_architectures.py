@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from torch import nn
 from transformers.utils import ModelOutput
 
 from hf_reram import (
@@ -17,6 +18,7 @@ from hf_reram import (
     sampled_drift,
     unpatch_model,
 )
+from hf_reram.nn import CrossbarMixin
 from hf_reram.patching import unsupported
 from tests.architectures.zoo import TIMM, ZOO, Entry, image, table, tokens
 
@@ -42,7 +44,10 @@ def test_the_whole_path(name, tmp_path):
 def test_the_whole_path_of_timm(name, tmp_path):
     pytest.importorskip("timm")
     shape = {"architecture": name, "num_labels": 2}
-    _whole_path(Entry("timm", "TimmWrapperForImageClassification", "TimmWrapperConfig", shape, image), tmp_path)
+    entry = Entry("timm", "TimmWrapperForImageClassification", "TimmWrapperConfig", shape, image)
+    _whole_path(entry, tmp_path)
+    modules = patch_model(entry.build(), ReRAMConfig()).modules()
+    assert all(isinstance(m, CrossbarMixin) for m in modules if isinstance(m, (nn.Linear, nn.Conv2d)))
 
 
 def _whole_path(entry, tmp_path):
