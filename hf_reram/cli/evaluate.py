@@ -30,6 +30,7 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="Cells of a plain checkpoint: preset or JSON file.")] = None,
     range_shrink: Annotated[str, typer.Option(help="auto, or a number in (0, 1].")] = "auto",
     weight_clip: Annotated[str, typer.Option(help="auto, none, or RMS multiples.")] = "auto",
+    redundancy: Annotated[float, typer.Option(min=0, max=4, help="Share of cells on top, where they do most.")] = 0.0,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Of the examples drawn.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder for report, table and plot.")] = Path("reram-eval"),
@@ -45,6 +46,7 @@ def evaluate(
         device,
         range_shrink=number_or_word(range_shrink, "range_shrink", {"auto": "auto"}),
         weight_clip=number_or_word(weight_clip, "weight_clip", {"auto": "auto", "none": None}),
+        redundancy=redundancy,
     )
     work = load_task(task or task_of(found), found, model, dataset, split, samples, batch_size, seed)
     if fresh:
