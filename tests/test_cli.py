@@ -43,7 +43,7 @@ def test_eval_and_inspect_of_a_plain_checkpoint(tmp_path):
     done = CliRunner().invoke(app, [*command, "--device", "cmo-hfox-ibm", "--redundancy", "0.1", "--json"])
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "out" / "robustness.json").read_text())
-    assert report["config"]["redundancy"] == 0.1
+    assert report["config"]["redundancy"] == 0.1 and report["config"]["retention_times"] == ["1s", "10y"]
     assert len(report["measurements"]) == 8 and report["notes"][-1] == "calibrated on the evaluated inputs"
     assert (tmp_path / "out" / "robustness.png").stat().st_size > 1000
     assert "| accuracy | 360 K |" in (tmp_path / "out" / "robustness.md").read_text()

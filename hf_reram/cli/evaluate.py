@@ -38,15 +38,17 @@ def evaluate(
 ) -> None:
     """How a checkpoint does as chips that age: a table, a JSON report and a plot.
 
-    A plain checkpoint is put on the cells of --device and calibrated on the evaluated inputs, without their labels. An
-    evaluation that was interrupted goes on where it stopped.
+    A plain checkpoint is put on the cells of --device and calibrated for --times on the evaluated inputs, without their
+    labels. An evaluation that was interrupted goes on where it stopped.
     """
+    spoken = words(times) or ["1s", "1d", "10y"]
     found, fresh = patched(
         model,
         device,
         range_shrink=number_or_word(range_shrink, "range_shrink", {"auto": "auto"}),
         weight_clip=number_or_word(weight_clip, "weight_clip", {"auto": "auto", "none": None}),
         redundancy=redundancy,
+        retention_times=spoken,
     )
     work = load_task(task or task_of(found), found, model, dataset, split, samples, batch_size, seed)
     if fresh:
@@ -54,7 +56,7 @@ def evaluate(
     report = evaluate_robustness(
         found,
         work.evaluate,
-        words(times) or ("1s", "1d", "10y"),
+        spoken,
         temperature or (None,),
         chips,
         progress=not as_json,
