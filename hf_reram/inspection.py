@@ -72,7 +72,7 @@ def inspect_layers(
                 kind=layer._digital_class.__name__,
                 rows=rows.shape[2],
                 columns=rows.shape[0] * rows.shape[1],
-                cells=2 * layer.weight.numel() * layer.pairs,
+                cells=layer.cells,
                 pairs_per_weight=layer.pairs,
                 input_range=span or None,
                 centered=layer.centered,

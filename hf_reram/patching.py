@@ -146,10 +146,8 @@ def initialize_layers(model: nn.Module, names: set[str] | None = None) -> None:
         if layer.weight.device.type == "meta":
             continue
         with torch.no_grad():
-            layer.input_range.zero_()
-            layer.adc_range.zero_()
-            for buffer in ("input_floor", "pairs_per_weight", "input_offset", "input_scale"):
-                getattr(layer, buffer).fill_(FILLS.get(buffer, 0.0))
+            for buffer, fill in FILLS.items():
+                getattr(layer, buffer).fill_(fill)
             shrink = 1.0 if config.range_shrink == "auto" else config.range_shrink
             layer.range_shrink.fill_(shrink)
             layer.gain.fill_(initial_gain(config, config.device.b(shrink)))
@@ -347,10 +345,6 @@ class CrossbarSummary:
         )
 
 
-def _pairs(layer: CrossbarMixin) -> int:
-    return 1 if layer.weight.device.type == "meta" else layer.pairs
-
-
 def summarize(model: nn.Module) -> CrossbarSummary:
     """Count the model's crossbar layers and cells.
 
@@ -368,7 +362,7 @@ def summarize(model: nn.Module) -> CrossbarSummary:
     return CrossbarSummary(
         device=state.config.device.name,
         layers=len(layers),
-        cells=sum(2 * layer.weight.numel() * _pairs(layer) for layer in layers.values()),
+        cells=sum(layer.cells for layer in layers.values()),
         weights=weights,
         parameters=sum(p.numel() for p in model.parameters()) - ranges,
         calibrated=sum(layer.weight.device.type != "meta" and layer.calibrated for layer in layers.values()),

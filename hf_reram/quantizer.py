@@ -48,7 +48,7 @@ class ReRAMQuantizer(HfQuantizer):
                 continue
             for buffer in ADDED_LATER:
                 if not _was_loaded(getattr(layer, buffer)):
-                    getattr(layer, buffer).data.fill_(FILLS.get(buffer, 0.0))
+                    getattr(layer, buffer).data.fill_(FILLS[buffer])
         initialize_layers(model, missing)
         # transformers refuses .half() and .float() for quantized models; here weights are ordinary parameters.
         model.is_quantized = False

@@ -25,7 +25,7 @@ def allot_pairs(errors: Sequence[float], cells: Sequence[int], spare: float) -> 
 
     def step(layer: int) -> tuple[float, int]:
         k = pairs[layer]
-        return -errors[layer] / (k * (k + 1) * max(cells[layer], 1)), layer
+        return -errors[layer] / (k * (k + 1) * cells[layer]), layer
 
     heap = [step(layer) for layer in range(len(cells)) if cells[layer] and errors[layer] > 0]
     heapq.heapify(heap)

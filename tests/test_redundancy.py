@@ -22,8 +22,7 @@ from hf_reram import (
 from hf_reram.inspection import inspect_layers
 from hf_reram.redundancy import MAX_PAIRS, allot_pairs
 from tests.conftest import bert_batch, device, straight
-
-SILENT = {"type": "log", "std_offset": [0.0], "std_slope": [0.0]}
+from tests.test_deployment import SILENT
 
 
 class DepthwiseNet(nn.Module):
@@ -116,7 +115,7 @@ def test_chips_err_by_the_closed_form_over_the_pairs(pairs):
     with_pairs(model[0], pairs)
     add_retention_loss(model(x).sum(), model)
     said = noise_to_signal(model)["0"]
-    spread, mean = [], 0
+    spread = []
     with torch.no_grad():
         for seed in range(200):
             with deploy(model, "1d", seed=seed):

@@ -34,8 +34,9 @@ BUFFERS = (
     "input_scale",
 )
 
-# What they are before anything is known, where that is not 0.
-FILLS = {"range_shrink": 1.0, "gain": 1.0, "input_floor": -1.0, "pairs_per_weight": 1.0, "input_scale": 1.0}
+# What they are before anything is known.
+FILLS = dict.fromkeys(BUFFERS, 0.0)
+FILLS |= {"range_shrink": 1.0, "gain": 1.0, "input_floor": -1.0, "pairs_per_weight": 1.0, "input_scale": 1.0}
 
 
 class CrossbarMixin(nn.Module):
@@ -102,7 +103,7 @@ class CrossbarMixin(nn.Module):
         sizes = {"weight_scale": shapes[state.config.weight_scale], "input_offset": (inputs,), "input_scale": (inputs,)}
         dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
         for buffer in BUFFERS:
-            fill = torch.full(sizes.get(buffer, (1,)), FILLS.get(buffer, 0.0), dtype=dtype, device=weight.device)
+            fill = torch.full(sizes.get(buffer, (1,)), FILLS[buffer], dtype=dtype, device=weight.device)
             self.register_buffer(buffer, fill)
 
     def remove_crossbar(self) -> None:
@@ -133,6 +134,11 @@ class CrossbarMixin(nn.Module):
     def pairs(self) -> int:
         """Cell pairs that hold each weight."""
         return self.scalars()[8]
+
+    @property
+    def cells(self) -> int:
+        """ReRAM cells, two a weight and pair; on the meta device, where pairs are not known, two a weight."""
+        return 2 * self.weight.numel() * (1 if self.weight.device.type == "meta" else self.pairs)
 
     @property
     def error(self) -> WeightError:
