@@ -47,8 +47,8 @@ def evaluate(
         device,
         range_shrink=number_or_word(range_shrink, "range_shrink", {"auto": "auto"}),
         weight_clip=number_or_word(weight_clip, "weight_clip", {"auto": "auto", "none": None}),
+        times=spoken,
         redundancy=redundancy,
-        retention_times=spoken,
     )
     work = load_task(task or task_of(found), found, model, dataset, split, samples, batch_size, seed)
     if fresh:

@@ -8,11 +8,13 @@ from ..hub import load_model
 from ..patching import crossbar_layers, crossbar_state, patch_model, unpatch_model
 
 
-def patched(name: str, device: str | None, **options: Any) -> tuple[Any, bool]:
+def patched(name: str, device: str | None, times: list[str] | None = None, **options: Any) -> tuple[Any, bool]:
     """A checkpoint's model on crossbars, and whether it still has to be calibrated.
 
     Args:
-        device: for a plain checkpoint, or to put a robust one on other cells. options: more of :class:`ReRAMConfig`.
+        device: for a plain checkpoint, or to put a robust one on other cells. times: that a plain checkpoint is
+            calibrated for, None for the config's own; a robust one keeps its own. options: more of
+            :class:`ReRAMConfig`.
 
     Raises:
         ValueError: a plain checkpoint and no device.
@@ -21,6 +23,8 @@ def patched(name: str, device: str | None, **options: Any) -> tuple[Any, bool]:
     if not crossbar_layers(model):
         if device is None:
             raise ValueError(f"{name} is a plain checkpoint: --device says which cells to put it on")
+        if times is not None:
+            options["retention_times"] = times
         return patch_model(model, ReRAMConfig(device=device_of(device), **options)), True
     before = crossbar_state(model).config.to_dict()
     changes = {key: value for key, value in options.items() if value != getattr(ReRAMConfig, key)}
