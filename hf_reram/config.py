@@ -14,6 +14,7 @@ from .device import DeviceConfig, parse_time
 from .device.iv import GAINS
 
 CONFIG_VERSION = 1
+SMALLEST_SHRINK = 1e-9  # in units of the output, a current's noise grows with the inverse
 WEIGHT_SCALES = ("per_channel", "per_tensor", "per_tile")
 RETENTION_LOSSES = (
     "output",
@@ -35,7 +36,7 @@ class ReRAMConfig(QuantizationConfigMixin):
 
     Args:
         device: preset name, dict of :class:`DeviceConfig` fields, or a :class:`DeviceConfig`.
-        range_shrink: share of the device's read voltage that inputs use, in (0, 1]; 1 is the unmitigated device.
+        range_shrink: share of the device's read voltage that inputs use, from 1e-9 to 1; 1 is the unmitigated device.
             "auto": per layer, the share with the least expected output error on calibration data (non-linearity +
             read noise + ADC).
         gain: read-out gain of the sinh: "calibrated" (least squares on calibration data), "full_scale" (exact at the
@@ -105,6 +106,8 @@ class ReRAMConfig(QuantizationConfigMixin):
         elif not isinstance(self.device, DeviceConfig):
             self.device = DeviceConfig.from_dict(self.device)
         self._number_or("range_shrink", ("auto",), 0, 1)
+        if self.range_shrink != "auto" and self.range_shrink < SMALLEST_SHRINK:
+            self._refuse("range_shrink", f"a number in [{SMALLEST_SHRINK:g}, 1] or 'auto'")
         self._one_of("gain", GAINS)
         self._number_or("input_percentile", (), 0, 100)
         self._flag("center_inputs")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForImageClassification,
@@ -336,6 +337,8 @@ def main() -> None:
         print((output / "report.md").read_text())
         if training.push_to_hub and OURS in methods:
             push(output / OURS.folder / "model", training.hub_model_id or about.name, training.hub_private_repo)
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForQuestionAnswering,
@@ -157,6 +158,8 @@ def main() -> None:
         if OURS in methods:
             finish(Path(training.output_dir), evaluate, reram.times[-1], training)
         print((Path(training.output_dir) / "report.md").read_text())
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()
 
 
 def finish(output: Path, evaluate: QuestionAnswering, time: str, training: Training) -> None:

@@ -7,11 +7,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: two workers with all th
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_reram import DeviceConfig, ReRAMConfig
+
+# The same examples each time, so that a change fails for what it did; HYPOTHESIS_PROFILE=default looks for new ones.
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
 @pytest.fixture(autouse=True)

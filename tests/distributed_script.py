@@ -101,3 +101,5 @@ if __name__ == "__main__":
     if dist.is_initialized():
         dist.barrier()  # gloo aborts where one process leaves while the other still talks
         dist.destroy_process_group()
+        sys.stderr.flush()
+        os._exit(0)  # gloo's threads may still be ending, and abort the interpreter's exit

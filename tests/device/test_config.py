@@ -51,6 +51,7 @@ def test_wrong_device_values_name_field_value_and_what_is_allowed(wrong):
         ("device", {"g_min": 1.0}),
         ("device", 3),
         ("range_shrink", 0),
+        ("range_shrink", 1e-30),
         ("range_shrink", 1.5),
         ("range_shrink", "tiny"),
         ("gain", "loud"),
