@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from .config import ReRAMConfig
-from .device import DeviceConfig
+from .device import DeviceConfig, parse_time
 from .protocol import METHODS, Method
 
 
@@ -34,7 +34,9 @@ class ReRAMArguments:
     adc_bits: int | None = field(default=None, metadata={"help": "2 to 16, sign included; default ideal"})
     retention_loss: str = ReRAMConfig.retention_loss or "none"
     retention_weight: float = ReRAMConfig.retention_weight
-    retention_times: list[str] = field(default_factory=lambda: ["1d"], metadata={"help": "to be robust at"})
+    retention_times: list[str] | None = field(
+        default=None, metadata={"help": "to be robust at; default the longest of --times"}
+    )
     temperature: float | None = field(default=None, metadata={"help": "K; default the device's reference"})
     times: list[str] = field(default_factory=lambda: ["1s", "1d", "1mo", "1y", "10y"], metadata={"help": "evaluated"})
     chips: int = field(default=10, metadata={"help": "evaluated, each with its own programming"})
@@ -72,7 +74,7 @@ class ReRAMArguments:
             adc_bits=self.adc_bits,
             retention_loss=self.retention_loss,
             retention_weight=self.retention_weight,
-            retention_times=self.retention_times,
+            retention_times=self.retention_times or [max(self.times, key=parse_time)],
             temperature=self.temperature,
         )
 

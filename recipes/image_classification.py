@@ -131,7 +131,7 @@ class Training(RecipeTrainingArguments):
 
 def parse() -> tuple[Arguments, ReRAMArguments, Training]:
     parser: Any = HfArgumentParser((Arguments, ReRAMArguments, Training))
-    parser.set_defaults(retention_times=["10y"], device="cmo-hfox-ibm")
+    parser.set_defaults(device="cmo-hfox-ibm")
     preset = parser.parse_args_into_dataclasses()[0].preset
     if preset is not None:
         if preset not in PRESETS:

@@ -1,7 +1,7 @@
 """Extractive question answering on SQuAD v2 that keeps its answers on ReRAM crossbars for ten years.
 
     accelerate launch recipes/squad.py
-    accelerate launch recipes/squad.py --device cmo-hfox-ibm --retention_times 10y --times 1s 1d 1mo 1y 10y
+    accelerate launch recipes/squad.py --device cmo-hfox-ibm --times 1s 1d 1mo 1y 10y
     accelerate launch recipes/squad.py --model_name_or_path FOLDER --train_file A.parquet --validation_file B.parquet
 
 Compares the digital base, a naive crossbar, the calibrated mapping, and finetuning without retention loss, with noise

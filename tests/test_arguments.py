@@ -14,7 +14,7 @@ def parse(*flags: str) -> ReRAMArguments:
 
 
 def test_defaults_are_the_configs():
-    assert parse().config().to_dict() == ReRAMConfig(device="hfox-neurram").to_dict()
+    assert parse().config().to_dict() == ReRAMConfig(device="hfox-neurram", retention_times=["10y"]).to_dict()
     assert list(parse().chosen_methods()) == list(METHODS)
 
 
@@ -33,6 +33,11 @@ def test_flags_reach_the_config(tmp_path):
     assert len(config.retention_times) == 2
 
 
+def test_what_is_evaluated_last_is_trained_for():
+    assert parse("--times", "1mo", "1d", "3600").config().retention_times == ["1mo"]
+    assert parse("--times", "1s", "10y", "--retention_times", "1d").config().retention_times == ["1d"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -41,6 +46,7 @@ def test_flags_reach_the_config(tmp_path):
         (["--range_shrink", "2"], "range_shrink=2"),
         (["--device", "unobtainium"], "unobtainium"),
         (["--retention_times", "soon"], "soon"),
+        (["--times", "1s", "late"], "late"),
         (["--weight_scale", "per_tile"], "tile_size"),
     ],
 )

@@ -379,12 +379,11 @@ class CrossbarMixin(nn.Module):
         units = [self._broadcast(scale, "output").to(s.dtype) * factor for scale in scales]
         if levels := converter_levels(config.adc_bits):
             y: Any = None
-            quantize = compiled.quantize if torch.compiler.is_compiling() else Quantize.apply
             added = None if bias is None else self._broadcast(bias, "output")
             for (s_tile, weight_tile), unit in zip(self._tiles(s, weight), units):
                 current = self._op(s_tile, weight_tile, None)
                 step = self._adc_span(current, unit) * unit / levels
-                y = quantize(current, step, levels, added) if y is None else y + quantize(current, step, levels, None)
+                y = _quantize(current, step, levels, added) if y is None else y + _quantize(current, step, levels)
         else:
             y = self._op(s, weight, bias)
         if noisy:
@@ -442,3 +441,10 @@ class CrossbarMixin(nn.Module):
                 self.term_scale = torch.zeros(2, device=reading.y.device)
             y = Attach.apply(reading.y, term, self.term_scale)
             return y.clone() if self.copies_output else y
+
+
+def _quantize(current: Tensor, step: Tensor, levels: int, bias: Tensor | None = None) -> Tensor:
+    """:class:`.functional.Quantize` of a matrix product's result, which nothing else refers to."""
+    if torch.compiler.is_compiling():
+        return compiled.quantize(current, step, levels, bias)
+    return Quantize.apply(current, step, levels, bias, not current._is_view())

@@ -230,6 +230,19 @@ def test_quantize_in_pieces_and_with_a_bias(shape, layout, one_step):
     torch.testing.assert_close(gradients[1], weights.sum_to_size(bias.shape), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(70,), (5, 70), (1100, 10, 70)])
+def test_quantize_in_place(shape):
+    x, bias = torch.randn(shape, requires_grad=True), torch.randn(70, requires_grad=True)
+    weights, step = torch.randn(shape), torch.rand(70) + 0.1
+    results = []
+    for in_place in (False, True):
+        y = x * 3
+        found = Quantize.apply(y, step, 7, bias, in_place)
+        assert (found is y) is in_place
+        results.append((found.detach(), *torch.autograd.grad((found * weights).sum(), (x, bias))))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 def test_frozen_weights_drift_alike():
     weight, scale, noise = torch.randn(6, 5), torch.rand(6, 1) + 1, torch.randn(6, 5)
     error = weight_error(DeviceConfig.from_preset("hfox-neurram"), (86400.0,), None)
