@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_reram import DeviceConfig, ReRAMConfig, patch_model
+from hf_reram import DeviceConfig, ReRAMConfig, mapping, patch_model
 from hf_reram.device.weight_error import weight_error
 from hf_reram.mapping import expected_error, least_error_scales, relative_weights, weight_scales
 
@@ -33,6 +33,16 @@ def test_one_massive_token_does_not_decide_for_all():
     ordinary = torch.cat([inputs[:, :7], inputs[:, 8:]], 1)
     errors = [expected_error(rows, scale.view(1, 32, 1), ERROR, ordinary).sum() for scale in (found, absolute)]
     assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize(("groups", "channels"), [(1, 33), (5, 7), (12, 1)])
+@pytest.mark.parametrize("with_inputs", [True, False])
+def test_channels_in_pieces_get_the_same_scales(monkeypatch, groups, channels, with_inputs):
+    rows = torch.randn(groups, channels, 20) * torch.rand(groups, channels, 1)
+    inputs = torch.randn(groups, 30, 20) if with_inputs else None
+    whole = weight_scales(rows, "auto", True, ERROR, inputs, systematic=2.0)
+    monkeypatch.setattr(mapping, "ELEMENTS", 4 * groups * 20)  # four channels a piece
+    torch.testing.assert_close(weight_scales(rows, "auto", True, ERROR, inputs, systematic=2.0), whole)
 
 
 @pytest.mark.parametrize("per_channel", [True, False])
