@@ -59,8 +59,8 @@ def weight_scales(
         step = max(rows.shape[1], 1)
         if per_channel and rows.device.type == "cpu":  # channels that fit in the cache together: 7 times as fast
             step = max(1, ELEMENTS * step // max(rows.numel(), 1))
-        parts = zip(rows.split(step, 1), largest.split(step, 1), rms.split(step, 1))
-        best = torch.cat([least_error_scales(w, top, r, error, inputs, systematic) for w, top, r in parts], 1)
+        pieces = zip(rows.split(step, 1), largest.split(step, 1), rms.split(step, 1))
+        best = torch.cat([least_error_scales(w, top, r, error, inputs, systematic) for w, top, r in pieces], 1)
     else:
         best = torch.minimum(largest, clip * rms)
     return best.reshape(-1)
