@@ -28,17 +28,18 @@ def _drive_(t: Tensor, bound: float, levels: int, floor: float) -> Tensor:
 def _sinh_chunked(
     x: Tensor, span: float, b: float, levels: int, gain: float, floor: float, offset: Tensor | None
 ) -> Tensor:
-    """``gain · sinh(b clamp((x - offset) / span, floor, 1))`` to float32 precision, by an odd polynomial in x."""
-    scale, coefficients = b / span, sinh_coefficients(b)
+    """``gain · sinh(b clamp((x - offset) / span, floor, 1))`` to float32 precision, by an odd polynomial in x, or in
+    steps of the DAC."""
+    bound = float(levels or span)
+    scale, coefficients = b / bound, sinh_coefficients(b)
     # At extreme spans, passes of their own keep float32's precision. Logarithms: the powers may leave float64's range.
     sizes = (math.log10(gain * c) + (2 * k + 1) * math.log10(scale) for k, c in enumerate(coefficients))
     fold = all(abs(size) < 30 for size in sizes)
     folded = tuple(gain * c * scale ** (2 * k + 1) for k, c in enumerate(coefficients)) if fold else ()
     s = torch.empty_like(x)
-    for x_part, t, q in pieces(x, s) if offset is None else _centered(x, s, offset):
-        torch.clamp(x_part, floor * span, span, out=t)
+    for t, q in _clamped(x, s, offset, levels / span, floor * bound, bound):
         if levels:
-            t.mul_(levels / span).round_().mul_(span / levels)
+            t.round_()
         if not fold:
             t.mul_(scale)
         torch.mul(t, t, out=q)
@@ -48,16 +49,28 @@ def _sinh_chunked(
     return s
 
 
-def _centered(x: Tensor, s: Tensor, offset: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Rows of ``x - offset``, written into those of ``s``, these again, and a work tensor."""
+def _clamped(
+    x: Tensor, s: Tensor, offset: Tensor | None, steps: float, low: float, high: float
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pieces of s that hold ``x - offset``, times ``steps`` unless that is 0, clamped, and work tensors of their
+    size."""
+    if offset is None:
+        for x_part, t, q in pieces(x, s):
+            yield torch.mul(x_part, steps, out=t).clamp_(low, high) if steps else torch.clamp(x_part, low, high, out=t), q
+        return
     rows, out = x.view(-1, len(offset)), s.view(-1, len(offset))
-    for part, work in row_pieces(rows):
-        yield torch.sub(rows[part], offset, out=out[part]), out[part], work
+    shift = offset * -steps
+    for part, q in row_pieces(rows):
+        t = out[part]
+        torch.add(shift, rows[part], alpha=steps, out=t) if steps else torch.sub(rows[part], offset, out=t)
+        yield t.clamp_(low, high), q
 
 
-def _sinh_backward_chunked(grad: Tensor, s: Tensor, limits: Limits, scale: float, gain: float) -> Tensor:
-    """``grad · scale · sqrt(gain² + s²)`` where ``s`` lies between the limits, else 0."""
-    result = torch.empty_like(s)
+def _sinh_backward_chunked(
+    grad: Tensor, s: Tensor, result: Tensor, limits: Limits, scale: float, gain: float
+) -> Tensor:
+    """``grad · scale · sqrt(gain² + s²)`` where ``s`` lies between the limits, else 0, into ``result``, which may be
+    ``grad``."""
     square = _slope_squared(scale, gain)
     for g, s_part, out, cosh in pieces(grad, s, result):
         _sinh_backward(g, s_part, limits, scale, gain, square, out, cosh)
@@ -88,10 +101,16 @@ def _sinh_backward(
 
 
 def _pulled_backward_chunked(
-    grad: Tensor, s: Tensor, limits: Limits, scale: float, gain: float, amount: Tensor, keep: Tensor | None
+    grad: Tensor,
+    s: Tensor,
+    result: Tensor,
+    limits: Limits,
+    scale: float,
+    gain: float,
+    amount: Tensor,
+    keep: Tensor | None,
 ) -> Tensor:
     """The same with ``grad + amount · keep · s`` for ``grad``."""
-    result = torch.empty_like(s)
     shape = (-1, *amount.shape)
     grad_rows, s_rows, out_rows = grad.view(shape), s.view(shape), result.view(shape)
     square = _slope_squared(scale, gain)
@@ -125,6 +144,8 @@ class ShrunkSinh(Function):
         gain: a positive float. pull: what powers of s add to its gradient, see :mod:`.power`.
         floor: lowest u, from -1 to 0, on the DAC's grid; above -1 where inputs are one-sided.
         offset: subtracted from x first, without a gradient, along its last dimension; None is 0.
+        in_place: on CPU, write the gradient of x over that of s, which nothing else may refer to, as is so where s
+            goes into matrix products only: a tensor of its own costs more in page faults than the pass over it.
     """
 
     @staticmethod
@@ -138,7 +159,9 @@ class ShrunkSinh(Function):
         pull: Pull | None = None,
         floor: float = -1.0,
         offset: Tensor | None = None,
+        in_place: bool = False,
     ) -> Tensor:
+        ctx.in_place = in_place
         linear = b < LINEAR_B
         bound = 1.0 if linear else b
         scale = bound / input_range
@@ -167,9 +190,10 @@ class ShrunkSinh(Function):
         input_range = ctx.input_range if range_tensor is None else range_tensor
         scale = ctx.bound / input_range
         pulled = None if ctx.pull is None else ctx.pull.take()
-        rest = (None,) * 6
+        rest = (None,) * 7
         if not ctx.needs_input_grad[1] and not ctx.linear and chunkable(s, grad):
-            arguments = (grad, s, ctx.limits, float(scale), ctx.gain)
+            result = grad if ctx.in_place else torch.empty_like(s)
+            arguments = (grad, s, result, ctx.limits, float(scale), ctx.gain)
             if pulled is None:
                 return _sinh_backward_chunked(*arguments), None, *rest
             if s.is_contiguous() or pulled[0].dim() == 3:
@@ -205,9 +229,8 @@ class Quantize(Function):
         ctx.shape = None if bias is None else bias.shape
         result, divisor = y if in_place else torch.empty_like(y), step.clamp(min=1e-30)
         for part, out in _parts(y, result, step):
-            torch.div(part, divisor, out=out).round_().clamp_(-levels, levels).mul_(step)
-            if bias is not None:
-                out.add_(bias)
+            torch.div(part, divisor, out=out).round_().clamp_(-levels, levels)
+            out.mul_(step) if bias is None else torch.addcmul(bias, out, step, out=out)
         if in_place:
             ctx.mark_dirty(y)
         return result
