@@ -10,6 +10,7 @@ from torch import nn
 from .device.programming import program
 from .device.time import parse_time
 from .nn import CrossbarMixin
+from .nn.cells import map_weight
 from .nn.state import layer_seed
 from .outputs import evaluating
 from .patching import crossbar_layers, crossbar_state
@@ -40,14 +41,15 @@ def deploy(
     seconds = None if time is None else parse_time(time)
     kelvin = state.config.temperature if temperature is None else temperature
     state.config.device.equivalent_time(seconds or 0.0, kelvin)  # refuses a bad temperature before anything is drawn
-    before = {name: layer.deployed for name, layer in layers.items()}
+    before = {name: (layer.deployed, layer.deployed_offset) for name, layer in layers.items()}
     try:
         for name, layer in layers.items():
             layer.deployed = realize(layer, seconds, kelvin, layer_seed(seed, name))
+            layer.deployed_offset = offset_of(layer)
         yield model
     finally:
         for name, layer in layers.items():
-            layer.deployed = before[name]
+            layer.deployed, layer.deployed_offset = before[name]
 
 
 @torch.no_grad()
@@ -61,15 +63,26 @@ def realize(layer: CrossbarMixin, time: float | None, temperature: float | None,
     device = layer.crossbar.config.device
     scale = layer.held_scale().float()
     generator = torch.Generator().manual_seed(seed)
-    weight: Any = layer.weight
-    if hasattr(weight, "full_tensor"):  # FSDP2 holds a shard of it; a chip is programmed whole
-        weight = weight.full_tensor()
-    targets = device.conductance(layer.cell_weight(weight).float() / scale.clamp(min=1e-30))
+    targets = device.conductance(layer.cell_weight(_whole(layer)).float() / scale.clamp(min=1e-30))
     held: Any = None
     for _ in range(layer.pairs):
         plus, minus = (program(device, target, generator).after(device, time, temperature) for target in targets)
         held = plus.sub_(minus) if held is None else held.add_(plus.sub_(minus))
     return held.mul_(scale / (device.g_range * layer.pairs)).to(layer.weight.dtype)
+
+
+@torch.no_grad()
+def offset_of(layer: CrossbarMixin) -> torch.Tensor | None:
+    """What is added digitally to a chip's output for the layer's input offset, (output channels,); None without one."""
+    if not layer.centered:
+        return None
+    return layer.offset_output(map_weight(layer.cell_weight(_whole(layer)), layer.held_scale()))
+
+
+def _whole(layer: CrossbarMixin) -> Any:
+    """The weight, whole where FSDP2 holds a shard of it: so a chip is programmed."""
+    weight: Any = layer.weight
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
 @contextmanager

@@ -52,6 +52,31 @@ class MapWeight(Function):
         return result, None
 
 
+class OffsetOutput(Function):
+    """``(V, V o)``: weights as they are held, and what they make of their layer's input offset, (output channels,).
+
+    The gradient of the second, an outer product of the weight's size, is added to that of the first in place: V goes
+    into matrix products and :class:`DriftedWeight` only, whose gradients nothing else refers to.
+
+    Args:
+        held: V. layer: a crossbar, whose weight has V's shape.
+    """
+
+    @staticmethod
+    def forward(ctx, held: Tensor, layer) -> tuple[Tensor, Tensor]:
+        ctx.layer = layer
+        ctx.set_materialize_grads(False)
+        return held.view_as(held), layer.offset_output(held)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor | None, grad_output: Tensor | None):
+        if grad_output is None:
+            return grad, None
+        outer = ctx.layer.offset_outer(grad_output)
+        return torch.mul(*outer).expand(ctx.layer.weight.shape) if grad is None else grad.addcmul_(*outer), None
+
+
 class WeightVariance(Function):
     """``s²(W) = w_scale² P(|W| / w_scale)``, the retention variance of each weight.
 

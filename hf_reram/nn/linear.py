@@ -13,6 +13,7 @@ class _Matrix(CrossbarMixin):
     """A layer whose crossbar is one matrix: rows are input features."""
 
     fuses_offset = True
+    rows_dim: int  # the weight's dimension of crossbar rows
 
     def _input_power(self, s: Tensor, pull: Pull | None) -> Tensor:
         return input_power(s.reshape(-1, s.shape[-1]), self.crossbar.keep(s), pull)[None]
@@ -20,15 +21,19 @@ class _Matrix(CrossbarMixin):
     def _output_rows(self, y: Tensor) -> Tensor:
         return y.reshape(-1, y.shape[-1])
 
+    def _tiles(self, s: Tensor, weight: Tensor):
+        if self.tiles() == 1:  # splitting costs a copy in the backward
+            return [(s, weight)]
+        return zip(s.split(self.tile_rows(), -1), weight.split(self.tile_rows(), self.rows_dim))
+
 
 class CrossbarLinear(_Matrix, nn.Linear):
     """``nn.Linear`` on a crossbar: x (..., in_features) to (..., out_features)."""
 
+    rows_dim = 1
+
     def _op(self, s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(s, weight, bias)
-
-    def _tiles(self, s: Tensor, weight: Tensor):
-        return zip(s.split(self.tile_rows(), -1), weight.split(self.tile_rows(), 1))
 
     def _rows(self, weight: Tensor) -> Tensor:
         return weight[None]
@@ -49,13 +54,12 @@ class CrossbarLinear(_Matrix, nn.Linear):
 class CrossbarConv1D(_Matrix, Conv1D):
     """GPT-2's ``Conv1D``, a linear layer with a transposed weight: x (..., nx) to (..., nf)."""
 
+    rows_dim = 0
+
     def _op(self, s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         flat = s.reshape(-1, s.shape[-1])
         y = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
         return y.view(*s.shape[:-1], self.nf)
-
-    def _tiles(self, s: Tensor, weight: Tensor):
-        return zip(s.split(self.tile_rows(), -1), weight.split(self.tile_rows(), 0))
 
     def _rows(self, weight: Tensor) -> Tensor:
         return weight.t()[None]

@@ -12,7 +12,7 @@ from ..device.iv import LINEAR_B, sinh_coefficients
 from ..device.weight_error import WeightError, white_error
 from . import compiled
 from .attach import Attach
-from .cells import DriftedWeight, WeightVariance, map_weight
+from .cells import DriftedWeight, OffsetOutput, WeightVariance, map_weight
 from .functional import POLYNOMIAL_B, Quantize, ShrunkSinh
 from .noise import white_noise_like
 from .power import Pull
@@ -76,6 +76,7 @@ class CrossbarMixin(nn.Module):
     crossbar_name: str
     _digital_class: Any  # that it was made from
     deployed: Tensor | None  # the realized weight of a chip, in place of `weight`; see hf_reram.deployment
+    deployed_offset: Tensor | None  # W o of what the chip was programmed with, where the layer is centered
     sensitivity: Tensor | None  # (output channels,), see hf_reram.sensitivity
     copies_output: bool  # whether the model may change the output in place, which a retention term still needs
     _scalars: Any = None
@@ -94,7 +95,7 @@ class CrossbarMixin(nn.Module):
             channels, inputs: of the output and of the input.
         """
         self.crossbar, self.crossbar_name = state, name
-        self.deployed = self.sensitivity = None
+        self.deployed = self.deployed_offset = self.sensitivity = None
         self._scalars = self._scalars_of = self._white_std = None
         self.copies_output = True
         self.term_scale = torch.zeros(2, device=self.weight.device)
@@ -111,7 +112,7 @@ class CrossbarMixin(nn.Module):
         for name in BUFFERS:
             self._buffers.pop(name, None)
             self._parameters.pop(name, None)
-        own = ("crossbar", "crossbar_name", "deployed", "sensitivity", "term_scale", "copies_output")
+        own = ("crossbar", "crossbar_name", "deployed", "deployed_offset", "sensitivity", "term_scale", "copies_output")
         for name in (*own, "_scalars", "_scalars_of", "_coefficients", "_white_std"):
             self.__dict__.pop(name, None)
 
@@ -211,19 +212,31 @@ class CrossbarMixin(nn.Module):
         weight = self.weight if weight is None else weight
         return weight * self._along_inputs(self.input_scale).to(weight.dtype) if self.equalized else weight
 
-    def _offset_output(self) -> Tensor:
-        """``W o``, (output channels,), of the weights as they were programmed."""
-        rows = self._rows(map_weight(self.cell_weight(), self.held_scale()))
+    def offset_output(self, held: Tensor) -> Tensor:
+        """``W o``, (output channels,), of weights as they were programmed."""
+        rows = self._rows(held)
         offset = (self.input_offset / self.input_scale).to(rows.dtype).view(rows.shape[0], -1, 1)
         offset = offset.expand(-1, -1, rows.shape[2] // offset.shape[1]).reshape(rows.shape[0], -1, 1)
         return torch.bmm(rows, offset).view(-1)
 
-    def _digital_bias(self) -> Tensor | None:
-        """What is added digitally to the read-out, (output channels,)."""
+    def offset_outer(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Two factors, broadcastable to the weight, of the gradient of :meth:`offset_output`."""
+        offset = self._along_inputs(self.input_offset / self.input_scale)
+        return self._broadcast(grad, "weight"), offset.to(grad.dtype)
+
+    def _programmed(self, cells: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What is to be held, as it is programmed where the layer is centered, and then what is added digitally."""
         if not self.centered:
-            return self.bias
-        offset = self._offset_output()
-        return offset if self.bias is None else self.bias + offset
+            return cells, self.bias
+        if self.deployed is not None:
+            held, offset = cells, self.deployed_offset
+        else:
+            held = map_weight(cells, self.held_scale())
+            if torch.compiler.is_compiling():
+                offset = self.offset_output(held)
+            else:
+                held, offset = OffsetOutput.apply(held, self)
+        return held, offset if self.bias is None else self.bias + offset
 
     def _op(self, s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
@@ -331,13 +344,13 @@ class CrossbarMixin(nn.Module):
         return span or 1.0
 
     def _hold(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """V as the cells hold it: clipped, and deployed or with sampled drift where that is on; and the weights'
-        retention variance where that came with it."""
+        """V as the cells hold it: clipped (which :meth:`_programmed` has done where the layer is centered), and deployed
+        or with sampled drift where that is on; and the weights' retention variance where that came with it."""
         state = self.crossbar
         if self.deployed is not None:
             return self.deployed, None
         if not self.training or state.drift is None:
-            return map_weight(weight, self.held_scale()), None
+            return weight if self.centered else map_weight(weight, self.held_scale()), None
         dtype, weight = weight.dtype, wide(weight)
         noise = state.normal(weight, self.crossbar_name)
         drifts = state.drift == "drift"
@@ -407,11 +420,11 @@ class CrossbarMixin(nn.Module):
         span = self._span(x)
         s, factor, pull = self._drive(x, span)
         cells = self.cell_weight()
-        weight, variance = self._hold(cells)
+        programmed, full_bias = self._programmed(cells)
+        weight, variance = self._hold(programmed)
         if isinstance(factor, Tensor):
             weight = weight * factor
         tapped = taps_output(self)
-        full_bias = self._digital_bias()
         bias = full_bias.detach() if tapped and full_bias is not None else full_bias
         if state.config.adc_bits or self.deployed is not None:
             y = self._read(s, weight, bias, span)
