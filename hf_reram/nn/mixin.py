@@ -1,7 +1,6 @@
 """What a simulated crossbar does, whatever the shape of the layer: drive, hold, read out, account for retention."""
 
 import math
-import zlib
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from .cells import DriftedWeight, OffsetOutput, WeightVariance, map_weight
 from .functional import POLYNOMIAL_B, Quantize, ShrunkSinh
 from .noise import white_noise_like
 from .power import Pull
+from .scalars import Scalars, read_scalars, versions
 from .sharing import shared_drive
 from .state import CrossbarState
 from .terms import TERMS, Reading, output_term, tap_output, taps_output, wide
@@ -79,7 +79,7 @@ class CrossbarMixin(nn.Module):
     deployed_offset: Tensor | None  # W o of what the chip was programmed with, where the layer is centered
     sensitivity: Tensor | None  # (output channels,), see hf_reram.sensitivity
     copies_output: bool  # whether the model may change the output in place, which a retention term still needs
-    _scalars: Any = None
+    _scalars: Scalars | None = None
     _scalars_of: Any = None  # the buffers and their versions
     _coefficients: tuple[float, ...] = ()
     _white_std: float | None = None
@@ -119,22 +119,22 @@ class CrossbarMixin(nn.Module):
     @property
     def calibrated(self) -> bool:
         """Whether the layer has an input range."""
-        return self.scalars()[0] > 0
+        return self.scalars().input_range > 0
 
     @property
     def centered(self) -> bool:
         """Whether the layer subtracts an offset from its input."""
-        return self.scalars()[6]
+        return self.scalars().centered
 
     @property
     def equalized(self) -> bool:
         """Whether the layer divides its input's channels by scales."""
-        return self.scalars()[7]
+        return self.scalars().equalized
 
     @property
     def pairs(self) -> int:
         """Cell pairs that hold each weight."""
-        return self.scalars()[8]
+        return self.scalars().pairs
 
     @property
     def cells(self) -> int:
@@ -146,21 +146,14 @@ class CrossbarMixin(nn.Module):
         """Moments of the retention error of this layer's weights."""
         return self.crossbar.error.averaged(self.pairs)
 
-    def scalars(self) -> tuple[float, float, float, float, float, int, bool, bool, int]:
-        """``(input_range, b, gain · b, adc_range, input_floor, a number that stands for offset and scales, whether
-        there is an offset, and scales, pairs_per_weight)``, read again only when a buffer changed."""
+    def scalars(self) -> Scalars:
+        """The buffers' numbers, read again only when a buffer changed."""
         if torch.compiler.is_compiling() and self._scalars is not None:
             return self._scalars  # as calibration or loading left them
-        tensors = tuple(getattr(self, name) for name in BUFFERS if name != "weight_scale")
-        key = tuple((id(t), -1 if t.is_inference() else t._version) for t in tensors)
+        key = versions(self)
         if self._scalars is None or self._scalars_of != key:
-            r, shrink, gain, full_scale, floor, pairs = (float(t.detach().item()) for t in tensors[:-2])
-            offset, scale = (t.detach().float().cpu() for t in tensors[-2:])
-            centered, equalized = bool(offset.any()), bool((scale != 1).any())
-            mark = zlib.crc32(torch.cat((offset, scale)).numpy().tobytes()) if centered or equalized else 0
-            b = self.crossbar.config.device.b(shrink)
-            shape = (mark, centered, equalized, max(1, round(pairs)))
-            self._scalars_of, self._scalars = key, (r, b, gain, full_scale, floor, *shape)
+            self._scalars_of, self._scalars = key, read_scalars(self)
+            b = self._scalars.b
             self._coefficients = sinh_coefficients(b) if LINEAR_B <= b <= POLYNOMIAL_B else ()
         return self._scalars
 
@@ -336,7 +329,7 @@ class CrossbarMixin(nn.Module):
         """
         if isinstance(self.input_range, nn.Parameter):
             return self.input_range.clamp(min=1e-12)
-        span = self.scalars()[0]
+        span = self.scalars().input_range
         if span <= 0:
             span = float(x.detach().abs().max()) * (1 + 1e-5) if x.numel() else 1.0
             if math.isnan(span):
@@ -406,7 +399,7 @@ class CrossbarMixin(nn.Module):
         return y
 
     def _adc_span(self, current: Tensor, unit: Tensor) -> Tensor:
-        if self.scalars()[3] > 0:
+        if self.scalars().adc_range > 0:
             return self.adc_range.to(current.dtype)
         return (current.detach().abs() / unit.detach().clamp(min=1e-30)).amax()
 

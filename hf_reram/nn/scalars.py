@@ -1,0 +1,56 @@
+"""What calibration left in a crossbar's buffers, as Python numbers."""
+
+import zlib
+from typing import Any, NamedTuple
+
+import torch
+
+READ = (
+    "input_range",
+    "range_shrink",
+    "gain",
+    "adc_range",
+    "input_floor",
+    "pairs_per_weight",
+    "input_offset",
+    "input_scale",
+)
+
+
+class Scalars(NamedTuple):
+    """See the buffers of :class:`.mixin.CrossbarMixin`.
+
+    Attributes:
+        gain: times b. mark: a number that stands for offset and scales, 0 without them.
+        centered, equalized: whether the layer has an input offset, and input scales. pairs: cell pairs a weight.
+    """
+
+    input_range: float
+    b: float
+    gain: float
+    adc_range: float
+    input_floor: float
+    mark: int
+    centered: bool
+    equalized: bool
+    pairs: int
+
+
+def versions(layer: Any) -> tuple:
+    """What changes whenever a buffer does. It is asked in each forward, so modules' slow attributes are avoided."""
+    buffers, key = layer._buffers, []
+    for name in READ:
+        t = buffers.get(name)
+        t = layer._parameters[name] if t is None else t  # a learned input range
+        key += (id(t), -1 if t.is_inference() else t._version)
+    return tuple(key)
+
+
+def read_scalars(layer: Any) -> Scalars:
+    """Look into the buffers."""
+    span, shrink, gain, full_scale, floor, pairs = (float(getattr(layer, name).detach().item()) for name in READ[:-2])
+    offset, scale = (getattr(layer, name).detach().float().cpu() for name in READ[-2:])
+    centered, equalized = bool(offset.any()), bool((scale != 1).any())
+    mark = zlib.crc32(torch.cat((offset, scale)).numpy().tobytes()) if centered or equalized else 0
+    b = layer.crossbar.config.device.b(shrink)
+    return Scalars(span, b, gain, full_scale, floor, mark, centered, equalized, max(1, round(pairs)))
