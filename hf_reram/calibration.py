@@ -21,6 +21,7 @@ from .device.iv import LINEAR_B, full_scale_gain, least_squares_gain
 from .mapping import expected_error, layer_scales, relative_weights
 from .nn import CrossbarConv2d, CrossbarMixin
 from .nn.cells import WeightVariance
+from .nn.scalars import read_scalars
 from .outputs import call_model
 from .patching import crossbar_layers, crossbar_state
 from .redundancy import allot_pairs
@@ -342,7 +343,7 @@ def _weighted_inputs(statistics: LayerStatistics) -> tuple[Tensor, Tensor]:
     """The layer's weights, and phi of the sampled inputs scaled by the root of :func:`_sample_weights`, both by rows
     of the array."""
     layer = statistics.layer
-    span, b, gain, *_ = layer.scalars()
+    span, b, gain, *_ = read_scalars(layer)
     rows, inputs = layer._rows(layer.cell_weight()), _phi(statistics.grouped_samples(), span, b, gain)
     return rows, inputs * _sample_weights(layer, rows, inputs).sqrt()[:, None]
 

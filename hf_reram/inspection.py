@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .device.time import parse_time
+from .nn.scalars import read_scalars
 from .nn.terms import Reading, weight_term
 from .outputs import call_model, evaluating
 from .patching import crossbar_layers, crossbar_state
@@ -62,7 +63,7 @@ def inspect_layers(
         ratios = _by_weights(layers) if batches is None else _by_data(model, batches)
     found = []
     for name, layer in layers.items():
-        span, b, *_ = layer.scalars()
+        span, b, *_ = read_scalars(layer)
         weight = layer.cell_weight().detach()
         rows = layer._rows(weight)
         beyond = (weight.abs() > layer.held_scale()).float().mean()

@@ -1,4 +1,5 @@
-"""What a crossbar costs: step time and peak memory in training, inference, conversion, and a chip.
+"""What a crossbar costs: step time and peak memory in training, inference, conversion, and a chip; tables, and JSON in
+the last line.
 
     python recipes/benchmark.py --model minilm --output benchmark.json
 
@@ -38,6 +39,7 @@ from transformers import (
 )
 
 from hf_reram import ReRAMConfig, add_retention_loss, calibrate, deploy, hold_weights, patch_model, sampled_drift
+from hf_reram.outputs import divergence
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ TRAINING: dict[str, Variant] = {
     "retention loss: drift (default)": Variant(DRIFT),
     **{
         f"retention loss: {loss}": Variant({"retention_loss": loss})
-        for loss in ("noise", "weight", "sensitivity", "sensitivity+drift", "output", "output+drift")
+        for loss in ("noise", "weight", "sensitivity", "sensitivity+drift", "output", "output+drift", "consistency")
     },
     "learned input ranges": Variant({**NONE, "learn_input_range": True}),
     "8-bit DAC and ADC": Variant({**NONE, **CONVERTERS}),
@@ -79,7 +81,9 @@ TRAINING: dict[str, Variant] = {
         for m, label in MODES.items()
         for o in (None, DRIFT)
     },
+    "torch.compile: drift, 8-bit DAC and ADC": Variant({**DRIFT, **CONVERTERS}, "compile"),
     **{label: Variant(peer=peer) for peer, label in PEERS.items()},
+    f"torch.compile: {PEERS['converters']}": Variant(peer="converters", mode="compile"),
 }
 INFERENCE: dict[str, Variant] = {
     "crossbar": Variant(NONE),
@@ -90,7 +94,9 @@ INFERENCE: dict[str, Variant] = {
         for m, label in list(MODES.items())[1:3]
         for o in (None, NONE)
     },
+    "torch.compile: 8-bit DAC and ADC": Variant({**NONE, **CONVERTERS}, "compile"),
     **{label: Variant(peer=peer) for peer, label in PEERS.items() if peer != "noise"},
+    f"torch.compile: {PEERS['converters']}": Variant(peer="converters", mode="compile"),
 }
 
 
@@ -196,11 +202,16 @@ def make_step(model: Any, batch: dict[str, torch.Tensor], variant: Variant) -> C
     else:
         optimizer = torch.optim.AdamW(trained, lr=1e-5)
     crossbars = variant.options is not None
+    consistency = crossbars and variant.options.get("retention_loss") == "consistency"
 
     def step() -> None:
         with sampled_drift(model) if crossbars else nullcontext(), autocast(variant):
-            loss = call(**batch).loss
-        if crossbars:
+            output = call(**batch)
+        loss = output.loss
+        if consistency:
+            with sampled_drift(model, "drift"):
+                loss = loss + divergence(call(**batch), output)
+        elif crossbars:
             loss, _ = add_retention_loss(loss, model)
         loss.backward()
         optimizer.step()
@@ -262,11 +273,15 @@ def measure_memory(arguments: Arguments) -> float:
     return (torch.cuda.max_memory_allocated() / 2**20 if DEVICE == "cuda" else status_mib("VmHWM")) - before
 
 
-def able(arguments: Arguments, variant: Variant) -> bool:
+def why_not(arguments: Arguments, variant: Variant) -> str | None:
+    """What keeps a variant from being run."""
     if variant.peer and importlib.util.find_spec("aihwkit_lightning") is None:
-        return False
-    # MobileNetV3 has one linear layer, and depthwise convolutions, which aihwkit-lightning refuses.
-    return not ((variant.mode == "lora" or variant.peer) and arguments.model == "mobilenetv3")
+        return "pip install --no-deps aihwkit-lightning==2.1.0"
+    if variant.peer and arguments.model == "mobilenetv3":
+        return "aihwkit-lightning refuses depthwise convolutions"
+    if variant.mode == "lora" and arguments.model == "mobilenetv3":
+        return "the model has one linear layer"
+    return None
 
 
 def compare(arguments: Arguments, model: Any, batch: Any, variants: dict[str, Variant], make: Callable) -> list[dict]:
@@ -279,8 +294,8 @@ def compare(arguments: Arguments, model: Any, batch: Any, variants: dict[str, Va
     for name, variant in variants.items():
         if arguments.variants and not any(part in name for part in arguments.variants):
             continue
-        if not able(arguments, variant):
-            print(f"| {name} | skipped | |", flush=True)
+        if reason := why_not(arguments, variant):
+            print(f"| {name} | skipped: {reason} | |", flush=True)
             continue
         if variant.mode not in digital:
             digital[variant.mode] = make(copy.deepcopy(model), batch, Variant(mode=variant.mode))
@@ -370,6 +385,7 @@ def main() -> None:
         if arguments.output:
             with open(arguments.output, "w", encoding="utf-8") as file:
                 json.dump(found, file, indent=2)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

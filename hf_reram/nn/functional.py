@@ -56,7 +56,8 @@ def _clamped(
     size."""
     if offset is None:
         for x_part, t, q in pieces(x, s):
-            yield torch.mul(x_part, steps, out=t).clamp_(low, high) if steps else torch.clamp(x_part, low, high, out=t), q
+            torch.clamp(torch.mul(x_part, steps, out=t) if steps else x_part, low, high, out=t)
+            yield t, q
         return
     rows, out = x.view(-1, len(offset)), s.view(-1, len(offset))
     shift = offset * -steps

@@ -147,7 +147,8 @@ class CrossbarMixin(nn.Module):
         return self.crossbar.error.averaged(self.pairs)
 
     def scalars(self) -> Scalars:
-        """The buffers' numbers, read again only when a buffer changed."""
+        """The buffers' numbers, read again only when a buffer changed; an input range that is being learned is read in
+        evaluation mode only."""
         if torch.compiler.is_compiling() and self._scalars is not None:
             return self._scalars  # as calibration or loading left them
         key = versions(self)
@@ -168,7 +169,7 @@ class CrossbarMixin(nn.Module):
         device = self.crossbar.config.device
         if self.input_range.device.type == "meta":
             return f"{super().extra_repr()}, crossbar={device.name}"
-        r, b, *_ = self.scalars()
+        r, b, *_ = read_scalars(self)
         span = f"{r:.4g}" if r > 0 else "not calibrated"
         return f"{super().extra_repr()}, crossbar={device.name}, input_range={span}, b={b:.3g}"
 
@@ -337,8 +338,8 @@ class CrossbarMixin(nn.Module):
         return span or 1.0
 
     def _hold(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """V as the cells hold it: clipped (which :meth:`_programmed` has done where the layer is centered), and deployed
-        or with sampled drift where that is on; and the weights' retention variance where that came with it."""
+        """V as the cells hold it: clipped, as :meth:`_programmed` has done where the layer is centered, and deployed or
+        with sampled drift where that is on; and the weights' retention variance where that came with it."""
         state = self.crossbar
         if self.deployed is not None:
             return self.deployed, None

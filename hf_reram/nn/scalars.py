@@ -37,12 +37,17 @@ class Scalars(NamedTuple):
 
 
 def versions(layer: Any) -> tuple:
-    """What changes whenever a buffer does. It is asked in each forward, so modules' slow attributes are avoided."""
+    """What changes whenever a buffer does. It is asked in each forward, so modules' slow attributes are avoided.
+
+    An input range that is learned changes in every step, and to read it is to wait for the GPU: training, which needs
+    no number of it, does not look.
+    """
     buffers, key = layer._buffers, []
     for name in READ:
-        t = buffers.get(name)
-        t = layer._parameters[name] if t is None else t  # a learned input range
-        key += (id(t), -1 if t.is_inference() else t._version)
+        t, unread = buffers.get(name), False
+        if t is None:
+            t, unread = layer._parameters[name], layer.training
+        key += (id(t), -1 if unread or t.is_inference() else t._version)
     return tuple(key)
 
 

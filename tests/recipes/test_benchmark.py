@@ -27,18 +27,25 @@ def shape(tmp_path_factory):
 def test_every_part_reports_ratios(shape, tmp_path):
     file = tmp_path / "found.json"
     flags = ["--model_name_or_path", shape, "--batch_size", "2", "--length", "8", "--pairs", "1", "--output", str(file)]
-    done = run(
-        *flags, "--parts", "training", "inference", "chip", "--variants", "drift (default)", "chip", "LoRA: drift"
-    )
+    variants = ["drift (default)", "chip", "LoRA: drift", "consistency"]
+    done = run(*flags, "--parts", "training", "inference", "chip", "--variants", *variants)
     assert done.returncode == 0, done.stderr
     found = json.loads(file.read_text())
     training = {row["variant"]: row for row in found["training"]}
-    assert training.keys() == {"retention loss: drift (default)", "LoRA: drift"}
+    assert training.keys() == {"retention loss: drift (default)", "LoRA: drift", "retention loss: consistency"}
+    assert json.loads(done.stdout.splitlines()[-1]) == found
     assert all(row["time"] > 0 and row["memory"] > 0 and row["digital_seconds"] > 0 for row in training.values())
     assert [row["variant"] for row in found["inference"]] == ["chip"]
     assert found["inference"][0]["memory"] is None
     assert found["chip"]["chip_seconds"] > 0
     assert f"| LoRA: drift | {training['LoRA: drift']['time']:.2f} |" in done.stdout
+
+
+def test_what_cannot_be_run_is_skipped_with_the_reason():
+    flags = ["--model", "mobilenetv3", "--batch_size", "1", "--parts", "inference", "--variants", "aihwkit"]
+    done = run(*flags, "--memory", "False")
+    assert done.returncode == 0, done.stderr
+    assert "| skipped: aihwkit-lightning refuses" in done.stdout or "| skipped: pip install --no-deps" in done.stdout
 
 
 def test_wrong_flags_are_named(shape):
