@@ -18,6 +18,7 @@ from hf_reram import (
     evaluate_robustness,
     noise_to_signal,
     patch_model,
+    sampled_drift,
     unpatch_model,
 )
 from tests.conftest import bert_batch
@@ -147,6 +148,29 @@ def test_frozen_crossbars_get_no_gradient_but_the_side_paths_do(base, tmp_path, 
     trainer.train()
     assert seen and all(seen.values()) and any("lora_B" in name for name in seen)
     assert not any("base_layer" in name for name in seen)
+
+
+def test_frozen_crossbars_keep_no_activations_of_their_own(tiny_bert):
+    """What autograd saves of the batch: no more than beside digital layers."""
+    batch = bert_batch(64)
+
+    def saved(model: torch.nn.Module) -> int:
+        kept = {}
+
+        def keep(t: torch.Tensor) -> torch.Tensor:
+            if 64 in t.shape or 64 * 6 in t.shape:  # activations, not weights
+                kept[t.untyped_storage().data_ptr()] = t  # held, so that no storage takes the place of another
+            return t
+
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["query", "value", "dense"]))
+        drift = sampled_drift(model) if crossbar_layers(model) else nullcontext()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), drift:
+            model.train()(**batch).loss.backward()
+        return sum(t.untyped_storage().nbytes() for t in kept.values())
+
+    digital = saved(copy.deepcopy(tiny_bert))
+    calibrate(patch_model(tiny_bert, ReRAMConfig(retention_loss="drift")), [batch])
+    assert 0 < saved(tiny_bert) <= digital
 
 
 def test_a_model_with_adapters_is_patched_around_them(tiny_bert):

@@ -131,6 +131,20 @@ def _pulled(grad: Tensor, s: Tensor, amount: Tensor, keep: Tensor | None) -> Ten
     return grad + added.view(s.shape)
 
 
+def _currents(
+    x: Tensor, input_range: Tensor | float, offset: Tensor | None, b: float, levels: int, gain: float, floor: float
+) -> Tensor:
+    """What :class:`ShrunkSinh` computes."""
+    linear = b < LINEAR_B
+    if not linear and b <= POLYNOMIAL_B and chunkable(x) and (offset is None or x.is_contiguous()):
+        return _sinh_chunked(x.detach(), float(input_range), b, levels, gain, floor, offset)
+    bound = 1.0 if linear else b
+    x = x if offset is None else x - offset
+    s = _drive_(x * (bound / input_range), bound, levels, floor)
+    s = s if linear else s.sinh_()
+    return s if gain == 1.0 else s.mul_(gain)
+
+
 class ShrunkSinh(Function):
     """``s = gain · sinh(b clamp(x / input_range, floor, 1))``, the array's voltage-to-current curve (DESIGN §2).
 
@@ -147,6 +161,8 @@ class ShrunkSinh(Function):
         offset: subtracted from x first, without a gradient, along its last dimension; None is 0.
         in_place: on CPU, write the gradient of x over that of s, which nothing else may refer to, as is so where s
             goes into matrix products only: a tensor of its own costs more in page faults than the pass over it.
+        keep_input: save x and compute s anew in the backward, where nothing else saves s: the weight is frozen, and
+            x is what an adapter beside it saves.
     """
 
     @staticmethod
@@ -161,37 +177,32 @@ class ShrunkSinh(Function):
         floor: float = -1.0,
         offset: Tensor | None = None,
         in_place: bool = False,
+        keep_input: bool = False,
     ) -> Tensor:
-        ctx.in_place = in_place
         linear = b < LINEAR_B
-        bound = 1.0 if linear else b
-        scale = bound / input_range
-        if not linear and b <= POLYNOMIAL_B and chunkable(x) and (offset is None or x.is_contiguous()):
-            s = _sinh_chunked(x.detach(), float(input_range), b, levels, gain, floor, offset)
-        else:
-            x = x if offset is None else x - offset
-            s = _drive_(x * scale, bound, levels, floor)
-            s = s if linear else s.sinh_()
-            s = s if gain == 1.0 else s.mul_(gain)
+        s = _currents(x, input_range, offset, b, levels, gain, floor)
         # A little inside the largest value that the clamp lets through, so that clamped inputs get no gradient.
         inside = gain * (1 - 8 * torch.finfo(s.dtype).eps)
         low, high = (floor, 1.0) if linear else (math.sinh(b * floor), math.sinh(b))
         # Zeros get their gradient although they may be the floor: they mostly are inputs below half a DAC step.
         ctx.limits = (inside * low if floor else -1e-30, inside * high)
-        ctx.gain = gain
-        ctx.linear, ctx.bound, ctx.pull = linear, bound, pull
+        ctx.linear, ctx.bound, ctx.gain, ctx.pull, ctx.in_place = linear, 1.0 if linear else b, gain, pull, in_place
+        ctx.anew = (b, levels, gain, floor) if keep_input else None
         ctx.input_range = None if isinstance(input_range, Tensor) else input_range
-        ctx.save_for_backward(s, input_range if isinstance(input_range, Tensor) else None)
+        range_tensor = input_range if isinstance(input_range, Tensor) else None
+        ctx.save_for_backward(x if keep_input else s, range_tensor, offset if keep_input else None)
         return s
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        s, range_tensor = ctx.saved_tensors
+        s, range_tensor, offset = ctx.saved_tensors
         input_range = ctx.input_range if range_tensor is None else range_tensor
+        if ctx.anew is not None:
+            s = _currents(s, input_range, offset, *ctx.anew)
         scale = ctx.bound / input_range
         pulled = None if ctx.pull is None else ctx.pull.take()
-        rest = (None,) * 7
+        rest = (None,) * 8
         if not ctx.needs_input_grad[1] and not ctx.linear and chunkable(s, grad):
             result = grad if ctx.in_place else torch.empty_like(s)
             arguments = (grad, s, result, ctx.limits, float(scale), ctx.gain)

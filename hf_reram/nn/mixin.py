@@ -320,7 +320,8 @@ class CrossbarMixin(nn.Module):
             x = self._driven(x)
         if torch.compiler.is_compiling():
             return compiled.shrunk_sinh(x, span, b, levels, gain, floor, self._coefficients)
-        return ShrunkSinh.apply(x, span, b, levels, gain, pull, floor, offset, True)
+        keep_input = not self.weight.requires_grad
+        return ShrunkSinh.apply(x, span, b, levels, gain, pull, floor, offset, True, keep_input)
 
     def _span(self, x: Tensor) -> Any:
         """The input range, a float, or a tensor where it is learned; that of the batch where not calibrated.

@@ -42,7 +42,8 @@ def versions(layer: Any) -> tuple:
     An input range that is learned changes in every step, and to read it is to wait for the GPU: training, which needs
     no number of it, does not look.
     """
-    buffers, key = layer._buffers, []
+    buffers = layer._buffers
+    key: list[int] = []
     for name in READ:
         t, unread = buffers.get(name), False
         if t is None:

@@ -35,7 +35,8 @@ class Person:
     def __init__(self, hub, home: Path, token: str | None = "hf_ann"):
         self.environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
         self.environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-        self.environment.pop("HF_HUB_OFFLINE", None)
+        for offline in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+            self.environment.pop(offline, None)
         self.environment.pop("HF_TOKEN", None)
         if token:
             self.environment["HF_TOKEN"] = token

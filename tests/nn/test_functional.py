@@ -100,6 +100,24 @@ def test_sinh_saves_a_single_tensor():
     assert len(saved) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("b", [1e-5, 0.8])
+@pytest.mark.parametrize("levels", [0, 31])
+@pytest.mark.parametrize("powers", [True, False])
+def test_an_input_may_be_kept_and_a_gradient_overwritten(dtype, b, levels, powers):
+    values, offset, out = torch.randn(50, 6, dtype=dtype), torch.randn(6, dtype=dtype), torch.randn(50, 6, dtype=dtype)
+    found = []
+    for keep_input, in_place in ((False, False), (True, False), (True, True), (False, True)):
+        x, grad, pull = values.clone().requires_grad_(), out.clone(), Pull()
+        s = ShrunkSinh.apply(x, 1.3, b, levels, 0.7, pull, -0.5, offset, in_place, keep_input)
+        # A matrix product hands over a gradient of its own, as `grad` is here.
+        outputs = (s, InputPower.apply(s, None, pull).sum()) if powers else (s,)
+        torch.autograd.backward(outputs, (grad, torch.tensor(0.3, dtype=dtype))[: len(outputs)])
+        found.append(x.grad)
+        assert in_place or torch.equal(grad, out)
+    assert found[0].any() and all(torch.equal(found[0], other) for other in found[1:])
+
+
 def test_clamped_inputs_get_no_gradient():
     x = torch.tensor([-3.0, -0.5, 0.5, 3.0], requires_grad=True)
     ShrunkSinh.apply(x, 1.0, 0.5, 0).sum().backward()
