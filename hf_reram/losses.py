@@ -143,5 +143,14 @@ def _clamp_to_scale(layer: CrossbarMixin) -> None:
         full = scale.expand(weight.shape).contiguous()
         scale = distribute_tensor(full, weight.device_mesh, weight.placements).to_local()
         weight = weight.to_local()
+    _clamp(weight, scale)
+    if (master := getattr(weight, "_hp_mapping", None)) is not None:
+        # DeepSpeed's ZeRO 1 and 2: the next step goes on from this rank's part of the weight in float32.
+        start, size = master.lp_fragment_address.start, master.lp_fragment_address.numel
+        part = master.get_hp_fragment()
+        _clamp(part, scale.expand(weight.shape).reshape(-1)[start : start + size].to(part))
+
+
+def _clamp(weight: Tensor, scale: Tensor) -> None:
     torch.minimum(weight, scale, out=weight)
     torch.maximum(weight, -scale, out=weight)

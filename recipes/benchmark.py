@@ -13,6 +13,7 @@ installed (pip install --no-deps aihwkit-lightning==2.1.0).
 import copy
 import importlib.util
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -202,6 +203,8 @@ def make_step(model: Any, batch: dict[str, torch.Tensor], variant: Variant) -> C
     else:
         optimizer = torch.optim.AdamW(trained, lr=1e-5)
     crossbars = variant.options is not None
+    if crossbars:
+        hold_weights(model)  # as ReRAMTrainer does before its first step
     consistency = crossbars and variant.options.get("retention_loss") == "consistency"
 
     def step() -> None:
@@ -255,12 +258,14 @@ def status_mib(key: str) -> float:
 
 
 def peak_mib(arguments: Arguments, name: str) -> float:
-    """Peak memory above that of the built model, in a fresh process that runs three steps."""
+    """Peak memory above that of the built model, in a fresh process that runs three steps. What it frees goes back to
+    the system at once: fragments of glibc's heap would add up to a tenth, by chance."""
     command = [sys.executable, __file__, "--memory_of", name, "--model", arguments.model]
     command += ["--batch_size", str(arguments.batch_size), "--length", str(arguments.length)]
     if arguments.model_name_or_path:
         command += ["--model_name_or_path", arguments.model_name_or_path]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    tight = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    return float(subprocess.run(command, check=True, capture_output=True, text=True, env=tight).stdout.split()[-1])
 
 
 def measure_memory(arguments: Arguments) -> float:

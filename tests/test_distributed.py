@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import subprocess
 import sys
@@ -32,9 +33,13 @@ def test_two_processes_have_the_loss_and_gradients_of_one(tmp_path, one, two, ki
         torch.testing.assert_close(pair["chip"], alone["chip"], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("config", "kind"), [("ddp", "MULTI_CPU"), ("fsdp2", "FSDP")])
-def test_accelerate_launches_the_configs(tmp_path, config, kind, one_process):
+@pytest.mark.parametrize(("config", "kind"), [("ddp", "MULTI_CPU"), ("fsdp2", "FSDP"), ("deepspeed", "DEEPSPEED")])
+def test_accelerate_launches_the_configs(tmp_path, monkeypatch, config, kind, one_process):
     """Losses and the saved checkpoint are those of one process."""
+    if config == "deepspeed":
+        if importlib.util.find_spec("deepspeed") is None:
+            pytest.skip("needs pip install deepspeed")
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"recipes/configs/{config}.yaml"]
     alone, weights = one_process
     found = launch([*accelerate, "--main_process_port", "0"], tmp_path)
