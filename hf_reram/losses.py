@@ -126,7 +126,12 @@ def sampled_drift(model: nn.Module, kind: str | None = None) -> Iterator[None]:
 
 @torch.no_grad()
 def hold_weights(model: nn.Module) -> None:
-    """Move every weight that lies outside its cells' range back to its edge, in place; also for sharded weights."""
+    """Move every weight that lies outside its cells' range back to its edge, in place; also those that FSDP2 has
+    sharded, and what DeepSpeed's ZeRO 1 and 2 keep of them in float32.
+
+    Raises:
+        NotImplementedError: ZeRO 3 has taken the weights apart.
+    """
     for layer in crossbar_layers(model).values():
         if layer.weight.requires_grad:
             _clamp_to_scale(layer)
@@ -134,6 +139,8 @@ def hold_weights(model: nn.Module) -> None:
 
 def _clamp_to_scale(layer: CrossbarMixin) -> None:
     weight: Any = layer.weight
+    if hasattr(weight, "ds_id"):
+        raise NotImplementedError("DeepSpeed's zero_stage=3 is not supported: allowed are 0, 1 and 2; or use FSDP2")
     scale = layer.held_scale()
     if layer.equalized:
         scale = scale / layer._along_inputs(layer.input_scale).to(scale.dtype)

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -195,6 +197,24 @@ def test_weights_are_held_in_range(tiny_bert):
     hold_weights(tiny_bert)
     for layer in crossbar_layers(tiny_bert).values():
         assert (layer.cell_weight().abs() <= layer.held_scale() * (1 + 1e-6)).all()
+
+
+def test_float32_masters_of_weights_are_held_too(tiny_bert):
+    """As DeepSpeed's ZeRO 1 and 2 attach them: a rank's part of each flat weight; tests/test_distributed.py runs it."""
+    prepared(tiny_bert, weight_clip=1.0)
+    layer = crossbar_layers(tiny_bert)["classifier"]
+    start, size = 5, layer.weight.numel() - 9
+    master = layer.weight.detach().flatten()[start : start + size] * 3
+    address = SimpleNamespace(start=start, numel=size)
+    layer.weight._hp_mapping = SimpleNamespace(lp_fragment_address=address, get_hp_fragment=lambda: master)
+    scale = layer.held_scale().expand(layer.weight.shape).flatten()[start : start + size]
+    expected = torch.minimum(torch.maximum(master, -scale), scale)
+    assert (master.abs() > scale).any()
+    hold_weights(tiny_bert)
+    assert torch.equal(master, expected)
+    layer.weight.ds_id = 0
+    with pytest.raises(NotImplementedError, match="zero_stage=3 is not supported: allowed are 0, 1 and 2"):
+        hold_weights(tiny_bert)
 
 
 def test_errors_say_what_to_do(tiny_bert):
