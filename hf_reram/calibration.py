@@ -218,10 +218,12 @@ def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = No
             "sensitivity"; None: where the config asks for it.
 
     Raises:
-        ValueError: the model is not patched, there is no batch, or a batch drives a layer with NaN.
+        ValueError: the model is not patched or is deployed, there is no batch, or a batch drives a layer with NaN.
     """
     state, layers = crossbar_state(model), crossbar_layers(model)
     config = state.config
+    if any(layer.deployed is not None for layer in layers.values()):
+        raise ValueError("the model is deployed as a chip, whose cells are programmed: calibrate it outside of deploy")
     for layer in layers.values():
         layer.pairs_per_weight.fill_(1.0)
     statistics = {name: LayerStatistics(layer, name, seed) for seed, (name, layer) in enumerate(layers.items())}

@@ -194,3 +194,11 @@ def test_one_sided_inputs_get_the_whole_dac():
     for layer in crossbar_layers(model).values():
         layer.input_floor.fill_(-1.0)
     assert one_sided < 0.5 * float((model(x).detach() - exact).square().mean())
+
+
+def test_a_chip_is_not_calibrated(tiny_bert):
+    patch_model(tiny_bert, ReRAMConfig())
+    calibrate(tiny_bert, [bert_batch()])
+    with deploy(tiny_bert, "1d"), pytest.raises(ValueError, match="calibrate it outside of deploy"):
+        calibrate(tiny_bert, [bert_batch()])
+    calibrate(tiny_bert, [bert_batch()])
