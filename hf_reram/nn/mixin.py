@@ -219,17 +219,16 @@ class CrossbarMixin(nn.Module):
         return self._broadcast(grad, "weight"), offset.to(grad.dtype)
 
     def _programmed(self, cells: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What is to be held, as it is programmed where the layer is centered, and then what is added digitally."""
+        """What is to be held, clipped where the layer is centered and not compiled, and what is added digitally."""
         if not self.centered:
             return cells, self.bias
+        held: Any = cells
         if self.deployed is not None:
-            held, offset = cells, self.deployed_offset
+            offset: Any = self.deployed_offset
+        elif torch.compiler.is_compiling():
+            offset = self.offset_output(map_weight(cells, self.held_scale()))  # clipped once, and never saved
         else:
-            held = map_weight(cells, self.held_scale())
-            if torch.compiler.is_compiling():
-                offset = self.offset_output(held)
-            else:
-                held, offset = OffsetOutput.apply(held, self)
+            held, offset = OffsetOutput.apply(map_weight(cells, self.held_scale()), self)
         return held, offset if self.bias is None else self.bias + offset
 
     def _op(self, s: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -339,13 +338,14 @@ class CrossbarMixin(nn.Module):
         return span or 1.0
 
     def _hold(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """V as the cells hold it: clipped, as :meth:`_programmed` has done where the layer is centered, and deployed or
-        with sampled drift where that is on; and the weights' retention variance where that came with it."""
+        """V as the cells hold it: clipped, which :meth:`_programmed` may have done, and deployed or with sampled drift
+        where that is on; and the weights' retention variance where that came with it."""
         state = self.crossbar
         if self.deployed is not None:
             return self.deployed, None
         if not self.training or state.drift is None:
-            return weight if self.centered else map_weight(weight, self.held_scale()), None
+            clipped = self.centered and not torch.compiler.is_compiling()
+            return weight if clipped else map_weight(weight, self.held_scale()), None
         dtype, weight = weight.dtype, wide(weight)
         noise = state.normal(weight, self.crossbar_name)
         drifts = state.drift == "drift"
