@@ -44,8 +44,7 @@ def deploy(
     before = {name: (layer.deployed, layer.deployed_offset) for name, layer in layers.items()}
     try:
         for name, layer in layers.items():
-            layer.deployed = realize(layer, seconds, kelvin, layer_seed(seed, name))
-            layer.deployed_offset = offset_of(layer)
+            layer.deployed, layer.deployed_offset = realize(layer, seconds, kelvin, layer_seed(seed, name))
         yield model
     finally:
         for name, layer in layers.items():
@@ -53,9 +52,12 @@ def deploy(
 
 
 @torch.no_grad()
-def realize(layer: CrossbarMixin, time: float | None, temperature: float | None, seed: int) -> torch.Tensor:
+def realize(
+    layer: CrossbarMixin, time: float | None, temperature: float | None, seed: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What the layer's cells hold, ``w_scale (g+ - g-) / Δg``, averaged over a weight's pairs: its weight, times the
-    input scales, in its shape and dtype.
+    input scales, in its shape and dtype. And what is added digitally for the layer's input offset, (output channels,),
+    None without one.
 
     Args:
         time: s, None for right after programming. temperature: K. seed: of this layer's cells.
@@ -63,26 +65,17 @@ def realize(layer: CrossbarMixin, time: float | None, temperature: float | None,
     device = layer.crossbar.config.device
     scale = layer.held_scale().float()
     generator = torch.Generator().manual_seed(seed)
-    targets = device.conductance(layer.cell_weight(_whole(layer)).float() / scale.clamp(min=1e-30))
+    weight: Any = layer.weight
+    if hasattr(weight, "full_tensor"):  # FSDP2 holds a shard of it; a chip is programmed whole
+        weight = weight.full_tensor()
+    cells = layer.cell_weight(weight)
+    targets = device.conductance(cells.float() / scale.clamp(min=1e-30))
     held: Any = None
     for _ in range(layer.pairs):
         plus, minus = (program(device, target, generator).after(device, time, temperature) for target in targets)
         held = plus.sub_(minus) if held is None else held.add_(plus.sub_(minus))
-    return held.mul_(scale / (device.g_range * layer.pairs)).to(layer.weight.dtype)
-
-
-@torch.no_grad()
-def offset_of(layer: CrossbarMixin) -> torch.Tensor | None:
-    """What is added digitally to a chip's output for the layer's input offset, (output channels,); None without one."""
-    if not layer.centered:
-        return None
-    return layer.offset_output(map_weight(layer.cell_weight(_whole(layer)), layer.held_scale()))
-
-
-def _whole(layer: CrossbarMixin) -> Any:
-    """The weight, whole where FSDP2 holds a shard of it: so a chip is programmed."""
-    weight: Any = layer.weight
-    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    held = held.mul_(scale / (device.g_range * layer.pairs)).to(layer.weight.dtype)
+    return held, layer.offset_output(map_weight(cells, layer.held_scale())) if layer.centered else None
 
 
 @contextmanager

@@ -198,8 +198,12 @@ class CrossbarMixin(nn.Module):
         factor = self._broadcast(1 / self.input_scale, "output").to(x.dtype)
         if not self.centered:
             return x * factor
-        shift = self._broadcast(-self.input_offset / self.input_scale, "output").to(x.dtype)
+        shift = self._broadcast(-self._driven_offset(), "output").to(x.dtype)
         return torch.addcmul(shift, self.pad(x), factor)  # one pass
+
+    def _driven_offset(self) -> Tensor:
+        """``o / a``, (input channels,)."""
+        return self.input_offset / self.input_scale
 
     def cell_weight(self, weight: Tensor | None = None) -> Tensor:
         """``V = W · a``, what the cells are to hold, of W or another weight of its shape."""
@@ -209,13 +213,13 @@ class CrossbarMixin(nn.Module):
     def offset_output(self, held: Tensor) -> Tensor:
         """``W o``, (output channels,), of weights as they were programmed."""
         rows = self._rows(held)
-        offset = (self.input_offset / self.input_scale).to(rows.dtype).view(rows.shape[0], -1, 1)
+        offset = self._driven_offset().to(rows.dtype).view(rows.shape[0], -1, 1)
         offset = offset.expand(-1, -1, rows.shape[2] // offset.shape[1]).reshape(rows.shape[0], -1, 1)
         return torch.bmm(rows, offset).view(-1)
 
     def offset_outer(self, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Two factors, broadcastable to the weight, of the gradient of :meth:`offset_output`."""
-        offset = self._along_inputs(self.input_offset / self.input_scale)
+        offset = self._along_inputs(self._driven_offset())
         return self._broadcast(grad, "weight"), offset.to(grad.dtype)
 
     def _programmed(self, cells: Tensor) -> tuple[Tensor, Tensor | None]:
