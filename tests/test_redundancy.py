@@ -141,7 +141,7 @@ def test_sampled_drift_and_white_noise_have_the_pairs_power():
             layer = with_pairs(model[0], pairs)
             layer.crossbar.drift = loss
             with torch.no_grad():
-                drifted = torch.stack([layer._hold(layer.weight)[0] for _ in range(60)])
+                drifted = torch.stack([layer._hold(layer.weight, layer.scalars())[0] for _ in range(60)])
             found[loss, pairs] = float(drifted.var(0).mean())
         assert found[loss, 4] == pytest.approx(found[loss, 1] / 4, rel=0.1)
 

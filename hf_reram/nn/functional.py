@@ -10,7 +10,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..device.iv import LINEAR_B, sinh_coefficients
-from .chunks import chunkable, evaluate_polynomial, pieces, row_pieces
+from .chunks import chunkable, constants, odd_polynomial_, pieces, row_slices, scratch
 from .power import Pull
 
 # Up to this b a polynomial replaces sinh on CPU, where torch's float32 sinh is scalar code, 20 times slower.
@@ -37,34 +37,30 @@ def _sinh_chunked(
     fold = all(abs(size) < 30 for size in sizes)
     folded = tuple(gain * c * scale ** (2 * k + 1) for k, c in enumerate(coefficients)) if fold else ()
     s = torch.empty_like(x)
-    for t, q in _clamped(x, s, offset, levels / span, floor * bound, bound):
+    work: list[Tensor] = []
+    for t in _clamped(x, s, offset, levels / span, floor * bound, bound):
+        work = scratch(2, t, work)
         if levels:
             t.round_()
-        if not fold:
-            t.mul_(scale)
-        torch.mul(t, t, out=q)
-        t.mul_(evaluate_polynomial(folded if fold else coefficients, q, torch.empty_like(q)))
-        if not fold:
-            t.mul_(gain)
+        if fold:
+            odd_polynomial_(folded, t, *work)
+        else:
+            odd_polynomial_(coefficients, t.mul_(scale), *work).mul_(gain)
     return s
 
 
-def _clamped(
-    x: Tensor, s: Tensor, offset: Tensor | None, steps: float, low: float, high: float
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pieces of s that hold ``x - offset``, times ``steps`` unless that is 0, clamped, and work tensors of their
-    size."""
+def _clamped(x: Tensor, s: Tensor, offset: Tensor | None, steps: float, low: float, high: float) -> Iterator[Tensor]:
+    """Pieces of s that hold ``x - offset``, times ``steps`` unless that is 0, clamped."""
     if offset is None:
-        for x_part, t, q in pieces(x, s):
-            torch.clamp(torch.mul(x_part, steps, out=t) if steps else x_part, low, high, out=t)
-            yield t, q
+        for x_part, t in pieces(x, s):
+            yield torch.clamp(torch.mul(x_part, steps, out=t) if steps else x_part, low, high, out=t)
         return
     rows, out = x.view(-1, len(offset)), s.view(-1, len(offset))
     shift = offset * -steps
-    for part, q in row_pieces(rows):
+    for part in row_slices(rows):
         t = out[part]
         torch.add(shift, rows[part], alpha=steps, out=t) if steps else torch.sub(rows[part], offset, out=t)
-        yield t.clamp_(low, high), q
+        yield t.clamp_(low, high)
 
 
 def _sinh_backward_chunked(
@@ -73,14 +69,18 @@ def _sinh_backward_chunked(
     """``grad · scale · sqrt(gain² + s²)`` where ``s`` lies between the limits, else 0, into ``result``, which may be
     ``grad``."""
     square = _slope_squared(scale, gain)
-    for g, s_part, out, cosh in pieces(grad, s, result):
+    work: list[Tensor] = []
+    for g, s_part, out in pieces(grad, s, result):
+        (cosh,) = work = scratch(1, s_part, work)
         _sinh_backward(g, s_part, limits, scale, gain, square, out, cosh)
     return result
 
 
 def _slope_squared(scale: float, gain: float) -> Tensor | None:
     """``(scale · gain)²``; None at extreme input ranges, where the squares leave float32's range."""
-    return torch.tensor((scale * gain) ** 2) if 1e-15 < scale < 1e15 and 1e-15 < gain < 1e15 else None
+    if 1e-15 < scale < 1e15 and 1e-15 < gain < 1e15:
+        return constants(((scale * gain) ** 2,), torch.float32)[0]
+    return None
 
 
 def _sinh_backward(
@@ -115,11 +115,13 @@ def _pulled_backward_chunked(
     shape = (-1, *amount.shape)
     grad_rows, s_rows, out_rows = grad.view(shape), s.view(shape), result.view(shape)
     square = _slope_squared(scale, gain)
-    for part, pulled in row_pieces(s_rows):
+    work: list[Tensor] = []
+    for part in row_slices(s_rows):
         s_part, out = s_rows[part], out_rows[part]
+        pulled, cosh = work = scratch(2, s_part, work)
         kept = s_part if keep is None else torch.mul(s_part, keep[part].view(-1, *[1] * amount.dim()), out=pulled)
         torch.addcmul(grad_rows[part], kept, amount, out=pulled)
-        _sinh_backward(pulled, s_part, limits, scale, gain, square, out, torch.empty_like(pulled))
+        _sinh_backward(pulled, s_part, limits, scale, gain, square, out, cosh)
     return result
 
 
@@ -259,7 +261,7 @@ def _parts(y: Tensor, result: Tensor, like: Tensor) -> Iterator[tuple[Tensor, Te
         if like.dim() == 1 and y.is_contiguous():
             y, result = (t.view(-1, t.shape[-1]) for t in (y, result))
         if y.dim() > like.dim():
-            for rows, _ in row_pieces(y):
+            for rows in row_slices(y):
                 yield y[rows], result[rows]
             return
     yield y, result

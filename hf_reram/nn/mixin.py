@@ -82,6 +82,7 @@ class CrossbarMixin(nn.Module):
     _scalars: Scalars | None = None
     _scalars_of: Any = None  # the buffers and their versions
     _coefficients: tuple[float, ...] = ()
+    _offset: Tensor | None = None  # o / a
     _white_std: float | None = None
     fuses_offset = False  # whether the sinh can subtract the offset, along the input's last dimension
     term_scale: Tensor  # the gradient that this layer's retention term receives, see hf_reram.nn.attach
@@ -96,7 +97,7 @@ class CrossbarMixin(nn.Module):
         """
         self.crossbar, self.crossbar_name = state, name
         self.deployed = self.deployed_offset = self.sensitivity = None
-        self._scalars = self._scalars_of = self._white_std = None
+        self._scalars = self._scalars_of = self._offset = self._white_std = None
         self.copies_output = True
         self.term_scale = torch.zeros(2, device=self.weight.device)
         weight = self.weight
@@ -113,7 +114,7 @@ class CrossbarMixin(nn.Module):
             self._buffers.pop(name, None)
             self._parameters.pop(name, None)
         own = ("crossbar", "crossbar_name", "deployed", "deployed_offset", "sensitivity", "term_scale", "copies_output")
-        for name in (*own, "_scalars", "_scalars_of", "_coefficients", "_white_std"):
+        for name in (*own, "_scalars", "_scalars_of", "_coefficients", "_offset", "_white_std"):
             self.__dict__.pop(name, None)
 
     @property
@@ -153,7 +154,7 @@ class CrossbarMixin(nn.Module):
             return self._scalars  # as calibration or loading left them
         key = versions(self)
         if self._scalars is None or self._scalars_of != key:
-            self._scalars_of, self._scalars = key, read_scalars(self)
+            self._scalars_of, self._scalars, self._offset = key, read_scalars(self), None
             b = self._scalars.b
             self._coefficients = sinh_coefficients(b) if LINEAR_B <= b <= POLYNOMIAL_B else ()
         return self._scalars
@@ -173,7 +174,7 @@ class CrossbarMixin(nn.Module):
         span = f"{r:.4g}" if r > 0 else "not calibrated"
         return f"{super().extra_repr()}, crossbar={device.name}, input_range={span}, b={b:.3g}"
 
-    # The parts of a forward
+    # The parts of a forward. `now` is what scalars() found at its beginning: to look for changes takes 10 µs.
 
     def pad(self, x: Tensor) -> Tensor:
         """The input with what the layer pads it with."""
@@ -191,19 +192,25 @@ class CrossbarMixin(nn.Module):
         """``x / a``."""
         return x / self._broadcast(scale, "output").to(x.dtype)
 
-    def _driven(self, x: Tensor) -> Tensor:
+    def _driven(self, x: Tensor, now: Scalars) -> Tensor:
         """``(x - o) / a``, as the DACs get it."""
-        if not self.equalized:
-            return self.center(x, self.input_offset) if self.centered else x
+        if not now.equalized:
+            return self.center(x, self.input_offset) if now.centered else x
         factor = self._broadcast(1 / self.input_scale, "output").to(x.dtype)
-        if not self.centered:
+        if not now.centered:
             return x * factor
         shift = self._broadcast(-self._driven_offset(), "output").to(x.dtype)
         return torch.addcmul(shift, self.pad(x), factor)  # one pass
 
     def _driven_offset(self) -> Tensor:
         """``o / a``, (input channels,)."""
-        return self.input_offset / self.input_scale
+        if torch.compiler.is_compiling():
+            return self.input_offset / self.input_scale
+        self.scalars()  # forgets it where a buffer has changed
+        if self._offset is None:
+            with torch.inference_mode(False):  # training may follow
+                self._offset = self.input_offset / self.input_scale
+        return self._offset
 
     def cell_weight(self, weight: Tensor | None = None) -> Tensor:
         """``V = W · a``, what the cells are to hold, of W or another weight of its shape."""
@@ -213,7 +220,10 @@ class CrossbarMixin(nn.Module):
     def offset_output(self, held: Tensor) -> Tensor:
         """``W o``, (output channels,), of weights as they were programmed."""
         rows = self._rows(held)
-        offset = self._driven_offset().to(rows.dtype).view(rows.shape[0], -1, 1)
+        offset = self._driven_offset().to(rows.dtype)
+        if len(offset) == rows.shape[-1]:  # one group, one row for each input channel
+            return torch.mv(rows[0], offset)
+        offset = offset.view(rows.shape[0], -1, 1)
         offset = offset.expand(-1, -1, rows.shape[2] // offset.shape[1]).reshape(rows.shape[0], -1, 1)
         return torch.bmm(rows, offset).view(-1)
 
@@ -222,9 +232,9 @@ class CrossbarMixin(nn.Module):
         offset = self._along_inputs(self._driven_offset())
         return self._broadcast(grad, "weight"), offset.to(grad.dtype)
 
-    def _programmed(self, cells: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _programmed(self, cells: Tensor, now: Scalars) -> tuple[Tensor, Tensor | None]:
         """What is to be held, clipped where the layer is centered and not compiled, and what is added digitally."""
-        if not self.centered:
+        if not now.centered:
             return cells, self.bias
         held: Any = cells
         if self.deployed is not None:
@@ -293,40 +303,40 @@ class CrossbarMixin(nn.Module):
             return self._broadcast(scale, "weight")
         return self._from_rows(self.along_rows(scale).flatten(0, 1))
 
-    def _drive(self, x: Tensor, span: Any) -> tuple[Tensor, Tensor | float, Pull | None]:
+    def _drive(self, x: Tensor, span: Any, now: Scalars) -> tuple[Tensor, Tensor | float, Pull | None]:
         """``(s, factor, pull)`` with ``phi(x) = factor · s``, and where powers of s leave their gradients. The factor
         is 1, folded into s, unless the input range is learned."""
         state = self.crossbar
-        _, b, gain, _, floor, mark, *_ = self.scalars()
-        levels, floor = dac_grid(state.config.dac_bits, floor)
+        b, gain, mark = now.b, now.gain, now.mark
+        levels, floor = dac_grid(state.config.dac_bits, now.input_floor)
         factor: Any = span * (gain if b < LINEAR_B else gain / b)
         if isinstance(span, Tensor):
-            return self._sinh(x, span, b, levels, 1.0, None, floor), factor, None
+            return self._sinh(x, span, levels, 1.0, None, floor, now), factor, None
         if torch.compiler.is_compiling():
-            return self._sinh(x, span, b, levels, factor, None, floor), 1.0, None
+            return self._sinh(x, span, levels, factor, None, floor, now), 1.0, None
 
         def compute() -> tuple[Tensor, Pull | None]:
             pull = Pull() if self.training and state.term else None
-            return self._sinh(x, span, b, levels, factor, pull, floor), pull
+            return self._sinh(x, span, levels, factor, pull, floor, now), pull
 
         shape = self._shape_key() if mark else ()
         s, pull = shared_drive(x, (span, b, levels, floor, factor, self.training, mark, shape), compute)
         return s, 1.0, pull
 
     def _sinh(
-        self, x: Tensor, span: Any, b: float, levels: int, gain: float, pull: Pull | None, floor: float
+        self, x: Tensor, span: Any, levels: int, gain: float, pull: Pull | None, floor: float, now: Scalars
     ) -> Tensor:
         offset = None
-        if self.fuses_offset and self.centered and not self.equalized and not torch.compiler.is_compiling():
+        if self.fuses_offset and now.centered and not now.equalized and not torch.compiler.is_compiling():
             offset = self.input_offset.to(x.dtype)
         else:
-            x = self._driven(x)
+            x = self._driven(x, now)
         if torch.compiler.is_compiling():
-            return compiled.shrunk_sinh(x, span, b, levels, gain, floor, self._coefficients)
+            return compiled.shrunk_sinh(x, span, now.b, levels, gain, floor, self._coefficients)
         keep_input = not self.weight.requires_grad
-        return ShrunkSinh.apply(x, span, b, levels, gain, pull, floor, offset, True, keep_input)
+        return ShrunkSinh.apply(x, span, now.b, levels, gain, pull, floor, offset, True, keep_input)
 
-    def _span(self, x: Tensor) -> Any:
+    def _span(self, x: Tensor, now: Scalars) -> Any:
         """The input range, a float, or a tensor where it is learned; that of the batch where not calibrated.
 
         Raises:
@@ -334,26 +344,26 @@ class CrossbarMixin(nn.Module):
         """
         if isinstance(self.input_range, nn.Parameter):
             return self.input_range.clamp(min=1e-12)
-        span = self.scalars().input_range
+        span = now.input_range
         if span <= 0:
             span = float(x.detach().abs().max()) * (1 + 1e-5) if x.numel() else 1.0
             if math.isnan(span):
                 raise ValueError(f"the input of layer {self.crossbar_name!r} contains NaN")
         return span or 1.0
 
-    def _hold(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _hold(self, weight: Tensor, now: Scalars) -> tuple[Tensor, Tensor | None]:
         """V as the cells hold it: clipped, which :meth:`_programmed` may have done, and deployed or with sampled drift
         where that is on; and the weights' retention variance where that came with it."""
         state = self.crossbar
         if self.deployed is not None:
             return self.deployed, None
         if not self.training or state.drift is None:
-            clipped = self.centered and not torch.compiler.is_compiling()
+            clipped = now.centered and not torch.compiler.is_compiling()
             return weight if clipped else map_weight(weight, self.held_scale()), None
         dtype, weight = weight.dtype, wide(weight)
         noise = state.normal(weight, self.crossbar_name)
         drifts = state.drift == "drift"
-        error = state.drift_error.averaged(self.pairs) if drifts else white_error(self.white_noise_std())
+        error = state.drift_error.averaged(now.pairs) if drifts else white_error(self.white_noise_std())
         needed = state.term is not None and drifts and state.drift_error is state.error
         scale = wide(self.held_scale())
         if torch.compiler.is_compiling():
@@ -377,7 +387,7 @@ class CrossbarMixin(nn.Module):
                 self._white_std = math.sqrt(max(float(power.mean()) + error.mean_square, 0.0))
         return self._white_std
 
-    def _read(self, s: Tensor, weight: Tensor, bias: Tensor | None, span: Tensor | float) -> Tensor:
+    def _read(self, s: Tensor, weight: Tensor, bias: Tensor | None, span: Tensor | float, now: Scalars) -> Tensor:
         """The output: one matrix product, or one per tile with its ADC and its read noise; for an input range of
         ``span``."""
         config = self.crossbar.config
@@ -385,27 +395,26 @@ class CrossbarMixin(nn.Module):
         if not config.adc_bits and not noisy:
             return self._op(s, weight, bias)
         # One unit of current, that of a fully-on cell at read_voltage, in units of the output, tile by tile.
-        _, b, gain, *_ = self.scalars()
         scales = self.weight_scale.unbind(1) if self.weight_scale.dim() == 2 else [self.weight_scale] * self.tiles()
-        factor = span * (gain * config.device.b() / b)
+        factor = span * (now.gain * config.device.b() / now.b)
         units = [self._broadcast(scale, "output").to(s.dtype) * factor for scale in scales]
         if levels := converter_levels(config.adc_bits):
             y: Any = None
             added = None if bias is None else self._broadcast(bias, "output")
             for (s_tile, weight_tile), unit in zip(self._tiles(s, weight), units):
                 current = self._op(s_tile, weight_tile, None)
-                step = self._adc_span(current, unit) * unit / levels
+                step = self._adc_span(current, unit, now) * unit / levels
                 y = _quantize(current, step, levels, added) if y is None else y + _quantize(current, step, levels)
         else:
             y = self._op(s, weight, bias)
         if noisy:
-            std = config.device.relative_read_noise(self.pairs)
+            std = config.device.relative_read_noise(now.pairs)
             square = sum(unit.square() for unit in units)
             y = y.addcmul_(white_noise_like(y), square.sqrt() * std)  # of its own making
         return y
 
-    def _adc_span(self, current: Tensor, unit: Tensor) -> Tensor:
-        if self.scalars().adc_range > 0:
+    def _adc_span(self, current: Tensor, unit: Tensor, now: Scalars) -> Tensor:
+        if now.adc_range > 0:
             return self.adc_range.to(current.dtype)
         return (current.detach().abs() / unit.detach().clamp(min=1e-30)).amax()
 
@@ -416,17 +425,18 @@ class CrossbarMixin(nn.Module):
         state = self.crossbar
         if state.digital:
             return self._digital_class.forward(self, x)
-        span = self._span(x)
-        s, factor, pull = self._drive(x, span)
+        now = self.scalars()
+        span = self._span(x, now)
+        s, factor, pull = self._drive(x, span, now)
         cells = self.cell_weight()
-        programmed, full_bias = self._programmed(cells)
-        weight, variance = self._hold(programmed)
+        programmed, full_bias = self._programmed(cells, now)
+        weight, variance = self._hold(programmed, now)
         if isinstance(factor, Tensor):
             weight = weight * factor
         tapped = taps_output(self)
         bias = full_bias.detach() if tapped and full_bias is not None else full_bias
         if state.config.adc_bits or self.deployed is not None:
-            y = self._read(s, weight, bias, span)
+            y = self._read(s, weight, bias, span, now)
         else:
             y = self._op(s, weight, bias)
         if self.training and (state.term or state.measure):

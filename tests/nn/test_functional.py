@@ -10,12 +10,24 @@ from torch.autograd import gradcheck
 from hf_reram import DeviceConfig
 from hf_reram.config import dac_grid
 from hf_reram.device.iv import cell_current, full_scale_gain, least_squares_gain, sinh_coefficients, uniform_gain
+from hf_reram.device.retention import horner
 from hf_reram.device.weight_error import WeightError, weight_error
 from hf_reram.nn.cells import DriftedWeight, WeightVariance, map_weight, weight_mean
+from hf_reram.nn.chunks import odd_polynomial_
 from hf_reram.nn.functional import Quantize, ShrunkSinh
 from hf_reram.nn.power import InputPower, OutputPower, Pull, Tap
 
 F64 = torch.float64
+
+
+@pytest.mark.parametrize("b", [1e-3, 0.3, 0.9, 1.5, 4.0], ids=lambda b: f"{len(sinh_coefficients(b))} coefficients")
+def test_odd_polynomials_in_few_passes(b):
+    coefficients = sinh_coefficients(b)
+    for dtype, tolerance in ((torch.float32, 5e-7), (torch.float64, 1e-13)):
+        t = torch.linspace(-b, b, 1001, dtype=dtype)
+        exact = t.double() * horner(coefficients, t.double().square())
+        result = odd_polynomial_(coefficients, t.clone(), torch.empty_like(t), torch.empty_like(t))
+        torch.testing.assert_close(result.double(), exact, rtol=tolerance, atol=0)
 
 
 @settings(max_examples=40, deadline=None)

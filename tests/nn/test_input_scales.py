@@ -49,7 +49,7 @@ def test_scales_change_nothing_on_ideal_cells(kind, offset, training):
     with torch.no_grad():  # whatever calibration chose
         layer.input_scale.copy_(torch.logspace(-1, 1, len(layer.input_scale)))
         layer.weight_scale.fill_(1e3)
-        layer.input_range.fill_(float(layer._driven(x).abs().max()) * 1.01)
+        layer.input_range.fill_(float(layer._driven(x, layer.scalars()).abs().max()) * 1.01)
         layer.input_floor.fill_(-1.0)
     assert layer.equalized and layer.centered == (offset > 0)
     y = model(x)

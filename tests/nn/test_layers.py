@@ -64,6 +64,33 @@ def test_centering_the_input_changes_nothing_on_ideal_cells(kind, training):
         torch.testing.assert_close(p.grad, gradients[name], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("change", ["scaled", "loaded", "moved"])
+def test_an_input_offset_that_changes_is_noticed(change):
+    layer, x = layer_of("linear")
+    x = x.abs() + 0.5
+    model = nn.Sequential(layer).train()
+    expected = model(x).detach()
+    patch_model(model, straight(retention_loss="none", input_percentile=100))
+    calibrate(model, [x])
+    model(x).sum().backward()  # W o has been computed
+    with torch.no_grad():
+        if change == "scaled":
+            layer.input_offset.mul_(0.9)
+        elif change == "loaded":
+            state = model.state_dict()
+            model.load_state_dict({**state, "0.input_offset": state["0.input_offset"] * 0.9})
+        else:
+            model.double()
+            layer.input_offset.mul_(0.9)
+            x, expected = x.double(), expected.double()
+        layer.input_range.mul_(1.5)
+    layer.weight.grad = None
+    y = model(x)
+    y.sum().backward()
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.weight.grad, x.flatten(0, -2).sum(0).expand(layer.weight.shape), rtol=1e-5, atol=1e-5)
+
+
 def test_term_counts_what_varies_of_a_centered_input():
     """On a constant input nothing is left for the cells' errors to act on."""
     layer, x = nn.Linear(8, 6), torch.rand(200, 8) + 3
@@ -96,7 +123,7 @@ def test_term_is_that_of_the_linear_form(kind):
     found = retention_loss(model)
     (layer,) = crossbar_layers(model).values()
     with torch.no_grad():
-        s, factor, _ = layer._drive(x, layer._span(x))
+        s, factor, _ = layer._drive(x, layer._span(x, layer.scalars()), layer.scalars())
         phi = s * factor
         if isinstance(kind, dict):
             columns = layer.unfold(layer.pad(phi)).transpose(1, 2)  # (n, pixels, groups · rows)
