@@ -10,6 +10,7 @@ from .deployment import deploy, digital
 from .device import DeviceConfig
 from .evaluation import evaluate_robustness
 from .losses import add_retention_loss, hold_weights, noise_to_signal, retention_loss, sampled_drift
+from .nn.fused import use_fused_kernels
 from .patching import crossbar_layers, patch_model, summarize, unpatch_model
 from .pipeline import register as _register
 from .quantizer import ReRAMQuantizer
@@ -40,4 +41,5 @@ __all__ = [
     "sampled_drift",
     "summarize",
     "unpatch_model",
+    "use_fused_kernels",
 ]

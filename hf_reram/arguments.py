@@ -38,6 +38,10 @@ class ReRAMArguments:
         default=None, metadata={"help": "to be robust at; default the longest of --times"}
     )
     temperature: float | None = field(default=None, metadata={"help": "K; default the device's reference"})
+    fused_kernels: bool = field(
+        default=False,
+        metadata={"help": "compile the crossbars' element-wise work, which needs a C++ compiler on a CPU"},
+    )
     times: list[str] = field(default_factory=lambda: ["1s", "1d", "1mo", "1y", "10y"], metadata={"help": "evaluated"})
     chips: int = field(default=10, metadata={"help": "evaluated, each with its own programming"})
     methods: list[str] = field(default_factory=list, metadata={"help": "parts of methods' labels; default all"})

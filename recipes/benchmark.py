@@ -39,7 +39,16 @@ from transformers import (
     TimmWrapperConfig,
 )
 
-from hf_reram import ReRAMConfig, add_retention_loss, calibrate, deploy, hold_weights, patch_model, sampled_drift
+from hf_reram import (
+    ReRAMConfig,
+    add_retention_loss,
+    calibrate,
+    deploy,
+    hold_weights,
+    patch_model,
+    sampled_drift,
+    use_fused_kernels,
+)
 from hf_reram.outputs import divergence
 
 
@@ -48,7 +57,8 @@ class Variant:
     """One way to run the model.
 
     Attributes:
-        options: of ReRAMConfig; None is the digital model. mode: how both are run; "" as they are.
+        options: of ReRAMConfig; None is the digital model. mode: how both are run; "" as they are. fused: with
+            fused kernels.
         peer: settings of aihwkit-lightning instead of a crossbar of ours. chip: deployed, for inference.
     """
 
@@ -56,11 +66,18 @@ class Variant:
     mode: str = ""
     peer: str | None = None
     chip: bool = False
+    fused: bool = False
 
 
 MODES = {"checkpointing": "gradient checkpointing", "bf16": "bfloat16", "compile": "torch.compile", "lora": "LoRA"}
 NONE, DRIFT = {"retention_loss": "none"}, {"retention_loss": "drift"}
 CONVERTERS = {"dac_bits": 8, "adc_bits": 8}
+FUSED = {
+    "crossbar": NONE,
+    "drift": DRIFT,
+    "8-bit DAC and ADC": {**NONE, **CONVERTERS},
+    "drift, 8-bit DAC and ADC": {**DRIFT, **CONVERTERS},
+}
 PEERS = {
     "ranges": "aihwkit-lightning: input ranges",
     "noise": "aihwkit-lightning: input ranges, weight noise",
@@ -83,6 +100,7 @@ TRAINING: dict[str, Variant] = {
         for o in (None, DRIFT)
     },
     "torch.compile: drift, 8-bit DAC and ADC": Variant({**DRIFT, **CONVERTERS}, "compile"),
+    **{f"fused kernels: {label}": Variant(options, fused=True) for label, options in FUSED.items()},
     **{label: Variant(peer=peer) for peer, label in PEERS.items()},
     f"torch.compile: {PEERS['converters']}": Variant(peer="converters", mode="compile"),
 }
@@ -96,6 +114,7 @@ INFERENCE: dict[str, Variant] = {
         for o in (None, NONE)
     },
     "torch.compile: 8-bit DAC and ADC": Variant({**NONE, **CONVERTERS}, "compile"),
+    **{f"fused kernels: {label}": Variant(FUSED[label], fused=True) for label in ("crossbar", "8-bit DAC and ADC")},
     **{label: Variant(peer=peer) for peer, label in PEERS.items() if peer != "noise"},
     f"torch.compile: {PEERS['converters']}": Variant(peer="converters", mode="compile"),
 }
@@ -154,6 +173,7 @@ def build(arguments: Arguments) -> tuple[torch.nn.Module, dict[str, torch.Tensor
 
 def prepared(model: Any, batch: dict[str, torch.Tensor], variant: Variant) -> tuple[Any, Any]:
     """The model as the variant has it, and what calls it."""
+    use_fused_kernels(variant.fused)  # which the digital model beside it has none of
     if variant.options is not None:
         patch_model(model, ReRAMConfig(**variant.options))
         calibrate(model, [batch])
@@ -284,6 +304,11 @@ def why_not(arguments: Arguments, variant: Variant) -> str | None:
         return "pip install --no-deps aihwkit-lightning==2.1.0"
     if variant.peer and arguments.model == "mobilenetv3":
         return "aihwkit-lightning refuses depthwise convolutions"
+    if variant.fused:
+        try:
+            use_fused_kernels()
+        except RuntimeError as error:
+            return str(error)
     if variant.mode == "lora" and arguments.model == "mobilenetv3":
         return "the model has one linear layer"
     return None

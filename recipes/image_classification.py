@@ -32,7 +32,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_reram import ReRAMConfig, ReRAMTrainer
+from hf_reram import ReRAMConfig, ReRAMTrainer, use_fused_kernels
 from hf_reram.about import About
 from hf_reram.arguments import RecipeTrainingArguments, ReRAMArguments
 from hf_reram.batch_norm import batch_norms, fold_batch_norm, reestimate_batch_norm
@@ -241,6 +241,7 @@ def ends_of(model) -> list[str]:
 
 def main() -> None:
     arguments, reram, training = parse()
+    use_fused_kernels(reram.fused_kernels)
     if arguments.batch_norm not in ("freeze", "fold", "reestimate"):
         raise ValueError(f"batch_norm={arguments.batch_norm!r}: allowed are freeze, fold and reestimate")
     if arguments.from_scratch and not arguments.base_steps:

@@ -27,7 +27,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_reram import ReRAMConfig, ReRAMTrainer, deploy, patch_model
+from hf_reram import ReRAMConfig, ReRAMTrainer, deploy, patch_model, use_fused_kernels
 from hf_reram.about import About
 from hf_reram.arguments import RecipeTrainingArguments, ReRAMArguments
 from hf_reram.data import draw, load_rows
@@ -74,6 +74,7 @@ def main() -> None:
     parser = HfArgumentParser((Arguments, ReRAMArguments, Training))
     arguments, reram, training = parser.parse_args_into_dataclasses()
     config, methods = reram.config(), reram.chosen_methods()
+    use_fused_kernels(reram.fused_kernels)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
 
     def base():

@@ -13,18 +13,21 @@ from torch import Tensor
 ELEMENTS = 1 << 19
 
 
-def chunkable(*tensors: Tensor) -> bool:
-    """Whether all are float32 CPU tensors in the same dense layout, in eager mode."""
+def alike(*tensors: Tensor) -> bool:
+    """Whether all are plain tensors in the same dense layout, in eager mode."""
     if torch.compiler.is_compiling():
         return False
     first = tensors[0]
     shape, stride = first.shape, first.stride()
     for t in tensors:
-        if not (t.is_cpu and t.dtype == torch.float32 and type(t) is Tensor):
-            return False
-        if t is not first and (t.shape != shape or t.stride() != stride):
+        if type(t) is not Tensor or t.shape != shape or t.stride() != stride:
             return False
     return first.is_contiguous() or (first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last))
+
+
+def chunkable(*tensors: Tensor) -> bool:
+    """Whether all are float32 CPU tensors in the same dense layout, in eager mode."""
+    return all(t.is_cpu and t.dtype == torch.float32 for t in tensors) and alike(*tensors)
 
 
 def flat(t: Tensor) -> Tensor:

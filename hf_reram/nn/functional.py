@@ -3,6 +3,8 @@
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ..device.iv import LINEAR_B, sinh_coefficients
+from . import fused
 from .chunks import chunkable, constants, odd_polynomial_, pieces, row_slices, scratch
 from .power import Pull
 
@@ -25,27 +28,38 @@ def _drive_(t: Tensor, bound: float, levels: int, floor: float) -> Tensor:
     return t.mul_(levels / bound).round_().mul_(bound / levels) if levels else t
 
 
-def _sinh_chunked(
-    x: Tensor, span: float, b: float, levels: int, gain: float, floor: float, offset: Tensor | None
-) -> Tensor:
-    """``gain · sinh(b clamp((x - offset) / span, floor, 1))`` to float32 precision, by an odd polynomial in x, or in
-    steps of the DAC."""
-    bound = float(levels or span)
-    scale, coefficients = b / bound, sinh_coefficients(b)
-    # At extreme spans, passes of their own keep float32's precision. Logarithms: the powers may leave float64's range.
+@lru_cache(maxsize=1024)
+def _folded(b: float, scale: float, gain: float) -> tuple[float, ...] | None:
+    """Coefficients of ``gain · sinh(scale · t)``, ``|scale · t| <= b``, as an odd polynomial in t; None at extreme
+    input ranges, where float32 could not hold them. Logarithms: the powers may leave float64's range."""
+    coefficients = sinh_coefficients(b)
     sizes = (math.log10(gain * c) + (2 * k + 1) * math.log10(scale) for k, c in enumerate(coefficients))
-    fold = all(abs(size) < 30 for size in sizes)
-    folded = tuple(gain * c * scale ** (2 * k + 1) for k, c in enumerate(coefficients)) if fold else ()
+    if not all(abs(size) < 30 for size in sizes):
+        return None
+    return tuple(gain * c * scale ** (2 * k + 1) for k, c in enumerate(coefficients))
+
+
+def _sinh_polynomial(
+    x: Tensor, span: float, b: float, levels: int, gain: float, floor: float, offset: Tensor | None
+) -> Tensor | None:
+    """``gain · sinh(b clamp((x - offset) / span, floor, 1))`` to float32 precision, by an odd polynomial in x, or in
+    steps of the DAC; None where neither a fused kernel nor work in pieces is for this x."""
+    bound = float(levels or span)
+    folded = _folded(b, b / bound, gain)
+    if folded is not None and fused.ready(x):
+        return fused.sinh(x, offset, levels / span if levels else 1.0, floor * bound, bound, levels, folded)
+    if not chunkable(x):
+        return None
     s = torch.empty_like(x)
     work: list[Tensor] = []
     for t in _clamped(x, s, offset, levels / span, floor * bound, bound):
         work = scratch(2, t, work)
         if levels:
             t.round_()
-        if fold:
+        if folded is not None:
             odd_polynomial_(folded, t, *work)
-        else:
-            odd_polynomial_(coefficients, t.mul_(scale), *work).mul_(gain)
+        else:  # passes of their own keep the precision
+            odd_polynomial_(sinh_coefficients(b), t.mul_(b / bound), *work).mul_(gain)
     return s
 
 
@@ -138,8 +152,11 @@ def _currents(
 ) -> Tensor:
     """What :class:`ShrunkSinh` computes."""
     linear = b < LINEAR_B
-    if not linear and b <= POLYNOMIAL_B and chunkable(x) and (offset is None or x.is_contiguous()):
-        return _sinh_chunked(x.detach(), float(input_range), b, levels, gain, floor, offset)
+    readable = isinstance(input_range, float) or x.is_cpu  # elsewhere, to read a learned one is to wait
+    if readable and not linear and b <= POLYNOMIAL_B and (offset is None or x.is_contiguous()):
+        s = _sinh_polynomial(x.detach(), float(input_range), b, levels, gain, floor, offset)
+        if s is not None:
+            return s
     bound = 1.0 if linear else b
     x = x if offset is None else x - offset
     s = _drive_(x * (bound / input_range), bound, levels, floor)
@@ -161,8 +178,9 @@ class ShrunkSinh(Function):
         gain: a positive float. pull: what powers of s add to its gradient, see :mod:`.power`.
         floor: lowest u, from -1 to 0, on the DAC's grid; above -1 where inputs are one-sided.
         offset: subtracted from x first, without a gradient, along its last dimension; None is 0.
-        in_place: on CPU, write the gradient of x over that of s, which nothing else may refer to, as is so where s
-            goes into matrix products only: a tensor of its own costs more in page faults than the pass over it.
+        in_place: on CPU and in fused kernels, write the gradient of x over that of s, which nothing else may refer to,
+            as is so where s goes into matrix products only: a tensor of its own costs more in page faults than the
+            pass over it.
         keep_input: save x and compute s anew in the backward, where nothing else saves s: the weight is frozen, and
             x is what an adapter beside it saves.
     """
@@ -205,13 +223,16 @@ class ShrunkSinh(Function):
         scale = ctx.bound / input_range
         pulled = None if ctx.pull is None else ctx.pull.take()
         rest = (None,) * 8
-        if not ctx.needs_input_grad[1] and not ctx.linear and chunkable(s, grad):
-            result = grad if ctx.in_place else torch.empty_like(s)
-            arguments = (grad, s, result, ctx.limits, float(scale), ctx.gain)
-            if pulled is None:
-                return _sinh_backward_chunked(*arguments), None, *rest
-            if s.is_contiguous() or pulled[0].dim() == 3:
-                return _pulled_backward_chunked(*arguments, *pulled), None, *rest
+        readable = range_tensor is None or s.is_cpu
+        if readable and not ctx.needs_input_grad[1] and not ctx.linear:
+            arguments: Any = (ctx.limits, float(scale), ctx.gain, *(pulled or ()))
+            backward: Any
+            if fused.ready(s, grad) and (pulled is None or s.is_contiguous()):
+                backward = fused.sinh_backward_ if pulled is None else fused.pulled_backward_
+                return backward(grad if ctx.in_place else grad.clone(), s, *arguments), None, *rest
+            if chunkable(s, grad) and (pulled is None or s.is_contiguous() or pulled[0].dim() == 3):
+                backward = _sinh_backward_chunked if pulled is None else _pulled_backward_chunked
+                return backward(grad, s, grad if ctx.in_place else torch.empty_like(s), *arguments), None, *rest
         if pulled is not None:
             grad = _pulled(grad, s, *pulled)
         inside = torch.ops.aten.hardtanh_backward(grad, s, *ctx.limits)
@@ -241,6 +262,9 @@ class Quantize(Function):
         ctx, y: Tensor, step: Tensor, levels: int, bias: Tensor | None = None, in_place: bool = False
     ) -> Tensor:
         ctx.shape = None if bias is None else bias.shape
+        if in_place and fused.ready(y):
+            ctx.mark_dirty(fused.quantize_(y, step, levels, bias))
+            return y
         result, divisor = y if in_place else torch.empty_like(y), step.clamp(min=1e-30)
         for part, out in _parts(y, result, step):
             torch.div(part, divisor, out=out).round_().clamp_(-levels, levels)

@@ -88,7 +88,9 @@ def test_an_input_offset_that_changes_is_noticed(change):
     y = model(x)
     y.sum().backward()
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(layer.weight.grad, x.flatten(0, -2).sum(0).expand(layer.weight.shape), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        layer.weight.grad, x.flatten(0, -2).sum(0).expand(layer.weight.shape), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_term_counts_what_varies_of_a_centered_input():
