@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .chunks import alike, flat
 
-# Zeros behind a shorter polynomial cost nothing beside the memory traffic, and all layers share one kernel.
+# As many as POLYNOMIAL_B needs. Zeros behind a shorter polynomial cost nothing beside the memory traffic, and all
+# layers share one kernel.
 COEFFICIENTS = 7
 
 _enabled = False
@@ -43,8 +44,11 @@ def use_fused_kernels(enabled: bool = True) -> None:
 
 
 def ready(*tensors: Tensor) -> bool:
-    """Whether the kernels are on and take these: equally laid out, float32 on a CPU or floating point on a GPU."""
-    return _enabled and alike(*tensors) and (tensors[0].is_cuda or (tensors[0].is_cpu and _single(*tensors)))
+    """Whether the kernels are on and take these: equally laid out, float32, or half precision on a GPU."""
+    if not _enabled or not alike(*tensors):
+        return False
+    allowed = (torch.float32, torch.bfloat16, torch.float16) if tensors[0].is_cuda else (torch.float32,)
+    return all(t.dtype in allowed and t.device.type in ("cpu", "cuda") for t in tensors)
 
 
 def sinh(
@@ -152,11 +156,8 @@ def _compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 @lru_cache(maxsize=4096)
 def _numbers(numbers: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.float32, device=device)
-
-
-def _single(*tensors: Tensor) -> bool:
-    return all(t.dtype == torch.float32 for t in tensors)
+    with torch.inference_mode(False):  # training may follow
+        return torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from hf_reram import (
     sampled_drift,
     use_fused_kernels,
 )
-from hf_reram.nn.functional import ShrunkSinh
+from hf_reram.nn.functional import POLYNOMIAL_B, ShrunkSinh
 from hf_reram.patching import crossbar_state
 from tests.conftest import bert_batch
 
@@ -94,7 +94,7 @@ def test_convolutions(layout, loss, monkeypatch):
         torch.testing.assert_close(compiled[1][name], gradient, rtol=1e-3, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("b", [0.02, 0.6, 3.0])
+@pytest.mark.parametrize("b", [0.02, 0.6, POLYNOMIAL_B])
 @pytest.mark.parametrize("levels", [0, 7, 127])
 @pytest.mark.parametrize("floor", [-1.0, 0.0])
 @pytest.mark.parametrize("shape", [(5, 7, 16), (1, 16), (64, 1)], ids=str)
@@ -126,6 +126,21 @@ def test_chips(tiny_bert, monkeypatch):
     eager, compiled, ran = both(chip, monkeypatch)
     assert "_centered_sinh" in ran
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+
+
+def test_training_after_inference(tiny_bert, monkeypatch):
+    batch = bert_batch()
+    patch_model(tiny_bert.train(), ReRAMConfig(retention_loss="none", adc_bits=8))
+    calibrate(tiny_bert, [batch])
+
+    def run():
+        with torch.inference_mode():
+            tiny_bert(**batch)
+        return step(tiny_bert, batch)
+
+    eager, compiled, ran = both(run, monkeypatch)
+    assert {"_centered_sinh", "_slope", "_biased_quantize"} <= ran
+    torch.testing.assert_close(compiled[0], eager[0], rtol=1e-5, atol=1e-6)
 
 
 def test_what_has_no_kernel_goes_its_usual_way(monkeypatch):
