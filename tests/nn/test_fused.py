@@ -59,11 +59,11 @@ def both(run, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"retention_loss": "drift"}, {"_centered_sinh", "_slope"}),
-        ({"retention_loss": "output+drift"}, {"_centered_sinh", "_kept_pulled"}),
-        ({"retention_loss": "none", "center_inputs": False}, {"_sinh", "_slope"}),
-        ({"retention_loss": "none", "adc_bits": 8}, {"_centered_sinh", "_slope", "_biased_quantize"}),
-        ({"retention_loss": "none", "adc_bits": 8, "tile_size": 8}, {"_biased_quantize", "_quantize"}),
+        ({"retention_loss": "drift"}, ("_centered_sinh", "_slope")),
+        ({"retention_loss": "output+drift"}, ("_centered_sinh", "_kept_pulled")),
+        ({"retention_loss": "none", "center_inputs": False}, ("_sinh", "_slope")),
+        ({"retention_loss": "none", "adc_bits": 8}, ("_centered_sinh", "_slope", "_biased_quantize")),
+        ({"retention_loss": "none", "adc_bits": 8, "tile_size": 8}, ("_biased_quantize", "_quantize")),
     ],
     ids=str,
 )
@@ -72,7 +72,7 @@ def test_bert(tiny_bert, options, expected, monkeypatch):
     patch_model(tiny_bert, ReRAMConfig(**options))
     calibrate(tiny_bert, [batch])
     eager, compiled, ran = both(lambda: step(tiny_bert.train(), batch), monkeypatch)
-    assert expected <= ran
+    assert ran.issuperset(expected)
     torch.testing.assert_close(compiled[0], eager[0], rtol=1e-5, atol=1e-6)
     for name, gradient in eager[1].items():
         torch.testing.assert_close(compiled[1][name], gradient, rtol=1e-3, atol=1e-5, msg=name)
