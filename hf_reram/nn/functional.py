@@ -152,7 +152,7 @@ def _currents(
 ) -> Tensor:
     """What :class:`ShrunkSinh` computes."""
     linear = b < LINEAR_B
-    readable = isinstance(input_range, float) or x.is_cpu  # elsewhere, to read a learned one is to wait
+    readable = isinstance(input_range, float) or chunkable(x)  # elsewhere, to read a learned one is to wait
     if readable and not linear and b <= POLYNOMIAL_B and (offset is None or x.is_contiguous()):
         s = _sinh_polynomial(x.detach(), float(input_range), b, levels, gain, floor, offset)
         if s is not None:
@@ -223,7 +223,7 @@ class ShrunkSinh(Function):
         scale = ctx.bound / input_range
         pulled = None if ctx.pull is None else ctx.pull.take()
         rest = (None,) * 8
-        readable = range_tensor is None or s.is_cpu
+        readable = range_tensor is None or chunkable(s, grad)
         if readable and not ctx.needs_input_grad[1] and not ctx.linear:
             arguments: Any = (ctx.limits, float(scale), ctx.gain, *(pulled or ()))
             backward: Any
