@@ -221,7 +221,7 @@ class CrossbarMixin(nn.Module):
         """``W o``, (output channels,), of weights as they were programmed."""
         rows = self._rows(held)
         offset = self._driven_offset().to(rows.dtype)
-        if len(offset) == rows.shape[-1]:  # one group, one row for each input channel
+        if len(rows) == 1 and len(offset) == rows.shape[-1]:  # one row for each input channel
             return torch.mv(rows[0], offset)
         offset = offset.view(rows.shape[0], -1, 1)
         offset = offset.expand(-1, -1, rows.shape[2] // offset.shape[1]).reshape(rows.shape[0], -1, 1)

@@ -12,6 +12,7 @@ CONVS = [
     {"kernel_size": (3, 5), "padding": (1, 2), "dilation": (1, 2)},
     {"kernel_size": 3, "padding": "same", "dilation": 2},
     {"kernel_size": 3, "groups": 4, "padding": 1},
+    {"kernel_size": 2, "groups": 4},  # as many rows a group as input channels
     {"kernel_size": 3, "groups": 8, "padding": 1, "bias": False},
     *({"kernel_size": 3, "padding": 1, "padding_mode": mode} for mode in ("reflect", "replicate", "circular")),
     {"kernel_size": 1, "stride": 3},
