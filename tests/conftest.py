@@ -5,6 +5,7 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: two workers with all threads each would slow one another
     os.environ["OMP_NUM_THREADS"] = "1"
 
+import shutil
 from pathlib import Path
 
 import hypothesis
@@ -17,6 +18,9 @@ from hf_reram import DeviceConfig, ReRAMConfig
 # The same examples each time, so that a change fails for what it did; HYPOTHESIS_PROFILE=default looks for new ones.
 hypothesis.settings.register_profile("repeatable", derandomize=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,6 @@
 """Fused kernels compute what eager mode computes."""
 
 import copy
-import shutil
 
 import pytest
 import torch
@@ -19,9 +18,9 @@ from hf_reram import (
 )
 from hf_reram.nn.functional import POLYNOMIAL_B, ShrunkSinh
 from hf_reram.patching import crossbar_state
-from tests.conftest import bert_batch
+from tests.conftest import bert_batch, needs_compiler
 
-pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
+pytestmark = needs_compiler
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -27,15 +27,16 @@ def shape(tmp_path_factory):
 def test_every_part_reports_ratios(shape, tmp_path):
     file = tmp_path / "found.json"
     flags = ["--model_name_or_path", shape, "--batch_size", "2", "--length", "8", "--pairs", "1", "--output", str(file)]
-    variants = ["drift (default)", "chip", "LoRA: drift", "consistency"]
+    variants = ["drift (default)", "chip", "LoRA: drift", "consistency", "8-bit DAC and ADC"]
     done = run(*flags, "--parts", "training", "inference", "chip", "--variants", *variants)
     assert done.returncode == 0, done.stderr
     found = json.loads(file.read_text())
     training = {row["variant"]: row for row in found["training"]}
-    assert training.keys() == {"retention loss: drift (default)", "LoRA: drift", "retention loss: consistency"}
+    losses = {"retention loss: drift (default)", "retention loss: consistency"}
+    assert training.keys() == losses | {"LoRA: drift", "8-bit DAC and ADC"}  # a whole name means that one
     assert json.loads(done.stdout.splitlines()[-1]) == found
     assert all(row["time"] > 0 and row["memory"] > 0 and row["digital_seconds"] > 0 for row in training.values())
-    assert [row["variant"] for row in found["inference"]] == ["chip"]
+    assert [row["variant"] for row in found["inference"]] == ["8-bit DAC and ADC", "chip"]
     assert found["inference"][0]["memory"] is None
     assert found["chip"]["chip_seconds"] > 0
     assert f"| LoRA: drift | {training['LoRA: drift']['time']:.2f} |" in done.stdout

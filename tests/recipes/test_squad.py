@@ -8,6 +8,7 @@ from transformers import AutoModelForQuestionAnswering
 
 import hf_reram
 from tests import squad_sample
+from tests.conftest import needs_compiler
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "squad.py"
 SMALL = ["--max_steps", "3", "--chips", "2", "--times", "1s", "1d", "--save_steps", "2", "--use_cpu", "True"]
@@ -44,9 +45,14 @@ def test_the_whole_protocol_and_its_resumption(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--teacher", "True"], ["--lora", "True", "--lora_rank", "2"]], ids=["teacher", "lora"]
+    "flags",
+    [
+        pytest.param(["--teacher", "True"], id="teacher"),
+        pytest.param(["--lora", "True", "--lora_rank", "2"], id="lora"),
+        pytest.param(["--fused_kernels", "True", "--adc_bits", "8"], id="fused kernels", marks=needs_compiler),
+    ],
 )
-def test_without_labels_and_with_lora(tmp_path, flags):
+def test_without_labels_with_lora_and_with_fused_kernels(tmp_path, flags):
     assert "| hf_reram |" in run(tmp_path, "--methods", "hf_reram", *flags)
 
 
