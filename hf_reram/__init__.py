@@ -3,19 +3,21 @@
 Importing it lets ``from_pretrained`` bring back the crossbar layers of a checkpoint, and ``pipeline`` answer questions.
 """
 
-from .calibration import calibrate
-from .checkpoint import report_of
+from .calibration.ranges import calibrate
 from .config import ReRAMConfig
-from .deployment import deploy, digital
 from .device import DeviceConfig
-from .evaluation import evaluate_robustness
-from .losses import add_retention_loss, hold_weights, noise_to_signal, retention_loss, sampled_drift
-from .nn.fused import use_fused_kernels
-from .patching import crossbar_layers, patch_model, summarize, unpatch_model
-from .pipeline import register as _register
-from .quantizer import ReRAMQuantizer
-from .report import RobustnessReport
-from .trainer import ReRAMTrainer
+from .evaluation.report import RobustnessReport
+from .evaluation.robustness import evaluate_robustness
+from .hub.load import report_of
+from .integrations.pipeline import register as _register
+from .integrations.quantizer import ReRAMQuantizer
+from .model.deploy import deploy, digital
+from .model.find import crossbar_layers
+from .model.patch import patch_model, unpatch_model
+from .model.summary import summarize
+from .nn.ops.fused import use_fused_kernels
+from .training.losses import add_retention_loss, hold_weights, noise_to_signal, retention_loss, sampled_drift
+from .training.trainer import ReRAMTrainer
 from .version import __version__
 
 _register()

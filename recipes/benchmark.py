@@ -49,7 +49,7 @@ from hf_reram import (
     sampled_drift,
     use_fused_kernels,
 )
-from hf_reram.outputs import divergence
+from hf_reram.training.distillation import divergence
 
 
 @dataclass(frozen=True)

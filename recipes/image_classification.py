@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from hf_reram.hub.push import push
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForImageClassification,
@@ -33,12 +34,12 @@ from transformers import (
 )
 
 from hf_reram import ReRAMConfig, ReRAMTrainer, use_fused_kernels
-from hf_reram.about import About
-from hf_reram.arguments import RecipeTrainingArguments, ReRAMArguments
-from hf_reram.batch_norm import batch_norms, fold_batch_norm, reestimate_batch_norm
-from hf_reram.data import draw, load_rows
-from hf_reram.hub import push
-from hf_reram.image_classification import (
+from hf_reram.calibration.batch_norm import batch_norms, fold_batch_norm, reestimate_batch_norm
+from hf_reram.hub.about import About
+from hf_reram.tasks.arguments import RecipeTrainingArguments, ReRAMArguments
+from hf_reram.tasks.comparison import OURS, run_protocol
+from hf_reram.tasks.data import draw, load_rows
+from hf_reram.tasks.image_classification import (
     ImageClassification,
     ImageDataset,
     MixUp,
@@ -48,8 +49,7 @@ from hf_reram.image_classification import (
     image_transforms,
     keep_preprocessing,
 )
-from hf_reram.protocol import OURS, run_protocol
-from hf_reram.saving import last_checkpoint
+from hf_reram.training.checkpoints import last_checkpoint
 
 # A stem and depthwise convolutions are few cells that disturb the model most: recipes/README.md.
 MOBILENET = {"learning_rate": 3e-4, "redundancy": 0.05}

@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 from huggingface_hub import ModelCard
 
-from ..hub import load_model, prepare
-from ..hub import push as upload
+from ..hub.push import load_model, prepare
+from ..hub.push import push as upload
 from .output import console, show_json
 
 

@@ -23,7 +23,7 @@ def demo(
 
     from transformers.utils import logging
 
-    from ..demo import CORNER, METHODS, TIMES, run_demo
+    from ..tasks.demo import CORNER, METHODS, TIMES, run_demo
 
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=UserWarning)

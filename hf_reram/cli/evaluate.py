@@ -6,14 +6,15 @@ from typing import Annotated, Any
 
 import typer
 
-from ..arguments import number_or_word
-from ..calibration import calibrate
+from ..calibration.ranges import calibrate
 from ..device.time import format_time
-from ..evaluation import evaluate_robustness
-from ..hub import about_model, task_of
-from ..report import RobustnessReport, write_whole
-from ..tables import places
-from ..tasks import TASKS, load_task
+from ..evaluation.files import write_whole
+from ..evaluation.report import RobustnessReport
+from ..evaluation.robustness import evaluate_robustness
+from ..evaluation.tables import places
+from ..hub.push import about_model, task_of
+from ..tasks.arguments import number_or_word
+from ..tasks.load import TASKS, load_task
 from .model import patched, words
 from .output import console, show_json, show_table
 

@@ -5,12 +5,13 @@ from typing import Annotated
 
 import typer
 
-from ..calibration import calibrate
+from ..calibration.ranges import calibrate
 from ..device.time import format_time, parse_time
-from ..hub import task_of
-from ..inspection import inspect_layers
-from ..patching import crossbar_state, summarize
-from ..tasks import load_task
+from ..evaluation.inspect import inspect_layers
+from ..hub.push import task_of
+from ..model.find import crossbar_state
+from ..model.summary import summarize
+from ..tasks.load import load_task
 from .model import patched
 from .output import console, show_json, show_table
 

@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from ..arguments import device_of
 from ..config import ReRAMConfig
-from ..hub import load_model
-from ..patching import crossbar_layers, crossbar_state, patch_model, unpatch_model
+from ..hub.push import load_model
+from ..model.find import crossbar_layers, crossbar_state
+from ..model.patch import patch_model, unpatch_model
+from ..tasks.arguments import device_of
 
 
 def patched(name: str, device: str | None, times: list[str] | None = None, **options: Any) -> tuple[Any, bool]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .config import DeviceConfig
+from .cell import DeviceConfig
 from .retention import horner
 
 

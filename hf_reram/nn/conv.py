@@ -3,8 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .mixin import CrossbarMixin
-from .power import Pull, input_power
+from .layer import CrossbarMixin
+from .ops.power import Pull, input_power
 
 
 class CrossbarConv2d(CrossbarMixin, nn.Conv2d):

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .mixin import CrossbarMixin
-from .power import Pull, input_power
+from .layer import CrossbarMixin
+from .ops.power import Pull, input_power
 
 
 class _Matrix(CrossbarMixin):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .power import Pull
+from .ops.power import Pull
 
 _LOCAL = threading.local()
 

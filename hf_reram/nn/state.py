@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from ..config import ReRAMConfig
+from ..device.moments import WeightError, weight_error
 from ..device.time import parse_time
-from ..device.weight_error import WeightError, weight_error
-from .compiled import seeded_normal
-from .noise import white_noise_like
+from .ops.random import white_noise_like
+from .ops.reference import seeded_normal
 
 
 class CrossbarState:
@@ -23,7 +23,7 @@ class CrossbarState:
         term: which closed-form term training forwards collect: None, "output", "weight" or "sensitivity".
         configured_drift: which error the loss wants sampled: None, "drift" (the device's) or "noise" (white).
         drift: which one the current forward samples in training mode, None for none, and wanted: which one the next;
-            see :func:`hf_reram.losses.sampled_drift`.
+            see :func:`hf_reram.training.losses.sampled_drift`.
         measure: collect noise-to-signal ratios even if the loss has no closed-form term.
         mask: (batch, tokens), 0 at padding, of the current forward; None where unknown.
         terms, ratios: (noise, signal) by layer name, summed over the calls of a layer in the current forward.

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import compiled
-from .cells import WeightVariance, map_weight, weight_mean
-from .power import OutputPower, Pull, Tap
+from .ops import reference as compiled
+from .ops.cells import WeightVariance, map_weight, weight_mean
+from .ops.power import OutputPower, Pull, Tap
 
 
 @dataclass
@@ -84,7 +84,7 @@ def weight_term(layer, reading: Reading) -> Tensor:
 def sensitivity_term(layer, reading: Reading) -> Tensor:
     """``(½ Σ_i h_i Σ_n |Δy_i|², examples)``: their ratio is, to second order, the KL divergence [nats] per example
     that this layer's retention error causes in the model's prediction, with ``h_i`` the Fisher information of output
-    channel i (:func:`hf_reram.sensitivity.measure_sensitivity`).
+    channel i (:func:`hf_reram.calibration.sensitivity.measure_sensitivity`).
 
     Raises:
         RuntimeError: the layer's Fisher information was never measured.

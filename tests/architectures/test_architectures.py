@@ -18,8 +18,8 @@ from hf_reram import (
     sampled_drift,
     unpatch_model,
 )
+from hf_reram.model.select import unsupported
 from hf_reram.nn import CrossbarMixin
-from hf_reram.patching import unsupported
 from tests.architectures.zoo import TIMM, ZOO, Entry, image, table, tokens
 
 

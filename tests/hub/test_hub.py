@@ -10,10 +10,10 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from hf_reram.card import BEGIN, END
-from tests import squad_sample
+from hf_reram.hub.card import BEGIN, END
 from tests.hub.client import REPO
 from tests.hub.server import running
+from tests.samples import squad as squad_sample
 
 ROOT = Path(__file__).parents[2]
 

@@ -18,9 +18,9 @@ from hf_reram import (
 )
 from hf_reram.config import RETENTION_LOSSES
 from hf_reram.device.iv import sinh_coefficients
-from hf_reram.nn import compiled
-from hf_reram.nn.functional import Quantize, ShrunkSinh
-from hf_reram.patching import crossbar_state
+from hf_reram.model.find import crossbar_state
+from hf_reram.nn.ops import reference as compiled
+from hf_reram.nn.ops.functional import Quantize, ShrunkSinh
 from tests.conftest import bert_batch, device
 
 LOSSES = [loss for loss in RETENTION_LOSSES if loss != "consistency"]  # two forwards

@@ -207,7 +207,7 @@ def test_zero_rows_zero_layers_and_constant_inputs_stay_finite():
 
 
 def test_query_key_and_value_share_one_phi(tiny_bert, monkeypatch):
-    from hf_reram.nn import mixin
+    from hf_reram.nn import layer as mixin
     from tests.conftest import bert_batch
 
     patch_model(tiny_bert, ReRAMConfig())

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoModelForImageClassification
 
 import hf_reram
-from tests import image_sample
+from tests.samples import images as image_sample
 
 pytest.importorskip("torchvision")
 

@@ -7,8 +7,8 @@ import pytest
 from transformers import AutoModelForQuestionAnswering
 
 import hf_reram
-from tests import squad_sample
 from tests.conftest import needs_compiler
+from tests.samples import squad as squad_sample
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "squad.py"
 SMALL = ["--max_steps", "3", "--chips", "2", "--times", "1s", "1d", "--save_steps", "2", "--use_cpu", "True"]

@@ -1,0 +1,240 @@
+"""Choose each layer's input range, shrink, gain, weight scale and ADC range from a few batches.
+
+Statistics are taken of the digital model in one pass over the batches, in memory that does not grow with them: for
+each layer a histogram of |x| on a logarithmic scale, and a uniform random sample of the vectors that meet the array
+(reservoir sampling by random keys).
+"""
+
+import itertools
+from collections.abc import Iterable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from ..config import ReRAMConfig, converter_levels
+from ..device.iv import LINEAR_B, full_scale_gain, least_squares_gain
+from ..model.deploy import digital_eval
+from ..model.find import crossbar_layers, crossbar_state
+from ..model.inputs import call_model
+from ..nn import CrossbarConv2d, CrossbarMixin
+from ..nn.mapping import expected_error, layer_scales, relative_weights
+from ..nn.scalars import read_scalars
+from .input_scales import TINY
+from .redundancy import allot_pairs
+from .sensitivity import measure_sensitivity
+from .statistics import LayerStatistics
+
+logger = logging.get_logger(__name__)
+
+# Candidates for range_shrink="auto".
+SHRINKS = tuple(0.02 * 50 ** (i / 31) for i in range(32))
+
+
+def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = None) -> nn.Module:
+    """Set every crossbar layer's input range, shrink, gain, weight scale, ADC range and pairs per weight, in place.
+
+    Args:
+        model: patched by :func:`patch_model`.
+        batches: what the model is called with: dicts of its arguments, tuples or tensors; at most
+            ``config.calibration_batches`` of them are read. Where a batch has a 2-D ``attention_mask``, padding
+            tokens are left out.
+        sensitivity: also measure each output channel's Fisher information, needed for ``retention_loss``
+            "sensitivity"; None: where the config asks for it.
+
+    Raises:
+        ValueError: the model is not patched or is deployed, there is no batch, or a batch drives a layer with NaN.
+    """
+    state, layers = crossbar_state(model), crossbar_layers(model)
+    config = state.config
+    if any(layer.deployed is not None for layer in layers.values()):
+        raise ValueError("the model is deployed as a chip, whose cells are programmed: calibrate it outside of deploy")
+    for layer in layers.values():
+        layer.pairs_per_weight.fill_(1.0)
+    statistics = {name: LayerStatistics(layer, name, seed) for seed, (name, layer) in enumerate(layers.items())}
+    groups: dict[str, str] = {}
+    if sensitivity is None:
+        sensitivity = state.term == "sensitivity"
+    kept = []
+    with _observed(model, statistics, groups) as look:
+        for batch in itertools.islice(batches, config.calibration_batches):
+            call_model(model, batch)
+            look()
+            if sensitivity:
+                kept.append(batch)
+    if all(s.samples is None for s in statistics.values()):
+        raise ValueError("the calibration set is empty: calibrate needs at least one batch with at least one example")
+    unseen = [name for name, s in statistics.items() if s.samples is None]
+    if unseen:
+        logger.warning("calibration data reach %d layers not at all, which stay uncalibrated: %s", len(unseen), unseen)
+    with torch.no_grad():
+        followers: dict[str, list[LayerStatistics]] = {}
+        for name, leader in groups.items():
+            if statistics[name].samples is not None:
+                followers.setdefault(leader, []).append(statistics[name])
+        for shared in followers.values():
+            _settle(shared, config)
+        if config.redundancy:
+            _spread_pairs(statistics, config)
+            for shared in followers.values():
+                if any(s.layer.pairs > 1 for s in shared):
+                    _settle(shared, config)  # quieter cells: other ranges and scales may be best
+    if sensitivity:
+        measure_sensitivity(model, kept)
+    return model
+
+
+@contextmanager
+def _observed(model: nn.Module, statistics: dict[str, LayerStatistics], groups: dict[str, str]):
+    """The digital model in eval mode, each layer's input going to its statistics."""
+    state = crossbar_state(model)
+    last: list = [None, None]  # the input seen last and the layer that saw it first
+
+    outputs: list[tuple[Any, Tensor, int]] = []  # of the first batch: (layer, output, its version then)
+
+    def hold(layer, args, y):
+        outputs.append((layer, y, -1 if y.is_inference() else y._version))
+
+    def observe(layer, args):
+        name, x = layer.crossbar_name, args[0]
+        if last[0] is not x:
+            last[:] = [x, name]
+        groups.setdefault(name, last[1])
+        if statistics[name].offset is None and groups[name] != name:
+            statistics[name].follow(statistics[groups[name]])
+        statistics[name].update(x, state.keep(x))
+
+    hooks = [s.layer.register_forward_pre_hook(observe) for s in statistics.values()]
+    holds = [s.layer.register_forward_hook(hold) for s in statistics.values()]
+
+    def look() -> None:
+        """See, after the first batch, which outputs the model has changed in place."""
+        changed = {layer.crossbar_name for layer, y, version in outputs if version < 0 or y._version != version}
+        for layer, *_ in outputs:
+            layer.copies_output = layer.crossbar_name in changed
+        outputs.clear()
+        for hook in holds:
+            hook.remove()
+
+    try:
+        with digital_eval(model), torch.no_grad():
+            yield look
+    finally:
+        state.mask = None
+        look()
+        for hook in hooks:
+            hook.remove()
+
+
+def _settle(shared: list[LayerStatistics], config: ReRAMConfig) -> None:
+    """Choose for layers that read the same input, so that they can share phi: one range and one shrink."""
+    first = shared[0]
+    for statistics in shared:
+        statistics.layer.input_offset.copy_(first.offset)
+        statistics.layer.input_scale.copy_(first.scale)
+    span = first.percentile(config.input_percentile)
+    span = span if span > TINY else 1.0  # an input that is always zero: any range holds it
+    shrink = _best_shrink(shared, span, config) if config.range_shrink == "auto" else config.range_shrink
+    gain = _gain(first, span, config.device.b(shrink), config)
+    for statistics in shared:
+        layer = statistics.layer
+        layer.input_range.fill_(span)
+        layer.input_floor.fill_(max(-1.0, first.smallest / span))
+        layer.range_shrink.fill_(shrink)
+        layer.gain.fill_(gain)
+        rows, inputs = _weighted_inputs(statistics)
+        layer.weight_scale.copy_(layer_scales(layer, rows, config.weight_clip, inputs))
+        layer.adc_range.fill_(_largest_current(statistics, span, config))
+        layer.forget_white_noise()
+        layer.scalars()
+
+
+def _spread_pairs(statistics: dict[str, LayerStatistics], config: ReRAMConfig) -> None:
+    """Give the layers their pairs per weight, from the shares of their outputs' power that the spread of their cells
+    has."""
+    errors, cells = [], []
+    for found in statistics.values():
+        layer, error = found.layer, 0.0
+        if found.samples is not None:
+            rows, inputs = _weighted_inputs(found)
+            scale = layer.along_rows(layer.weight_scale)
+            error = float(expected_error(rows.float(), scale, layer.error, inputs, 0.0).sum())
+        errors.append(error)
+        cells.append(layer.weight.numel())
+    for found, pairs in zip(statistics.values(), allot_pairs(errors, cells, config.redundancy * sum(cells))):
+        found.layer.pairs_per_weight.fill_(pairs)
+        found.layer.forget_white_noise()
+
+
+def _weighted_inputs(statistics: LayerStatistics) -> tuple[Tensor, Tensor]:
+    """The layer's weights, and phi of the sampled inputs scaled by the root of :func:`_sample_weights`, both by rows
+    of the array."""
+    layer = statistics.layer
+    span, b, gain, *_ = read_scalars(layer)
+    rows, inputs = layer._rows(layer.cell_weight()), _phi(statistics.grouped_samples(), span, b, gain)
+    return rows, inputs * _sample_weights(layer, rows, inputs).sqrt()[:, None]
+
+
+def _sample_weights(layer: CrossbarMixin, rows: Tensor, inputs: Tensor) -> Tensor:
+    """How much each sampled input's output error counts, (samples,). Tokens are normalized one by one later, so theirs
+    count relative to their output; pixels are not, and batch norm scales all of them alike."""
+    if isinstance(layer, CrossbarConv2d):
+        return 1 / torch.bmm(rows.detach().float(), inputs.transpose(1, 2)).square().sum((0, 1)).mean().clamp(
+            min=TINY
+        ).expand(inputs.shape[1])
+    return relative_weights(rows, inputs)
+
+
+def _phi(x: Tensor, span: float, b: float, gain: float) -> Tensor:
+    u = (x / span).clamp(-1, 1)
+    return span * gain * (u if b < LINEAR_B else torch.sinh(b * u) / b)
+
+
+def _gain(statistics: LayerStatistics, span: float, b: float, config: ReRAMConfig) -> float:
+    """The read-out gain times b."""
+    if config.gain == "small_signal" or b < LINEAR_B:
+        return 1.0
+    if config.gain == "full_scale":
+        return b * full_scale_gain(b)
+    u = (statistics.centers() / span).clamp(max=1)
+    return b * least_squares_gain(u, statistics.counts, b)
+
+
+def _best_shrink(shared: list[LayerStatistics], span: float, config: ReRAMConfig) -> float:
+    """The shrink with the least expected output error: non-linearity on sampled inputs + read noise + ADC step."""
+    errors = torch.zeros(len(SHRINKS), dtype=torch.float64)
+    for statistics in shared:
+        layer, inputs = statistics.layer, statistics.grouped_samples()
+        rows = layer._rows(layer.cell_weight()).float()
+        clipped = inputs.clamp(-span, span)
+        weights = _sample_weights(layer, rows, clipped).double()
+        scale = layer_scales(layer, rows, None)
+        square = float(scale.double().square().mean()) * rows.shape[0] * rows.shape[1] * layer.tiles()
+        noise = config.device.relative_read_noise(layer.pairs) ** 2
+        if levels := converter_levels(config.adc_bits):
+            step = _largest_current(statistics, span, config) / levels
+            noise += step**2 / 12
+        for i, shrink in enumerate(SHRINKS):
+            b = config.device.b(shrink)
+            gain = _gain(statistics, span, b, config)
+            bend = torch.bmm(rows, (_phi(inputs, span, b, gain) - clipped).transpose(1, 2))
+            unit = span * gain * config.device.b() / b
+            errors[i] += float(
+                (bend.double().square().sum((0, 1)) * weights).mean() + weights.mean() * (unit**2 * square * noise)
+            )
+    return SHRINKS[int(errors.argmin())]
+
+
+def _largest_current(statistics: LayerStatistics, span: float, config: ReRAMConfig) -> float:
+    """The full scale that the ADC was sized for: the largest column current on the samples at range_shrink = 1 and a
+    quarter more, since they are only samples; in currents of a fully-on cell at read_voltage."""
+    layer = statistics.layer
+    rows = layer._rows(layer.cell_weight()).float()
+    scale = layer.along_rows(layer_scales(layer, rows, None))
+    b = config.device.b()
+    drive = _phi(statistics.grouped_samples() / span, 1.0, b, 1.0)
+    cells = rows / scale.clamp(min=1e-30)
+    parts = zip(cells.split(layer.tile_rows(), 2), drive.split(layer.tile_rows(), 2))
+    return 1.25 * max(float(torch.bmm(w, s.transpose(1, 2)).abs().max()) for w, s in parts)

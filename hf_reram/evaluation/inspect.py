@@ -1,0 +1,126 @@
+"""Layer by layer: what is on a crossbar, how it is driven, and how much retention disturbs it."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..device.time import parse_time
+from ..model.find import crossbar_layers, crossbar_state
+from ..model.inputs import call_model, evaluating
+from ..nn.scalars import read_scalars
+from ..nn.terms import Reading, weight_term
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One crossbar layer.
+
+    Attributes:
+        name, kind: qualified name, and the digital layer's class. rows, columns: of its array, groups side by side.
+        cells: two a weight and pair. pairs_per_weight: that hold each weight.
+        input_range: of the DAC in units of the input, None where not calibrated.
+        centered, equalized: whether it subtracts an offset from its input, and divides its channels by scales.
+        b: how far a full-scale input goes into the sinh.
+        clipped: share of the weights beyond w_scale. noise_to_signal: ``E|ΔW φ|² / E|W φ|²`` with data, else
+            ``|ΔW|² / |W|²``.
+    """
+
+    name: str
+    kind: str
+    rows: int
+    columns: int
+    cells: int
+    pairs_per_weight: int
+    input_range: float | None
+    centered: bool
+    equalized: bool
+    b: float
+    clipped: float
+    noise_to_signal: float
+
+
+def inspect_layers(
+    model: nn.Module,
+    time: str | float,
+    temperature: float | None = None,
+    batches: Iterable[Any] | None = None,
+) -> list[LayerReport]:
+    """Every crossbar layer at a time after programming, the most disturbed ones first.
+
+    Args:
+        model: patched. time: see :func:`hf_reram.deploy`. temperature: K; None takes the config's.
+        batches: of model inputs, to weigh errors with the layers' own inputs; None: by the weights alone.
+
+    Raises:
+        ValueError: the model is not patched, or a bad time or temperature.
+    """
+    layers = crossbar_layers(model)
+    with _aged(model, parse_time(time), temperature), torch.no_grad():
+        ratios = _by_weights(layers) if batches is None else _by_data(model, batches)
+    found = []
+    for name, layer in layers.items():
+        span, b, *_ = read_scalars(layer)
+        weight = layer.cell_weight().detach()
+        rows = layer._rows(weight)
+        beyond = (weight.abs() > layer.held_scale()).float().mean()
+        found.append(
+            LayerReport(
+                name=name,
+                kind=layer._digital_class.__name__,
+                rows=rows.shape[2],
+                columns=rows.shape[0] * rows.shape[1],
+                cells=layer.cells,
+                pairs_per_weight=layer.pairs,
+                input_range=span or None,
+                centered=layer.centered,
+                equalized=layer.equalized,
+                b=b,
+                clipped=float(beyond),
+                noise_to_signal=ratios.get(name, 0.0),
+            )
+        )
+    return sorted(found, key=lambda layer: -layer.noise_to_signal)
+
+
+@contextmanager
+def _aged(model: nn.Module, seconds: float, temperature: float | None) -> Iterator[None]:
+    """Closed forms inside are those at the given time and temperature."""
+    state = crossbar_state(model)
+    kelvin = state.config.temperature if temperature is None else temperature
+    state.config.device.equivalent_time(seconds, kelvin)  # refuses a bad temperature
+    before, state.error = state.error, state.error_at((seconds,), kelvin)
+    try:
+        yield
+    finally:
+        state.error = before
+
+
+def _by_weights(layers: dict) -> dict[str, float]:
+    nothing: Any = None
+    return {
+        name: _ratio(weight_term(layer, Reading(nothing, nothing, 1.0, None, None))) for name, layer in layers.items()
+    }
+
+
+def _by_data(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
+    state = crossbar_state(model)
+    before = state.measure, state.term, dict(state.ratios)
+    with evaluating(model):
+        state.measure, state.term = True, None
+        state.ratios.clear()
+        try:
+            for layer in crossbar_layers(model).values():
+                layer.training = True  # only these: they then account for their errors
+            for batch in batches:
+                call_model(model, batch)
+            return {name: _ratio(pair) for name, pair in state.ratios.items()}
+        finally:
+            state.measure, state.term, state.ratios = before
+
+
+def _ratio(pair: torch.Tensor) -> float:
+    return float(pair[0] / pair[1].clamp(min=1e-30))

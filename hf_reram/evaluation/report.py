@@ -1,0 +1,196 @@
+"""What a robustness evaluation found, as JSON, as a table and as a plot."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.special import stdtrit
+
+from ..device.time import format_time, parse_time
+from .files import write_whole
+from .tables import markdown, places
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One chip at one time and temperature.
+
+    Attributes:
+        time: s since programming. temperature: K, None for the device's reference temperature.
+        seed: number of the chip. metrics: value by name.
+    """
+
+    time: float
+    temperature: float | None
+    seed: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """Over chips: mean, standard deviation (n - 1), half width of the 95 % confidence interval of the mean
+    (Student's t), and number of chips."""
+
+    mean: float
+    std: float
+    ci95: float
+    chips: int
+
+
+@dataclass
+class RobustnessReport:
+    """See :func:`hf_reram.evaluate_robustness`.
+
+    Attributes:
+        measurements: every chip, time and temperature.
+        digital, ideal: metrics of the digital model and of the ideal crossbar, or None.
+        config: the ReRAMConfig in full. summary: what is on crossbars. notes: what a reader must know.
+        weights: :func:`hf_reram.model.digest.weights_digest` of the model that was measured.
+        about: what the model card says beside numbers, see :class:`hf_reram.hub.about.About`.
+    """
+
+    measurements: list[Measurement]
+    digital: dict[str, float] | None = None
+    ideal: dict[str, float] | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    summary: str = ""
+    notes: list[str] = field(default_factory=list)
+    weights: str = ""
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the metrics, in the order in which ``evaluate`` gave them."""
+        return list(self.measurements[0].metrics)
+
+    @property
+    def times(self) -> list[float]:
+        """Times since programming [s], ascending."""
+        return sorted({m.time for m in self.measurements})
+
+    @property
+    def temperatures(self) -> list[float | None]:
+        """Temperatures [K] in the order of evaluation."""
+        return list(dict.fromkeys(m.temperature for m in self.measurements))
+
+    def statistic(self, metric: str, time: str | float, temperature: float | None = None) -> Statistic:
+        """The chips' statistic of one metric at one time.
+
+        Args:
+            temperature: K; None takes the first one evaluated.
+
+        Raises:
+            ValueError: nothing was measured there.
+        """
+        if temperature is None:
+            temperature = self.temperatures[0]
+        seconds = parse_time(time)
+        values = [
+            m.metrics[metric]
+            for m in self.measurements
+            if m.time == seconds and m.temperature == temperature and metric in m.metrics
+        ]
+        if not values:
+            raise ValueError(
+                f"nothing measured for metric={metric!r}, time={time!r}, temperature={temperature!r}: there are "
+                f"metrics {self.metrics}, times {[format_time(t) for t in self.times]} "
+                f"and temperatures {self.temperatures}"
+            )
+        n, std = len(values), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+        half = float(stdtrit(n - 1, 0.975)) * std / n**0.5 if n > 1 else 0.0
+        return Statistic(float(np.mean(values)), std, half, n)
+
+    # Files
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, with the statistics beside the measurements."""
+        table = [
+            {"metric": metric, "time": time, "label": format_time(time), "temperature": kelvin}
+            | asdict(self.statistic(metric, time, kelvin))
+            for metric in self.metrics
+            for kelvin in self.temperatures
+            for time in self.times
+        ]
+        return {"version": 1, **asdict(self), "statistics": table}
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The report as JSON text, also written to ``path`` if given (whole or not at all)."""
+        text = json.dumps(self.to_dict(), indent=2) + "\n"
+        if path is not None:
+            write_whole(path, text)
+        return text
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "RobustnessReport":
+        """Read back what :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: no such report.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is no robustness report: {error!r}") from error
+        return cls.from_dict(data, path)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], path: str | Path = "this") -> "RobustnessReport":
+        """The inverse of :meth:`to_dict`; ``path`` is for the error.
+
+        Raises:
+            ValueError: no such report.
+        """
+        try:
+            measurements = [Measurement(**m) for m in data["measurements"]]
+            rest = {key: data[key] for key in ("digital", "ideal", "config", "summary", "notes")}
+            rest |= {key: data[key] for key in ("weights", "about") if key in data}
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no robustness report: {error!r}") from error
+        return cls(measurements, **rest)
+
+    def to_markdown(self, decimals: int | None = None) -> str:
+        """A table: metrics by row, references and times by column, mean ± standard deviation over chips.
+
+        Args:
+            decimals: None takes 1 for percentages and 3 for what lies within ±1.
+        """
+        hot = len(self.temperatures) > 1
+        head = ["metric", *(["temperature"] if hot else []), "digital", "ideal crossbar"]
+        rows = []
+        for metric in self.metrics:
+            n = places(m.metrics[metric] for m in self.measurements) if decimals is None else decimals
+            for kelvin in self.temperatures:
+                row = [metric, *([f"{kelvin:g} K" if kelvin is not None else "reference"] if hot else [])]
+                for reference in (self.digital, self.ideal):
+                    row.append(f"{reference[metric]:.{n}f}" if reference and metric in reference else "–")
+                for time in self.times:
+                    s = self.statistic(metric, time, kelvin)
+                    row.append(f"{s.mean:.{n}f} ± {s.std:.{n}f}")
+                rows.append(row)
+        table = markdown([*head, *(format_time(t) for t in self.times)], rows)
+        chips = self.statistic(self.metrics[0], self.times[0]).chips
+        foot = [f"Mean ± standard deviation over {chips} chips.", *(f"{n[:1].upper()}{n[1:]}." for n in self.notes)]
+        return table + "\n" + " ".join(foot) + "\n"
+
+    def plot(
+        self,
+        path: str | Path,
+        *others: "RobustnessReport",
+        metric: str | None = None,
+        labels: Sequence[str] | None = None,
+        title: str | None = None,
+        digital: Mapping[str, float] | None = None,
+    ) -> Path:
+        """Write a PNG: the metric against time since programming, mean with the band of ± one standard deviation over
+        chips, the digital model as a reference line.
+
+        Args:
+            others: more reports for the same plot. metric: None takes the first. labels: one a report.
+            digital: metrics of the reference line; None takes this report's.
+        """
+        from .plot import plot_reports
+
+        return plot_reports(path, [self, *others], metric or self.metrics[0], labels, title, digital or self.digital)

@@ -1,0 +1,135 @@
+"""How a model does as chips that age: one number per metric, time, temperature and chip, with its references."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..device.time import parse_time
+from ..model.deploy import deploy, digital
+from ..model.digest import model_digest, weights_digest
+from ..model.find import crossbar_state
+from ..model.summary import summarize
+from ..nn.state import layer_seed
+from .report import Measurement, RobustnessReport
+from .run_log import Run, RunLog
+
+DEFAULT_TIMES = ("1s", "1d", "10y")
+
+
+def evaluate_robustness(
+    model: nn.Module,
+    evaluate: Callable[[nn.Module], Mapping[str, float] | float],
+    times: Sequence[str | float] = DEFAULT_TIMES,
+    temperatures: Sequence[float | None] = (None,),
+    seeds: int | Iterable[int] = 10,
+    references: bool = True,
+    progress: bool = True,
+    resume: str | Path | None = None,
+    share_chips: bool = False,
+) -> RobustnessReport:
+    """Evaluate a patched model as several chips at several times since programming.
+
+    Args:
+        model: patched and calibrated.
+        evaluate: called with the model, returns metrics by name, or one number. It runs once per chip, time and
+            temperature, and once for each reference.
+        times: see :func:`hf_reram.deploy`.
+        temperatures: K; None takes the config's.
+        seeds: how many chips, or the chips' numbers. Chip ``n`` is the same chip at every time, and its read noise
+            the same in every evaluation, whatever else is evaluated beside it.
+        references: also evaluate the digital model and the ideal crossbar (I-V curve and converters, nothing else).
+        progress: show a progress bar.
+        resume: a file that keeps each finished run; those of the same weights and config are not run again.
+        share_chips: with several processes, each runs its share of the chips, and all get the whole report;
+            ``evaluate`` must then not talk to other processes.
+
+    Raises:
+        ValueError: the model is not patched; no times, temperatures or seeds; a bad one of them; ``evaluate``
+            returns no finite numbers; or ``resume`` holds runs of other weights or another config.
+    """
+    state = crossbar_state(model)
+    chips = list(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else list(seeds)  # type: ignore[arg-type]
+    for name, values in (("times", times), ("temperatures", temperatures), ("seeds", chips)):
+        if isinstance(values, (str, bytes)) or not len(values):
+            raise ValueError(f"{name}={values!r}: allowed is a non-empty list")
+    seconds = [parse_time(t) for t in times]
+    kelvins = [state.config.temperature if t is None else t for t in temperatures]
+    for kelvin in kelvins:
+        state.config.device.equivalent_time(0.0, kelvin)
+    runs = [Run("digital"), Run("ideal")] if references else []
+    runs += [Run("chip", s, k, chip) for k in kelvins for s in seconds for chip in chips]
+    log = None if resume is None else RunLog(resume, model_digest(model))
+    found: dict[Run, dict[str, float]] = log.read() if log else {}
+    several = share_chips and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if several:
+        dist.barrier()  # all have read the same runs before the first one adds to them
+    pending = [run for run in runs if run not in found]
+    mine = pending[dist.get_rank() :: dist.get_world_size()] if several else pending
+    with (
+        tqdm(total=len(mine), desc="chips", disable=not progress, unit="run") as bar,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("once")
+        for run in mine:
+            found[run] = _measure(model, evaluate, run)
+            if log:
+                log.append(run, found[run])
+            bar.update()
+    if several:
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, {run: found[run] for run in mine})
+        for part in parts:
+            found |= part
+    device = state.config.device
+    notes = [
+        f"retention at {time:g} s is the last measured value, held"
+        for time, kelvin in sorted({(t, k) for t in seconds for k in kelvins}, key=str)
+        if device.holds_at(time, kelvin)
+    ]
+    if device.assumed:
+        notes.append(f"assumed, not measured: {', '.join(device.assumed)}")
+    report = RobustnessReport(
+        measurements=[
+            Measurement(run.time, run.temperature, run.seed, found[run]) for run in runs if run.kind == "chip"
+        ],
+        digital=found.get(Run("digital")) if references else None,
+        ideal=found.get(Run("ideal")) if references else None,
+        config=state.config.to_dict(),
+        summary=str(summarize(model)),
+        notes=notes,
+        weights=weights_digest(model),
+    )
+    state.report = report  # for push_to_hub
+    return report
+
+
+def _measure(model: nn.Module, evaluate: Callable, run: Run) -> dict[str, float]:
+    context: Any = digital(model) if run.kind == "digital" else nullcontext()
+    if run.kind == "chip":
+        context = deploy(model, run.time, run.temperature, run.seed)
+    with context, torch.random.fork_rng():
+        torch.manual_seed(layer_seed(run.seed, f"read noise at {run.time:g} s, {run.temperature} K"))
+        return _metrics(evaluate(model))
+
+
+def _metrics(result) -> dict[str, float]:
+    items = result.items() if isinstance(result, Mapping) else [("metric", result)]
+    metrics = {}
+    for key, value in items:
+        try:
+            metrics[str(key)] = float(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"evaluate returned {key}={value!r}: allowed are numbers") from None
+        if not math.isfinite(metrics[str(key)]):
+            raise ValueError(f"evaluate returned {key}={value!r}: allowed are finite numbers")
+    if not metrics:
+        raise ValueError("evaluate returned no metrics")
+    return metrics

@@ -1,0 +1,1 @@
+"""A robust checkpoint on the Hub: its card, upload and download, and the report beside its weights."""

@@ -1,0 +1,200 @@
+"""The model card of a robust checkpoint, made from its robustness report alone."""
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..config import ReRAMConfig
+from ..device.retention import retention_to_dict
+from ..device.time import format_time, parse_time
+from ..evaluation.report import RobustnessReport
+from ..evaluation.tables import comparison_table, metrics_table, places
+from .about import About
+
+BEGIN = "<!-- hf_reram writes what stands between this line and its end mark; text above and below is kept -->"
+END = "<!-- end of what hf_reram writes -->"
+TAGS = ("reram", "in-memory-computing", "analog")
+AUTO_CLASSES = {
+    "question-answering": "AutoModelForQuestionAnswering",
+    "image-classification": "AutoModelForImageClassification",
+    "text-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "text-generation": "AutoModelForCausalLM",
+    "fill-mask": "AutoModelForMaskedLM",
+    "image-segmentation": "AutoModelForSemanticSegmentation",
+    "object-detection": "AutoModelForObjectDetection",
+    "audio-classification": "AutoModelForAudioClassification",
+    "automatic-speech-recognition": "AutoModelForSpeechSeq2Seq",
+}
+
+
+def model_card(
+    report: RobustnessReport,
+    comparison: Mapping[str, RobustnessReport] | None = None,
+    plot: str | None = "robustness.png",
+) -> ModelCard:
+    """The card of the model that ``report`` was measured on.
+
+    Args:
+        report: with :attr:`~RobustnessReport.about`; without measurements the card says that there are none.
+        comparison: reports by label, for the table; None: the model alone.
+        plot: where the card finds it; None shows none.
+
+    Raises:
+        ValueError: the report says nothing about its model.
+    """
+    if not report.about:
+        raise ValueError("the report's 'about' is empty: a card needs at least what About's required fields say")
+    about = About.from_dict(report.about)
+    config = ReRAMConfig.from_dict(report.config)
+    rows = dict(comparison or {about.name: report})
+    measured = bool(report.measurements)
+    last = report.times[-1] if measured else parse_time(config.retention_times[-1])
+    template = resources.files(__package__) / "templates" / "model_card.md"
+    return ModelCard.from_template(
+        _metadata(about, report),
+        template_str=template.read_text(encoding="utf-8"),
+        begin=BEGIN,
+        end=END,
+        name=about.name,
+        base=_link(about.base_model),
+        adapter_of=about.base_model if about.relation == "adapter" else None,
+        device=config.device,
+        headline=_headline(about, report),
+        auto_class=AUTO_CLASSES.get(about.task, "AutoModel"),
+        repo=about.repo or about.name,
+        last_time=format_time(last),
+        metric=about.metric,
+        dataset=", ".join(part for part in (about.dataset, about.dataset_split) if part),
+        examples=about.examples,
+        chips=report.statistic(about.metric, last).chips if measured else 0,
+        table=comparison_table(rows, about.metric, digital=about.base_metrics).strip() if measured else "",
+        details=metrics_table(rows, last, digital=about.base_metrics, metrics=_shown(about, report)).strip()
+        if measured and len(report.metrics) > 1
+        else "",
+        plot=plot if measured else None,
+        hardware=_hardware(config),
+        summary=report.summary.strip(),
+        training=_training(about, config),
+        command=about.command,
+        limits=_limits(about, report),
+    )
+
+
+def _shown(about: About, report: RobustnessReport) -> list[str]:
+    return [name for name in about.details if name in report.metrics] or report.metrics
+
+
+def _on_hub(name: str) -> bool:
+    return "/" in name and not name.startswith(("/", "."))
+
+
+def _link(base_model: str) -> str:
+    hub = _on_hub(base_model)
+    return f"[{base_model}](https://huggingface.co/{base_model})" if hub else f"`{base_model}`"
+
+
+def _metadata(about: About, report: RobustnessReport) -> ModelCardData:
+    device = ReRAMConfig.from_dict(report.config).device.name
+    results: list[EvalResult] = []
+
+    def add(metric: str, value: float, when: str) -> None:
+        results.append(
+            EvalResult(
+                task_type=about.task,
+                dataset_type=about.dataset or "unknown",
+                dataset_name=about.dataset or "unknown",
+                dataset_split=about.dataset_split or None,
+                metric_type=metric.lower(),
+                metric_name=f"{metric}, {when}",
+                metric_value=round(value, 4),
+            )
+        )
+
+    metrics = [about.metric] if about.metric else []
+    for metric in [] if not report.measurements else report.metrics if len(report.metrics) < 4 else metrics:
+        for reference, values in (("as a digital model", report.digital), ("ideal crossbar", report.ideal)):
+            if values and metric in values:
+                add(metric, values[metric], reference)
+        for time in report.times:
+            found = report.statistic(metric, time)
+            add(metric, found.mean, f"{device} {format_time(time)} after programming, mean of {found.chips} chips")
+    hub = _on_hub(about.base_model)
+    emissions = None if about.co2_grams is None else {"emissions": about.co2_grams, "training_type": "fine-tuning"}
+    return ModelCardData(
+        model_name=about.name,
+        library_name="hf_reram",
+        base_model=about.base_model if hub else None,
+        base_model_relation=about.relation if hub else None,
+        datasets=[about.dataset] if "/" in about.dataset else None,
+        metrics=[metric.lower() for metric in metrics] or None,
+        pipeline_tag=about.task or None,
+        tags=list(TAGS),
+        co2_eq_emissions=emissions,
+        eval_results=results or None,
+    )
+
+
+def _headline(about: About, report: RobustnessReport) -> str:
+    if not report.measurements:
+        return "Its robustness has not been measured, or not with these weights."
+    last = report.times[-1]
+    found = report.statistic(about.metric, last)
+    base = about.base_metrics.get(about.metric)
+    n = places([found.mean])
+    aged = f"{found.mean:.{n}f} ± {found.std:.{n}f} on chips {format_time(last)} after programming"
+    return f"{about.metric}: {aged}" + (f", {base:.{n}f} of the digital base." if base is not None else ".")
+
+
+def _hardware(config: ReRAMConfig) -> list[tuple[str, str]]:
+    device = config.device
+    shrink = config.range_shrink if isinstance(config.range_shrink, str) else f"{config.range_shrink:g}"
+    retention = retention_to_dict(device.retention)
+    return [
+        ("conductance", f"{device.g_min:g}–{device.g_max:g} µS, differential pairs"),
+        ("I–V curve", f"I = g v0 sinh(v / v0), v0 = {device.v0:g} V"),
+        ("read voltage", f"{device.read_voltage:g} V, b = {device.b():.3g} unshrunk; range_shrink = {shrink}"),
+        ("retention model", str(retention["type"])),
+        ("programming error", f"{_polynomial(device.programming)} µS"),
+        ("read noise", f"{device.read_noise:g} µA a column and read"),
+        ("converters", f"DAC {_bits(config.dac_bits)}, ADC {_bits(config.adc_bits)}"),
+        *([("redundancy", _redundancy(config))] if config.redundancy else []),
+        ("assumed, not measured", ", ".join(device.assumed) or "nothing"),
+    ]
+
+
+def _redundancy(config: ReRAMConfig) -> str:
+    return f"{100 * config.redundancy:g} % more cells, in the layers where they do most"
+
+
+def _polynomial(coefficients: Sequence[float]) -> str:
+    powers = ("", " g", *(f" g^{k}" for k in range(2, len(coefficients))))
+    return " + ".join(f"{c:g}{power}" for c, power in zip(coefficients, powers))
+
+
+def _bits(bits: int | None) -> str:
+    return f"{bits} bits" if bits else "ideal"
+
+
+def _training(about: About, config: ReRAMConfig) -> list[str]:
+    kelvin = config.temperature or config.device.reference_temperature
+    times = ", ".join(format_time(parse_time(t)) for t in config.retention_times)
+    lines = [f"retention loss “{config.retention_loss}”, for {times} at {kelvin:g} K"]
+    lines += ["without labels: on the digital base's predictions"] if about.label_free else []
+    lines += about.training
+    lines += [f"{about.co2_grams:g} g CO₂eq"] if about.co2_grams is not None else []
+    if about.versions:
+        made = ", ".join(f"{name} {version}" for name, version in about.versions.items())
+        lines.append(f"{about.date}, {made}" if about.date else made)
+    return lines
+
+
+def _limits(about: About, report: RobustnessReport) -> list[str]:
+    lines = [
+        "Simulated, not measured on silicon: IR drop, sneak paths, drift of the periphery and endurance are not "
+        "modelled.",
+        "The figures hold for this device, these times and this evaluation; what the base model cannot do or gets "
+        "wrong, this one cannot do either.",
+    ]
+    return lines + [f"{note[:1].upper()}{note[1:]}." for note in report.notes]

@@ -1,0 +1,123 @@
+"""A checkpoint's folder made ready for the Hub: report, comparison, plot and card beside the weights."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import yaml_dump
+
+from ..evaluation.files import write_whole
+from ..evaluation.report import RobustnessReport
+from .about import About
+from .card import BEGIN, END, model_card
+
+REPORT, PLOT, COMPARISON = "robustness.json", "robustness.png", "comparison.json"
+# Of the cards that transformers and peft write by themselves, which say nothing.
+BLANK = ("This model card has been automatically generated.", "# Model Card for Model ID")
+
+
+def write_card(path: str | Path, card: ModelCard) -> ModelCard:
+    """Write a card so that what a person has written in the file there stays: the text outside the marks, and metadata
+    that the new card does not set.
+
+    Returns:
+        What is in the file now.
+
+    Raises:
+        ValueError: the file there is a card whose marks are damaged.
+    """
+    path = Path(path)
+    if path.exists() and (old := path.read_text(encoding="utf-8")).strip():
+        card = merge_cards(old, card, path)
+    write_whole(path, str(card).strip() + "\n")
+    return card
+
+
+def merge_cards(old: str, new: ModelCard, where: str | Path = "the card") -> ModelCard:
+    """``new`` with what people have written in ``old``: text outside the marks that ``new`` has not too, and metadata
+    that it does not set.
+
+    Args:
+        old: text of a card; one without marks is kept whole, below. where: for the error.
+
+    Raises:
+        ValueError: ``old`` has damaged marks.
+    """
+    card = ModelCard(old, ignore_metadata_errors=True)
+    text = "" if any(blank in card.text for blank in BLANK) else card.text
+    if (BEGIN in text) != (END in text):
+        raise ValueError(f"{where} holds only one of the marks {BEGIN!r} and {END!r}: allowed are both or none")
+    (above, _, below), (before, core, after) = _split(text), _split(new.text)
+    text = f"{_joined(before, above)}{core}{_joined(after, below)}"
+    kept = card.data.to_dict()
+    kept.pop("model-index", None)  # figures of the weights before
+    data = kept | new.data.to_dict()
+    for key in ("tags", "datasets", "metrics"):
+        more = [v for v in _listed(kept.get(key)) if v not in _listed(data.get(key))]
+        if more:
+            data[key] = [*_listed(data.get(key)), *more]
+    return ModelCard(f"---\n{yaml_dump(data)}---\n{text}")
+
+
+def _split(text: str) -> tuple[str, str, str]:
+    """What stands before, between (with them) and after the marks; without marks all stands after."""
+    if BEGIN not in text:
+        return "", "", f"\n\n{text.strip()}\n" if text.strip() else ""
+    before, begin, rest = text.partition(BEGIN)
+    core, end, after = rest.partition(END)
+    return before, begin + core + end, after
+
+
+def _joined(own: str, other: str) -> str:
+    if other.strip() in own:
+        return own
+    return other if own.strip() in other else f"{own.rstrip()}\n\n{other.strip()}\n\n"
+
+
+def _listed(value) -> list:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def publish(
+    folder: str | Path,
+    report: RobustnessReport,
+    comparison: Mapping[str, RobustnessReport] | None = None,
+    title: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Put report, comparison, plot and card beside a checkpoint's weights: ``robustness.json``, ``comparison.json``,
+    ``robustness.png`` and ``README.md``, ready for the Hub. Files of an earlier report are removed.
+
+    Args:
+        report: without measurements there is only a card, which says so.
+        title: of the plot. metadata: more of the card's, such as ``license``.
+    """
+    folder, about = Path(folder), About.from_dict(report.about)
+    rows = dict(comparison or {})
+    card = model_card(report, rows or None)
+    data: Any = card.data
+    for key, value in (metadata or {}).items():
+        if key == "tags":
+            value = [*data.tags, *(tag for tag in _listed(value) if tag not in data.tags)]
+        setattr(data, key, value)
+    for name, written in ((REPORT, report.measurements), (PLOT, report.measurements), (COMPARISON, rows)):
+        if not written:
+            (folder / name).unlink(missing_ok=True)
+    if rows:
+        text = json.dumps({label: row.to_dict() for label, row in rows.items()})
+        write_whole(folder / COMPARISON, text + "\n")
+    if report.measurements:
+        report.to_json(folder / REPORT)
+        reports = rows or {about.name: report}
+        first, *others = reports.values()
+        looks: Any = {"metric": about.metric, "labels": list(reports), "title": title, "digital": about.base_metrics}
+        first.plot(folder / PLOT, *others, **looks)
+    write_card(folder / "README.md", card)
+
+
+def read_comparison(path: str | Path) -> dict[str, RobustnessReport]:
+    """What :func:`publish` wrote as ``comparison.json``: reports by label."""
+    data = json.loads(Path(path).read_text(encoding="utf-8"))
+    return {label: RobustnessReport.from_dict(row, path) for label, row in data.items()}

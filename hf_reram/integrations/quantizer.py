@@ -1,0 +1,84 @@
+"""``from_pretrained`` and ``save_pretrained`` for models on crossbars, through transformers' quantizer interface.
+
+Registered when hf_reram is imported. Without it transformers does not know the method "reram" and loads the
+checkpoint as the plain digital model that its weights are.
+"""
+
+from typing import Any
+
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+
+from ..config import ReRAMConfig
+from ..hub.load import attach_stored_report
+from ..hub.push import attach_upload
+from ..model.find import crossbar_layers
+from ..model.patch import initialize_layers, make_range_trainable, swap_layers, unpatch_model
+from ..nn.layer import BUFFERS, FILLS
+
+# Buffers that checkpoints from before do not have.
+ADDED_LATER = ("input_floor", "input_offset", "input_scale", "pairs_per_weight")
+
+
+@register_quantizer("reram")
+class ReRAMQuantizer(HfQuantizer):
+    """Swaps layers before the weights are loaded; what a checkpoint does not bring is set from the weights."""
+
+    requires_calibration = False
+    quantization_config: ReRAMConfig
+    files: Any = None  # that the weights come from
+    gathered: dict[str, Any] | None = None  # the state dict of a sharded model while it is saved
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+        self.files = checkpoint_files if self.pre_quantized else None
+        swap_layers(model, self.quantization_config)
+        if self.quantization_config.learn_input_range:
+            for layer in crossbar_layers(model).values():
+                make_range_trainable(layer)
+        absent = ADDED_LATER if self.pre_quantized else BUFFERS  # a digital checkpoint need have none of them
+        ignored = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])
+        model._keys_to_ignore_on_load_missing = ignored + [rf"(^|\.){name}$" for name in absent]
+        return model
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        needed = [name for name in (*BUFFERS, "weight") if name not in ADDED_LATER]
+        missing = set()
+        for name, layer in crossbar_layers(model).items():
+            if not self.pre_quantized or not all(_was_loaded(getattr(layer, b)) for b in needed):
+                missing.add(name)
+                continue
+            for buffer in ADDED_LATER:
+                if not _was_loaded(getattr(layer, buffer)):
+                    getattr(layer, buffer).data.fill_(FILLS[buffer])
+        initialize_layers(model, missing)
+        # transformers refuses .half() and .float() for quantized models; here weights are ordinary parameters.
+        model.is_quantized = False
+        attach_stored_report(model, self.files)
+        attach_upload(model)
+        return model
+
+    def _dequantize(self, model, dtype=None):
+        return unpatch_model(model)
+
+    def get_state_dict_and_metadata(self, model):
+        """What ``save_pretrained`` takes in place of the state dict that it is given; None takes the model's own."""
+        return self.gathered, {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _was_loaded(tensor) -> bool:
+    return getattr(tensor, "_is_hf_initialized", False)

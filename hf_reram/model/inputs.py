@@ -1,0 +1,61 @@
+"""Models are called and answer in many shapes; what they predict is in their logits."""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+
+def call_model(model: nn.Module, batch):
+    """Call the model with a batch, moved to its device, without arguments that its forward does not take."""
+    device = next(model.parameters()).device
+    if isinstance(batch, Mapping):
+        parameters = inspect.signature(model.forward).parameters
+        open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        known = {
+            key: value.to(device) if isinstance(value, Tensor) else value
+            for key, value in batch.items()
+            if key in parameters or (open_ended and isinstance(value, Tensor))
+        }
+        return model(**known)
+    if isinstance(batch, (tuple, list)):
+        return model(*(value.to(device) if isinstance(value, Tensor) else value for value in batch))
+    return model(batch.to(device))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in evaluation mode for as long as the context lasts; every module's own mode is restored afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def find_logits(outputs) -> list[Tensor]:
+    """The logits in a model's outputs: every tensor under a key that ends in "logits", or, where there is none, the
+    last hidden state, or the output itself if it is a tensor.
+
+    Raises:
+        ValueError: there is none of these.
+    """
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    if isinstance(outputs, Mapping):
+        found = [v for k, v in outputs.items() if k.endswith("logits") and isinstance(v, Tensor)]
+        if not found and isinstance(outputs.get("last_hidden_state"), Tensor):
+            found = [outputs["last_hidden_state"]]
+        if found:
+            return found
+        raise ValueError(f"the model's outputs {sorted(outputs)} hold no logits and no last_hidden_state")
+    if isinstance(outputs, (tuple, list)):
+        return [v for v in outputs if isinstance(v, Tensor) and v.dim() > 1][:1] or _no_tensor(outputs)
+    return _no_tensor(outputs)
+
+
+def _no_tensor(outputs):
+    raise ValueError(f"the model's output of type {type(outputs).__name__} holds no logits")

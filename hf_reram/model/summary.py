@@ -1,0 +1,64 @@
+"""How much of a model is on crossbars."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..nn import CrossbarMixin
+from .find import crossbar_layers, crossbar_state
+
+
+@dataclass(frozen=True)
+class CrossbarSummary:
+    """What of a model is on crossbars.
+
+    Attributes:
+        device: name of the cell technology. layers: crossbar layers. cells: ReRAM cells, two a weight and pair.
+        weights: weights on crossbars. parameters: all of the model's parameters.
+        calibrated: layers that have an input range.
+        digital: modules with matrices of their own that stay digital, by name and class.
+    """
+
+    device: str
+    layers: int
+    cells: int
+    weights: int
+    parameters: int
+    calibrated: int
+    digital: tuple[str, ...]
+
+    @property
+    def share(self) -> float:
+        """Share of the model's parameters on crossbars."""
+        return self.weights / max(self.parameters, 1)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.layers} crossbar layers on {self.device} ({self.calibrated} calibrated): {self.cells:,} cells hold "
+            f"{self.weights:,} weights, {100 * self.share:.1f} % of the model's {self.parameters:,} parameters"
+        )
+
+
+def summarize(model: nn.Module) -> CrossbarSummary:
+    """Count the model's crossbar layers and cells.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    state, layers = crossbar_state(model), crossbar_layers(model)
+    weights = sum(layer.weight.numel() for layer in layers.values())
+    ranges = sum(p.numel() for name, p in model.named_parameters() if name.endswith("input_range"))
+    digital = tuple(
+        f"{name} ({type(m).__name__})"
+        for name, m in model.named_modules()
+        if not isinstance(m, CrossbarMixin) and any(p.dim() > 1 for p in m.parameters(recurse=False))
+    )
+    return CrossbarSummary(
+        device=state.config.device.name,
+        layers=len(layers),
+        cells=sum(layer.cells for layer in layers.values()),
+        weights=weights,
+        parameters=sum(p.numel() for p in model.parameters()) - ranges,
+        calibrated=sum(layer.weight.device.type != "meta" and layer.calibrated for layer in layers.values()),
+        digital=digital,
+    )

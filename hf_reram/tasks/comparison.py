@@ -1,0 +1,241 @@
+"""The comparison that every recipe makes: one digital base, several ways to put it on crossbars, the same budget, data
+and chips for each (DESIGN §5)."""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.utils import logging
+
+from ..config import ReRAMConfig
+from ..device.time import format_time
+from ..evaluation.files import write_whole
+from ..evaluation.report import RobustnessReport
+from ..evaluation.robustness import evaluate_robustness
+from ..evaluation.tables import comparison_table, metrics_table
+from ..hub.about import About
+from ..hub.publish import publish
+from ..model.deploy import digital
+from ..training.checkpoints import last_checkpoint
+from ..training.trainer import ReRAMTrainer
+from ..version import __version__
+
+logger = logging.get_logger(__name__)
+
+
+NAIVE = {
+    "range_shrink": 1.0,
+    "weight_clip": None,
+    "center_inputs": False,
+    "equalize_inputs": False,
+    "weight_scale": "per_channel",
+    "redundancy": 0.0,
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to put the base on crossbars.
+
+    Attributes:
+        label: in table and plot. loss: ``retention_loss``; "" takes the config's, None trains nothing.
+        mapped: shrink, clipping, input offset, scales and redundancy as the config says, else a naive crossbar: the
+            whole read voltage, the largest weight at g_max, inputs driven as they are.
+    """
+
+    label: str
+    loss: str | None
+    mapped: bool = True
+
+    @property
+    def folder(self) -> str:
+        """The label as a folder's name."""
+        return re.sub(r"[^a-z0-9]+", "-", self.label.lower()).strip("-")
+
+    def config(self, config: ReRAMConfig) -> ReRAMConfig:
+        """``config`` changed to this method."""
+        changes: dict[str, Any] = {} if self.mapped else dict(NAIVE)
+        if self.loss != "":
+            changes["retention_loss"] = self.loss or "none"
+        return ReRAMConfig.from_dict({**config.to_dict(), **changes})
+
+
+OURS = Method("hf_reram", "")
+METHODS = (
+    Method("naive crossbar", None, mapped=False),
+    Method("calibrated mapping, no finetuning", None),
+    Method("finetuned without retention loss", "none"),
+    Method("finetuned with noise injection", "noise"),
+    OURS,
+)
+
+
+def run_protocol(
+    make_trainer: Callable[[ReRAMConfig, str], ReRAMTrainer],
+    evaluate: Callable[[nn.Module], Mapping[str, float]],
+    config: ReRAMConfig,
+    folder: str | Path,
+    times: Sequence[str | float],
+    about: About,
+    seeds: int | Iterable[int] = 10,
+    methods: Sequence[Method] = METHODS,
+    title: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    temperatures: Sequence[float | None] = (None,),
+    prepare: Callable[[ReRAMTrainer], None] | None = None,
+) -> dict[str, RobustnessReport]:
+    """Train and evaluate every method, and compare them in ``folder``: ``report.md``, ``report.json``,
+    ``robustness.png``, and for each method a folder with its checkpoints, model and report. A model's folder also holds
+    its card, plot and comparison, ready to be pushed.
+
+    What a killed run has finished is not done again: methods, training steps up to the last checkpoint (as
+    ``TrainingArguments.save_strategy`` says), chips. With several processes each evaluates its share of the chips, and
+    the first one writes.
+
+    Args:
+        make_trainer: called with a method's config and output folder; returns a trainer with a fresh copy of the base.
+        evaluate: see :func:`hf_reram.evaluate_robustness`; must not talk to other processes.
+        config: that of :data:`OURS`.
+        about: what the card says; base metrics, training, versions and date are added.
+        title: of the plot.
+        settings: what else the results depend on, such as hyperparameters.
+        prepare: called with each trainer before its training, after the base was measured.
+
+    Returns:
+        Reports by the methods' labels.
+
+    Raises:
+        ValueError: ``folder`` holds a comparison with another config or other settings.
+    """
+    folder, reports = Path(folder), {}
+    _claim(folder, {"config": config.to_dict(), "settings": dict(settings or {})})
+    about = replace(about, versions=_versions(), date=str(date.today()))
+    main = True
+    for method in methods:
+        home = folder / method.folder
+        trainer = make_trainer(method.config(config), str(home))
+        main = trainer.is_world_process_zero()
+        if not about.base_metrics:
+            about.base_metrics = _base_metrics(trainer, evaluate, folder / "base.json")
+        if prepare is not None:
+            prepare(trainer)
+        note = _train(trainer, home) if method.loss is not None else None
+        logger.warning("evaluating: %s", method.label)
+        report = evaluate_robustness(
+            trainer.model,
+            evaluate,
+            times,
+            temperatures,
+            seeds,
+            progress=main,
+            resume=home / "chips.jsonl",
+            share_chips=True,
+        )
+        report.about = replace(about, training=[note] if note else []).to_dict()
+        reports[method.label] = report
+        if main:
+            report.to_json(home / "robustness.json")
+        if method.loss is not None:
+            trainer.save_model(str(home / "model"))
+    if main:
+        write_comparison(folder, reports, about.metric, title)
+        for method in methods:
+            if method.loss is not None:
+                publish(folder / method.folder / "model", reports[method.label], reports, title)
+    return reports
+
+
+def _base_metrics(trainer: ReRAMTrainer, evaluate: Callable, file: Path) -> dict[str, float]:
+    """Those of the digital base, which a trainer's fresh model still is."""
+    if file.exists():
+        return json.loads(file.read_text(encoding="utf-8"))
+    with digital(trainer.model):
+        found = {name: float(value) for name, value in evaluate(trainer.model).items()}
+    if trainer.is_world_process_zero():
+        write_whole(file, json.dumps(found, indent=2) + "\n")
+    return found
+
+
+def _train(trainer: ReRAMTrainer, home: Path) -> str:
+    """Train from the last checkpoint on, if there is one; what to say about it, which a resumption says again."""
+    checkpoint = last_checkpoint(home)
+    done = trainer.train(resume_from_checkpoint=checkpoint)
+    if hasattr(trainer.model, "merge_and_unload"):  # LoRA: a chip has no digital side path
+        trainer.model = trainer.model.merge_and_unload()
+    steps, size = trainer.state.global_step, trainer.args.train_batch_size * trainer.args.world_size
+    size *= trainer.args.gradient_accumulation_steps
+    note, file = f"{steps} steps of {size} examples, learning rate {trainer.args.learning_rate:g}", home / "trained.txt"
+    if file.exists():
+        return file.read_text(encoding="utf-8").strip()
+    if not checkpoint:  # the time of a resumed training is not known
+        note += f", {done.metrics['train_runtime']:.0f} s on {_machine(trainer)}"
+    if trainer.is_world_process_zero():
+        write_whole(file, note + "\n")
+    return note
+
+
+def _machine(trainer: ReRAMTrainer) -> str:
+    if trainer.args.device.type == "cuda":
+        return f"{trainer.args.world_size} x {torch.cuda.get_device_name()}"
+    return f"{torch.get_num_threads() * trainer.args.world_size} CPU threads"
+
+
+def _versions() -> dict[str, str]:
+    return {"hf_reram": __version__, "torch": str(torch.__version__), "transformers": transformers.__version__}
+
+
+def write_comparison(
+    folder: str | Path, reports: Mapping[str, RobustnessReport], metric: str | None = None, title: str | None = None
+) -> None:
+    """``report.md``, ``report.json`` and ``robustness.png`` of several models' reports, the base's metrics and the
+    command as the last report's ``about`` says."""
+    folder, (first, *others) = Path(folder), list(reports.values())
+    metric = metric or first.metrics[0]
+    last, about = first.times[-1], list(reports.values())[-1].about
+    base = about.get("base_metrics") or first.digital
+    first.plot(folder / "robustness.png", *others, metric=metric, labels=list(reports), title=title, digital=base)
+    chips = first.statistic(metric, last).chips
+    parts = [
+        f"{metric}, mean ± standard deviation over {chips} chips:",
+        comparison_table(reports, metric, digital=base),
+    ]
+    if len(first.metrics) > 1:
+        parts += [
+            f"Every metric after {format_time(last)}:",
+            metrics_table(reports, last, digital=base, metrics=about.get("details", ())),
+        ]
+    parts += ["\n".join(f"- {note}" for note in first.notes)] if first.notes else []
+    if about.get("command"):
+        versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+        parts += [f"Measured on {about['date']} with {versions}:", f"```bash\n{about['command']}\n```"]
+    write_whole(folder / "report.md", "\n\n".join(part.strip() for part in parts) + "\n")
+    text = json.dumps({label: report.to_dict() for label, report in reports.items()}, indent=2)
+    write_whole(folder / "report.json", text + "\n")
+
+
+def _claim(folder: Path, what: dict[str, Any]) -> None:
+    """Note in the folder what is compared there, or check that it is the same as before."""
+    file, text = folder / "protocol.json", json.dumps(what, indent=2, default=str) + "\n"
+    if file.exists():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        now = json.loads(text)
+        changed = sorted(
+            f"{part}.{key}"
+            for part in now
+            for key in now[part].keys() | before.get(part, {}).keys()
+            if now[part].get(key) != before.get(part, {}).get(key)
+        )
+        if changed:
+            raise ValueError(
+                f"{folder} holds a comparison with other values of {changed}: allowed are the same ones, which "
+                "resumes it, or another folder"
+            )
+    else:
+        write_whole(file, text)

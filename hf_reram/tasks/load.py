@@ -1,0 +1,94 @@
+"""The tasks that any checkpoint can be evaluated on: its data, its metrics and what it is calibrated with."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import AutoTokenizer
+
+from ..config import ReRAMConfig
+from .data import KINDS, draw, load_rows
+from .image_classification import ImageClassification, check_labels, image_transforms
+from .question_answering import QuestionAnswering
+
+
+@dataclass
+class Task:
+    """A model's task on a data set.
+
+    Attributes:
+        evaluate: see :func:`hf_reram.evaluate_robustness`. batches: of model inputs, without labels, for calibration.
+        metric: the one to judge by. examples: how many are evaluated.
+    """
+
+    evaluate: Callable[[nn.Module], Mapping[str, float]]
+    batches: list[Mapping[str, Any]]
+    metric: str
+    examples: int
+
+
+def question_answering(model: Any, name: str, dataset: Any, batch_size: int = 32) -> Task:
+    """SQuAD-like questions, unanswerable ones included.
+
+    Raises:
+        ValueError: the data are not SQuAD-like.
+    """
+    evaluate = QuestionAnswering(dataset, AutoTokenizer.from_pretrained(name), batch_size=batch_size)
+    batches = [batch for _, batch in evaluate.batches]
+    answerable = any(len(row["text"]) for row in dataset["answers"])
+    return Task(evaluate, _spread(batches), "HasAns_span_f1" if answerable else "f1", len(dataset))
+
+
+def image_classification(model: Any, name: str, dataset: Any, batch_size: int = 32) -> Task:
+    """Images and integer labels.
+
+    Raises:
+        ValueError: columns are missing, or labels are not the model's.
+    """
+    check_labels(dataset, model, "the data set")
+    _, plain = image_transforms(model, name)
+    evaluate = ImageClassification(dataset, plain, batch_size)
+    batches = [{"pixel_values": batch["pixel_values"]} for batch in evaluate.batches()]
+    return Task(evaluate, _spread(batches), "accuracy", len(dataset))
+
+
+TASKS = {"question-answering": question_answering, "image-classification": image_classification}
+
+
+def load_task(
+    task: str,
+    model: Any,
+    name: str,
+    dataset: str,
+    split: str = "validation",
+    samples: int | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> Task:
+    """A task with its data.
+
+    Args:
+        task: one of :data:`TASKS`. name: where the model came from.
+        dataset: Hub id, parquet or JSON file, or folder of images by class. samples: drawn by ``seed``; None: all.
+
+    Raises:
+        ValueError: another task, or data that do not fit it. FileNotFoundError: no such file.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task={task!r}: allowed are {sorted(TASKS)}")
+    rows = draw(load_rows(dataset, split, **_where(dataset)), samples, seed)
+    return TASKS[task](model, name, rows, batch_size)
+
+
+def _where(dataset: str) -> dict[str, str]:
+    path = Path(dataset)
+    if path.is_dir():
+        return {"folder": dataset}
+    return {"file": dataset} if path.suffix in KINDS else {}
+
+
+def _spread(batches: list) -> list:
+    """As many as calibration reads, from all over: the first ones may be the shortest."""
+    return batches[:: max(1, -(-len(batches) // ReRAMConfig.calibration_batches))]

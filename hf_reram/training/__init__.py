@@ -1,0 +1,1 @@
+"""Finetuning on simulated crossbars: losses, distillation, the trainer, its checkpoints and its diagnosis."""

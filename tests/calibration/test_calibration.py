@@ -1,0 +1,204 @@
+import pytest
+import torch
+from torch import nn
+
+from hf_reram import ReRAMConfig, calibrate, crossbar_layers, deploy, digital, patch_model, unpatch_model
+from hf_reram.calibration.statistics import LayerStatistics
+from hf_reram.device.moments import weight_error
+from hf_reram.nn.mapping import CLIPS, expected_error, weight_scales
+from tests.conftest import bert_batch, device, straight
+
+
+@pytest.mark.parametrize("percent", [50, 99, 99.9, 100])
+def test_percentiles_stream(percent):
+    layer = nn.Sequential(nn.Linear(32, 4))
+    patch_model(layer, straight())
+    statistics = LayerStatistics(layer[0], "0", 0)
+    batches = [torch.randn(500, 32) * (1 + i) for i in range(6)]
+    for batch in batches:
+        statistics.update(batch, None)
+    exact = torch.quantile(torch.cat(batches).abs().flatten(), percent / 100)
+    assert statistics.percentile(percent) == pytest.approx(float(exact), rel=0.01)
+    assert len(statistics.samples) == 256
+
+
+def test_samples_are_uniform_over_batches():
+    layer = nn.Sequential(nn.Linear(4, 4))
+    patch_model(layer, straight())
+    statistics = LayerStatistics(layer[0], "0", 0)
+    for i in range(8):
+        statistics.update(torch.full((1000, 4), float(i)), None)
+    shares = torch.bincount(statistics.samples[:, 0].long(), minlength=8)
+    assert shares.min() > 10  # of 32 expected; 5 standard deviations are 26
+    assert shares.sum() == 256
+
+
+def test_padding_is_left_out(tiny_bert):
+    patch_model(tiny_bert, straight())
+    batch = bert_batch()
+    real = batch["attention_mask"].bool()
+    batch["input_ids"][batch["input_ids"] == 49] = 7
+    with torch.no_grad():
+        tiny_bert.bert.embeddings.word_embeddings.weight[49] *= 1000
+    calibrate(tiny_bert, [batch])
+    before = [layer.weight_scale.clone() for layer in crossbar_layers(tiny_bert).values()]
+    ranges = [float(layer.input_range) for layer in crossbar_layers(tiny_bert).values()]
+    batch["input_ids"][~real] = 49
+    calibrate(tiny_bert, [batch])
+    assert [float(layer.input_range) for layer in crossbar_layers(tiny_bert).values()] == pytest.approx(ranges)
+    assert all(torch.equal(a, layer.weight_scale) for a, layer in zip(before, crossbar_layers(tiny_bert).values()))
+
+
+def test_calibration_leaves_modes_weights_and_rng_of_the_model_alone(tiny_bert):
+    patch_model(tiny_bert, ReRAMConfig())
+    tiny_bert.train()
+    tiny_bert.bert.eval()
+    before = {n: p.clone() for n, p in tiny_bert.named_parameters()}
+    calibrate(tiny_bert, [bert_batch()], sensitivity=True)
+    assert tiny_bert.training
+    assert not tiny_bert.bert.training
+    assert all(torch.equal(p, before[n]) for n, p in tiny_bert.named_parameters())
+    assert all(p.grad is None for p in tiny_bert.parameters())
+
+
+@pytest.mark.parametrize("batches", [[], [torch.zeros(0, 4)]])
+def test_empty_sets_are_refused(batches):
+    model = nn.Sequential(nn.Linear(4, 4))
+    patch_model(model, ReRAMConfig())
+    with pytest.raises(ValueError, match="calibration set is empty"):
+        calibrate(model, batches)
+
+
+def test_nan_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4))
+    patch_model(model, ReRAMConfig())
+    with pytest.raises(ValueError, match="NaN"):
+        calibrate(model, [torch.full((3, 4), float("nan"))])
+
+
+def test_auto_clip_is_the_minimum_of_the_expected_error():
+    rows = torch.randn(1, 5, 64)
+    error = weight_error(device(), (86400.0,), None)
+    inputs = torch.randn(1, 200, 64)
+    best = weight_scales(rows, "auto", True, error, inputs)
+    rms = rows.square().mean(2, keepdim=True).sqrt()
+    largest = rows.abs().amax(2, keepdim=True)
+    chosen = expected_error(rows, best.view(1, 5, 1), error, inputs)
+    for clip in (*CLIPS, 1e9):
+        assert (chosen <= expected_error(rows, torch.minimum(largest, clip * rms), error, inputs) * 1.00001).all()
+
+
+def test_one_sided_inputs_are_centered_and_chips_err_less():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, groups=8)).eval()
+    x = torch.randn(16, 3, 12, 12) + 2
+    exact, errors = model(x).detach(), {}
+    for center in (True, False):
+        patch_model(model, ReRAMConfig(device="cmo-hfox-ibm", weight_clip=None, center_inputs=center))
+        calibrate(model, [x])
+        assert all(layer.centered == center for layer in crossbar_layers(model).values())
+        with torch.no_grad():
+            per_chip = []
+            for seed in range(20):
+                with deploy(model, "10y", seed=seed):
+                    per_chip.append((model(x) - exact).square().mean())
+        errors[center] = float(torch.stack(per_chip).mean())
+        unpatch_model(model)
+    assert errors[True] < 0.6 * errors[False]
+
+
+def test_inputs_around_zero_are_driven_as_they_are():
+    model = nn.Sequential(nn.Linear(16, 4))
+    patch_model(model, ReRAMConfig())
+    calibrate(model, [torch.randn(500, 16)])
+    assert not model[0].centered
+
+
+def test_padding_does_not_count_in_the_offset():
+    model = nn.Sequential(nn.Linear(4, 4))
+    patch_model(model, ReRAMConfig())
+    statistics = LayerStatistics(model[0], "0", 0)
+    x = torch.full((2, 6, 4), 3.0)
+    x[:, 3:] = 100.0
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0]] * 2)
+    statistics.update(x, mask.reshape(-1))
+    torch.testing.assert_close(statistics.offset, torch.full((4,), 3.0))
+
+
+def test_expected_error_is_what_chips_show():
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Linear(48, 20, bias=False)).eval()
+    patch_model(model, ReRAMConfig(device=device(v0=1e6, read_noise=0.0), weight_clip=1.0))
+    x = torch.randn(400, 48)
+    calibrate(model, [x])
+    with torch.no_grad():
+        with digital(model):
+            clean = model(x)
+        found = []
+        for seed in range(60):
+            with deploy(model, "1d", seed=seed):
+                found.append((model(x) - clean).square().mean(0).sum())
+    error = weight_error(device(), (86400.0,), None)
+    expected = expected_error(model[0].weight[None], model[0].weight_scale.view(1, -1, 1), error, x[None]).sum()
+    assert float(torch.stack(found).mean()) == pytest.approx(float(expected), rel=0.02)
+
+
+def test_auto_shrink_trades_curvature_for_noise():
+    def shrink_of(noise):
+        model = nn.Sequential(nn.Linear(64, 32))
+        patch_model(model, ReRAMConfig(device=device(read_noise=noise, read_voltage=0.5)))
+        torch.manual_seed(0)
+        calibrate(model, [torch.randn(300, 64)])
+        return float(model[0].range_shrink)
+
+    assert shrink_of(0.0) < shrink_of(0.05) < shrink_of(5.0) == 1.0
+
+
+def test_shared_inputs_share_range_and_shrink(tiny_bert):
+    patch_model(tiny_bert, ReRAMConfig())
+    calibrate(tiny_bert, [bert_batch()])
+    attention = tiny_bert.bert.encoder.layer[0].attention.self
+    for name in ("input_range", "range_shrink", "gain"):
+        assert getattr(attention.query, name) == getattr(attention.key, name) == getattr(attention.value, name)
+
+
+@pytest.mark.parametrize("gain", ["calibrated", "full_scale", "small_signal"])
+def test_gains_are_exact_where_they_promise(gain):
+    model = nn.Sequential(nn.Linear(1, 1, bias=False)).eval()
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+    options = {"device": device(v0=0.1), "range_shrink": 1.0, "input_percentile": 100.0, "weight_clip": None}
+    patch_model(model, ReRAMConfig(gain=gain, **options))
+    x = torch.linspace(-2, 2, 401)[:, None]
+    calibrate(model, [x])
+    with torch.no_grad():
+        y = model(x)
+    if gain == "full_scale":
+        assert float(y[-1]) == pytest.approx(2, rel=1e-4)
+    elif gain == "small_signal":
+        assert float(y[201] / x[201]) == pytest.approx(1, rel=1e-3)
+    else:
+        assert float((y * (y - x)).sum() / y.square().sum()) == pytest.approx(0, abs=2e-3)
+
+
+def test_one_sided_inputs_get_the_whole_dac():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.Hardswish(), nn.Linear(32, 4)).eval()
+    x = torch.randn(256, 8) * 3
+    exact = model(x).detach()
+    patch_model(model, ReRAMConfig(device="cmo-hfox-ibm", dac_bits=5, weight_clip=None, center_inputs=False))
+    calibrate(model, [x])
+    floors = [float(layer.input_floor) for layer in crossbar_layers(model).values()]
+    assert floors[0] < -0.5 and floors[1] == 0 and -0.5 < floors[2] < 0
+    one_sided = float((model(x).detach() - exact).square().mean())
+    for layer in crossbar_layers(model).values():
+        layer.input_floor.fill_(-1.0)
+    assert one_sided < 0.5 * float((model(x).detach() - exact).square().mean())
+
+
+def test_a_chip_is_not_calibrated(tiny_bert):
+    patch_model(tiny_bert, ReRAMConfig())
+    calibrate(tiny_bert, [bert_batch()])
+    with deploy(tiny_bert, "1d"), pytest.raises(ValueError, match="calibrate it outside of deploy"):
+        calibrate(tiny_bert, [bert_batch()])
+    calibrate(tiny_bert, [bert_batch()])

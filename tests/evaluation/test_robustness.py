@@ -1,0 +1,105 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hf_reram import ReRAMConfig, RobustnessReport, calibrate, evaluate_robustness, patch_model
+from hf_reram.evaluation.report import Measurement
+from tests.conftest import bert_batch
+
+
+@pytest.fixture
+def model():
+    model = nn.Sequential(nn.Linear(8, 4)).eval()
+    patch_model(model, ReRAMConfig())
+    return calibrate(model, [torch.randn(32, 8)])
+
+
+def mean_square(model):
+    with torch.no_grad():
+        return {"power": float(model(torch.ones(3, 8)).square().mean()), "constant": 2.0}
+
+
+def test_report_holds_every_chip_and_its_references(model, tmp_path):
+    report = evaluate_robustness(
+        model, mean_square, times=["1s", "1d"], temperatures=[300, 350], seeds=3, progress=False
+    )
+    assert len(report.measurements) == 12
+    assert report.digital["constant"] == report.ideal["constant"] == 2.0
+    values = [m.metrics["power"] for m in report.measurements if (m.time, m.temperature) == (86400.0, 350)]
+    found = report.statistic("power", "1d", 350)
+    assert (found.mean, found.std) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
+    assert found.ci95 == pytest.approx(4.302653 * found.std / math.sqrt(3), rel=1e-5)  # Student's t, 2 degrees
+    report.to_json(tmp_path / "r.json")
+    again = RobustnessReport.from_json(tmp_path / "r.json")
+    assert again.to_dict() == report.to_dict()
+    table = report.to_markdown()
+    assert "| 1s | 1d |" in table
+    assert "350 K" in table
+    assert "assumed" in table.lower()
+
+
+def test_ten_chips_by_default_and_held_retention_is_noted(model):
+    with pytest.warns(UserWarning, match="held"):
+        report = evaluate_robustness(model, mean_square, times=["10y"], progress=False)
+    assert report.statistic("power", "10y").chips == 10
+    assert any("held" in note for note in report.notes)
+
+
+def test_plot_is_a_png_of_several_models(tmp_path):
+    def report(offset):
+        chips = [Measurement(t, None, s, {"f1": 50 + offset + s}) for t in (1.0, 86400.0, 3.15576e8) for s in range(3)]
+        return RobustnessReport(chips, digital={"f1": 60.0})
+
+    path = report(0).plot(tmp_path / "sub" / "p.png", report(5), labels=["a", "b"], title="t")
+    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    with pytest.raises(ValueError, match="labels"):
+        report(0).plot(tmp_path / "q.png", report(1), labels=["a"])
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"times": []}, {"times": "1d"}, {"seeds": 0}, {"seeds": []}, {"temperatures": []}, {"temperatures": [-1]}]
+)
+def test_bad_arguments(model, wrong):
+    with pytest.raises(ValueError, match="allowed"):
+        evaluate_robustness(model, mean_square, progress=False, **wrong)
+
+
+@pytest.mark.parametrize("result", [{}, {"f1": float("nan")}, {"f1": "high"}, None])
+def test_bad_metrics(model, result):
+    with pytest.raises(ValueError, match="evaluate returned"):
+        evaluate_robustness(model, lambda m: result, progress=False)
+
+
+def test_reports_that_are_none(tmp_path):
+    (tmp_path / "r.json").write_text("{}")
+    with pytest.raises(ValueError, match="no robustness report"):
+        RobustnessReport.from_json(tmp_path / "r.json")
+
+
+def test_a_killed_evaluation_goes_on_where_it_stopped(tiny_bert, tmp_path):
+    patch_model(tiny_bert, ReRAMConfig())
+    calibrate(tiny_bert, [bert_batch()])
+    calls = []
+
+    def evaluate(model):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return {"x": float(model(**bert_batch()).logits.sum())}
+
+    log = tmp_path / "runs.jsonl"
+    options = {"times": ["1s", "1d"], "seeds": 2, "progress": False, "resume": log}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_robustness(tiny_bert, evaluate, **options)
+    log.write_text(log.read_text() + '{"of": "cut o')
+    resumed = evaluate_robustness(tiny_bert, evaluate, **options)
+    assert len(calls) == 4 + 3
+    again = evaluate_robustness(tiny_bert, evaluate, **{**options, "resume": None})
+    assert resumed.to_dict() == again.to_dict()  # read noise too is that of the chip, whatever ran before
+    with torch.no_grad():
+        tiny_bert.classifier.weight.mul_(0.9)
+    with pytest.raises(ValueError, match="other weights"):
+        evaluate_robustness(tiny_bert, evaluate, **options)

@@ -1,0 +1,105 @@
+"""The model card: what it says, what the Hub makes of it, and what it keeps of a person's text."""
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
+
+from hf_reram import ReRAMConfig, RobustnessReport
+from hf_reram.evaluation.report import Measurement
+from hf_reram.hub.about import About
+from hf_reram.hub.card import BEGIN, END, model_card
+from hf_reram.hub.publish import publish, read_comparison, write_card
+
+
+def report(value: float = 50.0, **about) -> RobustnessReport:
+    known = {"task": "question-answering", "metric": "f1", "dataset": "rajpurkar/squad_v2", "name": "robust"}
+    known |= {"base_model": "deepset/base", "base_metrics": {"f1": 58.25, "exact": 40.0}, "command": "run me"}
+    return RobustnessReport(
+        [
+            Measurement(time, None, chip, {"f1": value + chip, "exact": value - 10})
+            for time in (1.0, 86400.0)
+            for chip in (0, 1, 2)
+        ],
+        digital={"f1": 57.5, "exact": 41.0},
+        ideal={"f1": 57.0, "exact": 40.5},
+        config=ReRAMConfig(device="cmo-hfox-ibm", retention_times=["10y"]).to_dict(),
+        summary="7 crossbar layers",
+        notes=["assumed, not measured: v0"],
+        about=About.from_dict(known | about).to_dict(),
+    )
+
+
+def test_metadata_is_what_the_hub_reads():
+    card = ModelCard(str(model_card(report())))
+    data = card.data.to_dict()
+    assert data["library_name"] == "hf_reram" and data["pipeline_tag"] == "question-answering"
+    assert (data["base_model"], data["base_model_relation"]) == ("deepset/base", "finetune")
+    assert data["datasets"] == ["rajpurkar/squad_v2"] and "reram" in data["tags"]
+    name, results = model_index_to_eval_results(data["model-index"])
+    assert name == "robust"
+    values = {r.metric_name: r.metric_value for r in results}
+    assert values["f1, cmo-hfox-ibm 1d after programming, mean of 3 chips"] == 51.0
+    assert values["f1, ideal crossbar"] == 57.0
+
+
+def test_body_says_how_to_load_it_and_what_it_reaches():
+    text = model_card(report(examples=120, training=["5 steps"], date="2026-01-01")).text
+    assert 'AutoModelForQuestionAnswering.from_pretrained("robust")' in text
+    assert "f1: 51.0 ± 1.0 on chips 1d after programming, 58.2 of the digital base" in text
+    assert "120 examples" in text and "- 5 steps" in text and "run me" in text
+    assert "| digital base | – | 58.2 | 58.2 |" in text
+    assert "Assumed, not measured: v0." in text
+    assert "\n\n\n" not in text
+
+
+@pytest.mark.parametrize("base_model", ["minilm", "./minilm", "/models/minilm"])
+def test_a_local_base_is_no_hub_id(base_model):
+    data = model_card(report(base_model=base_model, dataset="a file")).data.to_dict()
+    assert "base_model" not in data and "datasets" not in data
+
+
+def test_writing_again_keeps_what_a_person_wrote(tmp_path):
+    file = tmp_path / "README.md"
+    write_card(file, model_card(report(50.0)))
+    text = file.read_text().replace(BEGIN, "Our lab's note.\n\n" + BEGIN).replace(END, END + "\n\nAsk Ann.")
+    file.write_text(text.replace("---\n", "---\nlicense: apache-2.0\n", 1).replace("- reram", "- reram\n- mine"))
+    write_card(file, model_card(report(60.0)))
+    card = ModelCard.load(file)
+    assert card.text.index("Our lab's note.") < card.text.index(BEGIN) < card.text.index(END)
+    assert "Ask Ann." in card.text and "61.0 ± 1.0" in card.text and "51.0 ± 1.0" not in card.text
+    assert card.data.license == "apache-2.0" and "mine" in card.data.tags and card.data.tags.count("reram") == 1
+    before = file.read_text()
+    write_card(file, model_card(report(60.0)))
+    assert file.read_text() == before
+
+
+def test_a_card_without_marks_is_kept_whole_below(tmp_path):
+    file = tmp_path / "README.md"
+    file.write_text("---\nlicense: mit\n---\n# Mine\n")
+    write_card(file, model_card(report()))
+    card = ModelCard.load(file)
+    assert card.data.license == "mit" and card.text.strip().endswith("# Mine")
+    file.write_text(file.read_text().replace(END, ""))
+    with pytest.raises(ValueError, match="only one of the marks"):
+        write_card(file, model_card(report()))
+
+
+def test_published_files_give_the_card_again(tmp_path):
+    rows = {"naive crossbar": report(30.0), "hf_reram": report()}
+    publish(tmp_path, rows["hf_reram"], rows)
+    again = RobustnessReport.from_json(tmp_path / "robustness.json")
+    card = model_card(again, read_comparison(tmp_path / "comparison.json"))
+    assert str(card).strip() == (tmp_path / "README.md").read_text().strip()
+    assert (tmp_path / "robustness.png").stat().st_size > 1000
+    yaml.safe_load((tmp_path / "README.md").read_text().split("---")[1])
+
+
+def test_a_report_that_says_nothing_about_its_model_is_refused():
+    bare = report()
+    bare.about = {}
+    with pytest.raises(ValueError, match="'about' is empty"):
+        model_card(bare)
+    bare.about = {"tsak": "x"}
+    with pytest.raises(ValueError, match="tsak"):
+        model_card(bare)

@@ -1,0 +1,107 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
+
+from hf_reram import ReRAMConfig, calibrate, crossbar_layers, deploy, patch_model, summarize
+from hf_reram.integrations.quantizer import ADDED_LATER
+from tests.conftest import bert_batch
+
+
+def calibrated(model, **options):
+    patch_model(model, ReRAMConfig(**options))
+    return calibrate(model, [bert_batch()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shard", ["5GB", "6KB"])
+def test_checkpoints_come_back_whole(tiny_bert, tmp_path, dtype, shard):
+    calibrated(tiny_bert, device="cmo-hfox-ibm", dac_bits=8)
+    tiny_bert.to(dtype).save_pretrained(tmp_path, max_shard_size=shard)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=dtype)
+    state, other = tiny_bert.state_dict(), again.state_dict()
+    assert state.keys() == other.keys()
+    assert all(torch.equal(state[key], other[key]) for key in state)
+    assert again.config.quantization_config.to_dict() == tiny_bert.config.quantization_config.to_dict()
+    with torch.no_grad(), deploy(tiny_bert, "1d", seed=1), deploy(again, "1d", seed=1):
+        for model in (tiny_bert, again):
+            torch.manual_seed(0)
+            model.result = model(**bert_batch()).logits
+    assert torch.equal(tiny_bert.result, again.result)
+    assert not list(tmp_path.glob("*.bin"))
+
+
+def test_a_checkpoint_from_before_some_buffers_loads_as_it_was(tiny_bert, tmp_path):
+    calibrated(tiny_bert, device="cmo-hfox-ibm", dac_bits=8, center_inputs=False)
+    for layer in crossbar_layers(tiny_bert).values():
+        layer.input_floor.fill_(-1.0)
+    tiny_bert.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for later in ("center_inputs", "equalize_inputs", "redundancy"):
+        del config["quantization_config"][later]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = load_file(tmp_path / "model.safetensors")
+    weights = {k: v for k, v in weights.items() if not k.endswith(ADDED_LATER)}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    state = again.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in tiny_bert.state_dict().items())
+
+
+def test_a_digital_checkpoint_is_patched_by_from_pretrained(tiny_bert, tmp_path):
+    tiny_bert.save_pretrained(tmp_path)
+    model = BertForSequenceClassification.from_pretrained(tmp_path, quantization_config=ReRAMConfig(weight_clip=2.0))
+    assert summarize(model).layers == 14
+    patch_model(tiny_bert, ReRAMConfig(weight_clip=2.0))
+    for name, layer in crossbar_layers(tiny_bert).items():
+        assert torch.equal(crossbar_layers(model)[name].weight_scale, layer.weight_scale)
+    model.half().float()
+
+
+def test_a_new_head_on_a_robust_body_starts_uncalibrated(tiny_bert, tmp_path):
+    calibrated(tiny_bert)
+    tiny_bert.bert.save_pretrained(tmp_path)
+    again = BertForSequenceClassification.from_pretrained(tmp_path, num_labels=5)
+    assert not crossbar_layers(again)["classifier"].calibrated
+    assert crossbar_layers(again)["classifier"].weight_scale.min() > 0
+    assert torch.isfinite(again(**bert_batch()).logits).all()
+
+
+def test_learned_ranges_come_back_as_parameters(tiny_bert, tmp_path):
+    calibrated(tiny_bert, learn_input_range=True)
+    tiny_bert.save_pretrained(tmp_path)
+    again = BertForSequenceClassification.from_pretrained(tmp_path)
+    names = [n for n, _ in again.named_parameters() if n.endswith("input_range")]
+    assert len(names) == 14
+    again.train()(**bert_batch()).loss.backward()
+    assert all(again.get_parameter(n).grad is not None for n in names)
+
+
+def test_without_hf_reram_it_is_the_digital_model(tiny_bert, tmp_path):
+    calibrated(tiny_bert)
+    tiny_bert.save_pretrained(tmp_path / "model")
+    code = (
+        "import sys, torch\n"
+        "from transformers import AutoModelForSequenceClassification as A\n"
+        "m = A.from_pretrained(sys.argv[1])\n"
+        "assert 'hf_reram' not in sys.modules\n"
+        "print(type(m.classifier).__name__, float(m.classifier.weight.sum()))\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code, tmp_path / "model"], capture_output=True, text=True, check=True)
+    name, total = out.stdout.split()[-2:]
+    assert name == "Linear"
+    assert float(total) == pytest.approx(float(tiny_bert.classifier.weight.sum()), rel=1e-4)
+
+
+def test_a_newer_checkpoint_is_a_clear_error(tiny_bert, tmp_path):
+    calibrated(tiny_bert)
+    tiny_bert.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["version"] = 99
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="newer hf_reram"):
+        BertForSequenceClassification.from_pretrained(tmp_path)

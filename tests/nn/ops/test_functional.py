@@ -1,0 +1,282 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck
+
+from hf_reram import DeviceConfig
+from hf_reram.config import dac_grid
+from hf_reram.device.iv import cell_current, full_scale_gain, least_squares_gain, sinh_coefficients, uniform_gain
+from hf_reram.device.moments import WeightError, weight_error
+from hf_reram.device.retention import horner
+from hf_reram.nn.ops.cells import DriftedWeight, WeightVariance, map_weight, weight_mean
+from hf_reram.nn.ops.chunks import odd_polynomial_
+from hf_reram.nn.ops.functional import Quantize, ShrunkSinh
+from hf_reram.nn.ops.power import InputPower, OutputPower, Pull, Tap
+
+F64 = torch.float64
+
+
+@pytest.mark.parametrize("b", [1e-3, 0.3, 0.9, 1.5, 4.0], ids=lambda b: f"{len(sinh_coefficients(b))} coefficients")
+def test_odd_polynomials_in_few_passes(b):
+    coefficients = sinh_coefficients(b)
+    for dtype, tolerance in ((torch.float32, 5e-7), (torch.float64, 1e-13)):
+        t = torch.linspace(-b, b, 1001, dtype=dtype)
+        exact = t.double() * horner(coefficients, t.double().square())
+        result = odd_polynomial_(coefficients, t.clone(), torch.empty_like(t), torch.empty_like(t))
+        torch.testing.assert_close(result.double(), exact, rtol=tolerance, atol=0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(1e-3, 6.0), st.floats(-12, 12).map(lambda e: 10.0**e), st.integers(0, 2**31))
+def test_sinh_is_exact_to_float32(b, span, seed):
+    x = torch.randn(300, generator=torch.Generator().manual_seed(seed)) * span
+    exact = torch.sinh(b * (x.double() / span).clamp(-1, 1))
+    gained = ShrunkSinh.apply(x, span, b, 0, span / b)  # phi, of the size of x
+    torch.testing.assert_close(gained.double(), exact * span / b, rtol=1e-6, atol=1e-7 * math.sinh(b) * span / b)
+    torch.testing.assert_close(ShrunkSinh.apply(x, span, b, 0).double(), exact, rtol=1e-6, atol=1e-7 * math.sinh(b))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(1e-3, 4.0), st.floats(-30, 30).map(lambda e: 10.0**e), st.booleans())
+def test_sinh_gradient_at_any_input_range(b, span, powers):
+    x = (torch.randn(300, generator=torch.Generator().manual_seed(0)) * span).requires_grad_()
+    pull = Pull() if powers else None
+    phi = ShrunkSinh.apply(x, span, b, 0, span / b, pull)
+    (phi.sum() + InputPower.apply(phi, None, pull).sum() * 0 if powers else phi.sum()).backward()
+    u = x.detach().double() / span
+    slope = torch.where(u.abs() < 1, torch.cosh(b * u), 0.0)
+    torch.testing.assert_close(x.grad.double(), slope, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("b", [1e-5, 0.3, 1.0, 2.5, 7.0])
+def test_sinh_gradients_for_input_and_range(b):
+    x = torch.randn(40, dtype=F64, requires_grad=True)
+    span = torch.tensor([1.3], dtype=F64, requires_grad=True)
+    assert gradcheck(lambda x: ShrunkSinh.apply(x, 1.3, b, 0), (x,))
+    assert gradcheck(lambda x: ShrunkSinh.apply(x, 1.3, b, 0, 2.5), (x,))
+    assert gradcheck(lambda x, r: ShrunkSinh.apply(x, r, b, 0), (x, span))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 12), st.floats(-1, 0))
+def test_a_dac_uses_its_codes_and_no_more(bits, floor):
+    levels, lowest = dac_grid(bits, floor)
+    codes = levels + round(-lowest * levels) + 1
+    assert 2**bits - 3 <= codes <= 2**bits
+    assert lowest <= floor + 1e-9 and lowest * levels == pytest.approx(round(lowest * levels))
+    assert dac_grid(bits, -1.0) == (2 ** (bits - 1) - 1, -1.0)
+
+
+@pytest.mark.parametrize("b", [1e-5, 0.8, 6.0])
+@pytest.mark.parametrize("floor", [0.0, -0.1, -1.0])
+def test_one_sided_inputs_are_driven_and_clipped_on_their_side(b, floor):
+    levels, lowest = dac_grid(6, floor)
+    x = torch.linspace(-2.00031, 1.99977, 3989, requires_grad=True)  # no value half way between two codes
+    s = ShrunkSinh.apply(x, 1.6, b, levels, 1.0, None, lowest)
+    s.sum().backward()
+    u = (x.detach().double() / 1.6).clamp(lowest, 1)
+    u = (u * levels).round() / levels
+    expected = u if b < 1e-4 else torch.sinh(b * u)
+    torch.testing.assert_close(s.detach().double(), expected, rtol=1e-5, atol=1e-6)
+    assert not x.grad[(x < 1.6 * lowest - 0.1) | (x > 1.7)].any() or lowest == 0
+    assert bool((x.grad[(x > 0.1) & (x < 1.5)] > 0).all())
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (2, 3, 4, 5), (600, 700)])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+@pytest.mark.parametrize("powers", [True, False])
+def test_chunked_float32_path_agrees_with_float64(shape, layout, powers):
+    x = torch.randn(shape)
+    if layout == "channels_last" and x.dim() == 4:
+        x = x.to(memory_format=torch.channels_last)
+    elif layout == "transposed":
+        x = x.transpose(0, 1)
+    grad = torch.randn_like(x)
+    x32, x64 = x.clone().requires_grad_(), x.double().requires_grad_()
+    for t, g in ((x32, grad), (x64, grad.double())):
+        pull = Pull()
+        s = ShrunkSinh.apply(t, 1.5, 0.8, 0, 1.7, pull)
+        loss = (s * g).sum()
+        (loss + InputPower.apply(s, None, pull).square().sum() if powers else loss).backward()
+    torch.testing.assert_close(x32.grad, x64.grad.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_sinh_saves_a_single_tensor():
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        ShrunkSinh.apply(torch.randn(8, requires_grad=True), 1.0, 0.5, 0)
+    assert len(saved) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("b", [1e-5, 0.8])
+@pytest.mark.parametrize("levels", [0, 31])
+@pytest.mark.parametrize("powers", [True, False])
+def test_an_input_may_be_kept_and_a_gradient_overwritten(dtype, b, levels, powers):
+    values, offset, out = torch.randn(50, 6, dtype=dtype), torch.randn(6, dtype=dtype), torch.randn(50, 6, dtype=dtype)
+    found = []
+    for keep_input, in_place in ((False, False), (True, False), (True, True), (False, True)):
+        x, grad, pull = values.clone().requires_grad_(), out.clone(), Pull()
+        s = ShrunkSinh.apply(x, 1.3, b, levels, 0.7, pull, -0.5, offset, in_place, keep_input)
+        # A matrix product hands over a gradient of its own, as `grad` is here.
+        outputs = (s, InputPower.apply(s, None, pull).sum()) if powers else (s,)
+        torch.autograd.backward(outputs, (grad, torch.tensor(0.3, dtype=dtype))[: len(outputs)])
+        found.append(x.grad)
+        assert in_place or torch.equal(grad, out)
+    assert found[0].any() and all(torch.equal(found[0], other) for other in found[1:])
+
+
+def test_clamped_inputs_get_no_gradient():
+    x = torch.tensor([-3.0, -0.5, 0.5, 3.0], requires_grad=True)
+    ShrunkSinh.apply(x, 1.0, 0.5, 0).sum().backward()
+    assert x.grad[0] == x.grad[3] == 0
+    assert x.grad[1] > 0
+
+
+def test_dac_has_its_number_of_levels():
+    s = ShrunkSinh.apply(torch.linspace(-1, 1, 1001), 1.0, 1e-5, 7)
+    assert len(s.unique()) == 15
+
+
+@pytest.mark.parametrize("b", [0.04, 0.3, 1.0, 2.0])
+def test_gains(b):
+    u = torch.linspace(-1, 1, 20001, dtype=F64)
+    assert full_scale_gain(b) * math.sinh(b) == pytest.approx(1)
+    assert uniform_gain(b) == pytest.approx(least_squares_gain(u, torch.ones_like(u), b), rel=1e-3)
+    torch.testing.assert_close(cell_current(10.0, 0.2, 0.25), torch.tensor(10 * 0.25 * math.sinh(0.8)))
+    assert len(sinh_coefficients(b)) >= 2
+
+
+def test_weight_functions_have_right_gradients():
+    weight = torch.randn(6, 5, dtype=F64, requires_grad=True)
+    scale = torch.rand(6, 1, dtype=F64) + 0.5
+    error = WeightError((0.1, 0.3, -0.2, 0.4), (0.3, -0.4, 1.2), ((0.0, 0.0),))
+    assert gradcheck(lambda w: map_weight(w, scale), (weight,))
+    assert gradcheck(lambda w: WeightVariance.apply(w, scale, error), (weight,))
+
+
+@pytest.mark.parametrize("mean", [(0.0, 0.0), (0.0, -0.1, 0.2)])
+@pytest.mark.parametrize("std", [None, (0.2, 0.3, -0.1)])
+def test_drifted_weight_has_right_values_and_gradients(mean, std):
+    weight = torch.randn(6, 5, dtype=F64, requires_grad=True)
+    noise = torch.randn(6, 5, dtype=F64)
+    scale = torch.rand(6, 1, dtype=F64) + 0.5
+    error = WeightError((0.1, 0.3, -0.2, 0.4), (0.3, -0.4, 1.2), (mean,))
+    if std:
+        square = np.polynomial.Polynomial(std) ** 2 + 0.05
+        error = WeightError(tuple(square.coef), tuple(square.deriv().coef), (mean,), std, 0.05)
+    assert gradcheck(lambda w: DriftedWeight.apply(w, scale, noise, error, True), (weight,))
+    assert gradcheck(lambda w: DriftedWeight.apply(w, scale, noise, error, False)[0], (weight,))
+    drifted, variance = DriftedWeight.apply(weight, scale, noise, error, True)
+    torch.testing.assert_close(variance, WeightVariance.apply(weight, scale, error))
+    held = map_weight(weight, scale)
+    wanted = held + weight_mean(weight, scale, mean) + variance.sqrt() * noise
+    torch.testing.assert_close(drifted, wanted)
+
+
+KEEPS = [None, torch.tensor([1, 1, 0, 1, 0, 1, 1.0], dtype=F64)]
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("inner", [(), (3, 2)])
+@pytest.mark.parametrize("tapped", [True, False])
+def test_output_power(keep, inner, tapped):
+    y = torch.randn(7, 5, *inner, dtype=F64, requires_grad=True)
+    bias = torch.randn(5, *[1] * len(inner), dtype=F64, requires_grad=True)
+
+    def power(clean, bias):
+        pull = Pull() if tapped else None
+        out = Tap.apply(clean + bias.detach(), bias, pull) if tapped else clean + bias
+        return OutputPower.apply(out, bias, keep, pull) + 0.1 * out.pow(3).sum()
+
+    assert gradcheck(power, (y, bias))
+    rows = slice(None) if keep is None else keep.bool()
+    torch.testing.assert_close(OutputPower.apply(y, bias, keep, None), (y - bias)[rows].square().sum())
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("inner", [(), (3, 2)])
+@pytest.mark.parametrize("b", [1e-5, 0.5])
+def test_input_power(keep, inner, b):
+    x = torch.randn(7, 5, *inner, dtype=F64, requires_grad=True)
+    span = torch.tensor([1.3], dtype=F64, requires_grad=True)
+    weight = torch.randn(5, *inner, dtype=F64)
+
+    def power(x, span):
+        pull = Pull()
+        s = ShrunkSinh.apply(x, span, b, 0, 0.7, pull)
+        first = InputPower.apply(s, keep, pull)
+        second = InputPower.apply(s, keep, pull)  # shared by two layers
+        return (weight * (first + second.square())).sum() + s.pow(3).sum()
+
+    assert gradcheck(power, (x, span))
+    assert gradcheck(lambda x: power(x, 1.3), (x,))
+    rows = slice(None) if keep is None else keep.bool()
+    torch.testing.assert_close(InputPower.apply(x, keep, None), x[rows].square().sum(0))
+    assert gradcheck(lambda x: InputPower.apply(x, keep, None), (x,))
+
+
+def test_a_pull_left_by_a_partial_backward_pass_is_not_added_to_the_next():
+    x, w = (torch.randn(7, 5, dtype=F64, requires_grad=True) for _ in range(2))
+    pull = Pull()
+    s = ShrunkSinh.apply(x, 1.3, 0.5, 0, 1.0, pull)
+    loss = (w * InputPower.apply(s, None, pull)).sum()
+    torch.autograd.grad(loss, w, retain_graph=True)
+    (found,) = torch.autograd.grad(loss, x)
+    again = ShrunkSinh.apply(x, 1.3, 0.5, 0)
+    (wanted,) = torch.autograd.grad((w * again.square().sum(0)).sum(), x)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_quantize_rounds_saturates_and_passes_gradients():
+    y = torch.tensor([-9.0, 0.26, 0.24, 9.0], requires_grad=True)
+    q = Quantize.apply(y, torch.tensor(0.5), 3)
+    assert q.tolist() == [-1.5, 0.5, 0.0, 1.5]
+    q.sum().backward()
+    assert y.grad.tolist() == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("shape", [(70,), (5, 70), (3, 50, 70), (3, 70, 5, 4), (70, 5, 4), (0, 70), (1100, 10, 70)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("one_step", [True, False])
+def test_quantize_in_pieces_and_with_a_bias(shape, layout, one_step):
+    channel = len(shape) - 3 if 70 in shape[-3:-2] else len(shape) - 1
+    y = torch.randn(shape)
+    if len(shape) == 4:
+        y = y.to(memory_format=layout)
+    vector = (70, 1, 1) if channel == len(shape) - 3 else (70,)
+    step = torch.rand((1,) * len(vector) if one_step else vector) + 0.1
+    bias = torch.randn(vector, requires_grad=True)
+    y.requires_grad_()
+    found = Quantize.apply(y, step, 7, bias)
+    torch.testing.assert_close(found, (y / step).round().clamp(-7, 7) * step + bias)
+    weights = torch.randn(shape)
+    gradients = torch.autograd.grad((found * weights).sum(), (y, bias))
+    torch.testing.assert_close(gradients[0], weights)
+    torch.testing.assert_close(gradients[1], weights.sum_to_size(bias.shape), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(70,), (5, 70), (1100, 10, 70)])
+def test_quantize_in_place(shape):
+    x, bias = torch.randn(shape, requires_grad=True), torch.randn(70, requires_grad=True)
+    weights, step = torch.randn(shape), torch.rand(70) + 0.1
+    results = []
+    for in_place in (False, True):
+        y = x * 3
+        found = Quantize.apply(y, step, 7, bias, in_place)
+        assert (found is y) is in_place
+        results.append((found.detach(), *torch.autograd.grad((found * weights).sum(), (x, bias))))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_frozen_weights_drift_alike():
+    weight, scale, noise = torch.randn(6, 5), torch.rand(6, 1) + 1, torch.randn(6, 5)
+    error = weight_error(DeviceConfig.from_preset("hfox-neurram"), (86400.0,), None)
+    learned = DriftedWeight.apply(weight.clone().requires_grad_(), scale, noise, error, True)
+    frozen = DriftedWeight.apply(weight, scale, noise, error, True)
+    assert all(torch.equal(one, other) for one, other in zip(learned, frozen, strict=True))
+    assert not frozen[0].requires_grad

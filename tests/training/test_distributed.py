@@ -1,0 +1,71 @@
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from hf_reram import crossbar_layers
+
+SCRIPT = Path(__file__).parent / "distributed_script.py"
+PAIR = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def run(command, out, mode, kind):
+    done = subprocess.run([*command, str(SCRIPT), str(out), mode, kind], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out)
+
+
+@pytest.mark.parametrize("kind", ["output", "sensitivity+drift"])
+@pytest.mark.parametrize(("one", "two"), [("trainer", "trainer"), ("plain", "fsdp")], ids=["DDP", "FSDP2"])
+def test_two_processes_have_the_loss_and_gradients_of_one(tmp_path, one, two, kind):
+    alone = run([sys.executable], tmp_path / "one.pt", one, kind)
+    pair = run(PAIR, tmp_path / "two.pt", two, kind)
+    assert pair["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    assert pair["grads"].keys() == alone["grads"].keys()
+    for name, grad in alone["grads"].items():
+        torch.testing.assert_close(pair["grads"][name], grad, rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    if "chip" in alone:
+        torch.testing.assert_close(pair["chip"], alone["chip"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("config", "kind"), [("ddp", "MULTI_CPU"), ("fsdp2", "FSDP"), ("deepspeed", "DEEPSPEED")])
+def test_accelerate_launches_the_configs(tmp_path, monkeypatch, config, kind, one_process):
+    """Losses and the saved checkpoint are those of one process."""
+    if config == "deepspeed":
+        if importlib.util.find_spec("deepspeed") is None:
+            pytest.skip("needs pip install deepspeed")
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"recipes/configs/{config}.yaml"]
+    alone, weights = one_process
+    found = launch([*accelerate, "--main_process_port", "0"], tmp_path)
+    assert found["processes"] == 2 and found["kind"] == f"DistributedType.{kind}"
+    for mine, theirs in zip(found["logs"], alone["logs"], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-3)
+    state = saved(tmp_path)
+    assert state.keys() == weights.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(state[name], value, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    return launch([sys.executable], folder), saved(folder)
+
+
+def launch(command, folder) -> dict:
+    command = [*command, "-m", "tests.training.launch_script", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=SCRIPT.parents[2])
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"processes"')))
+
+
+def saved(folder) -> dict[str, torch.Tensor]:
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert len(crossbar_layers(model)) == 14
+    return model.state_dict()

@@ -1,0 +1,128 @@
+"""What is on disk, and what a resumption makes of it, after a kill or with a full disk; losses that are not finite."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import TrainingArguments
+
+from hf_reram import ReRAMConfig, ReRAMTrainer
+from hf_reram.training.checkpoints import last_checkpoint, set_incomplete_aside, staged
+from tests.conftest import bert_batch
+
+ROOT = Path(__file__).parents[2]
+
+
+WITH_WEIGHTS = ("kill while the optimizer is saved", "kill while the state is saved")
+
+
+def train(out: Path, fault: str = "") -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "tests.training.fault_script", str(out), *([fault] if fault else [])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> list[float]:
+    return json.loads(train(tmp_path_factory.mktemp("whole")).stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "kill in training",
+        "kill while the model is saved",
+        "kill while the optimizer is saved",
+        "kill while the state is saved",
+        "disk full",
+    ],
+)
+def test_a_resumed_training_has_the_losses_of_an_uninterrupted_one(tmp_path, fault, uninterrupted):
+    done = train(tmp_path, fault)
+    if fault == "disk full":
+        assert done.returncode == 1 and "File too large" in done.stderr
+    else:
+        assert done.returncode == -9
+    step = 4 if fault == "kill in training" else 2
+    checkpoint = Path(last_checkpoint(tmp_path))
+    assert checkpoint.name == f"checkpoint-{step}"
+    assert all(torch.isfinite(t).all() for t in load_file(checkpoint / "model.safetensors").values())
+    again = train(tmp_path)
+    assert len(uninterrupted) == 6 and json.loads(again.stdout.splitlines()[-1]) == uninterrupted
+    aside = ["incomplete-checkpoint-4"] if fault in WITH_WEIGHTS else []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-6", *aside]
+    assert not (tmp_path / "checkpoint-6" / ".incomplete").exists()
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    (tmp_path / "weights").write_text("old")
+    (tmp_path / "README.md").write_text("a person's")
+    with pytest.raises(OSError, match="full"), staged(tmp_path) as staging:
+        (Path(staging) / "weights").write_text("ne")
+        raise OSError("disk full")
+    assert (tmp_path / "weights").read_text() == "old"
+    with staged(tmp_path) as staging:
+        for name in ("weights", "README.md", "part/of"):
+            (Path(staging) / name).parent.mkdir(exist_ok=True)
+            (Path(staging) / name).write_text("new")
+    found = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {"weights": "new", "README.md": "a person's", "part/of": "new"}
+
+
+def test_only_incomplete_checkpoints_are_set_aside(tmp_path):
+    states = {"checkpoint-5": '{"global_step": 5}', "checkpoint-10": '{"global', "checkpoint-20": None, "other": None}
+    for name, state in states.items():
+        (tmp_path / name).mkdir()
+        if state:
+            (tmp_path / name / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-10" / "model.safetensors").write_text("weights")
+    assert Path(last_checkpoint(tmp_path)).name == "checkpoint-5"
+    for _ in range(2):
+        set_incomplete_aside(tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5", "incomplete-checkpoint-10", "other"]
+    assert last_checkpoint(tmp_path / "nowhere") is None
+
+
+class _Spoils(nn.Module):
+    def forward(self, x):
+        return x * float("nan") if self.training else x
+
+
+def spoil_weight(model):
+    with torch.no_grad():
+        model.classifier.weight[0, 0] = float("nan")
+    return r"'classifier.weight' of the model holds NaN"
+
+
+def spoil_activation(model):
+    model.bert.encoder.layer[1].intermediate.intermediate_act_fn = _Spoils()
+    return r"step 1 is nan: layer 'bert.encoder.layer.1.intermediate.intermediate_act_fn' \(_Spoils\) makes NaN"
+
+
+def spoil_crossbar(model):
+    model.bert.encoder.layer[0].output.dense.register_buffer("gain", torch.tensor([float("nan")]), persistent=False)
+    return r"layer 'bert.encoder.layer.0.output.dense' \(CrossbarLinear\) makes NaN or infinite values of inputs of"
+
+
+def infinite(outputs, labels, num_items_in_batch=None):
+    return outputs.logits.square().sum() * float("inf")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "loss"), [(spoil_weight, None), (spoil_activation, None), (spoil_crossbar, None), (None, infinite)]
+)
+def test_a_loss_that_is_not_finite_names_the_layer(tiny_bert, tmp_path, spoil, loss):
+    batch = bert_batch()
+    data = [{key: value[i] for key, value in batch.items()} for i in range(8)]
+    args = TrainingArguments(tmp_path, max_steps=2, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True)
+    config = ReRAMConfig(retention_loss="output")
+    trainer = ReRAMTrainer(tiny_bert, args, train_dataset=data, reram_config=config, compute_loss_func=loss)
+    message = spoil(tiny_bert) if spoil else "step 1 is inf: all layers give finite values: it is the loss function"
+    with pytest.raises(FloatingPointError, match=message):
+        trainer.train()
