@@ -62,7 +62,7 @@ def inspect(
             "–" if layer.input_range is None else f"{layer.input_range:.3g}{' ◦' if layer.centered else ''}",
             f"{layer.b:.3f}",
             f"{100 * layer.clipped:.1f} %",
-            f"{layer.noise_to_signal:.2e}",
+            "–" if layer.noise_to_signal is None else f"{layer.noise_to_signal:.2e}",
         ]
         for layer in layers
     ]

@@ -197,4 +197,6 @@ def _limits(about: About, report: RobustnessReport) -> list[str]:
         "The figures hold for this device, these times and this evaluation; what the base model cannot do or gets "
         "wrong, this one cannot do either.",
     ]
+    if report.uncalled:
+        lines.append(f"Crossbar layers that were not called, and so were no chip: {', '.join(report.uncalled)}.")
     return lines + [f"{note[:1].upper()}{note[1:]}." for note in report.notes]

@@ -16,7 +16,9 @@ from transformers.utils import cached_file, logging
 
 from ..evaluation.report import RobustnessReport, write_whole
 from ..model.digest import weights_digest
-from ..model.patch import UPLOAD, crossbar_layers, crossbar_state, summarize
+from ..model.find import crossbar_layers, crossbar_state
+from ..model.patch import UPLOAD
+from ..model.summary import summarize
 from ..version import __version__
 from .about import About
 from .card import AUTO_CLASSES

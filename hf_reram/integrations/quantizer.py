@@ -51,6 +51,9 @@ class ReRAMQuantizer(HfQuantizer):
                 if not _was_loaded(getattr(layer, buffer)):
                     getattr(layer, buffer).data.fill_(FILLS[buffer])
         initialize_layers(model, missing)
+        for layer in crossbar_layers(model).values():
+            if layer.weight.device.type != "meta":
+                layer.scalars()  # compiled code does not look
         # transformers refuses .half() and .float() for quantized models; here weights are ordinary parameters.
         model.is_quantized = False
         attach_stored_report(model, self.files)

@@ -3,51 +3,30 @@
 from typing import Any
 
 import regex
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..config import ReRAMConfig
-from ..nn import CrossbarConv1D, CrossbarConv2d, CrossbarConv2dSame, CrossbarLinear
+from ..nn.registry import crossbar_class, is_kind
+from .find import walk
 
 logger = logging.get_logger(__name__)
 
-# By exact forward: a subclass with a forward of its own computes something else and stays digital.
-_CROSSBARS: dict[Any, type] = {nn.Linear: CrossbarLinear, nn.Conv2d: CrossbarConv2d, Conv1D: CrossbarConv1D}
-_KINDS: Any = tuple(_CROSSBARS)
 _UNSUPPORTED: Any = (nn.Conv1d, nn.Conv3d, nn.modules.conv._ConvTransposeNd, nn.MultiheadAttention, nn.RNNBase)
 _TABLES: Any = (nn.Embedding, nn.utils.parametrize.ParametrizationList)
-# Subclasses with a forward of their own that is known, by package and name, so that the package need not be there.
-_BY_NAME = {
-    ("timm", "Conv2dSame"): CrossbarConv2dSame,
-    ("timm", "Linear"): CrossbarLinear,
-    ("transformers", "FalconLinear"): CrossbarLinear,
-}
 
 
 def select_layers(model: nn.Module, config: ReRAMConfig) -> dict[str, nn.Module]:
     """The layers that ``config`` puts on crossbars, by qualified name; see :func:`patch_model`."""
-    tied = _tied_names(model)
-    inside_attention = {
-        f"{name}.{child}" if name else child
-        for name, m in model.named_modules()
-        if isinstance(m, nn.MultiheadAttention)  # reads its projections' weights without calling them
-        for child, _ in m.named_children()
-    }
-    adapted: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
-    adapters = tuple(
-        f"{name}.{child}." for name, m in adapted.items() for child, _ in m.named_children() if child != "base_layer"
-    )
+    tied, digital = _tied_names(model), _adapters(model)
+    for _, module in walk(model):
+        if isinstance(module, nn.MultiheadAttention):  # reads its projections' weights without calling them
+            digital |= {id(child) for child in module.children()}
     able: dict[str, nn.Module] = {}
     unable = []
-    module: Any
-    for name, module in model.named_modules():
-        if not isinstance(module, _KINDS) or name in tied or name in inside_attention:
+    for name, module in walk(model):
+        if not is_kind(module) or name in tied or id(module) in digital:
             continue
-        if f"{name}.".startswith(adapters):
-            continue
-        name = name.replace(".base_layer", "")  # PEFT's, so that the layer has one name with adapters and without
         if crossbar_class(module) is None:
             unable.append(f"{name} ({type(module).__name__})")
         else:
@@ -59,7 +38,7 @@ def select_layers(model: nn.Module, config: ReRAMConfig) -> dict[str, nn.Module]
     chosen = _targets(able, config.target_modules)
     for pattern in config.modules_to_not_convert or ():
         hit = {name for name in able if f".{pattern}." in f".{name}."}
-        if not hit and not any(f".{pattern}." in f".{name}." for name, _ in model.named_modules()):
+        if not hit and not any(f".{pattern}." in f".{name}." for name, _ in walk(model)):
             raise ValueError(f"modules_to_not_convert={pattern!r} matches no module of {type(model).__name__}")
         chosen -= hit
     if not chosen:
@@ -76,8 +55,9 @@ def unsupported(model: nn.Module) -> list[str]:
     attention with weights of its own, recurrent layers, experts stacked in one tensor."""
     return [
         f"{name} ({type(m).__name__})"
-        for name, m in model.named_modules()
-        if isinstance(m, _UNSUPPORTED) or (not isinstance(m, (*_KINDS, *_TABLES)) and _stacked(m))
+        for name, m in walk(model)
+        if crossbar_class(m) is None
+        and (isinstance(m, _UNSUPPORTED) or (not is_kind(m) and not isinstance(m, _TABLES) and _stacked(m)))
     ]
 
 
@@ -116,25 +96,19 @@ def _some(names) -> str:
 def _tied_names(model: Any) -> set[str]:
     """Layers whose weight is an embedding's, or will be once transformers ties it."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    names = {n for n, m in model.named_modules() if isinstance(m, _KINDS) and id(m.weight) in embeddings}
+    names = {name for name, m in walk(model) if is_kind(m) and id(m.weight) in embeddings}
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         names |= {key.removesuffix(".weight") for key in (target, source)}
     return names
 
 
-def crossbar_class(module: nn.Module) -> type | None:
-    known = _BY_NAME.get((type(module).__module__.partition(".")[0], type(module).__name__))
-    if known is not None:
-        return known
-    for digital, crossbar in _CROSSBARS.items():
-        if isinstance(module, digital) and type(module).forward is digital.forward:
-            return crossbar
-    return None
-
-
-def channels(module: Any) -> tuple[int, int]:
-    """Of the output and of the input."""
-    if isinstance(module, nn.Conv2d):
-        return module.out_channels, module.in_channels
-    rows = module.weight.shape
-    return (rows[1], rows[0]) if isinstance(module, Conv1D) else (rows[0], rows[1])
+def _adapters(model: nn.Module) -> set[int]:
+    """What PEFT has put beside a base layer."""
+    beside = [
+        child
+        for m in model.modules()
+        if "base_layer" in m._modules
+        for n, child in m.named_children()
+        if n != "base_layer"
+    ]
+    return {id(m) for child in beside for m in child.modules()}

@@ -1,4 +1,4 @@
-"""A loss term that leaves its layer on the layer's own output (DESIGN §5).
+"""A loss term that leaves its layer on the layer's own output.
 
 A term that reaches the loss as a side output breaks FSDP2: its graph would run before the layer's weight is gathered
 again. Instead the layer's output carries it: ``y = Attach.apply(y, term, scale)`` is the identity, and its backward

@@ -1,5 +1,5 @@
 """The comparison that every recipe makes: one digital base, several ways to put it on crossbars, the same budget, data
-and chips for each (DESIGN §5)."""
+and chips for each."""
 
 import json
 import re

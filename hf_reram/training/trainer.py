@@ -16,6 +16,7 @@ from ..calibration.batch_norm import freeze_batch_norm
 from ..calibration.ranges import calibrate
 from ..calibration.sensitivity import measure_sensitivity
 from ..config import ReRAMConfig
+from ..device.seeds import derived_seed
 from ..device.time import format_time, parse_time
 from ..evaluation.report import RobustnessReport
 from ..evaluation.robustness import DEFAULT_TIMES, evaluate_robustness
@@ -23,9 +24,8 @@ from ..hub.load import report_of
 from ..hub.publish import publish
 from ..hub.push import about_model, push, unmeasured
 from ..model.deploy import deploy
-from ..model.find import crossbar_layers, crossbar_state
+from ..model.find import crossbar_layers, crossbar_state, crossbar_states
 from ..model.patch import patch_model, unpatch_model
-from ..nn.state import layer_seed
 from .checkpoints import set_incomplete_aside, staged
 from .diagnosis import explain
 from .distillation import divergence
@@ -211,11 +211,12 @@ class ReRAMTrainer(Trainer):
         if num_items_in_batch is not None and self.model_accepts_loss_kwargs and not self._looked_at_loss:
             self._look_at_loss(model, inputs, num_items_in_batch)
         state = crossbar_state(self.model)
-        state.noise_seed = layer_seed(self.args.seed, f"step {self.state.global_step}")
-        state.measure = state.term != "output" and self._measures_next()
+        seed = derived_seed(self.args.seed, f"step {self.state.global_step}")
+        for part in crossbar_states(self.model):
+            part.measure = part.term != "output" and self._measures_next()
         consistency = state.config.retention_loss == "consistency"
         kept = dict(inputs)
-        with sampled_drift(self.model):
+        with sampled_drift(self.model, seed=seed):
             task_loss, outputs = self._task_loss(model, inputs, kept, num_items_in_batch)
         scaled = self._scaled_for_ga(num_items_in_batch)
         steps = getattr(self, "current_gradient_accumulation_steps", 1)
@@ -225,11 +226,9 @@ class ReRAMTrainer(Trainer):
         if state.term is not None:
             loss, retention = add_retention_loss(task_loss, self.model, weight)
         elif consistency:
-            measured, state.measure = state.measure, False
-            ratios = dict(state.ratios)
-            with sampled_drift(self.model, "drift"):
+            state.measure, state.ratios = False, state.forward.ratios
+            with sampled_drift(self.model, "drift", seed):
                 retention = divergence(model(**self._without_labels(kept)), outputs)
-            state.measure, state.ratios = measured, ratios
             loss, retention = task_loss + weight * retention, retention.detach()
         ratio = noise_to_signal(self.model)
         self._count("task_loss", task_loss.detach().float() / (1 if scaled else steps))

@@ -19,7 +19,7 @@ from hf_reram import (
     unpatch_model,
 )
 from hf_reram.model.select import unsupported
-from hf_reram.nn import CrossbarMixin
+from hf_reram.nn import CrossbarLayer
 from tests.architectures.zoo import TIMM, ZOO, Entry, image, table, tokens
 
 
@@ -47,7 +47,7 @@ def test_the_whole_path_of_timm(name, tmp_path):
     entry = Entry("timm", "TimmWrapperForImageClassification", "TimmWrapperConfig", shape, image)
     _whole_path(entry, tmp_path)
     modules = patch_model(entry.build(), ReRAMConfig()).modules()
-    assert all(isinstance(m, CrossbarMixin) for m in modules if isinstance(m, (nn.Linear, nn.Conv2d)))
+    assert all(isinstance(m, CrossbarLayer) for m in modules if isinstance(m, (nn.Linear, nn.Conv2d)))
 
 
 def _whole_path(entry, tmp_path):

@@ -41,7 +41,7 @@ def test_same_seed_same_chip_other_seed_other_chip(chip):
 def test_a_chip_ages_along_one_continuous_curve(chip):
     def at(time):
         with deploy(chip, time, seed=5):
-            return crossbar_layers(chip)["classifier"].deployed.clone()
+            return crossbar_layers(chip)["classifier"].chip.weight.clone()
 
     gap = (at("1d") - at("1s")).abs().max()
     previous = at(1.0)
@@ -61,7 +61,7 @@ def test_layer_spread_is_the_published_one():
         model[0].weight[:, 0] = 1.0
     patch_model(model, ReRAMConfig(device=cell, weight_clip=None))
     with deploy(model, "1d", seed=0):
-        error = (model[0].deployed - model[0].weight)[:, 1:] * cell.g_range
+        error = (model[0].chip.weight - model[0].weight)[:, 1:] * cell.g_range
     expected = (cell.retention_std(20.0, "1d") ** 2 + cell.retention_std(0.0, "1d") ** 2).sqrt()
     assert float(error.detach().std() / expected) == pytest.approx(1, rel=0.01)
 
@@ -71,9 +71,9 @@ def test_heat_is_time():
     patch_model(model, ReRAMConfig(device=device(read_noise=0.0)))
     cell = model[0].crossbar.config.device
     with deploy(model, 60, temperature=330.0, seed=1):
-        hot = model[0].deployed.clone()
+        hot = model[0].chip.weight.clone()
     with deploy(model, cell.equivalent_time(60, 330.0), seed=1):
-        torch.testing.assert_close(model[0].deployed, hot)
+        torch.testing.assert_close(model[0].chip.weight, hot)
 
 
 def test_nothing_is_left_behind_and_contexts_nest(chip):
@@ -105,9 +105,9 @@ def test_read_noise_is_drawn_anew_and_stuck_cells_do_not_move():
     calibrate(model, [x])
     with torch.no_grad(), deploy(model, "1d", seed=1):
         assert not torch.equal(model(x), model(x))
-        late = model[0].deployed.clone()
+        late = model[0].chip.weight.clone()
     with deploy(model, None, seed=1):
-        same = (model[0].deployed == late).float().mean()
+        same = (model[0].chip.weight == late).float().mean()
     assert float(same) == pytest.approx(0.4**2, abs=0.02)  # both cells of a pair stuck
 
 

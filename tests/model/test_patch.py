@@ -129,7 +129,7 @@ def test_patched_models_can_be_copied_and_pickled_after_training(tiny_bert, make
     assert len(states) == 1
     assert states != {id(layer.crossbar) for layer in crossbar_layers(tiny_bert).values()}
     with deploy(twin, "1d"):
-        assert crossbar_layers(tiny_bert)["classifier"].deployed is None
+        assert crossbar_layers(tiny_bert)["classifier"].chip is None
     assert torch.equal(twin(**bert_batch()).logits, tiny_bert(**bert_batch()).logits)
 
 

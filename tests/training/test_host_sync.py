@@ -15,7 +15,7 @@ from hf_reram import (
     sampled_drift,
 )
 from hf_reram.evaluation.inspect import inspect_layers
-from hf_reram.nn.ops import cells, functional
+from hf_reram.nn.ops import cpu
 from hf_reram.nn.ops import random as noise
 from tests.conftest import bert_batch
 
@@ -49,9 +49,9 @@ def test_a_step_reads_back_what_a_digital_one_does(tiny_bert, monkeypatch, optio
     batch = bert_batch()
     calibrate(tiny_bert, [batch], sensitivity=True)
     # What is only looked at, and only drawn in tables, on CPU.
-    monkeypatch.setattr(cells, "_all_within", lambda weight, scale: False)
-    monkeypatch.setattr(functional, "chunkable", lambda *tensors: False)
-    monkeypatch.setattr(noise, "chunkable", lambda *tensors: False)
+    monkeypatch.setattr(cpu, "all_within", lambda weight, scale: False)
+    monkeypatch.setattr(cpu, "takes", lambda *tensors: False)
+    monkeypatch.setattr(noise, "takes", lambda *tensors: False)
     optimizer = torch.optim.SGD(tiny_bert.parameters(), lr=1e-3)
     tiny_bert.train()
 
