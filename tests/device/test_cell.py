@@ -4,7 +4,7 @@ import pytest
 
 from hf_reram import DeviceConfig, ReRAMConfig
 from hf_reram.device import preset_names
-from tests.conftest import device
+from tests.samples.devices import device
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification, BertForSequenceClas
 
 from hf_reram import ReRAMConfig, calibrate, crossbar_layers, deploy, patch_model, summarize
 from hf_reram.integrations.quantizer import ADDED_LATER
-from tests.conftest import bert_batch
+from tests.samples.models import bert_batch
 
 
 def calibrated(model, **options):

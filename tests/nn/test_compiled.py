@@ -21,7 +21,8 @@ from hf_reram.device.iv import sinh_coefficients
 from hf_reram.model.find import crossbar_state
 from hf_reram.nn.ops import reference as compiled
 from hf_reram.nn.ops.functional import Quantize, ShrunkSinh
-from tests.conftest import bert_batch, device
+from tests.samples.devices import device
+from tests.samples.models import bert_batch
 
 LOSSES = [loss for loss in RETENTION_LOSSES if loss != "consistency"]  # two forwards
 

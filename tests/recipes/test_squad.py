@@ -7,7 +7,6 @@ import pytest
 from transformers import AutoModelForQuestionAnswering
 
 import hf_reram
-from tests.conftest import needs_compiler
 from tests.samples import squad as squad_sample
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "squad.py"
@@ -49,7 +48,7 @@ def test_the_whole_protocol_and_its_resumption(tmp_path):
     [
         pytest.param(["--teacher", "True"], id="teacher"),
         pytest.param(["--lora", "True", "--lora_rank", "2"], id="lora"),
-        pytest.param(["--fused_kernels", "True", "--adc_bits", "8"], id="fused kernels", marks=needs_compiler),
+        pytest.param(["--fused_kernels", "True", "--adc_bits", "8"], id="fused kernels", marks=pytest.mark.compiler),
     ],
 )
 def test_without_labels_with_lora_and_with_fused_kernels(tmp_path, flags):

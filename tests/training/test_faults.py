@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from hf_reram import ReRAMConfig, ReRAMTrainer
 from hf_reram.training.checkpoints import last_checkpoint, set_incomplete_aside, staged
-from tests.conftest import bert_batch
+from tests.samples.models import bert_batch
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,7 +10,7 @@ import pytest
 from transformers import default_data_collator
 
 from hf_reram import ReRAMConfig, calibrate, deploy, patch_model
-from tests.conftest import device
+from tests.samples.devices import device
 
 DATA = Path(os.environ.get("HF_RERAM_DATA") or "missing")
 MODELS = DATA.parent / "models"

@@ -10,9 +10,9 @@ import hf_reram.nn.ops.fused as fused
 from hf_reram import ReRAMConfig, add_retention_loss, calibrate, deploy, patch_model, sampled_drift, use_fused_kernels
 from hf_reram.model.find import crossbar_state
 from hf_reram.nn.ops.functional import POLYNOMIAL_B, ShrunkSinh
-from tests.conftest import bert_batch, needs_compiler
+from tests.samples.models import bert_batch
 
-pytestmark = needs_compiler
+pytestmark = pytest.mark.compiler
 
 
 @pytest.fixture(autouse=True, scope="module")
