@@ -1,7 +1,9 @@
-"""A small BERT and what it is called with."""
+"""A small BERT, a smaller model called as it is, and what they are called with."""
 
 import torch
+from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 
 def tiny_bert(**changes) -> BertForSequenceClassification:
@@ -10,6 +12,24 @@ def tiny_bert(**changes) -> BertForSequenceClassification:
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config = BertConfig(**{**shape, "intermediate_size": 32, **dropout, **changes})
     return BertForSequenceClassification(config).eval()
+
+
+class FewLayers(nn.Module):
+    """Four linear layers on padded tokens, two of them on one input: compiled in a third of the time of a BERT."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(50, 16)
+        self.query, self.key = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.dense, self.classifier = nn.Linear(16, 32), nn.Linear(32, 3)
+
+    def forward(self, input_ids, attention_mask, labels):
+        x = self.embedding(input_ids)
+        scores = self.query(x) @ self.key(x).transpose(1, 2)
+        scores = scores.masked_fill(attention_mask[:, None] == 0, -1e4)
+        x = nn.functional.gelu(self.dense(scores.softmax(-1) @ x))
+        logits = self.classifier(x[:, 0])
+        return SequenceClassifierOutput(loss=nn.functional.cross_entropy(logits, labels), logits=logits)
 
 
 def bert_batch(n: int = 8, length: int = 6, seed: int = 1) -> dict[str, torch.Tensor]:
