@@ -5,7 +5,9 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: two workers with all threads each would slow one another
     os.environ["OMP_NUM_THREADS"] = "1"
 
+import gc
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -14,10 +16,15 @@ import torch
 from transformers import BertForSequenceClassification
 
 from tests.samples import models
+from tests.samples.interpreter import Interpreter
 
 # The same examples each time, so that a change fails for what it did; HYPOTHESIS_PROFILE=default looks for new ones.
 hypothesis.settings.register_profile("repeatable", derandomize=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is imported stays: each Trainer collects garbage, a third of a second among all of it
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -35,6 +42,14 @@ def _seeded():
 @pytest.fixture
 def tiny_bert() -> BertForSequenceClassification:
     return models.tiny_bert()
+
+
+@pytest.fixture(scope="session")
+def python() -> Iterator[Interpreter]:
+    """Starts processes of Python in a fraction of the time that their imports take."""
+    interpreter = Interpreter()
+    yield interpreter
+    interpreter.close()
 
 
 @pytest.fixture
