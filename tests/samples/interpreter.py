@@ -34,6 +34,7 @@ LIBRARIES = [
     "torch.distributed.tensor",
     "transformers.models.auto.modeling_auto",
     "transformers.models.bert.modeling_bert",
+    "transformers.models.resnet.modeling_resnet",
     "transformers.pipelines",
     "transformers.trainer",
     "typer",
