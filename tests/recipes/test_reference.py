@@ -1,5 +1,5 @@
-"""Real pretrained checkpoints on real data, against the figures of the first trials (issue 3). Slow, and skipped
-without HF_RERAM_DATA and the checkpoints beside it."""
+"""Real pretrained checkpoints on real data, as recipes/ablation.py has them, against the figures of the first trials.
+Slow, and skipped without HF_RERAM_DATA and the checkpoints beside it."""
 
 import copy
 import os
