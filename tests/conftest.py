@@ -1,26 +1,37 @@
-"""What several tests need: small models, a small device, the data folder."""
+"""What several tests need: seeded draws, a small model, the data folder; and what their marks ask for."""
 
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: two workers with all threads each would slow one another
     os.environ["OMP_NUM_THREADS"] = "1"
 
+import gc
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertForSequenceClassification
 
-from hf_reram import DeviceConfig, ReRAMConfig
+from tests.samples import models
+from tests.samples.interpreter import Interpreter
 
 # The same examples each time, so that a change fails for what it did; HYPOTHESIS_PROFILE=default looks for new ones.
 hypothesis.settings.register_profile("repeatable", derandomize=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
-needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is imported stays: each Trainer collects garbage, a third of a second among all of it
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if item.get_closest_marker("compiler") and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("no C++ compiler")
 
 
 @pytest.fixture(autouse=True)
@@ -28,42 +39,17 @@ def _seeded():
     torch.manual_seed(0)
 
 
-def device(**changes) -> DeviceConfig:
-    """The NeuRRAM preset with some fields changed."""
-    return DeviceConfig.from_dict({**DeviceConfig.from_preset("hfox-neurram").to_dict(), **changes})
-
-
-def straight(**fields) -> ReRAMConfig:
-    """A config whose crossbar is an ideal linear one: no curvature, no clipping, no loss."""
-    options = {"device": device(v0=1e6), "range_shrink": 1.0, "weight_clip": None, "retention_loss": "none"}
-    return ReRAMConfig(**{**options, **fields})
-
-
 @pytest.fixture
 def tiny_bert() -> BertForSequenceClassification:
-    config = BertConfig(
-        vocab_size=50,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        num_labels=3,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    return BertForSequenceClassification(config).eval()
+    return models.tiny_bert()
 
 
-def bert_batch(n: int = 8, length: int = 6, seed: int = 1) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1, 50, (n, length), generator=generator)
-    mask = torch.ones(n, length, dtype=torch.long)
-    mask[::2, -2:] = 0
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "labels": torch.randint(3, (n,), generator=generator),
-    }
+@pytest.fixture(scope="session")
+def python() -> Iterator[Interpreter]:
+    """Starts processes of Python in a fraction of the time that their imports take."""
+    interpreter = Interpreter()
+    yield interpreter
+    interpreter.close()
 
 
 @pytest.fixture

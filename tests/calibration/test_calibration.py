@@ -6,7 +6,8 @@ from hf_reram import ReRAMConfig, calibrate, crossbar_layers, deploy, digital, p
 from hf_reram.calibration.statistics import LayerStatistics
 from hf_reram.device.moments import weight_error
 from hf_reram.nn.mapping import CLIPS, expected_error, weight_scales
-from tests.conftest import bert_batch, device, straight
+from tests.samples.devices import device, straight
+from tests.samples.models import bert_batch
 
 
 @pytest.mark.parametrize("percent", [50, 99, 99.9, 100])

@@ -23,8 +23,8 @@ from hf_reram.calibration.redundancy import MAX_PAIRS, allot_pairs
 from hf_reram.evaluation.inspect import inspect_layers
 from hf_reram.nn.array import hold
 from hf_reram.nn.state import sampling
-from tests.conftest import bert_batch, device, straight
-from tests.model.test_deploy import SILENT
+from tests.samples.devices import SILENT, device, straight
+from tests.samples.models import bert_batch
 
 
 class DepthwiseNet(nn.Module):

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 from hf_reram import ReRAMConfig, add_retention_loss, deploy, patch_model, sampled_drift
 from hf_reram.device import DeviceConfig
-from tests.conftest import bert_batch
+from tests.samples.models import bert_batch
 
 GENERIC = {"type": "generic", "A": 0.01, "tau": 1.0, "s0": 0.5, "s1": 0.05, "s2": 0.01}
 CELLS = [DeviceConfig.from_preset(name).to_dict() for name in ("hfox-neurram", "cmo-hfox-ibm")]

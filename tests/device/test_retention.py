@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hf_reram import DeviceConfig
 from hf_reram.device import format_time, parse_time
 from hf_reram.device.moments import weight_error
-from tests.conftest import device
+from tests.samples.devices import device
 
 # Wan et al., Nature 608, 504 (2022): coefficients in g/g_max of the spread [µS].
 WAN = {

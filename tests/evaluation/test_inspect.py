@@ -4,7 +4,8 @@ from torch import nn
 
 from hf_reram import ReRAMConfig, calibrate, crossbar_layers, deploy, digital, patch_model
 from hf_reram.evaluation.inspect import inspect_layers
-from tests.conftest import bert_batch, device
+from tests.samples.devices import device
+from tests.samples.models import bert_batch
 
 
 def test_ratios_with_data_are_what_chips_show():

@@ -7,7 +7,7 @@ from torch import nn
 
 from hf_reram import ReRAMConfig, RobustnessReport, calibrate, evaluate_robustness, patch_model
 from hf_reram.evaluation.report import Measurement
-from tests.conftest import bert_batch
+from tests.samples.models import bert_batch
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@ download from model repositories, with tokens and private repositories. Errors l
 
 import asyncio
 import base64
+import copy
 import hashlib
 import json
 import threading
@@ -72,12 +73,17 @@ class Hub:
 
     def __init__(self) -> None:
         self.users = {"hf_ann": "ann", "hf_bob": "bob"}
-        self.repos: dict[str, Repo] = {}
-        self.objects: dict[str, bytes] = {}
         self.hold, self.begun = threading.Event(), threading.Event()
+        self.url = ""
+        self.reset({}, {})
+
+    def reset(self, repos: dict[str, Repo], objects: dict[str, bytes]) -> None:
+        """Stores copies of these and nothing else, and behaves."""
+        self.repos, self.objects = copy.deepcopy(repos), dict(objects)
+        self.hold.clear()
+        self.begun.clear()
         self.requests: list[str] = []
         self.fail_commits = 0
-        self.url = ""
 
     def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
         """What a repository holds."""

@@ -1,9 +1,8 @@
 """Push from one process, download in another with an empty cache, over HTTP with the real client."""
 
+import copy
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,14 +13,37 @@ from hf_reram.hub.card import BEGIN, END
 from tests.hub.client import REPO
 from tests.hub.server import running
 from tests.samples import squad as squad_sample
+from tests.samples.interpreter import Interpreter, Process
 
-ROOT = Path(__file__).parents[2]
+
+@pytest.fixture(scope="module")
+def server():
+    with running() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A link to the cache of the person whose process begins."""
+    link = tmp_path_factory.mktemp("home") / "now"
+    link.symlink_to(tmp_path_factory.mktemp("nobody"))
+    return link
+
+
+@pytest.fixture(scope="module")
+def online(server, home) -> Iterator[Interpreter]:
+    """An interpreter whose libraries know this Hub's address, and that link."""
+    names = {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": None}
+    names |= {"HF_HUB_OFFLINE": None, "TRANSFORMERS_OFFLINE": None, "HF_HUB_DISABLE_TELEMETRY": "1"}
+    interpreter = Interpreter(**names)
+    yield interpreter
+    interpreter.close()
 
 
 @pytest.fixture
-def hub():
-    with running() as found:
-        yield found
+def hub(server):
+    server.reset({}, {})
+    return server
 
 
 @pytest.fixture(scope="module")
@@ -30,51 +52,67 @@ def base(tmp_path_factory) -> str:
 
 
 class Person:
-    """Processes with a token, and a cache that is empty at first."""
+    """Processes with a token, and a cache that is empty at first; one at a time."""
 
-    def __init__(self, hub, home: Path, token: str | None = "hf_ann"):
-        self.environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-        self.environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-        for offline in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-            self.environment.pop(offline, None)
-        self.environment.pop("HF_TOKEN", None)
-        if token:
-            self.environment["HF_TOKEN"] = token
+    def __init__(self, online: Interpreter, home: Path, cache: Path, token: str | None):
+        self.online, self.home, self.cache = online, home, cache
+        self.token = {"HF_TOKEN": token} if token else {}
+        cache.mkdir()
 
-    def start(self, *command: str) -> subprocess.Popen:
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, env=self.environment, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
+    def start(self, *command: str) -> Process:
+        self.home.unlink()
+        self.home.symlink_to(self.cache)
+        return self.online.start(*command, **self.token)
 
-    def run(self, *command: str, fails: bool = False) -> tuple[str, str]:
-        process = self.start(*command)
-        out, err = process.communicate(timeout=300)
-        assert (process.returncode != 0) == fails, err[-3000:]
-        return out, err
+    def run(self, *command: str) -> tuple[str, str]:
+        done = self.start(*command).wait()
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout, done.stderr
 
-    def client(self, *actions: str, fails: bool = False):
-        """What the actions print, a list, and the last process's stderr."""
-        out, err = self.run(sys.executable, "-m", "tests.hub.client", *actions, fails=fails)
+    def client(self, *actions: str):
+        """What the actions print, a list, and the process's stderr."""
+        out, err = self.run("-m", "tests.hub.client", *actions)
         return [json.loads(line) for line in out.splitlines() if line.startswith(('{"', '"'))], err
 
     def cli(self, *arguments: str) -> str:
-        return self.run(sys.executable, "-m", "hf_reram", *arguments)[0]
+        return self.run("-m", "hf_reram", *arguments)[0]
 
 
-def test_a_pushed_model_comes_back_bit_for_bit_with_the_same_numbers(hub, base, tmp_path):
-    (pushed,), _ = Person(hub, tmp_path / "a").client("model", base)
+@pytest.fixture
+def person(online, home, tmp_path) -> Callable[..., Person]:
+    """Makes a person of a name and a token, by default Ann's."""
+    return lambda name, token="hf_ann": Person(online, home, tmp_path / f"home of {name}", token)
+
+
+@pytest.fixture(scope="module")
+def first_push(server, online, home, base, tmp_path_factory):
+    server.reset({}, {})
+    (digest,), _ = Person(online, home, tmp_path_factory.mktemp("first") / "home", "hf_ann").client("model", base)
+    return digest, copy.deepcopy(server.repos), dict(server.objects)
+
+
+@pytest.fixture
+def pushed(hub, first_push) -> str:
+    """Ann has pushed her model; the digest of its weights."""
+    digest, *stored = first_push
+    hub.reset(*stored)
+    return digest
+
+
+def test_a_pushed_model_comes_back_bit_for_bit_with_the_same_numbers(hub, pushed, person):
     files = hub.files(REPO)
     assert {"README.md", "config.json", "model.safetensors", "robustness.json", "robustness.png"} <= files.keys()
     assert "tokenizer.json" in files and not any(path.endswith((".bin", ".pt")) for path in files)
     assert json.loads(files["config.json"])["quantization_config"]["device"]["g_max"] == 89.0
-    (loaded, asked), err = Person(hub, tmp_path / "b", None).client("load", "then", "ask")
+    (loaded, asked), err = person("somebody", None).client("load", "then", "ask")
     assert loaded == {"digest": pushed, "layers": 7, "report": True}
     assert asked["layers"] == 7 and asked["answer"]
     assert "other weights" not in err
 
 
-def test_the_trainer_pushes_the_same(hub, base, tmp_path):
+def test_the_trainer_pushes_the_same(hub, base, person, tmp_path):
     actions = ("trainer", base, str(tmp_path / "out"), "then", "load")
-    (pushed, loaded), _ = Person(hub, tmp_path / "a").client(*actions)
+    (pushed, loaded), _ = person("ann").client(*actions)
     files = hub.files(REPO)
     assert not any(path.endswith(".bin") or "checkpoint" in path for path in files)
     data = yaml.safe_load(files["README.md"].decode().split("---")[1])
@@ -83,9 +121,8 @@ def test_the_trainer_pushes_the_same(hub, base, tmp_path):
     assert loaded["digest"] == pushed and loaded["layers"] == 7
 
 
-def test_adapters_go_up_as_adapters(hub, base, tmp_path):
-    ann = Person(hub, tmp_path / "a")
-    (_, pushed), _ = ann.client("model", base, "then", "adapter", str(tmp_path / "out"))
+def test_adapters_go_up_as_adapters(hub, pushed, person, tmp_path):
+    (adapter,), _ = person("ann").client("adapter", str(tmp_path / "out"))
     files = hub.files("ann/adapter")
     assert {"adapter_config.json", "adapter_model.safetensors", "robustness.json", "robustness.png"} <= files.keys()
     assert "model.safetensors" not in files and not any(path.endswith((".bin", ".pt")) for path in files)
@@ -93,15 +130,15 @@ def test_adapters_go_up_as_adapters(hub, base, tmp_path):
     data = yaml.safe_load(metadata)
     assert (data["base_model"], data["base_model_relation"]) == (REPO, "adapter")
     assert 'PeftModel.from_pretrained(base, "ann/adapter")' in text and "Model Card for" not in text
-    bob = Person(hub, tmp_path / "b", "hf_bob")
+    bob = person("bob", "hf_bob")
     (loaded,), _ = bob.client("load_adapter")
-    assert loaded == {"digest": pushed, "layers": 7, "report": True}
+    assert loaded == {"digest": adapter, "layers": 7, "report": True}
     assert len(json.loads(bob.cli("inspect", "ann/adapter", "--json"))["layers"]) == 7
 
 
-def test_changed_weights_go_up_without_the_old_figures(hub, base, tmp_path):
-    actions = ("model", base, "then", "model", base, "1", "stale", "then", "load")
-    (*_, loaded), err = Person(hub, tmp_path / "a").client(*actions)
+def test_changed_weights_go_up_without_the_old_figures(hub, base, pushed, person):
+    actions = ("model", base, "1", "stale", "then", "load")
+    (*_, loaded), err = person("ann").client(*actions)
     repo, files = hub.repos[REPO], hub.files(REPO)
     assert "the weights have changed" in err
     assert sum("robustness.json" in files for files in repo.commits.values()) == 1
@@ -110,8 +147,7 @@ def test_changed_weights_go_up_without_the_old_figures(hub, base, tmp_path):
     assert loaded["report"] is None
 
 
-def test_loading_says_when_the_report_is_of_other_weights(hub, base, tmp_path):
-    Person(hub, tmp_path / "a").client("model", base)
+def test_loading_says_when_the_report_is_of_other_weights(hub, pushed, person, tmp_path):
     repo = hub.repos[REPO]
     blob = repo.commits[repo.branches["main"]]["model.safetensors"]
     (tmp_path / "weights").write_bytes(blob.content)
@@ -119,67 +155,60 @@ def test_loading_says_when_the_report_is_of_other_weights(hub, base, tmp_path):
     weights["qa_outputs.bias"] += 1
     save_file(weights, tmp_path / "weights", {"format": "pt"})
     blob.content = (tmp_path / "weights").read_bytes()
-    (loaded,), err = Person(hub, tmp_path / "b").client("load")
+    (loaded,), err = person("ann elsewhere").client("load")
     assert "was measured on other weights" in err and loaded["report"] is None
 
 
-def test_an_upload_that_is_killed_leaves_the_repository_whole_and_can_be_repeated(hub, base, tmp_path):
-    ann = Person(hub, tmp_path / "a")
-    (first,), _ = ann.client("model", base)
+def test_an_upload_that_is_killed_leaves_the_repository_whole_and_can_be_repeated(hub, base, pushed, person):
     before = hub.files(REPO)
     hub.hold.set()
-    hub.begun.clear()
-    process = ann.start(sys.executable, "-m", "tests.hub.client", "model", base, "1.5")
+    process = person("ann").start("-m", "tests.hub.client", "model", base, "1.5")
     assert hub.begun.wait(200)
     process.kill()
-    process.communicate()
+    assert process.wait().returncode == -9
     hub.hold.clear()
     assert hub.files(REPO) == before
     actions = ("load", "then", "model", base, "1.5", "then", "load")
-    (old, second, new), _ = Person(hub, tmp_path / "b").client(*actions)
-    assert second != first and old == {"digest": first, "layers": 7, "report": True}
+    (old, second, new), _ = person("ann elsewhere").client(*actions)
+    assert second != pushed and old == {"digest": pushed, "layers": 7, "report": True}
     assert new == {"digest": second, "layers": 7, "report": True}
 
 
-def test_a_commit_that_fails_is_an_error_and_can_be_repeated(hub, base, tmp_path):
+def test_a_commit_that_fails_is_an_error_and_can_be_repeated(hub, base, person):
     hub.fail_commits = 1
     actions = ("refused", "hf_ann", "model", base, "then", "model", base)
-    (error, _), _ = Person(hub, tmp_path / "a").client(*actions)
+    (error, _), _ = person("ann").client(*actions)
     assert "500" in error
     first, second = hub.repos[REPO].commits.values()
     assert set(first) == {".gitattributes"} and "robustness.json" in second
     assert "robustness.json" in hub.files(REPO)
 
 
-def test_what_people_write_on_the_hub_stays(hub, base, tmp_path):
-    ann = Person(hub, tmp_path / "a")
-    ann.client("model", base)
+def test_what_people_write_on_the_hub_stays(hub, base, pushed, person):
     repo = hub.repos[REPO]
     card = repo.commits[repo.branches["main"]]["README.md"]
     text = card.content.decode().replace(BEGIN, "Our lab's note.\n\n" + BEGIN).replace(END, END + "\n\nAsk Ann.")
     card.content = text.replace("---\n", "---\nlicense: apache-2.0\n", 1).encode()
-    ann.client("model", base, "1.5", "then", "model", base)
+    person("ann").client("model", base, "1.5", "then", "model", base)
     text = hub.files(REPO)["README.md"].decode()
     assert text.count("Our lab's note.") == text.count("Ask Ann.") == 1 and "license: apache-2.0" in text
 
 
-def test_tokens_private_and_missing_repositories(hub, base, tmp_path):
-    ann = Person(hub, tmp_path / "a")
-    ann.client("model", base, "1", "private")
+def test_tokens_private_and_missing_repositories(hub, base, person):
+    person("ann").client("model", base, "1", "private")
     assert hub.repos[REPO].private
     tries = [("hf_bob", "load"), ("none", "load"), ("hf_ann", "load", "ann/none"), ("hf_wrong", "load")]
     tries += [("hf_wrong", "model", base), ("hf_bob", "model", base)]
     actions = [word for one in tries for word in ("refused", *one, "then")][:-1]
-    errors, _ = Person(hub, tmp_path / "b").client(*actions)
+    errors, _ = person("ann elsewhere").client(*actions)
     for error in errors[:3]:
         assert "is not a local folder and is not a valid model identifier" in error
     assert "Invalid credentials" in errors[4] and "rights" in errors[5]
     assert len(errors) == 6
 
 
-def test_the_command_line_pushes_and_evaluates(hub, base, tmp_path):
-    ann = Person(hub, tmp_path / "a")
-    ann.client("model", base)
+def test_the_command_line_pushes_and_evaluates(hub, pushed, person, tmp_path):
+    ann = person("ann")
     local = tmp_path / "local"
     local.mkdir()
     for path, content in hub.files(REPO).items():
@@ -191,23 +220,21 @@ def test_the_command_line_pushes_and_evaluates(hub, base, tmp_path):
     assert 'from_pretrained("ann/second")' in hub.files("ann/second")["README.md"].decode()
     squad_sample.dataset(6).to_parquet(tmp_path / "v.parquet")
     command = ["eval", "ann/second", "--dataset", str(tmp_path / "v.parquet"), "--times", "1s,10y", "--chips", "2"]
-    bob = Person(hub, tmp_path / "b", "hf_bob")
+    bob = person("bob", "hf_bob")
     report = json.loads(bob.cli(*command, "--output", str(tmp_path / "eval"), "--json"))
     assert report["about"]["base_model"] == "ann/second" and len(report["measurements"]) == 4
     layers = json.loads(bob.cli("inspect", "ann/second", "--json"))["layers"]
     ratios = [layer["noise_to_signal"] for layer in layers]
     assert len(layers) == 7 and ratios == sorted(ratios, reverse=True)
-    pushed = ann.cli("push", str(local), "ann/second", "--revision", "v2")
-    assert "Pushed" in pushed and "robustness.json" in hub.files("ann/second", "v2")
+    told = ann.cli("push", str(local), "ann/second", "--revision", "v2")
+    assert "Pushed" in told and "robustness.json" in hub.files("ann/second", "v2")
 
 
-def test_a_pull_request_leaves_main_alone(hub, base, tmp_path):
-    ann = Person(hub, tmp_path / "a")
-    ann.client("model", base)
+def test_a_pull_request_leaves_main_alone(hub, pushed, person, tmp_path):
     before = hub.files(REPO)
     for path, content in before.items():
         (tmp_path / path).write_bytes(content)
-    assert "discussions" in ann.cli("push", str(tmp_path), REPO, "--create-pr")
+    assert "discussions" in person("ann").cli("push", str(tmp_path), REPO, "--create-pr")
     assert hub.files(REPO) == before and "robustness.json" in hub.files(REPO, "refs/pr/1")
 
 

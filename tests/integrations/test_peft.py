@@ -21,7 +21,7 @@ from hf_reram import (
     sampled_drift,
     unpatch_model,
 )
-from tests.conftest import bert_batch
+from tests.samples.models import bert_batch
 
 
 @pytest.fixture

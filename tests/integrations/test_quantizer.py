@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -9,7 +7,7 @@ from transformers import AutoModelForSequenceClassification, BertForSequenceClas
 
 from hf_reram import ReRAMConfig, calibrate, crossbar_layers, deploy, patch_model, summarize
 from hf_reram.integrations.quantizer import ADDED_LATER
-from tests.conftest import bert_batch
+from tests.samples.models import bert_batch
 
 
 def calibrated(model, **options):
@@ -81,18 +79,22 @@ def test_learned_ranges_come_back_as_parameters(tiny_bert, tmp_path):
     assert all(again.get_parameter(n).grad is not None for n in names)
 
 
-def test_without_hf_reram_it_is_the_digital_model(tiny_bert, tmp_path):
+WITHOUT = """
+import sys
+from transformers import AutoModelForSequenceClassification
+model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
+assert "hf_reram" not in sys.modules
+print(type(model.classifier).__name__, float(model.classifier.weight.sum()))
+"""
+
+
+def test_without_hf_reram_it_is_the_digital_model(tiny_bert, tmp_path, python):
     calibrated(tiny_bert)
     tiny_bert.save_pretrained(tmp_path / "model")
-    code = (
-        "import sys, torch\n"
-        "from transformers import AutoModelForSequenceClassification as A\n"
-        "m = A.from_pretrained(sys.argv[1])\n"
-        "assert 'hf_reram' not in sys.modules\n"
-        "print(type(m.classifier).__name__, float(m.classifier.weight.sum()))\n"
-    )
-    out = subprocess.run([sys.executable, "-c", code, tmp_path / "model"], capture_output=True, text=True, check=True)
-    name, total = out.stdout.split()[-2:]
+    (tmp_path / "without.py").write_text(WITHOUT)
+    done = python.run(str(tmp_path / "without.py"), str(tmp_path / "model"))
+    assert done.returncode == 0, done.stderr
+    name, total = done.stdout.split()[-2:]
     assert name == "Linear"
     assert float(total) == pytest.approx(float(tiny_bert.classifier.weight.sum()), rel=1e-4)
 

@@ -5,9 +5,8 @@ import torch
 from torch import nn
 
 from hf_reram import ReRAMConfig, calibrate, crossbar_layers, deploy, digital, patch_model
-from tests.conftest import bert_batch, device
-
-SILENT = {"type": "log", "std_offset": [0.0], "std_slope": [0.0]}
+from tests.samples.devices import SILENT, device
+from tests.samples.models import bert_batch
 
 
 @pytest.fixture

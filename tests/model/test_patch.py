@@ -18,7 +18,8 @@ from hf_reram import (
     unpatch_model,
 )
 from hf_reram.nn import CrossbarConv1D, CrossbarLinear
-from tests.conftest import bert_batch, straight
+from tests.samples.devices import straight
+from tests.samples.models import bert_batch
 
 
 def test_patching_twice_and_unpatching_a_digital_model_are_errors(tiny_bert):

@@ -1,6 +1,7 @@
 """Under ``torch.compile``: one graph, with the losses and gradients of eager mode."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from hf_reram import (
 )
 from hf_reram.config import RETENTION_LOSSES
 from hf_reram.nn.ops.functions import Quantize, ShrunkSinh
-from tests.conftest import bert_batch, device
+from tests.samples.devices import device
+from tests.samples.models import FewLayers, bert_batch, tiny_bert
 
 LOSSES = [loss for loss in RETENTION_LOSSES if loss != "consistency"]  # two forwards
 
@@ -42,23 +44,22 @@ CONVERTERS = {"dac_bits": 6, "adc_bits": 8, "tile_size": 8}
 
 
 @pytest.mark.parametrize(
-    ("loss", "options"),
+    ("make", "loss", "options"),
     [
-        *((loss, {}) for loss in LOSSES),
-        ("output", CONVERTERS),
-        ("output+drift", {"weight_scale": "per_tile", "tile_size": 8}),
-        ("output+drift", {"redundancy": 1.0}),
-        ("output", {"learn_input_range": True}),
+        *((FewLayers, loss, {}) for loss in LOSSES),
+        (FewLayers, "output", CONVERTERS),
+        (FewLayers, "output+drift", {"weight_scale": "per_tile", "tile_size": 8, "redundancy": 1.0}),
+        (FewLayers, "output", {"learn_input_range": True}),
+        pytest.param(partial(tiny_bert, num_hidden_layers=1), "output+drift", {}, id="BERT"),
     ],
 )
-def test_one_graph_with_the_gradients_of_eager_mode(tiny_bert, loss, options):
-    del tiny_bert.bert.encoder.layer[1:]
-    batch = bert_batch()
+def test_one_graph_with_the_gradients_of_eager_mode(make, loss, options):
+    model, batch = make(), bert_batch()
     config = ReRAMConfig(device="hfox-neurram", retention_loss=loss, retention_times=["1s", "1d"], **options)
-    patch_model(tiny_bert.train(), config)
-    calibrate(tiny_bert, [batch])
-    twin = copy.deepcopy(tiny_bert)
-    expected = train_step(tiny_bert, tiny_bert, batch)
+    patch_model(model.train(), config)
+    calibrate(model, [batch])
+    twin = copy.deepcopy(model)
+    expected = train_step(model, model, batch)
     found = train_step(twin, torch.compile(twin, fullgraph=True, backend="aot_eager"), batch)
     assert found[:2] == pytest.approx(expected[:2], rel=1e-4)
     assert found[2].keys() == expected[2].keys()
@@ -68,19 +69,19 @@ def test_one_graph_with_the_gradients_of_eager_mode(tiny_bert, loss, options):
             found[2][name], grad, rtol=2e-3, atol=1e-4 * scale, msg=lambda m, n=name: f"{n}: {m}"
         )
     if loss == "output":
-        assert noise_to_signal(twin) == pytest.approx(noise_to_signal(tiny_bert), rel=1e-4)
+        assert noise_to_signal(twin) == pytest.approx(noise_to_signal(model), rel=1e-4)
 
 
-def test_new_seeds_and_ranges_need_no_new_graph(tiny_bert):
-    batch = bert_batch()
-    patch_model(tiny_bert.train(), ReRAMConfig(retention_loss="drift"))
-    calibrate(tiny_bert, [batch])
+def test_new_seeds_need_no_new_graph():
+    model, batch = FewLayers().train(), bert_batch()
+    patch_model(model, ReRAMConfig(retention_loss="drift"))
+    calibrate(model, [batch])
     counter = torch._dynamo.testing.CompileCounter()
-    model = torch.compile(tiny_bert, fullgraph=True, backend=counter)
+    call = torch.compile(model, fullgraph=True, backend=counter)
     losses = set()
     for seed in range(4):
-        with sampled_drift(tiny_bert, seed=seed):
-            losses.add(round(float(model(**batch).loss), 6))
+        with sampled_drift(model, seed=seed):
+            losses.add(round(float(call(**batch).loss), 6))
     assert counter.frame_count == 1 and len(losses) == 4
 
 
@@ -100,25 +101,25 @@ def test_convolutions(monkeypatch):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
-def test_what_is_loaded_is_what_compiled_code_uses(tiny_bert):
-    batch = bert_batch()
-    patch_model(tiny_bert, ReRAMConfig())
-    state = copy.deepcopy(tiny_bert.state_dict())
-    calibrate(tiny_bert, [batch])
-    calibrated = copy.deepcopy(tiny_bert.state_dict())
+def test_what_is_loaded_is_what_compiled_code_uses():
+    model, batch = FewLayers().eval(), bert_batch()
+    patch_model(model, ReRAMConfig())
+    state = copy.deepcopy(model.state_dict())
+    calibrate(model, [batch])
+    calibrated = copy.deepcopy(model.state_dict())
     for saved in (calibrated, state, calibrated):
-        tiny_bert.load_state_dict(saved)
-    torch.testing.assert_close(torch.compile(tiny_bert, backend="aot_eager")(**batch).loss, tiny_bert(**batch).loss)
+        model.load_state_dict(saved)
+    torch.testing.assert_close(torch.compile(model, backend="aot_eager")(**batch).loss, model(**batch).loss)
 
 
-def test_chips(tiny_bert):
-    batch = bert_batch()
-    patch_model(tiny_bert, ReRAMConfig(device=device(read_noise=0.0)))
-    calibrate(tiny_bert, [batch])
-    call = torch.compile(tiny_bert, fullgraph=True, backend="aot_eager")
-    with torch.no_grad(), deploy(tiny_bert, "1d", seed=3):
-        torch.testing.assert_close(call(**batch).logits, tiny_bert(**batch).logits, rtol=1e-4, atol=1e-5)
-    assert len(crossbar_layers(tiny_bert)) > 0
+def test_chips():
+    model, batch = FewLayers().eval(), bert_batch()
+    patch_model(model, ReRAMConfig(device=device(read_noise=0.0)))
+    calibrate(model, [batch])
+    call = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad(), deploy(model, "1d", seed=3):
+        torch.testing.assert_close(call(**batch).logits, model(**batch).logits, rtol=1e-4, atol=1e-5)
+    assert len(crossbar_layers(model)) == 4
 
 
 @pytest.mark.parametrize("b", [1e-6, 0.3, 2.0, 6.0])
@@ -149,11 +150,11 @@ def test_the_converter():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["none", "drift", "output+drift"])
-def test_inductor(tiny_bert, loss):
-    batch = bert_batch()
-    patch_model(tiny_bert.train(), ReRAMConfig(retention_loss=loss))
-    calibrate(tiny_bert, [batch])
-    twin = copy.deepcopy(tiny_bert)
-    expected = train_step(tiny_bert, tiny_bert, batch)
+def test_inductor(loss):
+    model, batch = tiny_bert(), bert_batch()
+    patch_model(model.train(), ReRAMConfig(retention_loss=loss))
+    calibrate(model, [batch])
+    twin = copy.deepcopy(model)
+    expected = train_step(model, model, batch)
     found = train_step(twin, torch.compile(twin, fullgraph=True), batch)
     assert found[:2] == pytest.approx(expected[:2], rel=1e-4)

@@ -19,10 +19,9 @@ from hf_reram import (
 )
 from hf_reram.nn.array import cell_weight
 from hf_reram.nn.drive import to_dacs
-from tests.conftest import bert_batch, straight
-from tests.nn.test_layers import CONVS, layer_of
-
-KINDS = ["linear", "conv1d", *CONVS]
+from tests.samples.devices import straight
+from tests.samples.layers import KINDS, layer_of
+from tests.samples.models import bert_batch
 
 
 def uneven(x: torch.Tensor, kind, offset: float = 0.0) -> torch.Tensor:

@@ -7,30 +7,12 @@ from transformers.pytorch_utils import Conv1D
 from hf_reram import ReRAMConfig, calibrate, crossbar_layers, digital, patch_model, retention_loss, unpatch_model
 from hf_reram.nn.array import cell_weight
 from hf_reram.nn.drive import drive
-from tests.conftest import device, straight
-
-CONVS = [
-    {"kernel_size": 3},
-    {"kernel_size": 3, "stride": 2, "padding": 1},
-    {"kernel_size": (3, 5), "padding": (1, 2), "dilation": (1, 2)},
-    {"kernel_size": 3, "padding": "same", "dilation": 2},
-    {"kernel_size": 3, "groups": 4, "padding": 1},
-    {"kernel_size": 2, "groups": 4},  # as many rows a group as input channels
-    {"kernel_size": 3, "groups": 8, "padding": 1, "bias": False},
-    *({"kernel_size": 3, "padding": 1, "padding_mode": mode} for mode in ("reflect", "replicate", "circular")),
-    {"kernel_size": 1, "stride": 3},
-]
+from tests.samples.devices import device, straight
+from tests.samples.layers import KINDS, layer_of
+from tests.samples.models import bert_batch
 
 
-def layer_of(kind):
-    if kind == "linear":
-        return nn.Linear(8, 6), torch.randn(5, 7, 8)
-    if kind == "conv1d":
-        return Conv1D(6, 8), torch.randn(5, 7, 8)
-    return nn.Conv2d(8, 16, **kind), torch.randn(3, 8, 11, 13)
-
-
-@pytest.mark.parametrize("kind", ["linear", "conv1d", *CONVS], ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("training", [True, False])
 def test_b_to_zero_is_the_digital_layer_and_unpatching_gives_it_back(kind, training):
     layer, x = layer_of(kind)
@@ -48,7 +30,7 @@ def test_b_to_zero_is_the_digital_layer_and_unpatching_gives_it_back(kind, train
     assert list(model.state_dict()) == keys
 
 
-@pytest.mark.parametrize("kind", ["linear", "conv1d", *CONVS], ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("training", [True, False])
 def test_centering_the_input_changes_nothing_on_ideal_cells(kind, training):
     layer, x = layer_of(kind)
@@ -117,7 +99,7 @@ def test_term_counts_what_varies_of_a_centered_input():
     assert 0 < varying < 1
 
 
-@pytest.mark.parametrize("kind", ["linear", "conv1d", *CONVS], ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_term_is_that_of_the_linear_form(kind):
     """R of any layer equals that of the matrix that its unfolded inputs meet."""
     layer, x = layer_of(kind)
@@ -147,7 +129,7 @@ def test_term_is_that_of_the_linear_form(kind):
     torch.testing.assert_close(found, noise / signal, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("kind", ["linear", "conv1d", *CONVS[:6]], ids=str)
+@pytest.mark.parametrize("kind", KINDS[:8], ids=str)
 def test_tiles_with_fine_converters_add_up_to_the_whole(kind):
     layer, x = layer_of(kind)
     model = nn.Sequential(layer).eval()
@@ -211,7 +193,6 @@ def test_zero_rows_zero_layers_and_constant_inputs_stay_finite():
 
 def test_query_key_and_value_share_one_phi(tiny_bert, monkeypatch):
     from hf_reram.nn import drive as mixin
-    from tests.conftest import bert_batch
 
     patch_model(tiny_bert, ReRAMConfig())
     calibrate(tiny_bert, [bert_batch()])

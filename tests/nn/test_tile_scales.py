@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from hf_reram import ReRAMConfig, calibrate, deploy, hold_weights, patch_model, retention_loss, sampled_drift
-from tests.conftest import bert_batch, device, straight
-from tests.nn.test_layers import CONVS, layer_of
+from tests.samples.devices import device, straight
+from tests.samples.layers import CONVS, KINDS, layer_of
+from tests.samples.models import bert_batch
 
-KINDS = ["linear", "conv1d", *CONVS]
 # The tiles of eight rows, three at most in each.
 ROWS = {"linear": [3, 3, 2], "conv1d": [3, 3, 2]}
 

@@ -1,6 +1,5 @@
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,11 +15,16 @@ SMALL = ["--max_steps", "2", "--chips", "2", "--times", "1s", "10y", "--use_cpu"
 SMALL += ["--per_device_train_batch_size", "4", "--base_batch_size", "4"]
 
 
-def run(folder: Path, *flags: str, fails: bool = False) -> str:
-    command = [sys.executable, str(RECIPE), "--output_dir", str(folder / "out"), *SMALL, *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    assert (done.returncode != 0) == fails, done.stderr[-3000:]
-    return done.stderr if fails else done.stdout
+@pytest.fixture
+def run(python, tmp_path) -> Callable[..., str]:
+    """Runs the recipe, and gives what it prints, or its errors where it ``fails``."""
+
+    def run(*flags: str, fails: bool = False) -> str:
+        done = python.run(str(RECIPE), "--output_dir", str(tmp_path / "out"), *SMALL, *flags)
+        assert (done.returncode != 0) == fails, done.stderr[-3000:]
+        return done.stderr if fails else done.stdout
+
+    return run
 
 
 @pytest.fixture
@@ -29,10 +33,10 @@ def base(tmp_path) -> list[str]:
     return ["--model_name_or_path", str(tmp_path / "base")]
 
 
-def test_the_whole_protocol_on_folders_of_images(tmp_path, base):
+def test_the_whole_protocol_on_folders_of_images(run, tmp_path, base):
     data = ["--train_dir", str(image_sample.folders(tmp_path / "a")), "--validation_dir"]
     data.append(str(image_sample.folders(tmp_path / "b", 8)))
-    assert "| hf_reram |" in run(tmp_path, *base, *data)
+    assert "| hf_reram |" in run(*base, *data)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert len(report) == 5
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "hf-reram" / "model")
@@ -42,13 +46,14 @@ def test_the_whole_protocol_on_folders_of_images(tmp_path, base):
 
 
 @pytest.mark.parametrize("batch_norm", ["fold", "reestimate"])
-def test_one_file_without_labels(tmp_path, base, batch_norm):
+def test_one_file_without_labels(run, tmp_path, base, batch_norm):
     image_sample.dataset(16).to_parquet(tmp_path / "all.parquet")
     data = ["--train_file", str(tmp_path / "all.parquet"), "--split_labels", "0.5", "--teacher", "True"]
     flags = ["--batch_norm", batch_norm, "--digital_ends", "True", "--methods", "hf_reram"]
-    assert "| hf_reram |" in run(tmp_path, *base, *data, *flags)
+    assert "| hf_reram |" in run(*base, *data, *flags)
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out" / "hf-reram" / "model")
-    assert "classifier" not in hf_reram.crossbar_layers(model)
+    layers = hf_reram.crossbar_layers(model)
+    assert "resnet.embedder.embedder.convolution" not in layers and "classifier.1" not in layers and len(layers) == 5
     report = json.loads((tmp_path / "out" / "hf-reram" / "robustness.json").read_text())
     assert report["about"]["examples"] == 8 and report["about"]["label_free"]
 
@@ -58,27 +63,28 @@ def test_one_file_without_labels(tmp_path, base, batch_norm):
     [
         ("deit-tiny", "image_size=32,patch_size=16,num_hidden_layers=1"),
         ("mobilenetv3-small", None),
-        ("efficientnet-lite0", None),
+        ("efficientnet-lite0", "architecture=test_efficientnet"),
+        pytest.param("efficientnet-lite0", None, marks=pytest.mark.slow),
         pytest.param("resnet18", None, marks=pytest.mark.slow),
         pytest.param("mobilenetv3-large", None, marks=pytest.mark.slow),
     ],
 )
-def test_presets_train_a_base_of_their_own_shape(tmp_path, preset, overrides):
+def test_presets_train_a_base_of_their_own_shape(run, tmp_path, preset, overrides):
     pytest.importorskip("timm")
     image_sample.dataset(8).to_parquet(tmp_path / "train.parquet")
     data = ["--train_file", str(tmp_path / "train.parquet"), "--validation_file", str(tmp_path / "train.parquet")]
     flags = ["--preset", preset, "--from_scratch", "True", "--base_steps", "1", "--image_size", "32"]
     flags += ["--config_overrides", overrides] if overrides else []
-    assert "| hf_reram |" in run(tmp_path, *data, *flags, "--methods", "hf_reram")
+    assert "| hf_reram |" in run(*data, *flags, "--methods", "hf_reram")
 
 
-def test_a_new_head_for_other_classes(tmp_path):
+def test_a_new_head_for_other_classes(run, tmp_path):
     image_sample.save_model(tmp_path / "base", classes=7)
     image_sample.dataset(8).to_parquet(tmp_path / "train.parquet")
     data = ["--train_file", str(tmp_path / "train.parquet"), "--validation_file", str(tmp_path / "train.parquet")]
     data += ["--model_name_or_path", str(tmp_path / "base"), "--methods", "naive"]
-    assert "4 classes and the model 7" in run(tmp_path, *data, fails=True)
-    assert "| naive crossbar |" in run(tmp_path, *data, "--base_steps", "1")
+    assert "4 classes and the model 7" in run(*data, fails=True)
+    assert "| naive crossbar |" in run(*data, "--base_steps", "1")
 
 
 @pytest.mark.parametrize(
@@ -90,5 +96,5 @@ def test_a_new_head_for_other_classes(tmp_path):
         (["--from_scratch", "True"], "a new model needs base_steps"),
     ],
 )
-def test_bad_input_is_a_clear_error(tmp_path, base, flags, message):
-    assert message in run(tmp_path, *base, *flags, fails=True)
+def test_bad_input_is_a_clear_error(run, base, flags, message):
+    assert message in run(*base, *flags, fails=True)

@@ -1,13 +1,11 @@
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForQuestionAnswering
 
 import hf_reram
-from tests.conftest import needs_compiler
 from tests.samples import squad as squad_sample
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "squad.py"
@@ -15,16 +13,22 @@ SMALL = ["--max_steps", "3", "--chips", "2", "--times", "1s", "1d", "--save_step
 SMALL += ["--max_length", "40", "--train_max_length", "40", "--doc_stride", "8", "--per_device_train_batch_size", "4"]
 
 
-def run(folder: Path, *flags: str, launcher=(sys.executable,), fails: bool = False) -> str:
-    files = [part for pair in squad_sample.write(folder).items() for part in pair]
-    command = [*launcher, str(RECIPE), *files, "--output_dir", str(folder / "out"), *SMALL, *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    assert (done.returncode != 0) == fails, done.stderr[-3000:]
-    return done.stderr if fails else done.stdout
+@pytest.fixture
+def run(python, tmp_path) -> Callable[..., str]:
+    """Runs the recipe on a sample in a folder, and gives what it prints, or its errors where it ``fails``."""
+
+    def run(*flags: str, folder: Path = tmp_path, processes: int = 1, fails: bool = False) -> str:
+        files = [part for pair in squad_sample.write(folder).items() for part in pair]
+        command = [str(RECIPE), *files, "--output_dir", str(folder / "out"), *SMALL, *flags]
+        ranks = [python.run(*command)] if processes == 1 else python.run_two(*command)
+        assert all((rank.returncode != 0) == fails for rank in ranks), ranks[0].stderr[-3000:]
+        return "".join(rank.stderr if fails else rank.stdout for rank in ranks)
+
+    return run
 
 
-def test_the_whole_protocol_and_its_resumption(tmp_path):
-    output = run(tmp_path)
+def test_the_whole_protocol_and_its_resumption(run, tmp_path):
+    output = run()
     assert "| hf_reram |" in output
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert len(report) == 5
@@ -37,11 +41,11 @@ def test_the_whole_protocol_and_its_resumption(tmp_path):
     # Killed after training and all but one chip: the same figures again, that chip alone measured anew.
     lines = before[0].splitlines(keepends=True)
     (ours / "chips.jsonl").write_text("".join(lines[:-1]))
-    run(tmp_path)
+    run()
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
     assert (ours / "chips.jsonl").read_text().split() == before[0].split()
     assert (ours / "model" / "model.safetensors").read_bytes() == before[1]
-    assert "allowed are the same ones" in run(tmp_path, "--learning_rate", "1e-5", fails=True)
+    assert "allowed are the same ones" in run("--learning_rate", "1e-5", fails=True)
 
 
 @pytest.mark.parametrize(
@@ -49,19 +53,18 @@ def test_the_whole_protocol_and_its_resumption(tmp_path):
     [
         pytest.param(["--teacher", "True"], id="teacher"),
         pytest.param(["--lora", "True", "--lora_rank", "2"], id="lora"),
-        pytest.param(["--fused_kernels", "True", "--adc_bits", "8"], id="fused kernels", marks=needs_compiler),
+        pytest.param(["--fused_kernels", "True", "--adc_bits", "8"], id="fused kernels", marks=pytest.mark.compiler),
     ],
 )
-def test_without_labels_with_lora_and_with_fused_kernels(tmp_path, flags):
-    assert "| hf_reram |" in run(tmp_path, "--methods", "hf_reram", *flags)
+def test_without_labels_with_lora_and_with_fused_kernels(run, flags):
+    assert "| hf_reram |" in run("--methods", "hf_reram", *flags)
 
 
-def test_two_processes_write_once_and_measure_the_same(tmp_path):
-    pair = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+def test_two_processes_write_once_and_measure_the_same(run, tmp_path):
     flags = ["--methods", "naive", "calibrated"]
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    printed = run(tmp_path / "one", *flags), run(tmp_path / "two", *flags, launcher=pair)
+    printed = run(*flags, folder=tmp_path / "one"), run(*flags, folder=tmp_path / "two", processes=2)
     assert [out.count("\n| naive crossbar |") for out in printed] == [1, 1]
     one, two = (json.loads((tmp_path / name / "out" / "report.json").read_text()) for name in ("one", "two"))
     for label in one:
@@ -78,11 +81,11 @@ def test_two_processes_write_once_and_measure_the_same(tmp_path):
         (["--train_file", str(RECIPE)], "allowed are .parquet"),
     ],
 )
-def test_bad_input_is_a_clear_error(tmp_path, flags, message):
-    assert message in run(tmp_path, *flags, fails=True)
+def test_bad_input_is_a_clear_error(run, flags, message):
+    assert message in run(*flags, fails=True)
 
 
-def test_a_model_for_something_else_is_refused(tmp_path):
+def test_a_model_for_something_else_is_refused(run, tmp_path):
     squad_sample.write(tmp_path)
     squad_sample.model(40).bert.save_pretrained(tmp_path / "base")
-    assert "is no question answering model" in run(tmp_path, fails=True)
+    assert "is no question answering model" in run(fails=True)

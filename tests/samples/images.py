@@ -8,9 +8,9 @@ from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as Pillow
 from transformers import (
     ConvNextImageProcessor,
-    MobileNetV2Config,
-    MobileNetV2ForImageClassification,
     PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
     ViTImageProcessor,
 )
 
@@ -38,9 +38,10 @@ def folders(root: Path, count: int = 12) -> Path:
 
 
 def save_model(folder: Path, classes: int = 4) -> PreTrainedModel:
+    """A ResNet of six convolutions with batch norm, and its image processor, as a checkpoint in ``folder``."""
     torch.manual_seed(0)
-    shape = {"depth_multiplier": 0.1, "min_depth": 8, "depth_divisible_by": 8, "image_size": 32}
-    model = MobileNetV2ForImageClassification(MobileNetV2Config(**shape, num_labels=classes)).eval()
+    shape = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    model = ResNetForImageClassification(ResNetConfig(**shape, num_labels=classes)).eval()
     model.save_pretrained(folder)
     size = {"height": 32, "width": 32}
     ViTImageProcessor(size=size).save_pretrained(folder)

@@ -1,8 +1,5 @@
 import importlib.util
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,21 +7,21 @@ from transformers import AutoModelForSequenceClassification
 
 from hf_reram import crossbar_layers
 
-SCRIPT = Path(__file__).parent / "distributed_script.py"
-PAIR = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+SCRIPT, LAUNCHED = "tests.training.distributed_script", "tests.training.launch_script"
 
 
-def run(command, out, mode, kind):
-    done = subprocess.run([*command, str(SCRIPT), str(out), mode, kind], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+def found(out, *ranks):
+    for done in ranks:
+        assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out)
 
 
 @pytest.mark.parametrize("kind", ["output", "sensitivity+drift"])
 @pytest.mark.parametrize(("one", "two"), [("trainer", "trainer"), ("plain", "fsdp")], ids=["DDP", "FSDP2"])
-def test_two_processes_have_the_loss_and_gradients_of_one(tmp_path, one, two, kind):
-    alone = run([sys.executable], tmp_path / "one.pt", one, kind)
-    pair = run(PAIR, tmp_path / "two.pt", two, kind)
+def test_two_processes_have_the_loss_and_gradients_of_one(python, tmp_path, one, two, kind):
+    files = tmp_path / "one.pt", tmp_path / "two.pt"
+    alone = found(files[0], python.run("-m", SCRIPT, str(files[0]), one, kind))
+    pair = found(files[1], *python.run_two("-m", SCRIPT, str(files[1]), two, kind))
     assert pair["loss"] == pytest.approx(alone["loss"], rel=1e-5)
     assert pair["grads"].keys() == alone["grads"].keys()
     for name, grad in alone["grads"].items():
@@ -34,15 +31,16 @@ def test_two_processes_have_the_loss_and_gradients_of_one(tmp_path, one, two, ki
 
 
 @pytest.mark.parametrize(("config", "kind"), [("ddp", "MULTI_CPU"), ("fsdp2", "FSDP"), ("deepspeed", "DEEPSPEED")])
-def test_accelerate_launches_the_configs(tmp_path, monkeypatch, config, kind, one_process):
+def test_accelerate_launches_the_configs(python, tmp_path, config, kind, one_process):
     """Losses and the saved checkpoint are those of one process."""
+    environment = {}
     if config == "deepspeed":
         if importlib.util.find_spec("deepspeed") is None:
             pytest.skip("needs pip install deepspeed")
-        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"recipes/configs/{config}.yaml"]
+        environment["DS_ACCELERATOR"] = "cpu"
     alone, weights = one_process
-    found = launch([*accelerate, "--main_process_port", "0"], tmp_path)
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", f"recipes/configs/{config}.yaml"]
+    found = printed(python.run(*launcher, "--main_process_port", "0", "-m", LAUNCHED, str(tmp_path), **environment))
     assert found["processes"] == 2 and found["kind"] == f"DistributedType.{kind}"
     for mine, theirs in zip(found["logs"], alone["logs"], strict=True):
         assert mine == pytest.approx(theirs, rel=1e-3)
@@ -53,14 +51,12 @@ def test_accelerate_launches_the_configs(tmp_path, monkeypatch, config, kind, on
 
 
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory):
+def one_process(python, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    return launch([sys.executable], folder), saved(folder)
+    return printed(python.run("-m", LAUNCHED, str(folder))), saved(folder)
 
 
-def launch(command, folder) -> dict:
-    command = [*command, "-m", "tests.training.launch_script", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=SCRIPT.parents[2])
+def printed(done) -> dict:
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"processes"')))
 

@@ -1,9 +1,8 @@
 """What is on disk, and what a resumption makes of it, after a kill or with a full disk; losses that are not finite."""
 
 import json
-import os
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,22 +13,18 @@ from transformers import TrainingArguments
 
 from hf_reram import ReRAMConfig, ReRAMTrainer
 from hf_reram.training.checkpoints import last_checkpoint, set_incomplete_aside, staged
-from tests.conftest import bert_batch
-
-ROOT = Path(__file__).parents[2]
-
+from tests.samples.models import bert_batch
 
 WITH_WEIGHTS = ("kill while the optimizer is saved", "kill while the state is saved")
 
 
-def train(out: Path, fault: str = "") -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "tests.training.fault_script", str(out), *([fault] if fault else [])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+@pytest.fixture(scope="module")
+def train(python) -> Callable[..., subprocess.CompletedProcess]:
+    return lambda out, *fault: python.run("-m", "tests.training.fault_script", str(out), *fault)
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory) -> list[float]:
+def uninterrupted(train, tmp_path_factory) -> list[float]:
     return json.loads(train(tmp_path_factory.mktemp("whole")).stdout.splitlines()[-1])
 
 
@@ -43,7 +38,7 @@ def uninterrupted(tmp_path_factory) -> list[float]:
         "disk full",
     ],
 )
-def test_a_resumed_training_has_the_losses_of_an_uninterrupted_one(tmp_path, fault, uninterrupted):
+def test_a_resumed_training_has_the_losses_of_an_uninterrupted_one(train, tmp_path, fault, uninterrupted):
     done = train(tmp_path, fault)
     if fault == "disk full":
         assert done.returncode == 1 and "File too large" in done.stderr

@@ -17,7 +17,7 @@ from hf_reram import (
 from hf_reram.evaluation.inspect import inspect_layers
 from hf_reram.nn.ops import cpu
 from hf_reram.nn.ops import random as noise
-from tests.conftest import bert_batch
+from tests.samples.models import bert_batch
 
 
 class Reads(TorchDispatchMode):

@@ -19,7 +19,8 @@ from hf_reram import (
 from hf_reram.nn.array import cell_weight
 from hf_reram.nn.state import Physics
 from hf_reram.training.distillation import divergence
-from tests.conftest import bert_batch, device
+from tests.samples.devices import device
+from tests.samples.models import bert_batch
 
 GENERIC = {"type": "generic", "A": 0.01, "tau": 1.0, "s0": 0.5, "s1": 0.05, "s2": 0.01}
 CURVED = {"type": "table", "g_ref": 40.0, "times": [1.0], "std": [[1.0, 2.0]], "mean": [[0.0, 3.0, -5.0]]}

@@ -14,7 +14,7 @@ from transformers import (
 
 from hf_reram import ReRAMConfig, ReRAMTrainer, RobustnessReport, calibrate, crossbar_layers, digital, patch_model
 from hf_reram.config import RETENTION_LOSSES
-from tests.conftest import bert_batch
+from tests.samples.models import bert_batch
 
 
 def fresh_bert(seed=0):

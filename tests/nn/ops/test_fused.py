@@ -10,9 +10,9 @@ import hf_reram.nn.ops.fused as fused
 from hf_reram import ReRAMConfig, add_retention_loss, calibrate, deploy, patch_model, sampled_drift, use_fused_kernels
 from hf_reram.nn.ops.functions import ShrunkSinh
 from hf_reram.nn.ops.reference import POLYNOMIAL_B
-from tests.conftest import bert_batch, needs_compiler
+from tests.samples.models import bert_batch
 
-pytestmark = needs_compiler
+pytestmark = pytest.mark.compiler
 
 
 @pytest.fixture(autouse=True, scope="module")

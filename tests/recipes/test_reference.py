@@ -1,5 +1,5 @@
-"""Real pretrained checkpoints on real data, against the figures of the first trials (issue 3). Slow, and skipped
-without HF_RERAM_DATA and the checkpoints beside it."""
+"""Real pretrained checkpoints on real data, as recipes/ablation.py has them, against the figures of the first trials.
+Slow, and skipped without HF_RERAM_DATA and the checkpoints beside it."""
 
 import copy
 import os
@@ -10,7 +10,7 @@ import pytest
 from transformers import default_data_collator
 
 from hf_reram import ReRAMConfig, calibrate, deploy, patch_model
-from tests.conftest import device
+from tests.samples.devices import device
 
 DATA = Path(os.environ.get("HF_RERAM_DATA") or "missing")
 MODELS = DATA.parent / "models"

@@ -20,7 +20,7 @@ from hf_reram import (
 )
 from hf_reram.model.select import unsupported
 from hf_reram.nn import CrossbarLayer
-from tests.architectures.zoo import TIMM, ZOO, Entry, image, table, tokens
+from tests.samples.zoo import TIMM, ZOO, Entry, image, table, tokens
 
 
 def _tensors(output) -> list[torch.Tensor]:

@@ -1,0 +1,20 @@
+import json
+
+import pytest
+
+from hf_reram import ReRAMConfig, RobustnessReport, patch_model
+from hf_reram.tasks import demo
+
+pytest.importorskip("sklearn")
+
+
+def test_demo_runs_the_whole_path(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "METHODS", (demo.METHODS[0], demo.METHODS[-1]))
+    reports = demo.run_demo(tmp_path, chips=2, base_epochs=1, epochs=1, progress=lambda _: None)
+    assert list(reports) == ["naive crossbar", "hf_reram"]
+    assert (tmp_path / "robustness.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "report.json").read_text()).keys() == reports.keys()
+    assert "| digital base | – |" in (tmp_path / "report.md").read_text()
+    assert RobustnessReport.from_json(tmp_path / "checkpoint" / "robustness.json").metrics == ["accuracy"]
+    with pytest.raises(RuntimeError, match="something else"):
+        demo.check_reload(patch_model(demo.small_deit(), ReRAMConfig()), tmp_path / "checkpoint", demo.Digits.load())
