@@ -8,8 +8,7 @@ from transformers import AutoModelForQuestionAnswering
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import ChunkPipeline
 
-from ..tasks.question_answering import windows
-from .spans import best_spans
+from .spans import best_spans, windows
 
 TASK = "question-answering"
 
