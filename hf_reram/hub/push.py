@@ -9,12 +9,12 @@ from typing import Any
 import transformers
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import RevisionNotFoundError
-from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoProcessor
 from transformers.models.auto import modeling_auto
 from transformers.utils import cached_file, logging
 
 from ..evaluation.report import RobustnessReport, write_whole
+from ..model.adapters import has_adapters, without_adapters
 from ..model.digest import weights_digest
 from ..model.patch import UPLOAD, crossbar_layers, crossbar_state, summarize
 from ..version import __version__
@@ -96,6 +96,8 @@ def load_model(name: str | os.PathLike, **where: Any) -> Any:
         ValueError: the config names no such class.
     """
     if _has(name, ADAPTER, **where):
+        from peft import PeftConfig, PeftModel
+
         base = load_model(PeftConfig.from_pretrained(str(name), **where).base_model_name_or_path)
         model = PeftModel.from_pretrained(base, name, **where)
         if crossbar_layers(model) and (report := stored_report(name, **where)) is not None:
@@ -119,7 +121,7 @@ def prepare(folder: str | os.PathLike, model: Any, repo: str | None = None) -> N
     """
     folder = Path(folder)
     if not crossbar_layers(model):
-        base = f", nor has {model.name_or_path}, its adapters' base" if isinstance(model, PeftModel) else ""
+        base = f", nor has {model.name_or_path}, its adapters' base" if has_adapters(model) else ""
         raise ValueError(f"{folder} holds no model on crossbars: no ReRAM quantization_config in its config.json{base}")
     file, rows = folder / REPORT, None
     report: RobustnessReport | None
@@ -162,7 +164,7 @@ def about_model(model: Any, report: RobustnessReport | None, repo: str | None = 
         "dataset_split": "",
         "base_model": base if not local else folder.resolve().name if folder else type(model).__name__,
         "name": name,
-        "relation": "adapter" if isinstance(model, PeftModel) else "finetune",
+        "relation": "adapter" if has_adapters(model) else "finetune",
         "repo": repo,
         "versions": {"hf_reram": __version__, "transformers": transformers.__version__},
     }
@@ -171,7 +173,7 @@ def about_model(model: Any, report: RobustnessReport | None, repo: str | None = 
 
 def task_of(model: Any) -> str:
     """The Hub's pipeline tag of a model's class, "" where none fits."""
-    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    model = without_adapters(model)
     kind = getattr(getattr(model, "config", None), "model_type", None)
     names = {cls.__name__ for cls in type(model).__mro__}
     for task, auto in AUTO_CLASSES.items():

@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers.utils import logging
 
@@ -14,6 +13,7 @@ from ..nn import CrossbarMixin
 from ..nn.layer import FILLS
 from ..nn.mapping import layer_scales
 from ..nn.state import CrossbarState
+from .adapters import without_adapters
 from .find import crossbar_layers, crossbar_state
 from .select import channels, crossbar_class, select_layers
 from .summary import summarize
@@ -41,17 +41,12 @@ def patch_model(model: nn.Module, config: ReRAMConfig) -> nn.Module:
     """
     if not isinstance(config, ReRAMConfig):
         raise TypeError(f"config={config!r}: allowed is a ReRAMConfig")
-    base = _without_adapters(model)
+    base = without_adapters(model)
     swap_layers(base, config)
     initialize_layers(base)
     attach_config(base, config)
     logger.info("%s", summarize(base))
     return model
-
-
-def _without_adapters(model: Any) -> Any:
-    """The model that PEFT has wrapped, whose layers hold the adapters; any other model itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def attach_config(model: Any, config: ReRAMConfig) -> None:
@@ -149,7 +144,7 @@ def unpatch_model(model: Any) -> nn.Module:
         ValueError: the model is not patched.
     """
     crossbar_state(model)
-    wrapped, model = model, _without_adapters(model)
+    wrapped, model = model, without_adapters(model)
     for layer in [m for m in model.modules() if isinstance(m, CrossbarMixin)]:  # PEFT's modules_to_save are copies
         layer.remove_crossbar()
         layer.__class__ = layer.__dict__.pop("_digital_class")

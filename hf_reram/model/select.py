@@ -3,13 +3,13 @@
 from typing import Any
 
 import regex
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..config import ReRAMConfig
 from ..nn import CrossbarConv1D, CrossbarConv2d, CrossbarConv2dSame, CrossbarLinear
+from .adapters import adapted_layers
 
 logger = logging.get_logger(__name__)
 
@@ -35,9 +35,11 @@ def select_layers(model: nn.Module, config: ReRAMConfig) -> dict[str, nn.Module]
         if isinstance(m, nn.MultiheadAttention)  # reads its projections' weights without calling them
         for child, _ in m.named_children()
     }
-    adapted: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
     adapters = tuple(
-        f"{name}.{child}." for name, m in adapted.items() for child, _ in m.named_children() if child != "base_layer"
+        f"{name}.{child}."
+        for name, layer in adapted_layers(model).items()
+        for child, _ in layer.named_children()
+        if child != "base_layer"
     )
     able: dict[str, nn.Module] = {}
     unable = []
