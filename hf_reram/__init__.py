@@ -8,7 +8,7 @@ from .config import ReRAMConfig
 from .device import DeviceConfig
 from .evaluation.report import RobustnessReport
 from .evaluation.robustness import evaluate_robustness
-from .hub.load import report_of
+from .hub.report import report_of
 from .integrations.pipeline import register as _register
 from .integrations.quantizer import ReRAMQuantizer
 from .model.deploy import deploy, digital

@@ -8,7 +8,7 @@ import typer
 from ..calibration.ranges import calibrate
 from ..device.time import format_time, parse_time
 from ..evaluation.inspect import inspect_layers
-from ..hub.push import task_of
+from ..hub.about import task_of
 from ..model.find import crossbar_state
 from ..model.summary import summarize
 from ..tasks.load import load_task

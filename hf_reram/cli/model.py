@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..config import ReRAMConfig
-from ..hub.push import load_model
+from ..hub.load import load_model
 from ..model.find import crossbar_layers, crossbar_state
 from ..model.patch import patch_model, unpatch_model
 from ..tasks.arguments import device_of

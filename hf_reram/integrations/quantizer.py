@@ -10,11 +10,11 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from ..config import ReRAMConfig
-from ..hub.load import attach_stored_report
-from ..hub.push import attach_upload
+from ..hub.report import attach_stored_report
 from ..model.find import crossbar_layers
 from ..model.patch import initialize_layers, make_range_trainable, swap_layers, unpatch_model
 from ..nn.layer import BUFFERS, FILLS
+from .upload import attach_upload
 
 # Buffers that checkpoints from before do not have.
 ADDED_LATER = ("input_floor", "input_offset", "input_scale", "pairs_per_weight")

@@ -20,9 +20,6 @@ from .summary import summarize
 
 logger = logging.get_logger(__name__)
 
-# Through which transformers' push_to_hub and save_pretrained upload, see hf_reram.integrations.upload.
-UPLOAD = "_upload_modified_files"
-
 MAX_TILES = 1024  # of a layer
 
 
@@ -52,8 +49,8 @@ def patch_model(model: nn.Module, config: ReRAMConfig) -> nn.Module:
 def attach_config(model: Any, config: ReRAMConfig) -> None:
     """Let a PreTrainedModel's ``save_pretrained`` write the config into config.json, and its ``push_to_hub`` upload
     report and card."""
-    from ..hub.push import attach_upload
     from ..integrations.quantizer import ReRAMQuantizer
+    from ..integrations.upload import attach_upload
 
     if hasattr(model, "config") and hasattr(model, "save_pretrained"):
         model.config.quantization_config = config
@@ -153,6 +150,8 @@ def unpatch_model(model: Any) -> nn.Module:
             module.inplace = True
     model._crossbar_hook.remove()
     del model._crossbar_hook
+    from ..integrations.upload import UPLOAD
+
     config = getattr(model, "config", None)
     for owner, name in ((model, "hf_quantizer"), (model, UPLOAD), (config, "quantization_config")):
         if name in getattr(owner, "__dict__", {}):

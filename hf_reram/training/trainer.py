@@ -19,9 +19,10 @@ from ..config import ReRAMConfig
 from ..device.time import format_time, parse_time
 from ..evaluation.report import RobustnessReport
 from ..evaluation.robustness import DEFAULT_TIMES, evaluate_robustness
-from ..hub.load import report_of
+from ..hub.about import about_model
 from ..hub.publish import publish
-from ..hub.push import about_model, push, unmeasured
+from ..hub.push import push
+from ..hub.report import report_of, unmeasured
 from ..model.deploy import deploy
 from ..model.find import crossbar_layers, crossbar_state
 from ..model.patch import patch_model, unpatch_model

@@ -7,7 +7,7 @@ import os
 import sys
 
 import torch
-from hf_reram.hub.push import load_model
+from hf_reram.hub.load import load_model
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForQuestionAnswering, TrainingArguments, pipeline
 
