@@ -1,5 +1,5 @@
 """Metrics as ``evaluate.Metric`` classes that need no download."""
 
-from .squad_v2 import SquadV2
+from .squad_v2_metric import SquadV2
 
 __all__ = ["SquadV2"]
