@@ -1,26 +1,50 @@
 """hf_reram: pretrained Hugging Face models, finetuned to be robust on ReRAM crossbars.
 
-Importing it lets ``from_pretrained`` bring back the crossbar layers of a checkpoint, and ``pipeline`` answer questions.
+Importing it lets ``from_pretrained`` bring back the crossbar layers of a checkpoint, and does nothing else: what stands
+below is imported when it is first used.
 """
 
-from .calibration.ranges import calibrate
-from .config import ReRAMConfig
-from .device import DeviceConfig
-from .evaluation.report import RobustnessReport
-from .evaluation.robustness import evaluate_robustness
-from .hub.report import report_of
-from .integrations.pipeline import register as _register
-from .integrations.quantizer import ReRAMQuantizer
-from .model.deploy import deploy, digital
-from .model.find import crossbar_layers
-from .model.patch import patch_model, unpatch_model
-from .model.summary import summarize
-from .nn.ops.fused import use_fused_kernels
-from .training.losses import add_retention_loss, hold_weights, noise_to_signal, retention_loss, sampled_drift
-from .training.trainer import ReRAMTrainer
+from typing import TYPE_CHECKING
+
+from .integrations.register import register_quantizer as _register_quantizer
+from .lazy import lazy_names as _lazy_names
 from .version import __version__
 
-_register()
+if TYPE_CHECKING:
+    from .calibration.ranges import calibrate
+    from .config import ReRAMConfig
+    from .device import DeviceConfig
+    from .evaluation.inspect import inspect_layers
+    from .evaluation.report import RobustnessReport
+    from .evaluation.robustness import evaluate_robustness
+    from .hub.report import report_of
+    from .integrations.quantizer import ReRAMQuantizer
+    from .model.deploy import deploy, digital
+    from .model.find import crossbar_layers
+    from .model.patch import patch_model, unpatch_model
+    from .model.summary import summarize
+    from .nn.ops.fused import use_fused_kernels
+    from .training.losses import add_retention_loss, hold_weights, noise_to_signal, retention_loss, sampled_drift
+    from .training.trainer import ReRAMTrainer
+
+# The same for Python, by module; tests/test_import.py compares the three lists.
+_NAMES = {
+    "calibration.ranges": ["calibrate"],
+    "config": ["ReRAMConfig"],
+    "device": ["DeviceConfig"],
+    "evaluation.inspect": ["inspect_layers"],
+    "evaluation.report": ["RobustnessReport"],
+    "evaluation.robustness": ["evaluate_robustness"],
+    "hub.report": ["report_of"],
+    "integrations.quantizer": ["ReRAMQuantizer"],
+    "model.deploy": ["deploy", "digital"],
+    "model.find": ["crossbar_layers"],
+    "model.patch": ["patch_model", "unpatch_model"],
+    "model.summary": ["summarize"],
+    "nn.ops.fused": ["use_fused_kernels"],
+    "training.losses": ["add_retention_loss", "hold_weights", "noise_to_signal", "retention_loss", "sampled_drift"],
+    "training.trainer": ["ReRAMTrainer"],
+}
 
 __all__ = [
     "DeviceConfig",
@@ -36,6 +60,7 @@ __all__ = [
     "digital",
     "evaluate_robustness",
     "hold_weights",
+    "inspect_layers",
     "noise_to_signal",
     "patch_model",
     "report_of",
@@ -45,3 +70,7 @@ __all__ = [
     "unpatch_model",
     "use_fused_kernels",
 ]
+
+__getattr__, __dir__ = _lazy_names(__name__, _NAMES)
+
+_register_quantizer()

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from hf_reram.hub.push import push
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForImageClassification,
@@ -36,6 +35,7 @@ from transformers import (
 from hf_reram import ReRAMConfig, ReRAMTrainer, use_fused_kernels
 from hf_reram.calibration.batch_norm import batch_norms, fold_batch_norm, reestimate_batch_norm
 from hf_reram.hub.about import About
+from hf_reram.hub.push import push
 from hf_reram.tasks.arguments import RecipeTrainingArguments, ReRAMArguments
 from hf_reram.tasks.comparison import OURS, run_protocol
 from hf_reram.tasks.data import draw, load_rows

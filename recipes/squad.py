@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from hf_reram.hub.push import push
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForQuestionAnswering,
@@ -30,6 +29,7 @@ from transformers import (
 
 from hf_reram import ReRAMConfig, ReRAMTrainer, deploy, patch_model, use_fused_kernels
 from hf_reram.hub.about import About
+from hf_reram.hub.push import push
 from hf_reram.tasks.arguments import RecipeTrainingArguments, ReRAMArguments
 from hf_reram.tasks.comparison import OURS, run_protocol
 from hf_reram.tasks.data import draw, load_rows

@@ -15,6 +15,7 @@ from ..nn.mapping import layer_scales
 from ..nn.state import CrossbarState
 from .adapters import without_adapters
 from .find import crossbar_layers, crossbar_state
+from .hooks import ON_PATCH, ON_UNPATCH
 from .select import channels, crossbar_class, select_layers
 from .summary import summarize
 
@@ -41,21 +42,10 @@ def patch_model(model: nn.Module, config: ReRAMConfig) -> nn.Module:
     base = without_adapters(model)
     swap_layers(base, config)
     initialize_layers(base)
-    attach_config(base, config)
+    for attach in ON_PATCH:
+        attach(base, config)
     logger.info("%s", summarize(base))
     return model
-
-
-def attach_config(model: Any, config: ReRAMConfig) -> None:
-    """Let a PreTrainedModel's ``save_pretrained`` write the config into config.json, and its ``push_to_hub`` upload
-    report and card."""
-    from ..integrations.quantizer import ReRAMQuantizer
-    from ..integrations.upload import attach_upload
-
-    if hasattr(model, "config") and hasattr(model, "save_pretrained"):
-        model.config.quantization_config = config
-        model.hf_quantizer = ReRAMQuantizer(config, pre_quantized=False)
-        attach_upload(model)
 
 
 def swap_layers(model: Any, config: ReRAMConfig) -> CrossbarState:
@@ -150,10 +140,7 @@ def unpatch_model(model: Any) -> nn.Module:
             module.inplace = True
     model._crossbar_hook.remove()
     del model._crossbar_hook
-    from ..integrations.upload import UPLOAD
-
-    config = getattr(model, "config", None)
-    for owner, name in ((model, "hf_quantizer"), (model, UPLOAD), (config, "quantization_config")):
-        if name in getattr(owner, "__dict__", {}):
-            delattr(owner, name)
+    for module in model.modules():
+        for detach in ON_UNPATCH:
+            detach(module)
     return wrapped
