@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .model.summary import summarize
     from .nn.ops.fused import use_fused_kernels
     from .training.losses import add_retention_loss, hold_weights, noise_to_signal, retention_loss, sampled_drift
-    from .training.trainer import ReRAMTrainer
+    from .training.mixin import ReRAMTrainer
 
 # The same for Python, by module; tests/test_import.py compares the three lists.
 _NAMES = {
@@ -43,7 +43,7 @@ _NAMES = {
     "model.summary": ["summarize"],
     "nn.ops.fused": ["use_fused_kernels"],
     "training.losses": ["add_retention_loss", "hold_weights", "noise_to_signal", "retention_loss", "sampled_drift"],
-    "training.trainer": ["ReRAMTrainer"],
+    "training.mixin": ["ReRAMTrainer"],
 }
 
 __all__ = [

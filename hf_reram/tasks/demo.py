@@ -29,7 +29,7 @@ from ..hub.publish import publish
 from ..model.deploy import deploy
 from ..model.patch import patch_model
 from ..model.summary import summarize
-from ..training.trainer import ReRAMTrainer
+from ..training.mixin import ReRAMTrainer
 from .comparison import METHODS, OURS, Method, write_comparison
 
 TIMES = ("1s", "1d", "10y")
