@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from .evaluation.robustness import evaluate_robustness
     from .hub.report import report_of
     from .integrations.quantizer import ReRAMQuantizer
+    from .integrations.trainer import ReRAMTrainer, ReRAMTrainerMixin
     from .model.deploy import deploy, digital
     from .model.find import crossbar_layers
     from .model.patch import patch_model, unpatch_model
     from .model.summary import summarize
     from .nn.ops.fused import use_fused_kernels
     from .training.losses import add_retention_loss, hold_weights, noise_to_signal, retention_loss, sampled_drift
-    from .training.mixin import ReRAMTrainer
 
 # The same for Python, by module; tests/test_import.py compares the three lists.
 _NAMES = {
@@ -37,13 +37,13 @@ _NAMES = {
     "evaluation.robustness": ["evaluate_robustness"],
     "hub.report": ["report_of"],
     "integrations.quantizer": ["ReRAMQuantizer"],
+    "integrations.trainer": ["ReRAMTrainer", "ReRAMTrainerMixin"],
     "model.deploy": ["deploy", "digital"],
     "model.find": ["crossbar_layers"],
     "model.patch": ["patch_model", "unpatch_model"],
     "model.summary": ["summarize"],
     "nn.ops.fused": ["use_fused_kernels"],
     "training.losses": ["add_retention_loss", "hold_weights", "noise_to_signal", "retention_loss", "sampled_drift"],
-    "training.mixin": ["ReRAMTrainer"],
 }
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "ReRAMConfig",
     "ReRAMQuantizer",
     "ReRAMTrainer",
+    "ReRAMTrainerMixin",
     "RobustnessReport",
     "__version__",
     "add_retention_loss",

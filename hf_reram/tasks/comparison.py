@@ -27,7 +27,7 @@ from ..training.checkpoints import last_checkpoint
 from ..version import __version__
 
 if TYPE_CHECKING:
-    from ..training.mixin import ReRAMTrainer
+    from ..integrations.trainer import ReRAMTrainer
 
 logger = logging.get_logger(__name__)
 
