@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .model.patch import patch_model, unpatch_model
     from .model.summary import summarize
     from .nn.ops.fused import use_fused_kernels
+    from .training.distillation import divergence
     from .training.losses import add_retention_loss, hold_weights, noise_to_signal, retention_loss, sampled_drift
 
 # The same for Python, by module; tests/test_import.py compares the three lists.
@@ -43,6 +44,7 @@ _NAMES = {
     "model.patch": ["patch_model", "unpatch_model"],
     "model.summary": ["summarize"],
     "nn.ops.fused": ["use_fused_kernels"],
+    "training.distillation": ["divergence"],
     "training.losses": ["add_retention_loss", "hold_weights", "noise_to_signal", "retention_loss", "sampled_drift"],
 }
 
@@ -59,6 +61,7 @@ __all__ = [
     "crossbar_layers",
     "deploy",
     "digital",
+    "divergence",
     "evaluate_robustness",
     "hold_weights",
     "inspect_layers",

@@ -14,13 +14,13 @@ def lazy_names(
 
     Args:
         package: its ``__name__``.
-        names: by the module that defines them, relative to the package.
+        names: by the module that defines them, relative to the package; ".module" is beside it.
     """
     homes = {name: module for module, defined in names.items() for name in defined}
 
     def get(name: str) -> Any:
         if name in homes:
-            value = getattr(importlib.import_module(f"{package}.{homes[name]}"), name)
+            value = getattr(importlib.import_module(f".{homes[name]}", package), name)
         elif not name.startswith("_") and importlib.util.find_spec(f"{package}.{name}"):
             value = importlib.import_module(f"{package}.{name}")
         else:

@@ -146,18 +146,33 @@ def test_every_public_name_is_there():
         from hf_reram import patch_modle  # noqa: F401
 
 
-@pytest.mark.parametrize("package", ["hf_reram", "hf_reram.tasks.metrics"])
+@pytest.mark.parametrize("package", ["hf_reram", "hf_reram.tasks", "hf_reram.tasks.metrics"])
 def test_lazy_names_are_those_that_type_checkers_see(package):
     """``__all__``, the table, and the imports under ``TYPE_CHECKING``."""
     file = Path(hf_reram.__file__).parents[1] / package.replace(".", "/") / "__init__.py"
     tree = ast.parse(file.read_text())
     branches = [node for node in tree.body if isinstance(node, ast.If)]
     imports = [node for node in branches[0].body if isinstance(node, ast.ImportFrom)]
-    seen = {node.module: [alias.name for alias in node.names] for node in imports}
+    seen = {"." * (node.level - 1) + str(node.module): [alias.name for alias in node.names] for node in imports}
     tables = [node for node in ast.walk(tree) if isinstance(node, ast.Dict)]
     assert ast.literal_eval(tables[0]) == seen
     module = sys.modules[package] if package in sys.modules else __import__(package, fromlist=["x"])
     assert sorted({*module.__all__} - {"__version__"}) == sorted(name for names in seen.values() for name in names)
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.py")), ids=lambda path: path.stem)
+def test_recipes_use_public_names_alone(recipe):
+    tree = ast.parse(recipe.read_text())
+    used = {
+        (node.module, alias.name)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] == "hf_reram"
+        for alias in node.names
+    }
+    whole = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    public = {(package.__name__, name) for package in (hf_reram, hf_reram.tasks) for name in package.__all__}
+    assert used and not used - public
+    assert not any(name.partition(".")[0] == "hf_reram" for name in whole)
 
 
 # What transformers knows

@@ -14,7 +14,7 @@ from ..evaluation.robustness import evaluate_robustness
 from ..evaluation.tables import places
 from ..hub.about import about_model, task_of
 from ..tasks.flags import number_or_word
-from ..tasks.load import TASKS, load_task
+from ..tasks.registry import TASKS, load_task
 from .model import patched, words
 from .output import console, show_json, show_table
 
