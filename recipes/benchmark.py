@@ -44,12 +44,12 @@ from hf_reram import (
     add_retention_loss,
     calibrate,
     deploy,
+    divergence,
     hold_weights,
     patch_model,
     sampled_drift,
     use_fused_kernels,
 )
-from hf_reram.training.distillation import divergence
 
 
 @dataclass(frozen=True)

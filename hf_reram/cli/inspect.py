@@ -8,10 +8,10 @@ import typer
 from ..calibration.ranges import calibrate
 from ..device.time import format_time, parse_time
 from ..evaluation.inspect import inspect_layers
-from ..hub.push import task_of
+from ..hub.about import task_of
 from ..model.find import crossbar_state
 from ..model.summary import summarize
-from ..tasks.load import load_task
+from ..tasks.registry import load_task
 from .model import patched
 from .output import console, show_json, show_table
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
 
 from ..device.time import format_time, parse_time
 from .files import write_whole
@@ -87,6 +86,8 @@ class RobustnessReport:
         Raises:
             ValueError: nothing was measured there.
         """
+        from scipy.special import stdtrit
+
         if temperature is None:
             temperature = self.temperatures[0]
         seconds = parse_time(time)

@@ -8,6 +8,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..nn import CrossbarLayer
 from ..nn.state import CrossbarState
+from .adapters import has_adapters
 
 # Names under which wrappers hold the module that they wrap: torch.compile, FSDP1, activation checkpointing, PEFT.
 TRANSPARENT = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"))
@@ -22,7 +23,7 @@ def unwrapped(model: Any) -> Any:
             model = model.module
         elif name is not None:
             model = children[name]
-        elif hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
+        elif has_adapters(model):
             model = model.get_base_model()
         else:
             return model

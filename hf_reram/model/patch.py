@@ -15,13 +15,11 @@ from ..nn.mapping import layer_scales
 from ..nn.registry import crossbar_class
 from ..nn.state import BeginForward, CrossbarState, EndForward, argument_names, is_given_tokens
 from .find import crossbar_layers, crossbar_states, unwrapped, walk
+from .hooks import ON_PATCH, ON_UNPATCH
 from .select import select_layers
 from .summary import summarize
 
 logger = logging.get_logger(__name__)
-
-# Through which transformers' push_to_hub and save_pretrained upload, see hf_reram.integrations.upload.
-UPLOAD = "_upload_modified_files"
 
 MAX_TILES = 1024  # of a layer
 
@@ -45,24 +43,13 @@ def patch_model(model: nn.Module, config: ReRAMConfig) -> nn.Module:
     swap_layers(base, config)
     try:
         initialize_layers(base)
-        attach_config(base, config)
+        for attach in ON_PATCH:
+            attach(base, config)
     except BaseException:
         _take_off(base)
         raise
     logger.info("%s", summarize(base))
     return model
-
-
-def attach_config(model: Any, config: ReRAMConfig) -> None:
-    """Let a PreTrainedModel's ``save_pretrained`` write the config into config.json, and its ``push_to_hub`` upload
-    report and card."""
-    from ..hub.push import attach_upload
-    from ..integrations.quantizer import ReRAMQuantizer
-
-    if hasattr(model, "config") and hasattr(model, "save_pretrained"):
-        model.config.quantization_config = config
-        model.hf_quantizer = ReRAMQuantizer(config, pre_quantized=False)
-        attach_upload(model)
 
 
 @torch.inference_mode(False)  # training may follow
@@ -160,6 +147,7 @@ def unpatch_model(model: Any) -> nn.Module:
 
 
 def _take_off(model: Any) -> None:
+    module: Any
     for module in list(model.modules()):  # PEFT's modules_to_save are copies
         if isinstance(module, CrossbarLayer):
             module.remove_crossbar()
@@ -167,9 +155,5 @@ def _take_off(model: Any) -> None:
             module.inplace = True
         for hook in module.__dict__.pop("_crossbar_hooks", ()):
             hook.remove()
-        config = getattr(module, "config", None)
-        if not isinstance(getattr(config, "quantization_config", None), ReRAMConfig):
-            config = None
-        for owner, name in ((module, "hf_quantizer"), (module, UPLOAD), (config, "quantization_config")):
-            if name in getattr(owner, "__dict__", {}) and (owner is not module or config is not None):
-                delattr(owner, name)
+        for detach in ON_UNPATCH:
+            detach(module)
