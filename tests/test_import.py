@@ -10,7 +10,7 @@ import pytest
 
 import hf_reram
 from hf_reram import ReRAMConfig, calibrate, patch_model
-from tests.conftest import bert_batch
+from tests.samples.models import bert_batch
 
 HEAVY = (
     "accelerate",

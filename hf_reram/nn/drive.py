@@ -29,11 +29,12 @@ class Driven:
     """An input as it meets the array: ``phi = factor · s``.
 
     Attributes:
-        s: the input's shape, padded where the layer is centered (``padded``).
+        x: the input. s: of its shape, padded where the layer is centered (``padded``).
         factor: 1, folded into s, unless the input range is learned.
         span: the input range, a float, or a tensor where it is learned.
     """
 
+    x: Tensor
     s: Tensor
     factor: Tensor | float
     span: Tensor | float
@@ -46,13 +47,13 @@ def drive(layer: "CrossbarLayer", x: Tensor, now: Scalars) -> Driven:
     levels, floor = dac_grid(layer.crossbar.config.dac_bits, now.input_floor)
     factor: Any = span * (now.gain if now.b < LINEAR_B else now.gain / now.b)
     if isinstance(span, Tensor):
-        return Driven(_sinh(layer, x, span, levels, 1.0, floor, now), factor, span, now.centered)
+        return Driven(x, _sinh(layer, x, span, levels, 1.0, floor, now), factor, span, now.centered)
 
     def compute() -> Tensor:
         return _sinh(layer, x, span, levels, factor, floor, now)
 
     key = (span, now.b, levels, floor, factor, now.mark, layer.geometry() if now.mark else ())
-    return Driven(_shared(x, key, compute), 1.0, span, now.centered)
+    return Driven(x, _shared(x, key, compute), 1.0, span, now.centered)
 
 
 def input_range(layer: "CrossbarLayer", x: Tensor, now: Scalars) -> Any:

@@ -21,14 +21,17 @@ def read(layer: "CrossbarLayer", driven: Driven, held: Held, now: Scalars) -> Te
     """The output: one matrix product, or one per tile with its ADC and its read noise."""
     config = layer.crossbar.config
     weight = held.weight if isinstance(driven.factor, float) else held.weight * driven.factor
+    bias = held.bias
+    if bias is not None and layer.training and layer.crossbar.physics.term_reads_output:
+        bias = bias.detach()  # its gradient comes from the term's attachment, without that of the term itself
     noisy = bool(layer.chips) and config.device.read_noise > 0
     if not config.adc_bits and not noisy:
-        return layer.multiply(driven.s, weight, held.bias, driven.padded)
+        return layer.multiply(driven.s, weight, bias, driven.padded)
     units = current_units(layer, driven, now)
     if levels := converter_levels(config.adc_bits):
-        y = _converted(layer, driven, weight, held.bias, units, levels, now)
+        y = _converted(layer, driven, weight, bias, units, levels, now)
     else:
-        y = layer.multiply(driven.s, weight, held.bias, driven.padded)
+        y = layer.multiply(driven.s, weight, bias, driven.padded)
     if noisy:
         std = relative_read_noise(config.device, now.pairs)
         square: Any = sum(unit.square() for unit in units)

@@ -51,6 +51,11 @@ class Physics:
             drift=next((p for p in parts if p in ("drift", "noise")), None),
         )
 
+    @property
+    def term_reads_output(self) -> bool:
+        """Whether the term depends on a layer's output, of which its digital bias is no part."""
+        return self.term == "output" or (self.term == "sensitivity" and self.error.mean_square > 0)
+
     def error_at(self, time: float, temperature: float | None = None) -> WeightError:
         """The moments at one time [s], at a temperature [K], None for the config's."""
         kelvin = self.config.temperature if temperature is None else temperature

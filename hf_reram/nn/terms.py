@@ -29,7 +29,7 @@ def account(layer: "CrossbarLayer", driven: Driven, held: Held, y: Tensor) -> Te
     with torch.autocast(y.device.type, enabled=False):
         running_again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         if not running_again:
-            forward.kept[name] = forward.padding.keep(driven.s) if layer.channel_dim == -1 else None
+            forward.kept[name] = forward.padding.keep(driven.x) if layer.channel_dim == -1 else None
         keep = forward.kept.get(name)
         if state.measure and state.term != "output" and not running_again:
             with torch.no_grad():
@@ -44,11 +44,13 @@ def account(layer: "CrossbarLayer", driven: Driven, held: Held, y: Tensor) -> Te
             term = output_term(layer, driven, held, y, keep)
         if not running_again:
             forward.collect(forward.terms, name, term)
+        bias = held.bias if state.physics.term_reads_output else None  # which y was computed without a gradient for
+        bias = None if bias is None else layer.over_channels(bias)
         forward.attached = not torch.compiler.is_compiling()
         if not forward.attached:
-            return y
+            return y if bias is None else y + (bias - bias.detach())
         forward.rerun |= forward.grad and not torch.is_grad_enabled()
-        y = Attach.apply(y, term, forward.scale(name, y.device))
+        y = Attach.apply(y, term, forward.scale(name, y.device), bias)
         return y.clone() if layer.copies_output else y
 
 
@@ -110,7 +112,7 @@ def _variance(layer: "CrossbarLayer", held: Held, error: WeightError) -> Tensor:
 
 def _power(layer: "CrossbarLayer", y: Tensor, bias: Tensor | None, keep: Tensor | None) -> Tensor:
     """``Σ_n |y_n - bias|²``."""
-    return TotalPower.apply(layer.examples(y), None if bias is None else wide(layer.over_channels(bias)), keep)
+    return TotalPower.apply(layer.examples(y), None if bias is None else wide(layer.over_channels(bias.detach())), keep)
 
 
 def _mean_power(layer: "CrossbarLayer", driven: Driven, held: Held, keep: Tensor | None, error: WeightError) -> Tensor:

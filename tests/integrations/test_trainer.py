@@ -6,7 +6,7 @@ import torch
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, T5Config, T5ForConditionalGeneration, set_seed
 
 from hf_reram import ReRAMTrainerMixin, crossbar_layers, deploy
-from tests.conftest import device, straight
+from tests.samples.devices import device, straight
 
 
 class CrossbarSeq2SeqTrainer(ReRAMTrainerMixin, Seq2SeqTrainer):

@@ -89,11 +89,14 @@ def _folded(b: float, scale: float, gain: float) -> tuple[float, ...] | None:
     return tuple(gain * c * scale ** (2 * k + 1) for k, c in enumerate(coefficients))
 
 
-@torch.compiler.assume_constant_result
 def folded(b: float, scale: float, gain: float) -> tuple[float, ...] | None:
     """Coefficients of ``gain · sinh(scale · t)``, ``|scale · t| <= b``, as an odd polynomial in t; None at extreme
     input ranges, where float32 could not hold them."""
     return _folded(b, scale, gain)
+
+
+# As torch.compiler.assume_constant_result says it, which would import the whole compiler.
+folded._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # The ADC
