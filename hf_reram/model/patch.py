@@ -14,6 +14,7 @@ from ..nn.layer import FILLS
 from ..nn.mapping import layer_scales
 from ..nn.registry import crossbar_class
 from ..nn.state import BeginForward, CrossbarState, EndForward, argument_names, is_given_tokens
+from .bypass import call_layers, read_layers, renew_methods
 from .find import crossbar_layers, crossbar_states, unwrapped, walk
 from .hooks import ON_PATCH, ON_UNPATCH
 from .select import select_layers
@@ -67,7 +68,9 @@ def swap_layers(model: Any, config: ReRAMConfig) -> CrossbarState:
             module.__class__, digital = crossbar_class(module), type(module)
             module._digital_class = digital
             module.init_crossbar(state, name)
+            renew_methods(module, digital)
             _check_tiles(name, module)
+        call_layers(model)
         for module in model.modules():
             if getattr(module, "inplace", False) is True:  # would overwrite what a retention term still needs
                 module.inplace, module._was_inplace = False, True
@@ -147,10 +150,13 @@ def unpatch_model(model: Any) -> nn.Module:
 
 
 def _take_off(model: Any) -> None:
+    read_layers(model)
     module: Any
     for module in list(model.modules()):  # PEFT's modules_to_save are copies
         if isinstance(module, CrossbarLayer):
+            crossbar = type(module)
             module.remove_crossbar()
+            renew_methods(module, crossbar)
         if module.__dict__.pop("_was_inplace", False):
             module.inplace = True
         for hook in module.__dict__.pop("_crossbar_hooks", ()):

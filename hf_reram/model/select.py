@@ -8,45 +8,54 @@ from transformers.utils import logging
 
 from ..config import ReRAMConfig
 from ..nn.registry import crossbar_class, is_kind
+from .bypass import left_digital
 from .find import walk
 
 logger = logging.get_logger(__name__)
 
-_UNSUPPORTED: Any = (nn.Conv1d, nn.Conv3d, nn.modules.conv._ConvTransposeNd, nn.MultiheadAttention, nn.RNNBase)
+_UNSUPPORTED: Any = (
+    nn.Conv1d,
+    nn.Conv3d,
+    nn.modules.conv._ConvTransposeNd,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RNNCellBase,
+)
 _TABLES: Any = (nn.Embedding, nn.utils.parametrize.ParametrizationList)
 
 
 def select_layers(model: nn.Module, config: ReRAMConfig) -> dict[str, nn.Module]:
     """The layers that ``config`` puts on crossbars, by qualified name; see :func:`patch_model`."""
-    tied, digital = _tied_names(model), _adapters(model)
-    for _, module in walk(model):
-        if isinstance(module, nn.MultiheadAttention):  # reads its projections' weights without calling them
-            digital |= {id(child) for child in module.children()}
+    tied, adapters, bypassed = _tied_names(model), _adapters(model), left_digital(model)
     able: dict[str, nn.Module] = {}
-    unable = []
+    unable: dict[str, str] = {}  # and why
     for name, module in walk(model):
-        if not is_kind(module) or name in tied or id(module) in digital:
+        if not is_kind(module) or name in tied or id(module) in adapters:
             continue
-        if crossbar_class(module) is None:
-            unable.append(f"{name} ({type(module).__name__})")
+        if name in bypassed:
+            unable[name] = bypassed[name]
+        elif crossbar_class(module) is None:
+            unable[name] = f"{type(module).__name__} has a forward of its own"
         else:
             able[name] = module
     if left := unsupported(model):
         logger.warning("%s multiply by weights of kinds that are not put on crossbars, and stay digital", _some(left))
-    if unable:
-        logger.warning("layers of these classes have a forward of their own and stay digital: %s", ", ".join(unable))
-    chosen = _targets(able, config.target_modules)
+    chosen = _targets(able, unable, config.target_modules)
     for pattern in config.modules_to_not_convert or ():
-        hit = {name for name in able if f".{pattern}." in f".{name}."}
+        hit = {name for name in (*able, *unable) if f".{pattern}." in f".{name}."}
         if not hit and not any(f".{pattern}." in f".{name}." for name, _ in walk(model)):
             raise ValueError(f"modules_to_not_convert={pattern!r} matches no module of {type(model).__name__}")
         chosen -= hit
+    reasons = _grouped({name: why for name, why in unable.items() if name in chosen})
+    chosen -= unable.keys()
     if not chosen:
         raise ValueError(
             f"nothing to patch in {type(model).__name__}: of {len(able)} layers that could go on crossbars "
             f"target_modules={config.target_modules!r}, modules_to_not_convert={config.modules_to_not_convert!r} "
-            "leave none"
+            f"leave none{'; these stay digital: ' * bool(reasons)}{reasons}"
         )
+    if reasons:
+        logger.warning("these layers stay digital: %s", reasons)
     return {name: able[name] for name in able if name in chosen}
 
 
@@ -66,26 +75,34 @@ def _stacked(module: nn.Module) -> bool:
     return any(p.dim() > 2 and p.shape[0] > 1 for p in module.parameters(recurse=False))
 
 
-def _targets(able: dict[str, nn.Module], target) -> set[str]:
+def _targets(able: dict[str, nn.Module], unable: dict[str, str], target) -> set[str]:
+    names = [*able, *unable]
     if target is None or target == "all-linear":
-        return set(able)
+        return set(names)
     if isinstance(target, str):
         try:  # a config may come from anyone, and some expressions take forever
-            chosen = {name for name in able if regex.fullmatch(target, name, timeout=1.0)}
+            hits = {target: {name for name in names if regex.fullmatch(target, name, timeout=1.0)}}
         except regex.error as error:
             raise ValueError(f"target_modules={target!r} is no regular expression: {error}") from error
         except TimeoutError as error:
             raise ValueError(f"target_modules={target!r} took too long to match: allowed is a second a name") from error
-        if not chosen:
-            raise ValueError(f"target_modules={target!r} matches no layer; layers are {_some(able)}")
-        return chosen
-    chosen = set()
-    for key in target:
-        hit = {name for name in able if name == key or name.endswith(f".{key}")}
+    else:
+        hits = {key: {name for name in names if name == key or name.endswith(f".{key}")} for key in target}
+    for key, hit in hits.items():
         if not hit:
             raise ValueError(f"target_modules={key!r} matches no layer; layers are {_some(able)}")
-        chosen |= hit
-    return chosen
+        if hit <= unable.keys():
+            reasons = _grouped({name: unable[name] for name in names if name in hit})
+            raise ValueError(f"target_modules={key!r} matches only layers that stay digital: {reasons}")
+    return set().union(*hits.values())
+
+
+def _grouped(unable: dict[str, str]) -> str:
+    """Names by the reason that they share."""
+    reasons: dict[str, list[str]] = {}
+    for name, why in unable.items():
+        reasons.setdefault(why, []).append(name)
+    return "; ".join(f"{_some(names)} ({why})" for why, names in reasons.items())
 
 
 def _some(names) -> str:

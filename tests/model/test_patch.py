@@ -104,6 +104,18 @@ def test_subclasses_with_a_forward_of_their_own_and_attention_internals_stay_dig
     assert list(crossbar_layers(model)) == ["plain"]
 
 
+def test_kinds_that_are_not_put_on_crossbars_are_named(caplog):
+    kinds = {
+        "cell": nn.LSTMCell(4, 4),
+        "sequence": nn.GRU(4, 4),
+        "conv": nn.Conv1d(4, 4, 1),
+        "two": nn.Bilinear(4, 4, 2),
+    }
+    with caplog.at_level("WARNING", "hf_reram"):
+        patch_model(nn.ModuleDict({**kinds, "plain": nn.Linear(4, 4)}), ReRAMConfig())
+    assert "cell (LSTMCell), sequence (GRU), conv (Conv1d), two (Bilinear) multiply by weights of kinds" in caplog.text
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_bad_weights_are_refused_by_name(value):
     model = nn.Sequential(nn.Linear(4, 4))
