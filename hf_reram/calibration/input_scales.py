@@ -73,7 +73,7 @@ def _channel_power(x: Tensor, layer: CrossbarLayer, rows: Tensor) -> tuple[Tenso
     """Of each input channel the mean square, weighted as :func:`.ranges._sample_weights` says, and the largest
     magnitude; and the mean of the weights."""
     if layer.reads_windows:  # of every pixel: few of them may drive a channel at all
-        flat = x.transpose(0, x.dim() - 3).flatten(1)
+        flat = x.transpose(0, x.dim() + layer.channel_dim).flatten(1)
         return flat.square().mean(1), flat.abs().amax(1), 1.0
     tokens = x.reshape(-1, x.shape[-1])
     tokens = tokens[:: max(1, len(tokens) // 2048)]

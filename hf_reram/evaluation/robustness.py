@@ -17,6 +17,7 @@ from ..device.time import parse_time
 from ..model.deploy import deploy, digital
 from ..model.digest import model_digest, weights_digest
 from ..model.find import crossbar_layers, crossbar_states, reset_calls, uncalled
+from ..model.inputs import evaluating
 from ..model.summary import summarize
 from .report import Measurement, RobustnessReport
 from .run_log import Run, RunLog
@@ -40,8 +41,8 @@ def evaluate_robustness(
 
     Args:
         model: patched and calibrated.
-        evaluate: called with the model, returns metrics by name, or one number. It runs once per chip, time and
-            temperature, and once for each reference.
+        evaluate: called with the model in evaluation mode, returns metrics by name, or one number. It runs once per
+            chip, time and temperature, and once for each reference.
         times: see :func:`hf_reram.deploy`.
         temperatures: K; None takes the config's.
         seeds: how many chips, or the chips' numbers. Chip ``n`` is the same chip at every time, and its read noise
@@ -151,7 +152,7 @@ def _measure(model: nn.Module, evaluate: Callable, run: Run) -> tuple[dict[str, 
     context: Any = digital(model) if run.kind == "digital" else nullcontext()
     if run.kind == "chip":
         context = deploy(model, run.time, run.temperature, run.seed)
-    with context, torch.random.fork_rng():
+    with context, evaluating(model), torch.random.fork_rng():
         torch.manual_seed(derived_seed(run.seed, f"read noise at {run.time:g} s, {run.temperature} K"))
         reset_calls(model)
         metrics = _metrics(evaluate(model))

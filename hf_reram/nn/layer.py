@@ -110,20 +110,9 @@ class CrossbarLayer(nn.Module):
         return account(self, driven, held, y)
 
     def begin(self) -> Scalars | None:
-        """Count the call; what calibration has left, or None where the layer is to be digital.
-
-        Raises:
-            RuntimeError: a chip is to be trained.
-        """
+        """Count the call; what calibration has left, or None where the layer is to be digital."""
         self.calls = 1 if torch.compiler.is_compiling() else self.calls + 1
-        if self.crossbar.digital:
-            return None
-        if self.chips and self.training and torch.is_grad_enabled():
-            raise RuntimeError(
-                f"layer {self.crossbar_name!r} is deployed as a chip, whose cells are programmed: train outside of "
-                "deploy, or call model.eval() or torch.no_grad() first"
-            )
-        return self.scalars()
+        return None if self.crossbar.digital else self.scalars()
 
     # How its weight lies on the array
 

@@ -323,13 +323,14 @@ class BeginForward:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         given = self._by_name(args, kwargs)
+        forward = self.state.current() if module.training and not self.root else self.state.forward
+        around = Padding() if self.root else forward.padding
         padding = Padding(
-            _two_dimensional(given.get("attention_mask")),
+            _by_token(given.get("attention_mask"), around.mask),
             given.get("encoder_hidden_states"),
-            _two_dimensional(given.get("encoder_attention_mask")),
+            _by_token(given.get("encoder_attention_mask"), around.other_mask),
         )
         if not self.root:
-            forward = self.state.current() if module.training else self.state.forward
             forward.around.append(forward.padding)
             forward.padding = padding
             return
@@ -382,8 +383,11 @@ def tensors_of(value: Any) -> list[Tensor]:
     return [t for item in value for t in tensors_of(item)] if isinstance(value, (list, tuple)) else []
 
 
-def _two_dimensional(mask: Any) -> Tensor | None:
-    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+def _by_token(mask: Any, around: Tensor | None) -> Tensor | None:
+    """An attention mask by token; one that is by pair of tokens already was made of the mask around."""
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask
+    return None if mask is None else around
 
 
 def _refuse_nan(tensors: list[Tensor]) -> None:

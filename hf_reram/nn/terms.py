@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 
 
 def account(layer: "CrossbarLayer", driven: Driven, held: Held, y: Tensor) -> Tensor:
-    """The output, to which in training the layer's retention term is attached."""
+    """The output, to which in training the layer's retention term is attached; of a chip, a refusal to be trained."""
     state = layer.crossbar
-    if not layer.training or not (state.term or state.measure):
+    if layer.chips and layer.training and y.requires_grad and not torch.compiler.is_compiling():
+        y.register_hook(_refuse)
+    if layer.chips or not layer.training or not (state.term or state.measure):
         return y
     name, forward = layer.crossbar_name, state.current()
     with torch.autocast(y.device.type, enabled=False):
@@ -52,6 +54,13 @@ def account(layer: "CrossbarLayer", driven: Driven, held: Held, y: Tensor) -> Te
         forward.rerun |= forward.grad and not torch.is_grad_enabled()
         y = Attach.apply(y, term, forward.scale(name, y.device), bias)
         return y.clone() if layer.copies_output else y
+
+
+def _refuse(grad: Tensor) -> None:
+    raise RuntimeError(
+        "the model is deployed as a chip, whose cells are programmed and get no gradient: train outside of deploy; for "
+        "gradients of a chip's inputs call model.eval() first"
+    )
 
 
 def output_term(layer: "CrossbarLayer", driven: Driven, held: Held, y: Tensor, keep: Tensor | None) -> Tensor:

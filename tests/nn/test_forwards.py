@@ -12,6 +12,7 @@ from hf_reram import (
     add_retention_loss,
     calibrate,
     crossbar_layers,
+    deploy,
     noise_to_signal,
     patch_model,
     retention_loss,
@@ -184,6 +185,16 @@ def test_a_part_of_the_model_may_be_called_by_itself(tiny_bert):
         loss.backward()
         values.append(float(value))
     assert values[1] == pytest.approx(values[0], rel=1e-6) and values[2] == pytest.approx(values[0], rel=1e-6)
+
+
+def test_a_chip_is_not_trained(tiny_bert):
+    patch_model(tiny_bert, ReRAMConfig())
+    calibrate(tiny_bert, [bert_batch()])
+    with deploy(tiny_bert, "1d"):
+        with pytest.raises(RuntimeError, match="train outside of deploy"):
+            tiny_bert.train()(**bert_batch()).loss.backward()
+        tiny_bert.eval()(**bert_batch()).loss.backward()  # as gradients of its inputs need
+    tiny_bert.train()(**bert_batch()).loss.backward()
 
 
 def test_a_layer_may_be_called_by_keyword():

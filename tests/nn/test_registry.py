@@ -84,7 +84,7 @@ def test_it_is_calibrated_converted_and_deployed_as_others_are(options):
     assert model[0].centered
     with torch.no_grad(), deploy(model, "1d"):
         error = (model(x) - expected).square().mean() / expected.square().mean()
-    assert float(error) < 1e-4
+    assert float(error) < 1e-3
 
 
 def test_its_closed_form_is_what_chips_show():
