@@ -71,15 +71,19 @@ def kelvin(configured: float | None, temperature: float | None) -> float | None:
 _warned: set[tuple[str, ...]] = set()
 
 
-def warn_uncalled(model: nn.Module, what: str) -> None:
-    """Name crossbar layers that have not run since calls were counted from 0 although the model has; once for each set
-    of layers."""
-    names = uncalled(model) if ran(model) else []
+def warn_uncalled(model: nn.Module, what: str, names: list[str] | None = None) -> None:
+    """Name crossbar layers that were not called, once for each set of layers.
+
+    Args:
+        what: they were not, as the end of a sentence. names: of these layers; None: those that have not run since calls
+            were counted from 0, if the model has.
+    """
+    if names is None:
+        names = uncalled(model) if ran(model) else []
     if names and (key := (what, *names)) not in _warned:
         _warned.add(key)
-        logger.warning(
-            "%d of %d crossbar layers %s: %s", len(names), len(crossbar_layers(model)), what, ", ".join(names)
-        )
+        count = len(crossbar_layers(model))
+        logger.warning("%d of %d crossbar layers %s: %s", len(names), count, what, ", ".join(names))
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from ..device.seeds import derived_seed
 from ..model.find import crossbar_layers, crossbar_state, crossbar_states
 from ..model.inputs import call_model
 from ..model.patch import patch_model, unpatch_model
-from .callbacks import HoldWeights
+from .callbacks import HoldWeights, NameUncalled
 from .checkpoints import set_incomplete_aside
 from .diagnosis import explain
 from .distillation import divergence
@@ -61,6 +61,7 @@ class TrainingMixin(Base):
         if self.label_names and self.teacher is not None:
             self.can_return_loss = True
         self.add_callback(HoldWeights(self))
+        self.add_callback(NameUncalled(self))
 
     # Set-up
 
@@ -126,7 +127,10 @@ class TrainingMixin(Base):
 
         Raises:
             FloatingPointError: the loss is NaN or infinite; says which layer made it so.
+            ValueError: the model is deployed as a chip.
         """
+        if any(layer.chips for layer in crossbar_layers(self.model).values()):
+            raise ValueError("the model is deployed as a chip, whose cells are programmed: train it outside of deploy")
         if self.is_world_process_zero():
             set_incomplete_aside(self.args.output_dir or ".")
         self.accelerator.wait_for_everyone()

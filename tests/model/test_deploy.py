@@ -135,3 +135,54 @@ def test_read_noise_has_its_standard_deviation(sharing):
 def test_bad_arguments(chip, wrong):
     with pytest.raises(ValueError, match="allowed"), deploy(chip, **wrong):
         pass
+
+
+def test_contexts_may_end_in_another_order_than_they_began(chip):
+    ideal = chip(**bert_batch()).logits
+    first, second, off = deploy(chip, "1d", seed=1), deploy(chip, "1d", seed=2), digital(chip)
+    with torch.no_grad():
+        first.__enter__()
+        one = chip(**bert_batch()).logits
+        second.__enter__()
+        two = chip(**bert_batch()).logits
+        off.__enter__()
+        plain = chip(**bert_batch()).logits
+        first.__exit__(None, None, None)
+        off.__exit__(None, None, None)
+        assert torch.equal(chip(**bert_batch()).logits, two)
+        second.__exit__(None, None, None)
+        assert torch.equal(chip(**bert_batch()).logits, ideal)
+    assert not torch.equal(one, two) and not torch.equal(plain, ideal)
+    assert all(layer.chips is None for layer in crossbar_layers(chip).values())
+
+
+def test_retention_does_not_depend_on_other_errors():
+    """Nor do stuck cells: each has random numbers of its own."""
+    found = {}
+    for name, changes in {
+        "alone": {"programming": [0.0]},
+        "programmed": {"programming": [2.0]},
+        "stuck": {"programming": [0.0], "stuck_at_max": 0.1},
+        "all": {"programming": [2.0], "stuck_at_max": 0.1},
+    }.items():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(40, 30))
+        patch_model(model, ReRAMConfig(device=device(**changes), redundancy=0.0))
+        fresh, aged = deploy(model, None, seed=3), deploy(model, "1d", seed=3)
+        with fresh:
+            before = model[0].chip.weight.clone()
+        with aged:
+            found[name] = before, model[0].chip.weight - before
+    moved = found["stuck"][1] != 0
+    assert 0.97 < float(moved.float().mean()) < 1  # of a hundredth of the weights both cells are stuck
+    torch.testing.assert_close(found["programmed"][1], found["alone"][1], rtol=1e-3, atol=1e-5)
+    both_free = found["stuck"][1] == found["alone"][1]
+    assert float(both_free.float().mean()) > 0.75
+    torch.testing.assert_close(found["all"][1][both_free], found["alone"][1][both_free], rtol=1e-3, atol=1e-5)
+
+
+def test_deploying_under_inference_mode_leaves_a_model_that_trains(chip):
+    with torch.inference_mode(), deploy(chip, "1d", seed=1):
+        chip(**bert_batch())
+    chip.train()(**bert_batch()).loss.backward()
+    assert all(float(layer.weight.grad.abs().sum()) > 0 for layer in crossbar_layers(chip).values())

@@ -17,6 +17,7 @@ from hf_reram import (
     summarize,
     unpatch_model,
 )
+from hf_reram.model import patch
 from hf_reram.nn import CrossbarConv1D, CrossbarLinear
 from tests.samples.devices import straight
 from tests.samples.models import bert_batch
@@ -211,3 +212,31 @@ def test_outputs_that_the_model_changes_in_place(loss, calibrated):
         grads.append([p.grad.clone() for p in model.parameters()])
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("where", ["init_crossbar", "initialize_layers", "hook"])
+def test_patching_is_all_or_nothing(tiny_bert, monkeypatch, where):
+    expected, batch = copy.deepcopy(tiny_bert), bert_batch()
+    calls = []
+
+    def fail(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 5 or where != "init_crossbar":
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    if where == "hook":
+        monkeypatch.setattr(patch, "ON_PATCH", [fail])
+    else:
+        owner = CrossbarLinear if where == "init_crossbar" else patch
+        original = getattr(owner, where)
+        monkeypatch.setattr(owner, where, fail)
+    with pytest.raises(KeyboardInterrupt):
+        patch_model(tiny_bert, ReRAMConfig())
+    monkeypatch.undo()
+    assert not crossbar_layers(tiny_bert) and not any("_crossbar_hooks" in m.__dict__ for m in tiny_bert.modules())
+    assert tiny_bert.state_dict().keys() == expected.state_dict().keys()
+    assert torch.equal(tiny_bert(**batch).logits, expected(**batch).logits)
+    assert not hasattr(tiny_bert.config, "quantization_config")
+    patch_model(tiny_bert, ReRAMConfig())
+    assert len(crossbar_layers(tiny_bert)) == 14
