@@ -37,6 +37,7 @@ logger = logging.get_logger(__name__)
 SHRINKS = tuple(0.02 * 50 ** (i / 31) for i in range(32))
 
 
+@torch.inference_mode(False)  # training may follow
 def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = None) -> nn.Module:
     """Set every crossbar layer's input range, shrink, gain, weight scale, ADC range and pairs per weight, in place; of
     all layers or, where it fails, of none.
@@ -60,7 +61,7 @@ def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = No
     statistics = {name: LayerStatistics(layer, name, seed) for seed, (name, layer) in enumerate(layers.items())}
     observation = _Observation(statistics)
     kept = []
-    with torch.inference_mode(False), observation.watching(model):
+    with observation.watching(model):
         for batch in itertools.islice(batches, max(state.config.calibration_batches for state in states)):
             batch = _ordinary(batch)
             call_model(model, batch)
@@ -72,7 +73,7 @@ def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = No
     unseen = [name for name, s in statistics.items() if s.samples is None]
     if unseen:
         logger.warning("calibration data reach %d layers not at all, which stay uncalibrated: %s", len(unseen), unseen)
-    with torch.inference_mode(False), _all_or_nothing(layers.values()):
+    with _all_or_nothing(layers.values()):
         with torch.no_grad():
             for layer in layers.values():
                 layer.copies_output = layer in observation.changed

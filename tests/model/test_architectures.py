@@ -44,14 +44,12 @@ def test_the_whole_path(name, tmp_path):
 @pytest.mark.parametrize("name", TIMM)
 def test_the_whole_path_of_timm(name, tmp_path):
     pytest.importorskip("timm")
-    shape = {"architecture": name, "num_labels": 2}
+    shape = {"architecture": name, "num_labels": 2, "model_args": TIMM[name]}
     entry = Entry("timm", "TimmWrapperForImageClassification", "TimmWrapperConfig", shape, image)
-    _whole_path(entry, tmp_path)
-    modules = patch_model(entry.build(), ReRAMConfig()).modules()
-    assert all(isinstance(m, CrossbarLayer) for m in modules if isinstance(m, (nn.Linear, nn.Conv2d)))
+    _whole_path(entry, tmp_path, all_on_crossbars=True)
 
 
-def _whole_path(entry, tmp_path):
+def _whole_path(entry, tmp_path, all_on_crossbars=False):
     model, batch = entry.build(), entry.batch()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     expected = _run(model, batch)
@@ -60,6 +58,8 @@ def _whole_path(entry, tmp_path):
     patch_model(model, config)
     layers = crossbar_layers(model)
     assert layers
+    weights = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    assert not all_on_crossbars or all(isinstance(m, CrossbarLayer) for m in weights)
     assert {found.split("(")[1].rstrip(")") for found in unsupported(model)} == set(entry.digital)
     calibrate(model, [batch])
     model.train()

@@ -66,7 +66,7 @@ def test_calls_are_counted(bypassed):
 
 
 def test_a_report_is_refused_where_a_layer_never_ran(bypassed, tmp_path):
-    with pytest.raises(RuntimeError, match="1 of 3 crossbar layers were not called in an evaluation.*: past"):
+    with pytest.raises(RuntimeError, match=r"1 of 3 crossbar layers were not called in an evaluation.*: past"):
         evaluate_robustness(bypassed, score, ["1d"], seeds=2, progress=False)
     log = tmp_path / "chips.jsonl"
     report = evaluate_robustness(

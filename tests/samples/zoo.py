@@ -405,14 +405,15 @@ ZOO = {
     "llava": Entry("multimodal", "LlavaForConditionalGeneration", "LlavaConfig", LLAVA, described),
 }
 
-TIMM = (
-    "resnet18",
-    "mobilenetv3_small_100",
-    "mobilenetv3_large_100",
-    "efficientnet_lite0",
-    "convnext_atto",
-    "regnetx_002",
-)
+# Architectures of timm, and what makes them smaller.
+TIMM: dict[str, dict[str, Any]] = {
+    "resnet18": {"channels": [16, 16, 32, 32]},
+    "mobilenetv3_small_100": {},
+    "mobilenetv3_large_100": {},
+    "efficientnet_lite0": {},
+    "convnext_atto": {"depths": [1, 1, 2, 1], "dims": [16, 16, 32, 32]},
+    "regnetx_002": {},
+}
 
 
 def table() -> str:

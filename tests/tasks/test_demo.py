@@ -9,6 +9,9 @@ pytest.importorskip("sklearn")
 
 
 def test_demo_runs_the_whole_path(tmp_path, monkeypatch):
+    digits = demo.Digits.load()
+    few = demo.Digits(tuple(part[:128] for part in digits.train), tuple(part[:64] for part in digits.test))
+    monkeypatch.setattr(demo.Digits, "load", lambda: few)
     monkeypatch.setattr(demo, "METHODS", (demo.METHODS[0], demo.METHODS[-1]))
     reports = demo.run_demo(tmp_path, chips=2, base_epochs=1, epochs=1, progress=lambda _: None)
     assert list(reports) == ["naive crossbar", "hf_reram"]
@@ -17,4 +20,4 @@ def test_demo_runs_the_whole_path(tmp_path, monkeypatch):
     assert "| digital base | – |" in (tmp_path / "report.md").read_text()
     assert RobustnessReport.from_json(tmp_path / "checkpoint" / "robustness.json").metrics == ["accuracy"]
     with pytest.raises(RuntimeError, match="something else"):
-        demo.check_reload(patch_model(demo.small_deit(), ReRAMConfig()), tmp_path / "checkpoint", demo.Digits.load())
+        demo.check_reload(patch_model(demo.small_deit(), ReRAMConfig()), tmp_path / "checkpoint", few)
