@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import BertConfig
+from transformers import BertConfig, LlamaConfig
 
 SCRIPT = Path(__file__).parents[2] / "recipes" / "benchmark.py"
 
@@ -42,6 +42,19 @@ def test_every_part_reports_ratios(shape, tmp_path):
     assert f"| LoRA: drift | {training['LoRA: drift']['time']:.2f} |" in done.stdout
 
 
+def test_language_models(tmp_path):
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    LlamaConfig(vocab_size=100, tie_word_embeddings=True, **shape).save_pretrained(tmp_path)
+    flags = ["--model", "smollm2", "--model_name_or_path", str(tmp_path), "--batch_size", "2", "--length", "8"]
+    flags += ["--pairs", "1", "--memory", "False", "--parts", "training", "--variants", "bfloat16:"]
+    done = run(*flags)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["training"]
+    names = ["bfloat16: digital", "bfloat16: drift", "bfloat16: drift, 8-bit DAC and ADC"]
+    assert [row["variant"] for row in rows] == names
+    assert all(row["time"] > 0 for row in rows)
+
+
 def test_what_cannot_be_run_is_skipped_with_the_reason():
     flags = ["--model", "mobilenetv3", "--batch_size", "1", "--parts", "inference", "--variants", "aihwkit"]
     done = run(*flags, "--memory", "False")
@@ -51,4 +64,4 @@ def test_what_cannot_be_run_is_skipped_with_the_reason():
 
 def test_wrong_flags_are_named(shape):
     assert "parts=['nothing']" in run("--parts", "nothing").stderr
-    assert "allowed are minilm, deit-tiny and mobilenetv3" in run("--model", "gpt").stderr
+    assert "allowed are minilm, smollm2, deit-tiny and mobilenetv3" in run("--model", "gpt").stderr
