@@ -17,7 +17,7 @@ from transformers.utils import logging
 from ..config import ReRAMConfig, converter_levels
 from ..device.iv import LINEAR_B, full_scale_gain, least_squares_gain
 from ..device.read_noise import relative_read_noise
-from ..model.deploy import digital_eval
+from ..model.deploy import digital_eval, refuse_offloaded
 from ..model.find import crossbar_layers, crossbar_states
 from ..model.inputs import call_model
 from ..nn import CrossbarLayer
@@ -54,6 +54,7 @@ def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = No
         ValueError: the model is not patched or is deployed, there is no batch, or a batch drives a layer with NaN.
     """
     states, layers = crossbar_states(model), crossbar_layers(model)
+    refuse_offloaded(model)
     if any(layer.chips for layer in layers.values()):
         raise ValueError("the model is deployed as a chip, whose cells are programmed: calibrate it outside of deploy")
     if sensitivity is None:

@@ -45,6 +45,7 @@ def deploy(
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed!r}: allowed is an integer from 0 to 2^63 - 1")
     seconds = None if time is None else parse_time(time)
+    refuse_offloaded(model)
     for state in crossbar_states(model):  # refuses a bad temperature before anything is drawn
         state.config.device.equivalent_time(seconds or 0.0, kelvin(state.config.temperature, temperature))
     layers, token = chip_names(model), object()
@@ -61,6 +62,19 @@ def deploy(
     finally:
         for layer in layers.values():
             layer.chips = {key: chip for key, chip in (layer.chips or {}).items() if key is not token} or None
+
+
+def refuse_offloaded(model: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: weights of crossbars are not there, as where accelerate has offloaded them.
+    """
+    away = [name for name, layer in crossbar_layers(model).items() if layer.weight.is_meta]
+    if away:
+        raise ValueError(
+            f"the weights of {len(away)} crossbar layers are on the meta device, as where accelerate has offloaded them, "
+            f"allowed is a model that is loaded whole, or to keep these layers digital: {', '.join(away)}"
+        )
 
 
 def kelvin(configured: float | None, temperature: float | None) -> float | None:

@@ -333,6 +333,8 @@ class CrossbarLayer(nn.Module):
                 new.data = old.data.to(new.device, torch.float32)
             else:
                 self._buffers[name] = old.to(new.device, torch.float32)
+        if getattr(self, "sensitivity", None) is not None and self.weight.device.type != "meta":
+            self.sensitivity = self.sensitivity.to(self.weight.device)  # type: ignore[union-attr]
         return self
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:

@@ -125,13 +125,19 @@ def _add(task_loss: Tensor, state: CrossbarState, weight: float) -> tuple[Tensor
 def noise_to_signal(model: nn.Module) -> dict[str, float]:
     """Each layer's noise-to-signal ratio in the last forward in training mode that measured it, by layer name; empty
     if none did."""
-    found: dict[str, float] = {}
+    ratios = measured_ratios(model)
+    return {} if not ratios else dict(zip(ratios, torch.stack(list(ratios.values())).cpu().tolist()))
+
+
+def measured_ratios(model: nn.Module) -> dict[str, Tensor]:
+    """The same where they are, without waiting for the device."""
+    found: dict[str, Tensor] = {}
     for state in crossbar_states(model):
         last = state.forward
         pairs = last.ratios or (last.terms if state.term == "output" else {}) or state.ratios
         if pairs:
-            values = _stacked(pairs).detach().float().cpu()
-            found |= dict(zip(pairs, (values[:, 0] / values[:, 1].clamp(min=1e-30)).tolist()))
+            values = _stacked(pairs).detach().float()
+            found |= dict(zip(pairs, (values[:, 0] / values[:, 1].clamp(min=1e-30)).unbind()))
     return found
 
 

@@ -21,7 +21,7 @@ from .callbacks import HoldWeights, NameUncalled
 from .checkpoints import set_incomplete_aside
 from .diagnosis import explain
 from .distillation import divergence
-from .losses import add_retention_loss, noise_to_signal, sampled_drift
+from .losses import add_retention_loss, measured_ratios, sampled_drift
 
 # Of Trainer, beside which the mixin stands.
 Base: Any = object
@@ -181,12 +181,13 @@ class TrainingMixin(Base):
             with sampled_drift(self.model, "drift", seed):
                 retention = divergence(model(**self._without_labels(kept)), outputs)
             loss, retention = task_loss + weight * retention, retention.detach()
-        ratio = noise_to_signal(self.model)
+        ratios = measured_ratios(self.model)
         self._count("task_loss", task_loss.detach().float() / (1 if scaled else steps))
         if retention is not None:
             self._count("retention_loss", retention.float() / steps)
-        if ratio:
-            mean = torch.tensor([sum(ratio.values()) / len(ratio), 1.0], device=self.args.device)
+        if ratios:
+            mean = torch.stack(list(ratios.values())).mean().to(self.args.device)
+            mean = torch.stack((mean, torch.ones_like(mean)))
             self._count("noise_to_signal", mean)
             if retention is None:
                 self._count("retention_loss", mean)

@@ -82,8 +82,8 @@ def _current(
     x: Tensor, offset: Tensor | None, span: Tensor | float, b: float, gain: float, levels: int, floor: float
 ) -> Tensor:
     x = x.detach()
-    if cpu.takes(x) or fused.twin(x):
-        span = float(span)  # elsewhere, to read a learned one is to wait
+    if cpu.takes(x):
+        span = float(span)  # on a GPU, to read a learned one is to wait
     if isinstance(span, float) and (twin := fused.twin(x)):
         return twin.shrunk_sinh(x, offset, span, b, gain, levels, floor)
     if cpu.takes(x):
