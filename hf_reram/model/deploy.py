@@ -72,8 +72,8 @@ def refuse_offloaded(model: nn.Module) -> None:
     away = [name for name, layer in crossbar_layers(model).items() if layer.weight.is_meta]
     if away:
         raise ValueError(
-            f"the weights of {len(away)} crossbar layers are on the meta device, as where accelerate has offloaded them, "
-            f"allowed is a model that is loaded whole, or to keep these layers digital: {', '.join(away)}"
+            f"the weights of {len(away)} crossbar layers are on the meta device, as where accelerate has offloaded "
+            f"them: allowed is a model that is loaded whole, or to keep these layers digital: {', '.join(away)}"
         )
 
 
