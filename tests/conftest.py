@@ -1,4 +1,4 @@
-"""What several tests need: seeded draws, a small model, the data folder; and what their marks ask for."""
+"""What several tests need: seeded draws, a small model, processes; and what their marks ask for."""
 
 import os
 
@@ -8,7 +8,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: two workers with all th
 import gc
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hypothesis
@@ -58,11 +57,3 @@ def python() -> Iterator[Interpreter]:
     interpreter = Interpreter()
     yield interpreter
     interpreter.close()
-
-
-@pytest.fixture
-def data_folder() -> Path:
-    folder = os.environ.get("HF_RERAM_DATA")
-    if not folder or not Path(folder).is_dir():
-        pytest.skip("HF_RERAM_DATA names no folder")
-    return Path(folder)
