@@ -1,32 +1,61 @@
 """hf_reram: pretrained Hugging Face models, finetuned to be robust on ReRAM crossbars.
 
-Importing it lets ``from_pretrained`` bring back the crossbar layers of a checkpoint, and ``pipeline`` answer questions.
+Importing it lets ``from_pretrained`` bring back the crossbar layers of a checkpoint, and does nothing else: what stands
+below is imported when it is first used.
 """
 
-from .calibration.ranges import calibrate
-from .config import ReRAMConfig
-from .device import DeviceConfig
-from .evaluation.report import RobustnessReport
-from .evaluation.robustness import evaluate_robustness
-from .hub.load import report_of
-from .integrations.pipeline import register as _register
-from .integrations.quantizer import ReRAMQuantizer
-from .model.deploy import deploy, digital
-from .model.find import crossbar_layers
-from .model.patch import patch_model, unpatch_model
-from .model.summary import summarize
-from .nn.ops.fused import use_fused_kernels
-from .training.losses import add_retention_loss, hold_weights, noise_to_signal, retention_loss, sampled_drift
-from .training.trainer import ReRAMTrainer
+from typing import TYPE_CHECKING
+
+from .integrations.register import register_quantizer as _register_quantizer
+from .lazy import lazy_names as _lazy_names
 from .version import __version__
 
-_register()
+if TYPE_CHECKING:
+    from .calibration.ranges import calibrate
+    from .config import ReRAMConfig
+    from .device import DeviceConfig
+    from .evaluation.inspect import inspect_layers
+    from .evaluation.report import RobustnessReport
+    from .evaluation.robustness import evaluate_robustness
+    from .hub.report import report_of
+    from .integrations.quantizer import ReRAMQuantizer
+    from .integrations.trainer import ReRAMTrainer, ReRAMTrainerMixin
+    from .model.deploy import deploy, digital
+    from .model.find import crossbar_layers
+    from .model.patch import patch_model, unpatch_model
+    from .model.summary import summarize
+    from .nn.ops.fused import use_fused_kernels
+    from .nn.registry import register_crossbar
+    from .training.distillation import divergence
+    from .training.losses import add_retention_loss, hold_weights, noise_to_signal, retention_loss, sampled_drift
+
+# The same for Python, by module; tests/test_import.py compares the three lists.
+_NAMES = {
+    "calibration.ranges": ["calibrate"],
+    "config": ["ReRAMConfig"],
+    "device": ["DeviceConfig"],
+    "evaluation.inspect": ["inspect_layers"],
+    "evaluation.report": ["RobustnessReport"],
+    "evaluation.robustness": ["evaluate_robustness"],
+    "hub.report": ["report_of"],
+    "integrations.quantizer": ["ReRAMQuantizer"],
+    "integrations.trainer": ["ReRAMTrainer", "ReRAMTrainerMixin"],
+    "model.deploy": ["deploy", "digital"],
+    "model.find": ["crossbar_layers"],
+    "model.patch": ["patch_model", "unpatch_model"],
+    "model.summary": ["summarize"],
+    "nn.ops.fused": ["use_fused_kernels"],
+    "nn.registry": ["register_crossbar"],
+    "training.distillation": ["divergence"],
+    "training.losses": ["add_retention_loss", "hold_weights", "noise_to_signal", "retention_loss", "sampled_drift"],
+}
 
 __all__ = [
     "DeviceConfig",
     "ReRAMConfig",
     "ReRAMQuantizer",
     "ReRAMTrainer",
+    "ReRAMTrainerMixin",
     "RobustnessReport",
     "__version__",
     "add_retention_loss",
@@ -34,10 +63,13 @@ __all__ = [
     "crossbar_layers",
     "deploy",
     "digital",
+    "divergence",
     "evaluate_robustness",
     "hold_weights",
+    "inspect_layers",
     "noise_to_signal",
     "patch_model",
+    "register_crossbar",
     "report_of",
     "retention_loss",
     "sampled_drift",
@@ -45,3 +77,7 @@ __all__ = [
     "unpatch_model",
     "use_fused_kernels",
 ]
+
+__getattr__, __dir__ = _lazy_names(__name__, _NAMES)
+
+_register_quantizer()

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .device import DeviceConfig, parse_time
@@ -29,7 +28,6 @@ RETENTION_LOSSES = (
 )
 
 
-@register_quantization_config("reram")
 @dataclass(repr=False)
 class ReRAMConfig(QuantizationConfigMixin):
     """How a model's layers are put on ReRAM crossbars and made robust to them.

@@ -27,9 +27,7 @@ from transformers import (
 )
 
 from hf_reram import DeviceConfig, ReRAMConfig, ReRAMTrainer, evaluate_robustness
-from hf_reram.tasks.arguments import number_or_word
-from hf_reram.tasks.demo import CORNER, Digits, train_base
-from hf_reram.tasks.metrics.squad_v2 import token_f1
+from hf_reram.tasks import CORNER, Digits, number_or_word, token_f1, train_base
 
 
 @dataclass

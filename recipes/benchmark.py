@@ -5,12 +5,16 @@ the last line.
 
 Each variant is timed right after the digital one in the same mode (gradient checkpointing, bfloat16, torch.compile,
 LoRA), turn by turn in one run, and reported as the median of the pairs' ratios, so that a machine whose speed drifts
-does not matter. Peak memory is that of a process of its own per variant. Weights are random (speed does not depend on
-them); --model_name_or_path takes a checkpoint's shape instead. IBM's aihwkit-lightning is timed beside it where it is
-installed (pip install --no-deps aihwkit-lightning==2.1.0).
+does not matter. Peak memory is that of a process of its own per variant, on a GPU that of PyTorch's allocator. Weights
+are random (speed does not depend on them); --model_name_or_path takes a checkpoint's shape instead. IBM's
+aihwkit-lightning is timed beside it where it is installed (pip install --no-deps aihwkit-lightning==2.1.0).
+
+A GPU is used where there is one. It needs batches that keep it busy, or the time of launching kernels is all that is
+measured: --batch_size 256 for minilm, 512 for deit-tiny and 32 with --length 512 for smollm2 do on an 80 GB card.
 """
 
 import copy
+import gc
 import importlib.util
 import json
 import os
@@ -29,6 +33,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForQuestionAnswering,
     BertConfig,
@@ -44,12 +49,12 @@ from hf_reram import (
     add_retention_loss,
     calibrate,
     deploy,
+    divergence,
     hold_weights,
     patch_model,
     sampled_drift,
     use_fused_kernels,
 )
-from hf_reram.training.distillation import divergence
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,13 @@ class Variant:
     fused: bool = False
 
 
-MODES = {"checkpointing": "gradient checkpointing", "bf16": "bfloat16", "compile": "torch.compile", "lora": "LoRA"}
+MODES = {
+    "checkpointing": "gradient checkpointing",
+    "bf16": "bfloat16",
+    "compile": "torch.compile",
+    "bf16, compile": "bfloat16 and torch.compile",
+    "lora": "LoRA",
+}
 NONE, DRIFT = {"retention_loss": "none"}, {"retention_loss": "drift"}
 CONVERTERS = {"dac_bits": 8, "adc_bits": 8}
 FUSED = {
@@ -99,7 +110,7 @@ TRAINING: dict[str, Variant] = {
         for m, label in MODES.items()
         for o in (None, DRIFT)
     },
-    "torch.compile: drift, 8-bit DAC and ADC": Variant({**DRIFT, **CONVERTERS}, "compile"),
+    **{f"{MODES[m]}: drift, 8-bit DAC and ADC": Variant({**DRIFT, **CONVERTERS}, m) for m in ("bf16", "compile")},
     **{f"fused kernels: {label}": Variant(options, fused=True) for label, options in FUSED.items()},
     **{label: Variant(peer=peer) for peer, label in PEERS.items()},
     f"torch.compile: {PEERS['converters']}": Variant(peer="converters", mode="compile"),
@@ -110,7 +121,7 @@ INFERENCE: dict[str, Variant] = {
     "chip": Variant(NONE, chip=True),
     **{
         f"{label}: {'digital' if o is None else 'crossbar'}": Variant(o, m)
-        for m, label in list(MODES.items())[1:3]
+        for m, label in list(MODES.items())[1:4]
         for o in (None, NONE)
     },
     "torch.compile: 8-bit DAC and ADC": Variant({**NONE, **CONVERTERS}, "compile"),
@@ -122,10 +133,10 @@ INFERENCE: dict[str, Variant] = {
 
 @dataclass
 class Arguments:
-    model: str = field(default="minilm", metadata={"help": "minilm (QA), deit-tiny or mobilenetv3 (images)"})
+    model: str = field(default="minilm", metadata={"help": "minilm, smollm2, deit-tiny or mobilenetv3"})
     model_name_or_path: str | None = field(default=None, metadata={"help": "take this checkpoint's config instead"})
     batch_size: int = 16
-    length: int = field(default=192, metadata={"help": "tokens per example (minilm)"})
+    length: int = field(default=192, metadata={"help": "tokens per example (minilm, smollm2)"})
     pairs: int = field(default=5, metadata={"help": "timed pairs of digital and other step per variant"})
     parts: list[str] = field(
         default_factory=lambda: ["training", "inference", "chip", "conversion"],
@@ -159,6 +170,14 @@ def build(arguments: Arguments) -> tuple[torch.nn.Module, dict[str, torch.Tensor
             "start_positions": torch.randint(arguments.length, (n,)),
             "end_positions": torch.randint(arguments.length, (n,)),
         }
+    elif arguments.model == "smollm2":
+        shape = {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "intermediate_size": 1536}
+        more = {"num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True}
+        config = config or LlamaConfig(**shape, **more)
+        config.use_cache = False
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        ids = torch.randint(config.vocab_size, (n, arguments.length))
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     elif arguments.model in ("deit-tiny", "mobilenetv3"):
         if config is None and arguments.model == "deit-tiny":
             shape = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768}
@@ -169,7 +188,7 @@ def build(arguments: Arguments) -> tuple[torch.nn.Module, dict[str, torch.Tensor
         model = AutoModelForImageClassification.from_config(config, dtype=torch.float32)
         batch = {"pixel_values": torch.randn(n, 3, 224, 224), "labels": torch.randint(1000, (n,))}
     else:
-        raise ValueError(f"model={arguments.model!r}: allowed are minilm, deit-tiny and mobilenetv3")
+        raise ValueError(f"model={arguments.model!r}: allowed are minilm, smollm2, deit-tiny and mobilenetv3")
     return model.train().to(DEVICE), {key: value.to(DEVICE) for key, value in batch.items()}
 
 
@@ -188,7 +207,7 @@ def prepared(model: Any, batch: dict[str, torch.Tensor], variant: Variant) -> tu
             model.gradient_checkpointing_enable({"use_reentrant": False})
     if variant.mode == "lora":
         model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
-    return model, torch.compile(model) if variant.mode == "compile" else model
+    return model, torch.compile(model) if "compile" in variant.mode else model
 
 
 def analog(model: Any, peer: str) -> Any:
@@ -206,11 +225,12 @@ def analog(model: Any, peer: str) -> Any:
     if peer == "converters":
         config.forward.inp_res = config.forward.out_res = 2**8 - 2
         config.forward.out_bound = 12.0
-    return convert_to_analog(model, config, inplace=True)
+    # A head that is tied to the embeddings stays digital, as ours does.
+    return convert_to_analog(model, config, exclude_modules=["lm_head"], inplace=True)
 
 
 def autocast(variant: Variant) -> Any:
-    return torch.autocast(DEVICE, torch.bfloat16) if variant.mode == "bf16" else nullcontext()
+    return torch.autocast(DEVICE, torch.bfloat16) if "bf16" in variant.mode else nullcontext()
 
 
 def make_step(model: Any, batch: dict[str, torch.Tensor], variant: Variant) -> Callable[[], None]:
@@ -294,11 +314,24 @@ def measure_memory(arguments: Arguments) -> float:
     model, batch = build(arguments)
     variant = TRAINING.get(str(arguments.memory_of), Variant())
     use_fused_kernels(variant.fused)  # the compiler's own memory is not the step's
-    before = torch.cuda.memory_allocated() / 2**20 if DEVICE == "cuda" else status_mib("VmRSS")
+    before = status_mib("VmRSS")
     step = make_step(model, batch, variant)
     for _ in range(3):
         step()
-    return (torch.cuda.max_memory_allocated() / 2**20 if DEVICE == "cuda" else status_mib("VmHWM")) - before
+    return status_mib("VmHWM") - before
+
+
+def peak_gpu_mib(model: Any, batch: dict[str, torch.Tensor], variant: Variant) -> float:
+    """Peak memory of a step above that of the model, a copy of which is trained; other models may lie beside it."""
+    model = copy.deepcopy(model)
+    gc.collect()  # what is freed later would be counted off
+    before = torch.cuda.memory_allocated()
+    step = make_step(model, batch, variant)
+    step()  # makes the optimizer's state
+    torch.cuda.reset_peak_memory_stats()  # calibration has had its own peak
+    for _ in range(2):
+        step()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def why_not(arguments: Arguments, variant: Variant) -> str | None:
@@ -321,8 +354,12 @@ def compare(arguments: Arguments, model: Any, batch: Any, variants: dict[str, Va
     """A row for each variant: its time over that of the digital model in the same mode."""
     rows: list[dict] = []
     digital = {"": make(copy.deepcopy(model), batch, Variant())}
+
+    def peak(name: str, variant: Variant) -> float:
+        return peak_gpu_mib(model, batch, variant) if DEVICE == "cuda" else peak_mib(arguments, name)
+
     memory = arguments.memory and make is make_step
-    base = peak_mib(arguments, "digital") if memory else None
+    base = peak("digital", Variant()) if memory else None
     print("\n| | time | peak memory |\n| --- | --- | --- |\n| digital | 1.00 | 1.00 |", flush=True)
     for name, variant in variants.items():
         if arguments.variants and not any(
@@ -348,11 +385,11 @@ def compare(arguments: Arguments, model: Any, batch: Any, variants: dict[str, Va
             "variant": name,
             "time": statistics.median(b / a for a, b in pairs),
             "digital_seconds": statistics.median(a for a, _ in pairs),
-            "memory": peak_mib(arguments, name) / base if base else None,
+            "memory": peak(name, variant) / base if base else None,
         }
         rows.append(row)
-        peak = f"{row['memory']:.2f}" if row["memory"] else "–"
-        print(f"| {name} | {row['time']:.2f} | {peak} |", flush=True)
+        ratio = f"{row['memory']:.2f}" if row["memory"] else "–"
+        print(f"| {name} | {row['time']:.2f} | {ratio} |", flush=True)
     return rows
 
 
@@ -399,6 +436,7 @@ def main() -> None:
     arguments: Arguments = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]  # type: ignore[arg-type]
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    torch._dynamo.config.recompile_limit = 64  # each variant compiles the same forward anew
     if arguments.memory_of:
         print(measure_memory(arguments))
         return

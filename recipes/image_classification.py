@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from hf_reram.hub.push import push
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForImageClassification,
@@ -34,22 +33,28 @@ from transformers import (
 )
 
 from hf_reram import ReRAMConfig, ReRAMTrainer, use_fused_kernels
-from hf_reram.calibration.batch_norm import batch_norms, fold_batch_norm, reestimate_batch_norm
-from hf_reram.hub.about import About
-from hf_reram.tasks.arguments import RecipeTrainingArguments, ReRAMArguments
-from hf_reram.tasks.comparison import OURS, run_protocol
-from hf_reram.tasks.data import draw, load_rows
-from hf_reram.tasks.image_classification import (
+from hf_reram.tasks import (
+    OURS,
+    About,
     ImageClassification,
     ImageDataset,
     MixUp,
+    RecipeTrainingArguments,
+    ReRAMArguments,
+    batch_norms,
     check_labels,
+    draw,
     find_columns,
+    fold_batch_norm,
     image_processor,
     image_transforms,
     keep_preprocessing,
+    last_checkpoint,
+    load_rows,
+    push,
+    reestimate_batch_norm,
+    run_protocol,
 )
-from hf_reram.training.checkpoints import last_checkpoint
 
 # A stem and depthwise convolutions are few cells that disturb the model most: recipes/README.md.
 MOBILENET = {"learning_rate": 3e-4, "redundancy": 0.05}

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from hf_reram.hub.push import push
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForQuestionAnswering,
@@ -29,11 +28,18 @@ from transformers import (
 )
 
 from hf_reram import ReRAMConfig, ReRAMTrainer, deploy, patch_model, use_fused_kernels
-from hf_reram.hub.about import About
-from hf_reram.tasks.arguments import RecipeTrainingArguments, ReRAMArguments
-from hf_reram.tasks.comparison import OURS, run_protocol
-from hf_reram.tasks.data import draw, load_rows
-from hf_reram.tasks.question_answering import QuestionAnswering, training_features
+from hf_reram.tasks import (
+    OURS,
+    About,
+    QuestionAnswering,
+    RecipeTrainingArguments,
+    ReRAMArguments,
+    draw,
+    load_rows,
+    push,
+    run_protocol,
+    training_features,
+)
 
 DETAILS = ("exact", "f1", "AvNA", "HasAns_exact", "HasAns_f1", "HasAns_span_f1", "NoAns_exact", "NoAns_f1", "best_f1")
 

@@ -5,16 +5,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..model.inputs import call_model, evaluating
 
 LINEAR = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+def batch_norms(model: nn.Module) -> dict[str, Any]:
     """The model's batch norm layers by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, NORMS)}
 
 
 def freeze_batch_norm(model: nn.Module) -> None:
@@ -90,11 +90,11 @@ def fold_batch_norm(model: nn.Module, batch: Any) -> list[str]:
     return folded
 
 
-def _pairs(model: nn.Module, batch: Any) -> dict[_BatchNorm, Any]:
+def _pairs(model: nn.Module, batch: Any) -> dict[Any, Any]:
     """Which layer each batch norm gets its input from, where that layer feeds nothing else and both run once."""
     origin: dict[int, Any] = {}
     kept: list[Tensor] = []  # so that no tensor's id is used again
-    pairs: dict[_BatchNorm, Any] = {}
+    pairs: dict[Any, Any] = {}
     runs: dict[nn.Module, int] = {}
 
     def after(module, args, output):
@@ -108,7 +108,7 @@ def _pairs(model: nn.Module, batch: Any) -> dict[_BatchNorm, Any]:
             pairs[module] = source
 
     with evaluating(model):
-        handles = [m.register_forward_hook(after) for m in model.modules() if isinstance(m, (*LINEAR, _BatchNorm))]
+        handles = [m.register_forward_hook(after) for m in model.modules() if isinstance(m, (*LINEAR, *NORMS))]
         handles += [norm.register_forward_pre_hook(before) for norm in batch_norms(model).values()]
         try:
             call_model(model, batch)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from ..config import converter_levels
-from ..nn import CrossbarConv2d, CrossbarMixin
+from ..device.read_noise import relative_read_noise
+from ..nn import CrossbarLayer
 from ..nn.mapping import layer_scales, relative_weights
-from ..nn.ops.cells import WeightVariance
+from ..nn.ops.functions import WeightVariance
 
 # Share of the input's power from which on an offset is subtracted.
 WORTHWHILE = 0.1
@@ -23,10 +24,10 @@ TYPICAL_CLIP = 3.0  # RMS, in place of "auto" while the scales are chosen
 LARGEST_SCALE = 30.0
 
 
-def input_offset(x: Tensor, layer: CrossbarMixin) -> Tensor:
+def input_offset(x: Tensor, layer: CrossbarLayer) -> Tensor:
     """Mean of each input channel, or zeros where leaving them out takes less than :data:`WORTHWHILE` off the power,
     as a whole and averaged over channels (those of a depthwise convolution do not mix)."""
-    channel = x.dim() - 3 if isinstance(layer, CrossbarConv2d) else x.dim() - 1
+    channel = x.dim() + layer.channel_dim
     flat = x.transpose(0, channel).flatten(1)
     mean, power = flat.mean(1), flat.square().mean(1)
     share = mean.square() / power.clamp(min=1e-30)
@@ -34,7 +35,7 @@ def input_offset(x: Tensor, layer: CrossbarMixin) -> Tensor:
     return mean if max(float(whole), float(share.mean())) > WORTHWHILE else torch.zeros_like(mean)
 
 
-def input_scale(x: Tensor, layer: CrossbarMixin) -> Tensor:
+def input_scale(x: Tensor, layer: CrossbarLayer) -> Tensor:
     """Scales of the input channels, (rms of the input / rms of the weights)^p, with the p of the least expected output
     error (spread of retention, read noise and DAC step); ones where that leaves more than :data:`GAINED` of the error.
 
@@ -42,13 +43,13 @@ def input_scale(x: Tensor, layer: CrossbarMixin) -> Tensor:
         x: centered, as the layer reads it.
     """
     config = layer.crossbar.config
-    rows = layer._rows(layer.weight.detach()).float()
+    rows = layer.to_rows(layer.weight.detach()).float()
     groups, columns, width = rows.shape
     power, largest, importance = _channel_power(x, layer, rows)
     of_weights = rows.square().mean(1).view(groups, -1, width * groups // len(power)).mean(2)
     ratio = (power.view(groups, -1) / of_weights.clamp(min=TINY)).clamp(min=TINY).sqrt()
     ratio = (ratio / ratio.log().median().exp()).clamp(1 / LARGEST_SCALE, LARGEST_SCALE)
-    current = config.device.relative_read_noise(layer.pairs)
+    current = relative_read_noise(config.device, layer.pairs)
     levels, error = converter_levels(config.dac_bits), layer.error
     clip = TYPICAL_CLIP if config.weight_clip == "auto" else config.weight_clip
     best, least = torch.ones_like(ratio), math.inf
@@ -68,11 +69,11 @@ def input_scale(x: Tensor, layer: CrossbarMixin) -> Tensor:
     return best.reshape(-1)
 
 
-def _channel_power(x: Tensor, layer: CrossbarMixin, rows: Tensor) -> tuple[Tensor, Tensor, float]:
+def _channel_power(x: Tensor, layer: CrossbarLayer, rows: Tensor) -> tuple[Tensor, Tensor, float]:
     """Of each input channel the mean square, weighted as :func:`.ranges._sample_weights` says, and the largest
     magnitude; and the mean of the weights."""
-    if isinstance(layer, CrossbarConv2d):  # of every pixel: few of them may drive a channel at all
-        flat = x.transpose(0, x.dim() - 3).flatten(1)
+    if layer.reads_windows:  # of every pixel: few of them may drive a channel at all
+        flat = x.transpose(0, x.dim() + layer.channel_dim).flatten(1)
         return flat.square().mean(1), flat.abs().amax(1), 1.0
     tokens = x.reshape(-1, x.shape[-1])
     tokens = tokens[:: max(1, len(tokens) // 2048)]

@@ -6,7 +6,7 @@ each layer a histogram of |x| on a logarithmic scale, and a uniform random sampl
 """
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,12 +16,16 @@ from transformers.utils import logging
 
 from ..config import ReRAMConfig, converter_levels
 from ..device.iv import LINEAR_B, full_scale_gain, least_squares_gain
-from ..model.deploy import digital_eval
-from ..model.find import crossbar_layers, crossbar_state
+from ..device.read_noise import relative_read_noise
+from ..model.deploy import digital_eval, refuse_offloaded
+from ..model.find import crossbar_layers, crossbar_states
 from ..model.inputs import call_model
-from ..nn import CrossbarConv2d, CrossbarMixin
+from ..nn import CrossbarLayer
+from ..nn.array import cell_weight
+from ..nn.layer import BUFFERS
 from ..nn.mapping import expected_error, layer_scales, relative_weights
 from ..nn.scalars import read_scalars
+from ..nn.state import tensors_of
 from .input_scales import TINY
 from .redundancy import allot_pairs
 from .sensitivity import measure_sensitivity
@@ -33,11 +37,13 @@ logger = logging.get_logger(__name__)
 SHRINKS = tuple(0.02 * 50 ** (i / 31) for i in range(32))
 
 
+@torch.inference_mode(False)  # training may follow
 def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = None) -> nn.Module:
-    """Set every crossbar layer's input range, shrink, gain, weight scale, ADC range and pairs per weight, in place.
+    """Set every crossbar layer's input range, shrink, gain, weight scale, ADC range and pairs per weight, in place; of
+    all layers or, where it fails, of none.
 
     Args:
-        model: patched by :func:`patch_model`.
+        model: patched by :func:`patch_model`, or of parts that were.
         batches: what the model is called with: dicts of its arguments, tuples or tensors; at most
             ``config.calibration_batches`` of them are read. Where a batch has a 2-D ``attention_mask``, padding
             tokens are left out.
@@ -47,21 +53,20 @@ def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = No
     Raises:
         ValueError: the model is not patched or is deployed, there is no batch, or a batch drives a layer with NaN.
     """
-    state, layers = crossbar_state(model), crossbar_layers(model)
-    config = state.config
-    if any(layer.deployed is not None for layer in layers.values()):
+    states, layers = crossbar_states(model), crossbar_layers(model)
+    refuse_offloaded(model)
+    if any(layer.chips for layer in layers.values()):
         raise ValueError("the model is deployed as a chip, whose cells are programmed: calibrate it outside of deploy")
-    for layer in layers.values():
-        layer.pairs_per_weight.fill_(1.0)
-    statistics = {name: LayerStatistics(layer, name, seed) for seed, (name, layer) in enumerate(layers.items())}
-    groups: dict[str, str] = {}
     if sensitivity is None:
-        sensitivity = state.term == "sensitivity"
+        sensitivity = any(state.term == "sensitivity" for state in states)
+    statistics = {name: LayerStatistics(layer, name, seed) for seed, (name, layer) in enumerate(layers.items())}
+    observation = _Observation(statistics)
     kept = []
-    with _observed(model, statistics, groups) as look:
-        for batch in itertools.islice(batches, config.calibration_batches):
+    with observation.watching(model):
+        for batch in itertools.islice(batches, max(state.config.calibration_batches for state in states)):
+            batch = _ordinary(batch)
             call_model(model, batch)
-            look()
+            observation.stop_holding()
             if sensitivity:
                 kept.append(batch)
     if all(s.samples is None for s in statistics.values()):
@@ -69,63 +74,116 @@ def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = No
     unseen = [name for name, s in statistics.items() if s.samples is None]
     if unseen:
         logger.warning("calibration data reach %d layers not at all, which stay uncalibrated: %s", len(unseen), unseen)
-    with torch.no_grad():
-        followers: dict[str, list[LayerStatistics]] = {}
-        for name, leader in groups.items():
-            if statistics[name].samples is not None:
-                followers.setdefault(leader, []).append(statistics[name])
-        for shared in followers.values():
-            _settle(shared, config)
-        if config.redundancy:
-            _spread_pairs(statistics, config)
-            for shared in followers.values():
-                if any(s.layer.pairs > 1 for s in shared):
-                    _settle(shared, config)  # quieter cells: other ranges and scales may be best
-    if sensitivity:
-        measure_sensitivity(model, kept)
+    with _all_or_nothing(layers.values()):
+        with torch.no_grad():
+            for layer in layers.values():
+                layer.copies_output = layer in observation.changed
+                layer.pairs_per_weight.fill_(1.0)
+            for state in states:
+                own = {name: s for name, s in statistics.items() if s.layer.crossbar is state}
+                _settle_all(own, observation.leaders, state.config)
+        if sensitivity:
+            measure_sensitivity(model, kept)
     return model
 
 
+class _Observation:
+    """One pass of the digital model over the calibration data.
+
+    Attributes:
+        leaders: of each layer that was seen, the first one that read the same input, by their names.
+        changed: layers whose output the model has changed in place.
+    """
+
+    def __init__(self, statistics: dict[str, LayerStatistics]):
+        self.statistics = statistics
+        self.names = {s.layer: name for name, s in statistics.items()}
+        self.leaders: dict[str, str] = {}
+        self.changed: set[nn.Module] = set()
+        self._last: Any = (None, None)  # the input seen last and the layer that saw it first
+        self._outputs: list[tuple[nn.Module, Tensor, int]] = []  # of the first batch, with their versions then
+        self._holds: list[Any] = []
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """The digital model in eval mode, each layer's input going to its statistics."""
+        hooks = [layer.register_forward_pre_hook(self._see, with_kwargs=True) for layer in self.names]
+        self._holds = [layer.register_forward_hook(self._hold) for layer in self.names]
+        try:
+            with digital_eval(model), torch.no_grad():
+                yield
+        finally:
+            self.stop_holding()
+            for hook in hooks:
+                hook.remove()
+
+    def _see(self, layer, args, kwargs) -> None:
+        name, x = self.names[layer], tensors_of((args, kwargs))[0]
+        same = self._last[0] is x and self.statistics[self._last[1]].layer.crossbar is layer.crossbar
+        if not same:
+            self._last = (x, name)
+        leader = self.leaders.setdefault(name, self._last[1])
+        if self.statistics[name].offset is None and leader != name:
+            self.statistics[name].follow(self.statistics[leader])
+        self.statistics[name].update(x, layer.crossbar.forward.padding.keep(x) if layer.channel_dim == -1 else None)
+
+    def _hold(self, layer, args, y) -> None:
+        self._outputs.append((layer, y, y._version))
+
+    def stop_holding(self) -> None:
+        """See which of the outputs so far the model has changed in place, and let go of them."""
+        self.changed |= {layer for layer, y, version in self._outputs if y._version != version}
+        self._outputs.clear()
+        for hook in self._holds:
+            hook.remove()
+
+
 @contextmanager
-def _observed(model: nn.Module, statistics: dict[str, LayerStatistics], groups: dict[str, str]):
-    """The digital model in eval mode, each layer's input going to its statistics."""
-    state = crossbar_state(model)
-    last: list = [None, None]  # the input seen last and the layer that saw it first
-
-    outputs: list[tuple[Any, Tensor, int]] = []  # of the first batch: (layer, output, its version then)
-
-    def hold(layer, args, y):
-        outputs.append((layer, y, -1 if y.is_inference() else y._version))
-
-    def observe(layer, args):
-        name, x = layer.crossbar_name, args[0]
-        if last[0] is not x:
-            last[:] = [x, name]
-        groups.setdefault(name, last[1])
-        if statistics[name].offset is None and groups[name] != name:
-            statistics[name].follow(statistics[groups[name]])
-        statistics[name].update(x, state.keep(x))
-
-    hooks = [s.layer.register_forward_pre_hook(observe) for s in statistics.values()]
-    holds = [s.layer.register_forward_hook(hold) for s in statistics.values()]
-
-    def look() -> None:
-        """See, after the first batch, which outputs the model has changed in place."""
-        changed = {layer.crossbar_name for layer, y, version in outputs if version < 0 or y._version != version}
-        for layer, *_ in outputs:
-            layer.copies_output = layer.crossbar_name in changed
-        outputs.clear()
-        for hook in holds:
-            hook.remove()
-
+def _all_or_nothing(layers: Iterable[Any]) -> Iterator[None]:
+    """Layers as they were before if what is inside fails."""
+    before = [
+        (
+            layer,
+            {name: getattr(layer, name).detach().clone() for name in BUFFERS},
+            layer.sensitivity,
+            layer.copies_output,
+        )
+        for layer in layers
+    ]
     try:
-        with digital_eval(model), torch.no_grad():
-            yield look
-    finally:
-        state.mask = None
-        look()
-        for hook in hooks:
-            hook.remove()
+        yield
+    except BaseException:
+        for layer, buffers, sensitivity, copies in before:
+            layer.sensitivity, layer.copies_output = sensitivity, copies
+            for name, value in buffers.items():
+                getattr(layer, name).detach().copy_(value)
+            layer.forget_white_noise()
+            layer.scalars()
+        raise
+
+
+def _ordinary(batch: Any) -> Any:
+    """The batch without tensors that autograd refuses, as they are made under ``torch.inference_mode``."""
+    if isinstance(batch, Tensor):
+        return batch.clone() if batch.is_inference() else batch
+    if isinstance(batch, Mapping):
+        return {key: _ordinary(value) for key, value in batch.items()}
+    return type(batch)(map(_ordinary, batch)) if type(batch) in (list, tuple) else batch
+
+
+def _settle_all(statistics: dict[str, LayerStatistics], leaders: dict[str, str], config: ReRAMConfig) -> None:
+    """Choose the numbers of layers that were patched together."""
+    followers: dict[str, list[LayerStatistics]] = {}
+    for name, found in statistics.items():
+        if found.samples is not None:
+            followers.setdefault(leaders[name], []).append(found)
+    for shared in followers.values():
+        _settle(shared, config)
+    if config.redundancy:
+        _spread_pairs(statistics, config)
+        for shared in followers.values():
+            if any(s.layer.pairs > 1 for s in shared):
+                _settle(shared, config)  # quieter cells: other ranges and scales may be best
 
 
 def _settle(shared: list[LayerStatistics], config: ReRAMConfig) -> None:
@@ -173,14 +231,14 @@ def _weighted_inputs(statistics: LayerStatistics) -> tuple[Tensor, Tensor]:
     of the array."""
     layer = statistics.layer
     span, b, gain, *_ = read_scalars(layer)
-    rows, inputs = layer._rows(layer.cell_weight()), _phi(statistics.grouped_samples(), span, b, gain)
+    rows, inputs = layer.to_rows(cell_weight(layer, layer.weight)), _phi(statistics.grouped_samples(), span, b, gain)
     return rows, inputs * _sample_weights(layer, rows, inputs).sqrt()[:, None]
 
 
-def _sample_weights(layer: CrossbarMixin, rows: Tensor, inputs: Tensor) -> Tensor:
+def _sample_weights(layer: CrossbarLayer, rows: Tensor, inputs: Tensor) -> Tensor:
     """How much each sampled input's output error counts, (samples,). Tokens are normalized one by one later, so theirs
     count relative to their output; pixels are not, and batch norm scales all of them alike."""
-    if isinstance(layer, CrossbarConv2d):
+    if layer.reads_windows:
         return 1 / torch.bmm(rows.detach().float(), inputs.transpose(1, 2)).square().sum((0, 1)).mean().clamp(
             min=TINY
         ).expand(inputs.shape[1])
@@ -207,12 +265,12 @@ def _best_shrink(shared: list[LayerStatistics], span: float, config: ReRAMConfig
     errors = torch.zeros(len(SHRINKS), dtype=torch.float64)
     for statistics in shared:
         layer, inputs = statistics.layer, statistics.grouped_samples()
-        rows = layer._rows(layer.cell_weight()).float()
+        rows = layer.to_rows(cell_weight(layer, layer.weight)).float()
         clipped = inputs.clamp(-span, span)
         weights = _sample_weights(layer, rows, clipped).double()
         scale = layer_scales(layer, rows, None)
         square = float(scale.double().square().mean()) * rows.shape[0] * rows.shape[1] * layer.tiles()
-        noise = config.device.relative_read_noise(layer.pairs) ** 2
+        noise = relative_read_noise(config.device, layer.pairs) ** 2
         if levels := converter_levels(config.adc_bits):
             step = _largest_current(statistics, span, config) / levels
             noise += step**2 / 12
@@ -231,7 +289,7 @@ def _largest_current(statistics: LayerStatistics, span: float, config: ReRAMConf
     """The full scale that the ADC was sized for: the largest column current on the samples at range_shrink = 1 and a
     quarter more, since they are only samples; in currents of a fully-on cell at read_voltage."""
     layer = statistics.layer
-    rows = layer._rows(layer.cell_weight()).float()
+    rows = layer.to_rows(cell_weight(layer, layer.weight)).float()
     scale = layer.along_rows(layer_scales(layer, rows, None))
     b = config.device.b()
     drive = _phi(statistics.grouped_samples() / span, 1.0, b, 1.0)

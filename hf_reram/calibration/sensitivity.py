@@ -4,9 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from ..model.deploy import digital_eval
-from ..model.find import crossbar_layers, crossbar_state
+from ..model.find import crossbar_layers
 from ..model.inputs import call_model, find_logits
-from ..nn import CrossbarMixin
+from ..nn import CrossbarLayer
+from ..nn.state import tensors_of
 
 
 def measure_sensitivity(model: nn.Module, batches: list) -> None:
@@ -16,26 +17,26 @@ def measure_sensitivity(model: nn.Module, batches: list) -> None:
     To second order an error Δy in a layer's output changes the prediction by ``KL ≈ ½ Σ_i h_i Δy_i²`` nats, so the
     layers' expected errors weighted by h add up to the KL divergence that ageing causes (diagonal approximation).
     """
-    state, layers = crossbar_state(model), crossbar_layers(model)
-    sums: dict[str, list] = {name: [0.0, 0] for name in layers}
+    layers = crossbar_layers(model)
+    sums: dict[CrossbarLayer, list] = {layer: [0.0, 0] for layer in layers.values()}
 
-    def watch(layer: CrossbarMixin, args, y):
+    def watch(layer: CrossbarLayer, args, kwargs, y):
         if not y.requires_grad:
             return
-        keep = state.keep(args[0])
+        keep = layer.crossbar.forward.padding.keep(tensors_of((args, kwargs))[0]) if layer.channel_dim == -1 else None
 
         def collect(grad):
-            rows_of = layer._output_rows(grad.float())
-            flat = rows_of.flatten(2) if rows_of.dim() == 4 else rows_of
+            examples = layer.examples(grad.float())
+            flat = examples.flatten(2) if layer.reads_windows else examples
             square = flat.square().flatten(2).sum(2) if flat.dim() == 3 else flat.square()
             rows = len(square) if keep is None else float(keep.sum())
             total = square.sum(0) if keep is None else keep.to(square) @ square
-            sums[layer.crossbar_name][0] = sums[layer.crossbar_name][0] + total.detach()
-            sums[layer.crossbar_name][1] += rows * (flat.shape[2] if flat.dim() == 3 else 1)
+            sums[layer][0] = sums[layer][0] + total.detach()
+            sums[layer][1] += rows * (flat.shape[2] if flat.dim() == 3 else 1)
 
         y.register_hook(collect)
 
-    hooks = [layer.register_forward_hook(watch) for layer in layers.values()]
+    hooks = [layer.register_forward_hook(watch, with_kwargs=True) for layer in layers.values()]
     # Every parameter, so that the backward pass reaches every layer even where all of them are frozen.
     parameters = {p: p.requires_grad for p in model.parameters() if p.is_floating_point()}
     for p in parameters:
@@ -47,19 +48,12 @@ def measure_sensitivity(model: nn.Module, batches: list) -> None:
                 likelihood = sampled_log_likelihood(call_model(model, batch))
                 torch.autograd.grad(likelihood.sum(), list(parameters), allow_unused=True)
     finally:
-        state.mask = None
         for hook in hooks:
             hook.remove()
         for p, required in parameters.items():
             p.requires_grad_(required)
-    for name, layer in layers.items():
-        total, count = sums[name]
-        layer.sensitivity = torch.zeros(_output_channels(layer)) if count == 0 else (total / count)
-
-
-def _output_channels(layer: CrossbarMixin) -> int:
-    rows = layer._rows(layer.weight)
-    return rows.shape[0] * rows.shape[1]
+    for layer, (total, count) in sums.items():
+        layer.sensitivity = torch.zeros(layer.outputs) if count == 0 else (total / count)
 
 
 def sampled_log_likelihood(outputs) -> Tensor:

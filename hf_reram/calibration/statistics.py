@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..nn import CrossbarConv2d, CrossbarMixin
+from ..nn import CrossbarLayer
+from ..nn.drive import center, equalize
 from .input_scales import input_offset, input_scale
 
 # Histogram of |x|: 64 bins an octave from 2^-40 to 2^40 resolve a range to 1 %.
@@ -27,7 +28,7 @@ class LayerStatistics:
             divided by then, one where that does not help; from the first batch.
     """
 
-    def __init__(self, layer: CrossbarMixin, name: str, seed: int):
+    def __init__(self, layer: CrossbarLayer, name: str, seed: int):
         self.layer, self.name = layer, name
         self.offset: Any = None
         self.scale: Any = None
@@ -51,9 +52,9 @@ class LayerStatistics:
             self.offset = (
                 input_offset(x, self.layer) if config.center_inputs else torch.zeros_like(input_offset(x, self.layer))
             )
-            centered = self.layer.center(x, self.offset)
+            centered = center(self.layer, x, self.offset)
             self.scale = input_scale(centered, self.layer) if config.equalize_inputs else torch.ones_like(self.offset)
-        x = self.layer.equalize(self.layer.center(x, self.offset), self.scale)
+        x = equalize(self.layer, center(self.layer, x, self.offset), self.scale)
         magnitude = x.abs().reshape(-1)
         largest = float(magnitude.max())
         if not math.isfinite(largest):
@@ -68,12 +69,11 @@ class LayerStatistics:
         self.offset, self.scale = leader.offset, leader.scale
 
     def vectors(self, x: Tensor) -> Tensor:
-        if not isinstance(self.layer, CrossbarConv2d):
-            return x.reshape(-1, x.shape[-1])
-        images = x if x.dim() == 4 else x[None]
-        pick = torch.randperm(len(images), generator=self.generator)[:4]
-        columns = torch.cat([self.layer.unfold(images[i : i + 1])[0] for i in pick.tolist()], 1)
-        return columns.t()
+        examples = self.layer.examples(x)
+        if not self.layer.reads_windows:
+            return examples
+        pick = torch.randperm(len(examples), generator=self.generator)[:4]
+        return torch.cat([self.layer.windows(examples[i : i + 1]) for i in pick.tolist()])
 
     def _sample(self, vectors: Tensor) -> None:
         size = max(1, min(_SAMPLES, _SAMPLE_ELEMENTS // vectors.shape[1]))
@@ -112,5 +112,4 @@ class LayerStatistics:
 
     def grouped(self, vectors: Tensor) -> Tensor:
         """Vectors that meet the array, group by group."""
-        groups = self.layer.groups if isinstance(self.layer, CrossbarConv2d) else 1
-        return vectors.view(len(vectors), groups, -1).transpose(0, 1)
+        return vectors.view(len(vectors), self.layer.groups, -1).transpose(0, 1)

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 from huggingface_hub import ModelCard
 
-from ..hub.push import load_model, prepare
+from ..hub.load import load_model
+from ..hub.push import prepare
 from ..hub.push import push as upload
 from .output import console, show_json
 

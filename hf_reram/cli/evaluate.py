@@ -12,9 +12,9 @@ from ..evaluation.files import write_whole
 from ..evaluation.report import RobustnessReport
 from ..evaluation.robustness import evaluate_robustness
 from ..evaluation.tables import places
-from ..hub.push import about_model, task_of
-from ..tasks.arguments import number_or_word
-from ..tasks.load import TASKS, load_task
+from ..hub.about import about_model, task_of
+from ..tasks.flags import number_or_word
+from ..tasks.registry import TASKS, load_task
 from .model import patched, words
 from .output import console, show_json, show_table
 

@@ -8,10 +8,10 @@ import typer
 from ..calibration.ranges import calibrate
 from ..device.time import format_time, parse_time
 from ..evaluation.inspect import inspect_layers
-from ..hub.push import task_of
+from ..hub.about import task_of
 from ..model.find import crossbar_state
 from ..model.summary import summarize
-from ..tasks.load import load_task
+from ..tasks.registry import load_task
 from .model import patched
 from .output import console, show_json, show_table
 
@@ -62,7 +62,7 @@ def inspect(
             "–" if layer.input_range is None else f"{layer.input_range:.3g}{' ◦' if layer.centered else ''}",
             f"{layer.b:.3f}",
             f"{100 * layer.clipped:.1f} %",
-            f"{layer.noise_to_signal:.2e}",
+            "–" if layer.noise_to_signal is None else f"{layer.noise_to_signal:.2e}",
         ]
         for layer in layers
     ]

@@ -3,10 +3,10 @@
 from typing import Any
 
 from ..config import ReRAMConfig
-from ..hub.push import load_model
+from ..hub.load import load_model
 from ..model.find import crossbar_layers, crossbar_state
 from ..model.patch import patch_model, unpatch_model
-from ..tasks.arguments import device_of
+from ..tasks.flags import device_of
 
 
 def patched(name: str, device: str | None, times: list[str] | None = None, **options: Any) -> tuple[Any, bool]:

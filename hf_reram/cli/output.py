@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import typer
-from datasets.exceptions import DatasetNotFoundError
-from huggingface_hub.errors import HfHubHTTPError
 from rich.console import Console
 from rich.table import Table
 
@@ -22,9 +20,9 @@ def reported(command: Callable) -> Callable:
     @functools.wraps(command)
     def run(*args, **kwargs):
         warnings.filterwarnings("ignore", category=UserWarning)
-        try:
+        try:  # what the Hub and datasets do not find or allow is an OSError too
             return command(*args, **kwargs)
-        except (ValueError, OSError, ImportError, HfHubHTTPError, DatasetNotFoundError) as error:
+        except (ValueError, OSError, ImportError) as error:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(1) from error
 

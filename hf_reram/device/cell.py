@@ -218,11 +218,6 @@ class DeviceConfig:
         """``b = read_voltage · range_shrink / v0``: how far into the sinh a full-scale input goes."""
         return self.read_voltage * range_shrink / self.v0
 
-    def relative_read_noise(self, pairs: int = 1) -> float:
-        """Spread of the read noise, averaged over the columns of a weight's pairs, in currents of a cell that is all
-        on at ``read_voltage``."""
-        return self.read_noise / (self.g_range * self.read_voltage * pairs**0.5)
-
     def holds_at(self, time: str | float, temperature: float | None = None) -> bool:
         """Whether retention at this time is the last measured value, held."""
         return self.retention.holds_at(self.equivalent_time(time, temperature))

@@ -2,7 +2,7 @@
 
 A cell of conductance g [µS] read at v [V] passes ``I = g v0 sinh(v / v0)`` [µA]. The DAC drives
 ``v = read_voltage · range_shrink · u`` for the normalized input ``u = clamp(x / input_range, -1, 1)``, so with
-``b = read_voltage · range_shrink / v0`` the array sees ``sinh(b u)`` and the layer computes (DESIGN §2)
+``b = read_voltage · range_shrink / v0`` the array sees ``sinh(b u)`` and the layer computes
 
     phi(x) = input_range · gain(b) · sinh(b u).
 """

@@ -1,6 +1,6 @@
 """The retention error of a cell pair in units of its weight, as polynomials of |w|.
 
-One cell of each pair is always at g_min, so mean and variance of ``W(t) - W`` depend on ``a = |w|`` alone (DESIGN §2):
+One cell of each pair is always at g_min, so mean and variance of ``W(t) - W`` depend on ``a = |w|`` alone:
 
     m  = w_scale/Δg · (μ(g_min + Δg a) - μ(g_min)) · sign(w)
     s² = (w_scale/Δg)² · (σ²(g_min + Δg a) + σ²(g_min))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .cell import DeviceConfig
 from .retention import horner
+from .seeds import derived_seed
 
 
 @dataclass
@@ -45,23 +46,38 @@ class Cells:
         return moved if self.stuck is None else torch.where(self.stuck, self.programmed, moved)
 
 
-def program(device: DeviceConfig, target: Tensor, generator: torch.Generator) -> Cells:
-    """Program cells to ``target`` [µS]: draws their programming errors, retention variates and stuck cells.
-
-    The draws are made on the generator's device and in float32, so one seed is one chip on every machine.
+class Draws:
+    """A chip's random numbers: a stream each for retention, programming error and stuck cells, so that none of them
+    depends on whether the others are switched on. Drawn on the CPU in float32: one seed is one chip on every machine.
     """
 
-    def draw(fill) -> Tensor:
-        tensor = torch.empty(target.shape, device=generator.device)
-        return fill(tensor, generator=generator).to(target.device)
+    def __init__(self, seed: int):
+        self._retention = torch.Generator().manual_seed(seed)
+        self._programming = torch.Generator().manual_seed(derived_seed(seed, "programming error"))
+        self._stuck = torch.Generator().manual_seed(derived_seed(seed, "stuck cells"))
 
-    variate = draw(Tensor.normal_)
+    def retention(self, like: Tensor) -> Tensor:
+        """Standard normal variates."""
+        return torch.empty(like.shape).normal_(generator=self._retention).to(like.device)
+
+    def programming(self, like: Tensor) -> Tensor:
+        """Standard normal variates."""
+        return torch.empty(like.shape).normal_(generator=self._programming).to(like.device)
+
+    def stuck(self, like: Tensor) -> Tensor:
+        """Uniform in [0, 1)."""
+        return torch.empty(like.shape).uniform_(generator=self._stuck).to(like.device)
+
+
+def program(device: DeviceConfig, target: Tensor, draws: Draws) -> Cells:
+    """Program cells to ``target`` [µS]: draws their retention variates, programming errors and stuck cells."""
+    variate = draws.retention(target)
     programmed = target
     if any(device.programming):
-        programmed = target + device.programming_std(target) * draw(Tensor.normal_)
+        programmed = target + device.programming_std(target) * draws.programming(target)
     stuck = None
     if device.stuck_at_min or device.stuck_at_max:
-        lot = draw(Tensor.uniform_)
+        lot = draws.stuck(target)
         at_min, at_max = lot < device.stuck_at_min, lot > 1 - device.stuck_at_max
         programmed = programmed.masked_fill(at_min, device.g_min).masked_fill(at_max, device.g_max)
         stuck = at_min | at_max

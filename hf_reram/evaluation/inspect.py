@@ -1,18 +1,21 @@
 """Layer by layer: what is on a crossbar, how it is driven, and how much retention disturbs it."""
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..device.time import parse_time
-from ..model.find import crossbar_layers, crossbar_state
+from ..model.deploy import warn_uncalled
+from ..model.find import crossbar_layers, crossbar_states, reset_calls
 from ..model.inputs import call_model, evaluating
+from ..nn.array import cell_weight, ideal
 from ..nn.scalars import read_scalars
-from ..nn.terms import Reading, weight_term
+from ..nn.terms import weight_term
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class LayerReport:
         centered, equalized: whether it subtracts an offset from its input, and divides its channels by scales.
         b: how far a full-scale input goes into the sinh.
         clipped: share of the weights beyond w_scale. noise_to_signal: ``E|ΔW φ|² / E|W φ|²`` with data, else
-            ``|ΔW|² / |W|²``.
+            ``|ΔW|² / |W|²``; None for a layer that was not called.
     """
 
     name: str
@@ -40,7 +43,7 @@ class LayerReport:
     equalized: bool
     b: float
     clipped: float
-    noise_to_signal: float
+    noise_to_signal: float | None
 
 
 def inspect_layers(
@@ -64,8 +67,8 @@ def inspect_layers(
     found = []
     for name, layer in layers.items():
         span, b, *_ = read_scalars(layer)
-        weight = layer.cell_weight().detach()
-        rows = layer._rows(weight)
+        weight = cell_weight(layer, layer.weight).detach()
+        rows = layer.to_rows(weight)
         beyond = (weight.abs() > layer.held_scale()).float().mean()
         found.append(
             LayerReport(
@@ -80,46 +83,52 @@ def inspect_layers(
                 equalized=layer.equalized,
                 b=b,
                 clipped=float(beyond),
-                noise_to_signal=ratios.get(name, 0.0),
+                noise_to_signal=ratios.get(name),
             )
         )
-    return sorted(found, key=lambda layer: -layer.noise_to_signal)
+    return sorted(found, key=lambda layer: math.inf if layer.noise_to_signal is None else -layer.noise_to_signal)
 
 
 @contextmanager
 def _aged(model: nn.Module, seconds: float, temperature: float | None) -> Iterator[None]:
     """Closed forms inside are those at the given time and temperature."""
-    state = crossbar_state(model)
-    kelvin = state.config.temperature if temperature is None else temperature
-    state.config.device.equivalent_time(seconds, kelvin)  # refuses a bad temperature
-    before, state.error = state.error, state.error_at((seconds,), kelvin)
+    before = [(state, state.physics) for state in crossbar_states(model)]
     try:
+        for state, physics in before:
+            state.physics = physics.aged(seconds, temperature)
         yield
     finally:
-        state.error = before
+        for state, physics in before:
+            state.physics = physics
 
 
 def _by_weights(layers: dict) -> dict[str, float]:
-    nothing: Any = None
-    return {
-        name: _ratio(weight_term(layer, Reading(nothing, nothing, 1.0, None, None))) for name, layer in layers.items()
-    }
+    return {name: _ratio(weight_term(layer, ideal(layer, layer.scalars()))) for name, layer in layers.items()}
 
 
 def _by_data(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
-    state = crossbar_state(model)
-    before = state.measure, state.term, dict(state.ratios)
+    """Of the batches together."""
+    layers, states = crossbar_layers(model), crossbar_states(model)
+    before = [(state, state.measure, state.physics, state.forward) for state in states]
+    sums: dict[str, torch.Tensor] = {}
+    reset_calls(model)
     with evaluating(model):
-        state.measure, state.term = True, None
-        state.ratios.clear()
         try:
-            for layer in crossbar_layers(model).values():
+            for state in states:
+                state.measure, state.physics = True, replace(state.physics, term=None)
+            for layer in layers.values():
                 layer.training = True  # only these: they then account for their errors
             for batch in batches:
                 call_model(model, batch)
-            return {name: _ratio(pair) for name, pair in state.ratios.items()}
+                for name, layer in layers.items():
+                    pair = layer.crossbar.forward.ratios.pop(layer.crossbar_name, None)
+                    if pair is not None:
+                        sums[name] = sums[name] + pair if name in sums else pair
         finally:
-            state.measure, state.term, state.ratios = before
+            for state, measure, physics, forward in before:
+                state.measure, state.physics, state.forward = measure, physics, forward
+    warn_uncalled(model, "were not called on these data: they are shown without a noise-to-signal ratio")
+    return {name: _ratio(pair) for name, pair in sums.items()}
 
 
 def _ratio(pair: torch.Tensor) -> float:

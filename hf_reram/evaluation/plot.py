@@ -4,9 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from ..device.time import parse_time
 
 if TYPE_CHECKING:
@@ -31,6 +28,9 @@ def plot_reports(
     Raises:
         ValueError: not one label per report.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     if labels is None:
         labels = ["crossbar"] if len(reports) == 1 else [f"model {i + 1}" for i in range(len(reports))]
     if len(labels) != len(reports):

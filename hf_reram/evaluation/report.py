@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
 
 from ..device.time import format_time, parse_time
 from .files import write_whole
@@ -49,6 +48,7 @@ class RobustnessReport:
         digital, ideal: metrics of the digital model and of the ideal crossbar, or None.
         config: the ReRAMConfig in full. summary: what is on crossbars. notes: what a reader must know.
         weights: :func:`hf_reram.model.digest.weights_digest` of the model that was measured.
+        uncalled: crossbar layers that did not run in some of the evaluations: they were no chip.
         about: what the model card says beside numbers, see :class:`hf_reram.hub.about.About`.
     """
 
@@ -60,6 +60,7 @@ class RobustnessReport:
     notes: list[str] = field(default_factory=list)
     weights: str = ""
     about: dict[str, Any] = field(default_factory=dict)
+    uncalled: list[str] = field(default_factory=list)
 
     @property
     def metrics(self) -> list[str]:
@@ -85,6 +86,8 @@ class RobustnessReport:
         Raises:
             ValueError: nothing was measured there.
         """
+        from scipy.special import stdtrit
+
         if temperature is None:
             temperature = self.temperatures[0]
         seconds = parse_time(time)
@@ -146,7 +149,7 @@ class RobustnessReport:
         try:
             measurements = [Measurement(**m) for m in data["measurements"]]
             rest = {key: data[key] for key in ("digital", "ideal", "config", "summary", "notes")}
-            rest |= {key: data[key] for key in ("weights", "about") if key in data}
+            rest |= {key: data[key] for key in ("weights", "about", "uncalled") if key in data}
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is no robustness report: {error!r}") from error
         return cls(measurements, **rest)
@@ -173,6 +176,8 @@ class RobustnessReport:
         table = markdown([*head, *(format_time(t) for t in self.times)], rows)
         chips = self.statistic(self.metrics[0], self.times[0]).chips
         foot = [f"Mean ± standard deviation over {chips} chips.", *(f"{n[:1].upper()}{n[1:]}." for n in self.notes)]
+        if self.uncalled:
+            foot.append(f"Crossbar layers that were not called, and so were no chip: {', '.join(self.uncalled)}.")
         return table + "\n" + " ".join(foot) + "\n"
 
     def plot(

@@ -12,12 +12,13 @@ import torch.distributed as dist
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..device.seeds import derived_seed
 from ..device.time import parse_time
 from ..model.deploy import deploy, digital
 from ..model.digest import model_digest, weights_digest
-from ..model.find import crossbar_state
+from ..model.find import crossbar_layers, crossbar_states, reset_calls, uncalled
+from ..model.inputs import evaluating
 from ..model.summary import summarize
-from ..nn.state import layer_seed
 from .report import Measurement, RobustnessReport
 from .run_log import Run, RunLog
 
@@ -34,13 +35,14 @@ def evaluate_robustness(
     progress: bool = True,
     resume: str | Path | None = None,
     share_chips: bool = False,
+    allow_uncalled: bool = False,
 ) -> RobustnessReport:
     """Evaluate a patched model as several chips at several times since programming.
 
     Args:
         model: patched and calibrated.
-        evaluate: called with the model, returns metrics by name, or one number. It runs once per chip, time and
-            temperature, and once for each reference.
+        evaluate: called with the model in evaluation mode, returns metrics by name, or one number. It runs once per
+            chip, time and temperature, and once for each reference.
         times: see :func:`hf_reram.deploy`.
         temperatures: K; None takes the config's.
         seeds: how many chips, or the chips' numbers. Chip ``n`` is the same chip at every time, and its read noise
@@ -50,12 +52,16 @@ def evaluate_robustness(
         resume: a file that keeps each finished run; those of the same weights and config are not run again.
         share_chips: with several processes, each runs its share of the chips, and all get the whole report;
             ``evaluate`` must then not talk to other processes.
+        allow_uncalled: report also where some crossbar layers never ran in an evaluation, as experts that no token was
+            routed to; the report, its table and the card then name them. Such layers were no chip.
 
     Raises:
+        RuntimeError: crossbar layers were not called in an evaluation, and ``allow_uncalled`` is False; names them.
         ValueError: the model is not patched; no times, temperatures or seeds; a bad one of them; ``evaluate``
             returns no finite numbers; or ``resume`` holds runs of other weights or another config.
     """
-    state = crossbar_state(model)
+    states = crossbar_states(model)
+    state = states[0]
     chips = list(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else list(seeds)  # type: ignore[arg-type]
     for name, values in (("times", times), ("temperatures", temperatures), ("seeds", chips)):
         if isinstance(values, (str, bytes)) or not len(values):
@@ -63,11 +69,13 @@ def evaluate_robustness(
     seconds = [parse_time(t) for t in times]
     kelvins = [state.config.temperature if t is None else t for t in temperatures]
     for kelvin in kelvins:
-        state.config.device.equivalent_time(0.0, kelvin)
+        for part in states:
+            part.config.device.equivalent_time(0.0, kelvin)
     runs = [Run("digital"), Run("ideal")] if references else []
     runs += [Run("chip", s, k, chip) for k in kelvins for s in seconds for chip in chips]
     log = None if resume is None else RunLog(resume, model_digest(model))
     found: dict[Run, dict[str, float]] = log.read() if log else {}
+    silent: set[str] = set(log.uncalled) if log else set()
     several = share_chips and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     if several:
         dist.barrier()  # all have read the same runs before the first one adds to them
@@ -79,23 +87,33 @@ def evaluate_robustness(
     ):
         warnings.simplefilter("once")
         for run in mine:
-            found[run] = _measure(model, evaluate, run)
+            found[run], missed = _measure(model, evaluate, run)
+            if missed and not allow_uncalled:
+                raise RuntimeError(_complaint(model, missed))
+            silent |= set(missed)
             if log:
-                log.append(run, found[run])
+                log.append(run, found[run], missed)
             bar.update()
     if several:
         parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, {run: found[run] for run in mine})
-        for part in parts:
-            found |= part
-    device = state.config.device
-    notes = [
-        f"retention at {time:g} s is the last measured value, held"
-        for time, kelvin in sorted({(t, k) for t in seconds for k in kelvins}, key=str)
-        if device.holds_at(time, kelvin)
-    ]
-    if device.assumed:
-        notes.append(f"assumed, not measured: {', '.join(device.assumed)}")
+        dist.all_gather_object(parts, ({run: found[run] for run in mine}, silent))
+        for runs_of, silent_of in parts:
+            found |= runs_of
+            silent |= silent_of
+    if silent and not allow_uncalled:  # in a log from before
+        raise RuntimeError(_complaint(model, silent))
+    notes = []
+    for part in states:
+        device, of = part.config.device, f" ({part.config.device.name})" if len(states) > 1 else ""
+        notes += [
+            f"retention at {time:g} s is the last measured value, held{of}"
+            for time, kelvin in sorted({(t, k) for t in seconds for k in kelvins}, key=str)
+            if device.holds_at(time, kelvin)
+        ]
+        if device.assumed:
+            notes.append(f"assumed, not measured: {', '.join(device.assumed)}{of}")
+    if len(states) > 1:
+        notes.append(f"parts of the model are on devices of their own: {_devices(model)}")
     report = RobustnessReport(
         measurements=[
             Measurement(run.time, run.temperature, run.seed, found[run]) for run in runs if run.kind == "chip"
@@ -106,18 +124,39 @@ def evaluate_robustness(
         summary=str(summarize(model)),
         notes=notes,
         weights=weights_digest(model),
+        uncalled=[name for name in crossbar_layers(model) if name in silent],
     )
     state.report = report  # for push_to_hub
     return report
 
 
-def _measure(model: nn.Module, evaluate: Callable, run: Run) -> dict[str, float]:
+def _complaint(model: nn.Module, names: Iterable[str]) -> str:
+    names = sorted(names)
+    return (
+        f"{len(names)} of {len(crossbar_layers(model))} crossbar layers were not called in an evaluation, so that its "
+        f"numbers are not a chip's there: {', '.join(names)}. Keep them digital (modules_to_not_convert), or have them "
+        "named in the report (allow_uncalled=True)"
+    )
+
+
+def _devices(model: nn.Module) -> str:
+    """Which layers are on which device, by the first part of their names."""
+    found: dict[str, set[str]] = {}
+    for name, layer in crossbar_layers(model).items():
+        found.setdefault(layer.crossbar.config.device.name, set()).add(name.partition(".")[0])
+    return "; ".join(f"{device}: {', '.join(sorted(parts))}" for device, parts in found.items())
+
+
+def _measure(model: nn.Module, evaluate: Callable, run: Run) -> tuple[dict[str, float], list[str]]:
+    """The metrics, and the crossbar layers that were not called for them."""
     context: Any = digital(model) if run.kind == "digital" else nullcontext()
     if run.kind == "chip":
         context = deploy(model, run.time, run.temperature, run.seed)
-    with context, torch.random.fork_rng():
-        torch.manual_seed(layer_seed(run.seed, f"read noise at {run.time:g} s, {run.temperature} K"))
-        return _metrics(evaluate(model))
+    with context, evaluating(model), torch.random.fork_rng():
+        torch.manual_seed(derived_seed(run.seed, f"read noise at {run.time:g} s, {run.temperature} K"))
+        reset_calls(model)
+        metrics = _metrics(evaluate(model))
+        return metrics, uncalled(model)
 
 
 def _metrics(result) -> dict[str, float]:

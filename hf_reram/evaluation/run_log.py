@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class RunLog:
 
     def __init__(self, path: str | Path, owner: str):
         self.path, self.owner = Path(path), owner
+        self.uncalled: set[str] = set()  # crossbar layers that did not run in some of the runs that were read
 
     def read(self) -> dict[Run, dict[str, float]]:
         """The finished runs.
@@ -46,12 +48,14 @@ class RunLog:
                 f"{self.path} holds runs of other weights or another config: allowed are those of this model; "
                 "delete it or name another file"
             )
+        self.uncalled = {name for entry in entries for name in entry.get("uncalled", ())}
         return {Run(**entry["run"]): entry["metrics"] for entry in entries}
 
-    def append(self, run: Run, metrics: dict[str, float]) -> None:
-        """Write one finished run."""
+    def append(self, run: Run, metrics: dict[str, float], uncalled: Sequence[str] = ()) -> None:
+        """Write one finished run, and the crossbar layers that were not called for it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         entry = {"of": self.owner, "run": asdict(run), "metrics": metrics}
+        entry |= {"uncalled": list(uncalled)} if uncalled else {}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write("\n" + json.dumps(entry) + "\n")  # the first line break ends a line that a kill has cut off
             file.flush()

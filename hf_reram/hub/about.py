@@ -1,8 +1,31 @@
 """What is known about a robust model beside its numbers."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+import transformers
+
+from ..evaluation.report import RobustnessReport
+from ..model.adapters import has_adapters
+from ..model.find import unwrapped
+from ..version import __version__
+
+# By the Hub's pipeline tags.
+AUTO_CLASSES = {
+    "question-answering": "AutoModelForQuestionAnswering",
+    "image-classification": "AutoModelForImageClassification",
+    "text-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "text-generation": "AutoModelForCausalLM",
+    "fill-mask": "AutoModelForMaskedLM",
+    "image-segmentation": "AutoModelForSemanticSegmentation",
+    "object-detection": "AutoModelForObjectDetection",
+    "audio-classification": "AutoModelForAudioClassification",
+    "automatic-speech-recognition": "AutoModelForSpeechSeq2Seq",
+}
 
 
 @dataclass
@@ -55,3 +78,40 @@ class About:
             return cls(**values)
         except TypeError as error:
             raise ValueError(f"a report's 'about' has the fields {sorted(values)}: {error}") from None
+
+
+def about_model(model: Any, report: RobustnessReport | None, repo: str | None = None, **known: Any) -> About:
+    """What a model and its report say for the card by themselves; ``known`` comes first."""
+    base = getattr(model, "name_or_path", "") or ""
+    folder = Path(base) if base else None
+    local = folder is None or folder.exists()
+    name = (repo or (folder.resolve().name if folder else "") or type(model).__name__).rpartition("/")[2]
+    scored = [metric for metric in report.metrics if metric != "loss"] or report.metrics if report else [""]
+    found = {
+        "task": task_of(model),
+        "metric": scored[0],
+        "dataset": "",
+        "dataset_split": "",
+        "base_model": base if not local else folder.resolve().name if folder else type(model).__name__,
+        "name": name,
+        "relation": "adapter" if has_adapters(model) else "finetune",
+        "repo": repo,
+        "versions": {"hf_reram": __version__, "transformers": transformers.__version__},
+    }
+    return About(**{**found, **{key: value for key, value in known.items() if value is not None}})
+
+
+def task_of(model: Any) -> str:
+    """The Hub's pipeline tag of a model's class, "" where none fits."""
+    from transformers.models.auto import modeling_auto
+
+    model = unwrapped(model)
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    names = {cls.__name__ for cls in type(model).__mro__}
+    for task, auto in AUTO_CLASSES.items():
+        # AutoModelForSpeechSeq2Seq: MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
+        words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[a-z])(?=[0-9])", "_", auto.removeprefix("AutoModelFor")).upper()
+        found = getattr(modeling_auto, f"MODEL_FOR_{words}_MAPPING_NAMES").get(kind, ())
+        if names & ({found} if isinstance(found, str) else set(found)):
+            return task
+    return ""

@@ -10,23 +10,11 @@ from ..device.retention import retention_to_dict
 from ..device.time import format_time, parse_time
 from ..evaluation.report import RobustnessReport
 from ..evaluation.tables import comparison_table, metrics_table, places
-from .about import About
+from .about import AUTO_CLASSES, About
 
 BEGIN = "<!-- hf_reram writes what stands between this line and its end mark; text above and below is kept -->"
 END = "<!-- end of what hf_reram writes -->"
 TAGS = ("reram", "in-memory-computing", "analog")
-AUTO_CLASSES = {
-    "question-answering": "AutoModelForQuestionAnswering",
-    "image-classification": "AutoModelForImageClassification",
-    "text-classification": "AutoModelForSequenceClassification",
-    "token-classification": "AutoModelForTokenClassification",
-    "text-generation": "AutoModelForCausalLM",
-    "fill-mask": "AutoModelForMaskedLM",
-    "image-segmentation": "AutoModelForSemanticSegmentation",
-    "object-detection": "AutoModelForObjectDetection",
-    "audio-classification": "AutoModelForAudioClassification",
-    "automatic-speech-recognition": "AutoModelForSpeechSeq2Seq",
-}
 
 
 def model_card(
@@ -197,4 +185,6 @@ def _limits(about: About, report: RobustnessReport) -> list[str]:
         "The figures hold for this device, these times and this evaluation; what the base model cannot do or gets "
         "wrong, this one cannot do either.",
     ]
+    if report.uncalled:
+        lines.append(f"Crossbar layers that were not called, and so were no chip: {', '.join(report.uncalled)}.")
     return lines + [f"{note[:1].upper()}{note[1:]}." for note in report.notes]

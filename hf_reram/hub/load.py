@@ -1,97 +1,50 @@
-"""A robust checkpoint's robustness report: found beside the weights, and held against them."""
+"""A checkpoint's model, from the Hub or a folder, whatever its class."""
 
 import os
-from collections.abc import Sequence
 from typing import Any
 
-from safetensors import safe_open
-from torch import nn
-from transformers.utils import cached_file, extract_commit_hash, logging
+from transformers.utils import cached_file
 
-from ..evaluation.report import RobustnessReport
-from ..model.digest import weights_digest
-from ..model.find import crossbar_state
-from .publish import REPORT
+from ..model.find import crossbar_layers
+from .report import attach_report, stored_report
 
-logger = logging.get_logger(__name__)
-
-# torch's names of floating-point types as safetensors spells them.
-_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+ADAPTER = "adapter_config.json"
 
 
-def stored_report(name: str | os.PathLike, **where: Any) -> RobustnessReport | None:
-    """The report beside a checkpoint's weights, or None.
+def load_model(name: str | os.PathLike, **where: Any) -> Any:
+    """A checkpoint's model in the class that its config names, out of transformers' own; one of PEFT's adapters on the
+    checkpoint that they were trained on.
 
     Args:
-        name: folder or Hub id. where: ``revision``, ``token`` and others as in ``from_pretrained``.
+        name: folder or Hub id. where: as in ``from_pretrained``.
 
     Raises:
-        ValueError: the file there is no robustness report.
+        ValueError: the config names no such class.
+    """
+    if has_file(name, ADAPTER, **where):
+        from peft import PeftConfig, PeftModel
+
+        base = load_model(PeftConfig.from_pretrained(str(name), **where).base_model_name_or_path)
+        model = PeftModel.from_pretrained(base, name, **where)
+        if crossbar_layers(model) and (report := stored_report(name, **where)) is not None:
+            attach_report(model, report, name)
+        return model
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(name, **where)
+    for architecture in config.architectures or ():
+        if hasattr(transformers, architecture):
+            return getattr(transformers, architecture).from_pretrained(name, config=config, **where)
+    raise ValueError(f"{name}: architectures={config.architectures!r}: allowed is a class of transformers")
+
+
+def has_file(name: str | os.PathLike, file: str, **where: Any) -> bool:
+    """Whether a checkpoint has a file.
+
+    Args:
+        name: folder or Hub id. where: as in ``from_pretrained``.
     """
     try:
-        path = cached_file(name, REPORT, **where)
+        return cached_file(name, file, **where) is not None
     except OSError:  # no such file, or no way to it
-        return None
-    return None if path is None else RobustnessReport.from_json(path)
-
-
-def report_of(model: nn.Module) -> RobustnessReport | None:
-    """The report of a patched model as it is now: the one that :func:`hf_reram.evaluate_robustness` made of it last, or
-    that came with its checkpoint. None where there is none, or where it was measured on other weights.
-
-    Raises:
-        ValueError: the model is not patched.
-    """
-    report = crossbar_state(model).report
-    return report if report is not None and report.weights == weights_digest(model) else None
-
-
-def attach_stored_report(model: Any, files: Sequence[str] | None) -> None:
-    """Give a loaded model the report beside its checkpoint, or warn that it was measured on other weights.
-
-    Args:
-        files: the checkpoint's weight files. Weights that were loaded in another dtype cannot be compared: the model
-            then has no report.
-    """
-    name = getattr(model, "name_or_path", "")
-    if not name or not files or any(p.is_meta for p in model.parameters()):
-        return
-    commit = extract_commit_hash(files[0], None)
-    try:
-        report = stored_report(name, **({} if commit is None else {"revision": commit}))
-    except ValueError as error:
-        logger.warning("the robustness report of %s cannot be read: %s", name, error)
-        return
-    if report is None or _dtypes_of(files) != {str(p.dtype).removeprefix("torch.") for p in _floats(model)}:
-        return
-    attach_report(model, report, name)
-
-
-def attach_report(model: Any, report: RobustnessReport, name: str | os.PathLike) -> None:
-    """Give a patched model a report that came from ``name``, or warn that it was measured on other weights."""
-    found = weights_digest(model)
-    if report.weights == found:
-        crossbar_state(model).report = report
-    else:
-        logger.warning(
-            "%s: its %s was measured on other weights (digest %s, these have %s): its figures are not this model's",
-            name,
-            REPORT,
-            report.weights[:12] or "missing",
-            found[:12],
-        )
-
-
-def _floats(model: nn.Module):
-    return (t for t in model.state_dict().values() if t.is_floating_point())
-
-
-def _dtypes_of(files: Sequence[str]) -> set[str]:
-    """Floating-point types in the files, as torch calls them."""
-    found = set()
-    for file in files:
-        if not str(file).endswith(".safetensors"):
-            continue
-        with safe_open(file, framework="pt") as tensors:
-            found |= {tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
-    return {_FLOATS[kind] for kind in found if kind in _FLOATS}
+        return False

@@ -12,8 +12,9 @@ from ..evaluation.files import write_whole
 from ..evaluation.report import RobustnessReport
 from .about import About
 from .card import BEGIN, END, model_card
+from .report import REPORT
 
-REPORT, PLOT, COMPARISON = "robustness.json", "robustness.png", "comparison.json"
+PLOT, COMPARISON = "robustness.png", "comparison.json"
 # Of the cards that transformers and peft write by themselves, which say nothing.
 BLANK = ("This model card has been automatically generated.", "# Model Card for Model ID")
 

@@ -1,15 +1,17 @@
-"""``pipeline("question-answering")``, which transformers 5 has no longer: registered if it is missing."""
+"""``pipeline("question-answering")``, which transformers 5 has no longer.
 
+It is registered when :mod:`hf_reram.tasks` is imported, or by :func:`register`.
+"""
+
+import importlib
 from typing import Any
 
 import numpy as np
-import transformers
 from transformers import AutoModelForQuestionAnswering
-from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import ChunkPipeline
 
-from ..tasks.question_answering import windows
-from .spans import best_spans
+from .register import is_waiting
+from .spans import best_spans, windows
 
 TASK = "question-answering"
 
@@ -145,8 +147,20 @@ def _log_softmax(scores: np.ndarray, possible: np.ndarray) -> np.ndarray:
 
 
 def register() -> None:
-    """Make the task known to transformers' ``pipeline``, unless it is. transformers 5 keeps a list of the tasks it has
-    given up, which comes before what is registered."""
-    getattr(transformers.pipelines, "REMOVED_TASKS", {}).pop(TASK, None)
-    if TASK not in PIPELINE_REGISTRY.get_supported_tasks():
-        PIPELINE_REGISTRY.register_pipeline(TASK, QuestionAnsweringPipeline, AutoModelForQuestionAnswering, type="text")
+    """Make the task known to transformers' ``pipeline``, unless it is.
+
+    transformers 5 refuses the tasks that it has given up before it looks at what is registered. Its list of them stays
+    as it is; the function that reads the list lets this one task pass.
+    """
+    # Not a name imported above: transformers may have reloaded its module.
+    pipelines: Any = importlib.import_module("transformers.pipelines")
+    registry = pipelines.PIPELINE_REGISTRY
+    if TASK in registry.get_supported_tasks():
+        return
+    registry.register_pipeline(TASK, QuestionAnsweringPipeline, AutoModelForQuestionAnswering, type="text")
+    refuse = pipelines._resolve_deprecated_task
+    pipelines._resolve_deprecated_task = lambda task: task if task == TASK else refuse(task)
+
+
+if is_waiting(__name__):
+    register()

@@ -1,26 +1,27 @@
 """``from_pretrained`` and ``save_pretrained`` for models on crossbars, through transformers' quantizer interface.
 
-Registered when hf_reram is imported. Without it transformers does not know the method "reram" and loads the
-checkpoint as the plain digital model that its weights are.
+:mod:`.register` imports this module once transformers has quantizers. Without hf_reram transformers does not know the
+method "reram" and loads the checkpoint as the plain digital model that its weights are.
 """
 
+import importlib
 from typing import Any
 
-from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from ..config import ReRAMConfig
-from ..hub.load import attach_stored_report
-from ..hub.push import attach_upload
+from ..hub.report import attach_stored_report
 from ..model.find import crossbar_layers
 from ..model.patch import initialize_layers, make_range_trainable, swap_layers, unpatch_model
 from ..nn.layer import BUFFERS, FILLS
+from .upload import UPLOAD, attach_upload
+
+METHOD = "reram"  # in config.json
 
 # Buffers that checkpoints from before do not have.
 ADDED_LATER = ("input_floor", "input_offset", "input_scale", "pairs_per_weight")
 
 
-@register_quantizer("reram")
 class ReRAMQuantizer(HfQuantizer):
     """Swaps layers before the weights are loaded; what a checkpoint does not bring is set from the weights."""
 
@@ -51,6 +52,9 @@ class ReRAMQuantizer(HfQuantizer):
                 if not _was_loaded(getattr(layer, buffer)):
                     getattr(layer, buffer).data.fill_(FILLS[buffer])
         initialize_layers(model, missing)
+        for layer in crossbar_layers(model).values():
+            if layer.weight.device.type != "meta":
+                layer.scalars()  # compiled code does not look
         # transformers refuses .half() and .float() for quantized models; here weights are ordinary parameters.
         model.is_quantized = False
         attach_stored_report(model, self.files)
@@ -82,3 +86,38 @@ class ReRAMQuantizer(HfQuantizer):
 
 def _was_loaded(tensor) -> bool:
     return getattr(tensor, "_is_hf_initialized", False)
+
+
+def attach(model: Any, config: ReRAMConfig) -> None:
+    """Let a patched PreTrainedModel's ``save_pretrained`` write the config into config.json, and its ``push_to_hub``
+    upload report and card."""
+    model.config.quantization_config = config
+    model.hf_quantizer = ReRAMQuantizer(config, pre_quantized=False)
+    attach_upload(model)
+
+
+def detach(model: Any) -> None:
+    """Undo :func:`attach`, and what ``from_pretrained`` does."""
+    if not isinstance(getattr(model.config, "quantization_config", None), ReRAMConfig):
+        return
+    for owner, name in ((model, "hf_quantizer"), (model, UPLOAD), (model.config, "quantization_config")):
+        owner.__dict__.pop(name, None)
+
+
+def register() -> None:
+    """Make config and quantizer known to transformers, unless they are.
+
+    Raises:
+        ValueError: another package has taken the name.
+    """
+    # Not a name imported above: transformers may have reloaded its module.
+    auto = importlib.import_module("transformers.quantizers.auto")
+    for known, tell, ours in (
+        (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.register_quantization_config, ReRAMConfig),
+        (auto.AUTO_QUANTIZER_MAPPING, auto.register_quantizer, ReRAMQuantizer),
+    ):
+        if known.get(METHOD) is not ours:
+            tell(METHOD)(ours)
+
+
+register()

@@ -1,6 +1,27 @@
-"""The best answers among a window's start and end scores."""
+"""Answers as spans of a context: its windows, and the best spans among a window's start and end scores."""
 
 import numpy as np
+
+
+def windows(tokenizer, rows: dict[str, list], max_length: int, stride: int):
+    """Questions and contexts, split into windows of at most ``max_length`` tokens that overlap by ``stride``.
+
+    Raises:
+        ValueError: a stride that is not below the length, or a tokenizer without character offsets.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"{type(tokenizer).__name__} gives no character offsets: allowed is a fast tokenizer")
+    if not 0 <= stride < max_length:
+        raise ValueError(f"stride={stride!r}: allowed is an integer from 0 to max_length - 1 = {max_length - 1}")
+    return tokenizer(
+        [question.strip() for question in rows["question"]],
+        rows["context"],
+        truncation="only_second",
+        max_length=max_length,
+        stride=stride,
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+    )
 
 
 def best_spans(

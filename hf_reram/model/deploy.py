@@ -6,14 +6,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
-from ..device.programming import program
+from ..device.programming import Draws, program
+from ..device.seeds import derived_seed
 from ..device.time import parse_time
-from ..nn import CrossbarMixin
-from ..nn.ops.cells import map_weight
-from ..nn.state import layer_seed
-from .find import crossbar_layers, crossbar_state
+from ..nn import CrossbarLayer
+from ..nn import array as cells_of
+from ..nn.array import Chip
+from .find import chip_names, crossbar_layers, crossbar_states, ran, reset_calls, uncalled
 from .inputs import evaluating
+
+logger = logging.get_logger(__name__)
 
 
 @contextmanager
@@ -23,11 +27,14 @@ def deploy(
     """The model as chip number ``seed``, ``time`` after programming, for as long as the context lasts.
 
     Every cell draws its programming error and its retention variate once per seed, so the same seed is the same chip at
-    every time and it ages along one curve. Read noise is drawn anew in each forward from torch's global generator.
-    The realized weights stand beside ``weight``, which is not touched, and are never saved.
+    every time and it ages along one curve, whatever wraps the model, and for an encoder alone as inside a model with a
+    head. Read noise is drawn anew in each forward from torch's global generator. The realized weights stand beside
+    ``weight``, which is not touched, and are never copied or saved. Of several contexts the one entered last counts.
+
+    Crossbar layers that did not run although the model did are named in a warning: these were no chip.
 
     Args:
-        model: patched by :func:`hf_reram.patch_model`.
+        model: patched by :func:`hf_reram.patch_model`, or of parts that were.
         time: since programming, such as "1s", "1d", "10y", or seconds; None: right after programming, not aged.
         temperature: K; None takes ``config.temperature``, and the device's reference temperature if that is None.
         seed: number of the chip.
@@ -35,47 +42,86 @@ def deploy(
     Raises:
         ValueError: the model is not patched, or a bad time, temperature or seed.
     """
-    state, layers = crossbar_state(model), crossbar_layers(model)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed!r}: allowed is an integer from 0 to 2^63 - 1")
     seconds = None if time is None else parse_time(time)
-    kelvin = state.config.temperature if temperature is None else temperature
-    state.config.device.equivalent_time(seconds or 0.0, kelvin)  # refuses a bad temperature before anything is drawn
-    before = {name: (layer.deployed, layer.deployed_offset) for name, layer in layers.items()}
+    refuse_offloaded(model)
+    for state in crossbar_states(model):  # refuses a bad temperature before anything is drawn
+        state.config.device.equivalent_time(seconds or 0.0, kelvin(state.config.temperature, temperature))
+    layers, token = chip_names(model), object()
     try:
-        for name, layer in layers.items():
-            layer.deployed, layer.deployed_offset = realize(layer, seconds, kelvin, layer_seed(seed, name))
+        with torch.inference_mode(False):
+            for name, layer in layers.items():
+                aged = realize(
+                    layer, seconds, kelvin(layer.crossbar.config.temperature, temperature), derived_seed(seed, name)
+                )
+                layer.chips = {**(layer.chips or {}), token: aged}
+        reset_calls(model)
         yield model
+        warn_uncalled(model, "were not called while the model was deployed: what it computed is not a chip's there")
     finally:
-        for name, layer in layers.items():
-            layer.deployed, layer.deployed_offset = before[name]
+        for layer in layers.values():
+            layer.chips = {key: chip for key, chip in (layer.chips or {}).items() if key is not token} or None
+
+
+def refuse_offloaded(model: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: weights of crossbars are not there, as where accelerate has offloaded them.
+    """
+    away = [name for name, layer in crossbar_layers(model).items() if layer.weight.is_meta]
+    if away:
+        raise ValueError(
+            f"the weights of {len(away)} crossbar layers are on the meta device, as where accelerate has offloaded "
+            f"them: allowed is a model that is loaded whole, or to keep these layers digital: {', '.join(away)}"
+        )
+
+
+def kelvin(configured: float | None, temperature: float | None) -> float | None:
+    """The temperature [K] that was asked for, or the config's."""
+    return configured if temperature is None else temperature
+
+
+_warned: set[tuple[str, ...]] = set()
+
+
+def warn_uncalled(model: nn.Module, what: str, names: list[str] | None = None) -> None:
+    """Name crossbar layers that were not called, once for each set of layers.
+
+    Args:
+        what: they were not, as the end of a sentence. names: of these layers; None: those that have not run since calls
+            were counted from 0, if the model has.
+    """
+    if names is None:
+        names = uncalled(model) if ran(model) else []
+    if names and (key := (what, *names)) not in _warned:
+        _warned.add(key)
+        count = len(crossbar_layers(model))
+        logger.warning("%d of %d crossbar layers %s: %s", len(names), count, what, ", ".join(names))
 
 
 @torch.no_grad()
-def realize(
-    layer: CrossbarMixin, time: float | None, temperature: float | None, seed: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def realize(layer: CrossbarLayer, time: float | None, temperature: float | None, seed: int) -> Chip:
     """What the layer's cells hold, ``w_scale (g+ - g-) / Δg``, averaged over a weight's pairs: its weight, times the
-    input scales, in its shape and dtype. And what is added digitally for the layer's input offset, (output channels,),
-    None without one.
+    input scales, in its shape and dtype. And what is added digitally for the layer's input offset.
 
     Args:
         time: s, None for right after programming. temperature: K. seed: of this layer's cells.
     """
     device = layer.crossbar.config.device
-    scale = layer.held_scale().float()
-    generator = torch.Generator().manual_seed(seed)
+    scale = layer.held_scale(torch.float32)
+    draws = Draws(seed)
     weight: Any = layer.weight
     if hasattr(weight, "full_tensor"):  # FSDP2 holds a shard of it; a chip is programmed whole
         weight = weight.full_tensor()
-    cells = layer.cell_weight(weight)
-    targets = device.conductance(cells.float() / scale.clamp(min=1e-30))
+    programmed = cells_of.program(layer, weight)
+    targets = device.conductance(programmed.float() / scale.clamp(min=1e-30))
     held: Any = None
     for _ in range(layer.pairs):
-        plus, minus = (program(device, target, generator).after(device, time, temperature) for target in targets)
+        plus, minus = (program(device, target, draws).after(device, time, temperature) for target in targets)
         held = plus.sub_(minus) if held is None else held.add_(plus.sub_(minus))
     held = held.mul_(scale / (device.g_range * layer.pairs)).to(layer.weight.dtype)
-    return held, layer.offset_output(map_weight(cells, layer.held_scale())) if layer.centered else None
+    return Chip(held, cells_of.offset_output(layer, programmed) if layer.centered else None)
 
 
 @contextmanager
@@ -88,9 +134,11 @@ def digital_eval(model: nn.Module) -> Iterator[nn.Module]:
 @contextmanager
 def digital(model: nn.Module) -> Iterator[nn.Module]:
     """The patched model as the digital model that it was made from, for as long as the context lasts."""
-    state = crossbar_state(model)
-    before, state.digital = state.digital, True
+    states = crossbar_states(model)
+    for state in states:
+        state.enter_digital()
     try:
         yield model
     finally:
-        state.digital = before
+        for state in states:
+            state.leave_digital()

@@ -1,22 +1,110 @@
-"""A model's crossbar layers and the state that they share, found by walking the model."""
+"""A model's crossbar layers and their states, found by walking the model as it is now, whatever wraps it."""
+
+from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from ..nn import CrossbarMixin
+from ..nn import CrossbarLayer
 from ..nn.state import CrossbarState
+from .adapters import has_adapters
+
+# Names under which wrappers hold the module that they wrap: torch.compile, FSDP1, activation checkpointing, PEFT.
+TRANSPARENT = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"))
 
 
-def crossbar_layers(model: nn.Module) -> dict[str, CrossbarMixin]:
-    """The model's crossbar layers by their qualified name in the patched model, whatever wraps it now (DDP, PEFT)."""
-    return {m.crossbar_name: m for m in model.modules() if isinstance(m, CrossbarMixin)}
+def unwrapped(model: Any) -> Any:
+    """The model that DDP, DataParallel, torch.compile, FSDP1 or PEFT have wrapped."""
+    while True:
+        children = getattr(model, "_modules", {})
+        name = next((name for name in children if name in TRANSPARENT), None)
+        if isinstance(model, (DataParallel, DistributedDataParallel)):
+            model = model.module
+        elif name is not None:
+            model = children[name]
+        elif has_adapters(model):
+            model = model.get_base_model()
+        else:
+            return model
 
 
-def crossbar_state(model: nn.Module) -> CrossbarState:
-    """The state that the model's crossbar layers share.
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules by the qualified names that they would have if nothing wrapped the model or parts of it, each once.
+    Of a module that PEFT trains beside a copy (``modules_to_save``) the one that is in use."""
+    yield from _walk(unwrapped(model), "", set())
+
+
+def _walk(module: nn.Module, name: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    yield name, module
+    for key, child in _children(module):
+        yield from _walk(child, ".".join(part for part in (name, key) if part), seen)
+
+
+def _children(module: Any) -> list[tuple[str, nn.Module]]:
+    children = {key: child for key, child in module._modules.items() if child is not None}
+    if "original_module" in children and "modules_to_save" in children:  # PEFT's AuxiliaryTrainingWrapper
+        active = [name for name in module.active_adapters if name in children["modules_to_save"]]
+        if active and not module.disable_adapters:
+            return [("", children["modules_to_save"][active[-1]])]
+        return [("", children["original_module"])]
+    wraps = isinstance(module, (DataParallel, DistributedDataParallel))
+    return [
+        ("" if key in TRANSPARENT or (wraps and key == "module") else key, child) for key, child in children.items()
+    ]
+
+
+def crossbar_layers(model: nn.Module) -> dict[str, CrossbarLayer]:
+    """The model's crossbar layers as it is now, by their qualified name without wrappers (DDP, torch.compile, PEFT)."""
+    return {name: module for name, module in walk(model) if isinstance(module, CrossbarLayer)}
+
+
+def crossbar_states(model: nn.Module) -> list[CrossbarState]:
+    """The states of the model's crossbar layers: one for each part that was patched by itself.
 
     Raises:
         ValueError: the model is not patched.
     """
+    states = list({id(layer.crossbar): layer.crossbar for layer in crossbar_layers(model).values()}.values())
+    if not states:
+        raise ValueError(
+            f"{type(model).__name__} has no crossbar layers: call patch_model(model, ReRAMConfig(...)) first"
+        )
+    return states
+
+
+def crossbar_state(model: nn.Module) -> CrossbarState:
+    """The state that the model's crossbar layers share; of several, that of the first layer.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    return crossbar_states(model)[0]
+
+
+def chip_names(model: nn.Module) -> dict[str, CrossbarLayer]:
+    """The crossbar layers by the names that their chips' seeds are made of: a Hugging Face encoder has the same alone
+    and inside a model with a head, where it stands under its ``base_model_prefix``."""
+    base = unwrapped(model)
+    prefix = getattr(base, "base_model_prefix", "")
+    alone = prefix and getattr(base, "base_model", None) is base
+    return {f"{prefix}.{name}" if alone else name: layer for name, layer in crossbar_layers(model).items()}
+
+
+def uncalled(model: nn.Module) -> list[str]:
+    """Names of the crossbar layers that have not run since :func:`reset_calls`."""
+    return [name for name, layer in crossbar_layers(model).items() if not layer.calls]
+
+
+def reset_calls(model: nn.Module) -> None:
+    """Count the layers' calls, and the model's, from 0."""
     for layer in crossbar_layers(model).values():
-        return layer.crossbar
-    raise ValueError(f"{type(model).__name__} has no crossbar layers: call patch_model(model, ReRAMConfig(...)) first")
+        layer.calls = layer.crossbar.calls = 0
+
+
+def ran(model: nn.Module) -> bool:
+    """Whether the model, or any of its crossbar layers, has run since :func:`reset_calls`."""
+    return any(layer.calls or layer.crossbar.calls for layer in crossbar_layers(model).values())

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 def call_model(model: nn.Module, batch):
     """Call the model with a batch, moved to its device, without arguments that its forward does not take."""
-    device = next(model.parameters()).device
+    # Offloaded weights are on the meta device, where no batch can go.
+    device = next((p.device for p in model.parameters() if not p.is_meta), None)
     if isinstance(batch, Mapping):
         parameters = inspect.signature(model.forward).parameters
         open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())

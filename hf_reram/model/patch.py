@@ -1,27 +1,26 @@
 """Put a model's layers on crossbars in place, and take them off again."""
 
-import math
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers.utils import logging
 
 from ..config import ReRAMConfig
 from ..device.iv import full_scale_gain, uniform_gain
-from ..nn import CrossbarMixin
+from ..nn import CrossbarLayer
+from ..nn.array import cell_weight
 from ..nn.layer import FILLS
 from ..nn.mapping import layer_scales
-from ..nn.state import CrossbarState
-from .find import crossbar_layers, crossbar_state
-from .select import channels, crossbar_class, select_layers
+from ..nn.registry import crossbar_class
+from ..nn.state import BeginForward, CrossbarState, EndForward, argument_names, is_given_tokens
+from .bypass import call_layers, read_layers, renew_methods
+from .find import crossbar_layers, crossbar_states, unwrapped, walk
+from .hooks import ON_PATCH, ON_UNPATCH
+from .select import select_layers
 from .summary import summarize
 
 logger = logging.get_logger(__name__)
-
-# Through which transformers' push_to_hub and save_pretrained upload, see hf_reram.integrations.upload.
-UPLOAD = "_upload_modified_files"
 
 MAX_TILES = 1024  # of a layer
 
@@ -41,73 +40,68 @@ def patch_model(model: nn.Module, config: ReRAMConfig) -> nn.Module:
     """
     if not isinstance(config, ReRAMConfig):
         raise TypeError(f"config={config!r}: allowed is a ReRAMConfig")
-    base = _without_adapters(model)
+    base = unwrapped(model)
     swap_layers(base, config)
-    initialize_layers(base)
-    attach_config(base, config)
+    try:
+        initialize_layers(base)
+        for attach in ON_PATCH:
+            attach(base, config)
+    except BaseException:
+        _take_off(base)
+        raise
     logger.info("%s", summarize(base))
     return model
 
 
-def _without_adapters(model: Any) -> Any:
-    """The model that PEFT has wrapped, whose layers hold the adapters; any other model itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def attach_config(model: Any, config: ReRAMConfig) -> None:
-    """Let a PreTrainedModel's ``save_pretrained`` write the config into config.json, and its ``push_to_hub`` upload
-    report and card."""
-    from ..hub.push import attach_upload
-    from ..integrations.quantizer import ReRAMQuantizer
-
-    if hasattr(model, "config") and hasattr(model, "save_pretrained"):
-        model.config.quantization_config = config
-        model.hf_quantizer = ReRAMQuantizer(config, pre_quantized=False)
-        attach_upload(model)
-
-
+@torch.inference_mode(False)  # training may follow
 def swap_layers(model: Any, config: ReRAMConfig) -> CrossbarState:
-    """Swap the classes of the selected layers and register their buffers, also on the meta device."""
+    """Swap the classes of the selected layers and register their buffers, also on the meta device: all or none."""
     if crossbar_layers(model):
         raise ValueError(f"{type(model).__name__} is patched already: call unpatch_model(model) first")
     selected: dict[str, Any] = select_layers(model, config)
     for name, module in selected.items():
         if module.weight.device.type != "meta" and not torch.isfinite(module.weight.detach()).all():
             raise ValueError(f"the weight of layer {name!r} holds NaN or infinite values")
-        _check_tiles(name, module, config)
-    state = CrossbarState(config)
-    for name, module in selected.items():
-        digital = type(module)
-        module.__class__ = crossbar_class(module)
-        module._digital_class = digital
-        module.init_crossbar(state, name, *channels(module))
-    for module in model.modules():
-        if getattr(module, "inplace", False) is True:  # would overwrite the output that a retention term still needs
-            module.inplace, module._was_inplace = False, True
-    model._crossbar_hook = model.register_forward_pre_hook(_BeginForward(state), with_kwargs=True)
+    state = CrossbarState(config, model)
+    try:
+        for name, module in selected.items():
+            module.__class__, digital = crossbar_class(module), type(module)
+            module._digital_class = digital
+            module.init_crossbar(state, name)
+            renew_methods(module, digital)
+            _check_tiles(name, module)
+        call_layers(model)
+        for module in model.modules():
+            if getattr(module, "inplace", False) is True:  # would overwrite what a retention term still needs
+                module.inplace, module._was_inplace = False, True
+        _watch(model, state)
+    except BaseException:
+        _take_off(model)
+        raise
     return state
 
 
-def _check_tiles(name: str, module: Any, config: ReRAMConfig) -> None:
-    rows = module.weight.numel() // channels(module)[0]
-    tiles = math.ceil(rows / (config.tile_size or rows)) if rows else 0
-    if tiles > MAX_TILES:
+def _check_tiles(name: str, layer: CrossbarLayer) -> None:
+    if layer.tiles() > MAX_TILES:
         raise ValueError(
-            f"ReRAMConfig.tile_size={config.tile_size!r}: layer {name!r} with {rows} rows would have {tiles} tiles, "
-            f"allowed are {MAX_TILES}"
+            f"ReRAMConfig.tile_size={layer.crossbar.config.tile_size!r}: layer {name!r} with {layer.width} rows would "
+            f"have {layer.tiles()} tiles, allowed are {MAX_TILES}"
         )
 
 
-class _BeginForward:
-    """Forward pre-hook of a patched model; a class, so that the model can still be pickled and deep-copied."""
+def _watch(model: nn.Module, state: CrossbarState) -> None:
+    """Tell the state when the model runs, and which tokens are padding in it and in its encoders and decoders."""
+    inner = [m for _, m in walk(model) if m is not model and not isinstance(m, CrossbarLayer) and is_given_tokens(m)]
+    module: Any
+    for module in (model, *inner):
+        begin = BeginForward(state, module is model, argument_names(module))
+        module._crossbar_hooks = [
+            module.register_forward_pre_hook(begin, with_kwargs=True),
+            module.register_forward_hook(EndForward(begin)),
+        ]
 
-    def __init__(self, state: CrossbarState):
-        self.state = state
 
-    def __call__(self, module, args, kwargs):
-        self.state.begin_forward(module.training and not self.state.digital, args, kwargs)
-
-
+@torch.inference_mode(False)
 def initialize_layers(model: nn.Module, names: set[str] | None = None) -> None:
     """Set the buffers of the given layers (None: all) from their weights alone, as before any calibration."""
     for name, layer in crossbar_layers(model).items():
@@ -122,13 +116,15 @@ def initialize_layers(model: nn.Module, names: set[str] | None = None) -> None:
             shrink = 1.0 if config.range_shrink == "auto" else config.range_shrink
             layer.range_shrink.fill_(shrink)
             layer.gain.fill_(initial_gain(config, config.device.b(shrink)))
-            layer.weight_scale.copy_(layer_scales(layer, layer._rows(layer.cell_weight()), config.weight_clip))
+            layer.weight_scale.copy_(
+                layer_scales(layer, layer.to_rows(cell_weight(layer, layer.weight)), config.weight_clip)
+            )
         layer.scalars()
         if config.learn_input_range and not isinstance(layer.input_range, nn.Parameter):
             make_range_trainable(layer)
 
 
-def make_range_trainable(layer: CrossbarMixin) -> None:
+def make_range_trainable(layer: CrossbarLayer) -> None:
     """Turn the buffer ``input_range`` into a parameter of the same name."""
     value = layer.input_range
     del layer._buffers["input_range"]
@@ -148,18 +144,22 @@ def unpatch_model(model: Any) -> nn.Module:
     Raises:
         ValueError: the model is not patched.
     """
-    crossbar_state(model)
-    wrapped, model = model, _without_adapters(model)
-    for layer in [m for m in model.modules() if isinstance(m, CrossbarMixin)]:  # PEFT's modules_to_save are copies
-        layer.remove_crossbar()
-        layer.__class__ = layer.__dict__.pop("_digital_class")
-    for module in model.modules():
+    crossbar_states(model)
+    _take_off(unwrapped(model))
+    return model
+
+
+def _take_off(model: Any) -> None:
+    read_layers(model)
+    module: Any
+    for module in list(model.modules()):  # PEFT's modules_to_save are copies
+        if isinstance(module, CrossbarLayer):
+            crossbar = type(module)
+            module.remove_crossbar()
+            renew_methods(module, crossbar)
         if module.__dict__.pop("_was_inplace", False):
             module.inplace = True
-    model._crossbar_hook.remove()
-    del model._crossbar_hook
-    config = getattr(model, "config", None)
-    for owner, name in ((model, "hf_quantizer"), (model, UPLOAD), (config, "quantization_config")):
-        if name in getattr(owner, "__dict__", {}):
-            delattr(owner, name)
-    return wrapped
+        for hook in module.__dict__.pop("_crossbar_hooks", ()):
+            hook.remove()
+        for detach in ON_UNPATCH:
+            detach(module)

@@ -3,71 +3,59 @@
 from typing import Any
 
 import regex
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..config import ReRAMConfig
-from ..nn import CrossbarConv1D, CrossbarConv2d, CrossbarConv2dSame, CrossbarLinear
+from ..nn.registry import crossbar_class, is_kind
+from .bypass import left_digital
+from .find import walk
 
 logger = logging.get_logger(__name__)
 
-# By exact forward: a subclass with a forward of its own computes something else and stays digital.
-_CROSSBARS: dict[Any, type] = {nn.Linear: CrossbarLinear, nn.Conv2d: CrossbarConv2d, Conv1D: CrossbarConv1D}
-_KINDS: Any = tuple(_CROSSBARS)
-_UNSUPPORTED: Any = (nn.Conv1d, nn.Conv3d, nn.modules.conv._ConvTransposeNd, nn.MultiheadAttention, nn.RNNBase)
+_UNSUPPORTED: Any = (
+    nn.Conv1d,
+    nn.Conv3d,
+    nn.modules.conv._ConvTransposeNd,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RNNCellBase,
+)
 _TABLES: Any = (nn.Embedding, nn.utils.parametrize.ParametrizationList)
-# Subclasses with a forward of their own that is known, by package and name, so that the package need not be there.
-_BY_NAME = {
-    ("timm", "Conv2dSame"): CrossbarConv2dSame,
-    ("timm", "Linear"): CrossbarLinear,
-    ("transformers", "FalconLinear"): CrossbarLinear,
-}
 
 
 def select_layers(model: nn.Module, config: ReRAMConfig) -> dict[str, nn.Module]:
     """The layers that ``config`` puts on crossbars, by qualified name; see :func:`patch_model`."""
-    tied = _tied_names(model)
-    inside_attention = {
-        f"{name}.{child}" if name else child
-        for name, m in model.named_modules()
-        if isinstance(m, nn.MultiheadAttention)  # reads its projections' weights without calling them
-        for child, _ in m.named_children()
-    }
-    adapted: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
-    adapters = tuple(
-        f"{name}.{child}." for name, m in adapted.items() for child, _ in m.named_children() if child != "base_layer"
-    )
+    tied, adapters, bypassed = _tied_names(model), _adapters(model), left_digital(model)
     able: dict[str, nn.Module] = {}
-    unable = []
-    module: Any
-    for name, module in model.named_modules():
-        if not isinstance(module, _KINDS) or name in tied or name in inside_attention:
+    unable: dict[str, str] = {}  # and why
+    for name, module in walk(model):
+        if not is_kind(module) or name in tied or id(module) in adapters:
             continue
-        if f"{name}.".startswith(adapters):
-            continue
-        name = name.replace(".base_layer", "")  # PEFT's, so that the layer has one name with adapters and without
-        if crossbar_class(module) is None:
-            unable.append(f"{name} ({type(module).__name__})")
+        if name in bypassed:
+            unable[name] = bypassed[name]
+        elif crossbar_class(module) is None:
+            unable[name] = f"{type(module).__name__} has a forward of its own"
         else:
             able[name] = module
     if left := unsupported(model):
         logger.warning("%s multiply by weights of kinds that are not put on crossbars, and stay digital", _some(left))
-    if unable:
-        logger.warning("layers of these classes have a forward of their own and stay digital: %s", ", ".join(unable))
-    chosen = _targets(able, config.target_modules)
+    chosen = _targets(able, unable, config.target_modules)
     for pattern in config.modules_to_not_convert or ():
-        hit = {name for name in able if f".{pattern}." in f".{name}."}
-        if not hit and not any(f".{pattern}." in f".{name}." for name, _ in model.named_modules()):
+        hit = {name for name in (*able, *unable) if f".{pattern}." in f".{name}."}
+        if not hit and not any(f".{pattern}." in f".{name}." for name, _ in walk(model)):
             raise ValueError(f"modules_to_not_convert={pattern!r} matches no module of {type(model).__name__}")
         chosen -= hit
+    reasons = _grouped({name: why for name, why in unable.items() if name in chosen})
+    chosen -= unable.keys()
     if not chosen:
         raise ValueError(
             f"nothing to patch in {type(model).__name__}: of {len(able)} layers that could go on crossbars "
             f"target_modules={config.target_modules!r}, modules_to_not_convert={config.modules_to_not_convert!r} "
-            "leave none"
+            f"leave none{'; these stay digital: ' * bool(reasons)}{reasons}"
         )
+    if reasons:
+        logger.warning("these layers stay digital: %s", reasons)
     return {name: able[name] for name in able if name in chosen}
 
 
@@ -76,8 +64,9 @@ def unsupported(model: nn.Module) -> list[str]:
     attention with weights of its own, recurrent layers, experts stacked in one tensor."""
     return [
         f"{name} ({type(m).__name__})"
-        for name, m in model.named_modules()
-        if isinstance(m, _UNSUPPORTED) or (not isinstance(m, (*_KINDS, *_TABLES)) and _stacked(m))
+        for name, m in walk(model)
+        if crossbar_class(m) is None
+        and (isinstance(m, _UNSUPPORTED) or (not is_kind(m) and not isinstance(m, _TABLES) and _stacked(m)))
     ]
 
 
@@ -86,26 +75,34 @@ def _stacked(module: nn.Module) -> bool:
     return any(p.dim() > 2 and p.shape[0] > 1 for p in module.parameters(recurse=False))
 
 
-def _targets(able: dict[str, nn.Module], target) -> set[str]:
+def _targets(able: dict[str, nn.Module], unable: dict[str, str], target) -> set[str]:
+    names = [*able, *unable]
     if target is None or target == "all-linear":
-        return set(able)
+        return set(names)
     if isinstance(target, str):
         try:  # a config may come from anyone, and some expressions take forever
-            chosen = {name for name in able if regex.fullmatch(target, name, timeout=1.0)}
+            hits = {target: {name for name in names if regex.fullmatch(target, name, timeout=1.0)}}
         except regex.error as error:
             raise ValueError(f"target_modules={target!r} is no regular expression: {error}") from error
         except TimeoutError as error:
             raise ValueError(f"target_modules={target!r} took too long to match: allowed is a second a name") from error
-        if not chosen:
-            raise ValueError(f"target_modules={target!r} matches no layer; layers are {_some(able)}")
-        return chosen
-    chosen = set()
-    for key in target:
-        hit = {name for name in able if name == key or name.endswith(f".{key}")}
+    else:
+        hits = {key: {name for name in names if name == key or name.endswith(f".{key}")} for key in target}
+    for key, hit in hits.items():
         if not hit:
             raise ValueError(f"target_modules={key!r} matches no layer; layers are {_some(able)}")
-        chosen |= hit
-    return chosen
+        if hit <= unable.keys():
+            reasons = _grouped({name: unable[name] for name in names if name in hit})
+            raise ValueError(f"target_modules={key!r} matches only layers that stay digital: {reasons}")
+    return set().union(*hits.values())
+
+
+def _grouped(unable: dict[str, str]) -> str:
+    """Names by the reason that they share."""
+    reasons: dict[str, list[str]] = {}
+    for name, why in unable.items():
+        reasons.setdefault(why, []).append(name)
+    return "; ".join(f"{_some(names)} ({why})" for why, names in reasons.items())
 
 
 def _some(names) -> str:
@@ -116,25 +113,19 @@ def _some(names) -> str:
 def _tied_names(model: Any) -> set[str]:
     """Layers whose weight is an embedding's, or will be once transformers ties it."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    names = {n for n, m in model.named_modules() if isinstance(m, _KINDS) and id(m.weight) in embeddings}
+    names = {name for name, m in walk(model) if is_kind(m) and id(m.weight) in embeddings}
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         names |= {key.removesuffix(".weight") for key in (target, source)}
     return names
 
 
-def crossbar_class(module: nn.Module) -> type | None:
-    known = _BY_NAME.get((type(module).__module__.partition(".")[0], type(module).__name__))
-    if known is not None:
-        return known
-    for digital, crossbar in _CROSSBARS.items():
-        if isinstance(module, digital) and type(module).forward is digital.forward:
-            return crossbar
-    return None
-
-
-def channels(module: Any) -> tuple[int, int]:
-    """Of the output and of the input."""
-    if isinstance(module, nn.Conv2d):
-        return module.out_channels, module.in_channels
-    rows = module.weight.shape
-    return (rows[1], rows[0]) if isinstance(module, Conv1D) else (rows[0], rows[1])
+def _adapters(model: nn.Module) -> set[int]:
+    """What PEFT has put beside a base layer."""
+    beside = [
+        child
+        for m in model.modules()
+        if "base_layer" in m._modules
+        for n, child in m.named_children()
+        if n != "base_layer"
+    ]
+    return {id(m) for child in beside for m in child.modules()}

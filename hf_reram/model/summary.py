@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..nn import CrossbarMixin
-from .find import crossbar_layers, crossbar_state
+from ..nn import CrossbarLayer
+from .find import crossbar_layers, crossbar_states, walk
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,8 @@ class CrossbarSummary:
     """What of a model is on crossbars.
 
     Attributes:
-        device: name of the cell technology. layers: crossbar layers. cells: ReRAM cells, two a weight and pair.
+        device: name of the cell technology, or of several.
+        layers: crossbar layers. cells: ReRAM cells, two a weight and pair.
         weights: weights on crossbars. parameters: all of the model's parameters.
         calibrated: layers that have an input range.
         digital: modules with matrices of their own that stay digital, by name and class.
@@ -45,16 +46,16 @@ def summarize(model: nn.Module) -> CrossbarSummary:
     Raises:
         ValueError: the model is not patched.
     """
-    state, layers = crossbar_state(model), crossbar_layers(model)
+    states, layers = crossbar_states(model), crossbar_layers(model)
     weights = sum(layer.weight.numel() for layer in layers.values())
     ranges = sum(p.numel() for name, p in model.named_parameters() if name.endswith("input_range"))
     digital = tuple(
         f"{name} ({type(m).__name__})"
-        for name, m in model.named_modules()
-        if not isinstance(m, CrossbarMixin) and any(p.dim() > 1 for p in m.parameters(recurse=False))
+        for name, m in walk(model)
+        if not isinstance(m, CrossbarLayer) and any(p.dim() > 1 for p in m.parameters(recurse=False))
     )
     return CrossbarSummary(
-        device=state.config.device.name,
+        device=", ".join(dict.fromkeys(state.config.device.name for state in states)),
         layers=len(layers),
         cells=sum(layer.cells for layer in layers.values()),
         weights=weights,

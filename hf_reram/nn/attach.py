@@ -1,4 +1,4 @@
-"""A loss term that leaves its layer on the layer's own output (DESIGN §5).
+"""A loss term that leaves its layer on the layer's own output.
 
 A term that reaches the loss as a side output breaks FSDP2: its graph would run before the layer's weight is gathered
 again. Instead the layer's output carries it: ``y = Attach.apply(y, term, scale)`` is the identity, and its backward
@@ -24,17 +24,20 @@ class Attach(Function):
 
     Args:
         y: any shape. term: (2,). scale: (2,), shared with :class:`Add`.
+        bias: that y holds without a gradient, since the term does not depend on it, broadcastable to y; or None. It
+            receives y's.
     """
 
     @staticmethod
-    def forward(ctx, y: Tensor, term: Tensor, scale: Tensor) -> Tensor:
+    def forward(ctx, y: Tensor, term: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
         # Not save_for_backward: Add changes it in place between the two passes, on purpose.
-        ctx.scale = scale
+        ctx.scale, ctx.bias = scale, None if bias is None else bias.shape
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return grad, ctx.scale.clone(), None
+        of_bias = grad.sum_to_size(ctx.bias) if ctx.bias is not None and ctx.needs_input_grad[3] else None
+        return grad, ctx.scale.clone(), None, of_bias
 
 
 class Add(Function):

@@ -1,16 +1,17 @@
 """From weights to conductances: the choice of w_scale, the weight that a cell at g_max stands for.
 
 The retention noise of a weight grows with w_scale, so letting the largest weights saturate at g_max costs little and
-quiets all others. What is best is in closed form: clipping error + retention error of the output (DESIGN §2).
+quiets all others. What is best is in closed form: clipping error + retention error of the output.
 """
 
 import torch
 from torch import Tensor
 
 from ..device.moments import WeightError
-from . import CrossbarConv2d, CrossbarMixin
-from .ops.cells import WeightVariance, weight_mean
-from .ops.chunks import ELEMENTS
+from .layer import CrossbarLayer
+from .ops.cpu import ELEMENTS
+from .ops.functions import WeightVariance
+from .ops.reference import weight_mean
 
 # Candidates for weight_clip="auto", in RMS of the channel; beyond comes no clipping at all.
 CLIPS = (1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
@@ -66,11 +67,11 @@ def weight_scales(
     return best.reshape(-1)
 
 
-def layer_scales(layer: CrossbarMixin, rows: Tensor, clip: float | str | None, inputs: Tensor | None = None) -> Tensor:
+def layer_scales(layer: CrossbarLayer, rows: Tensor, clip: float | str | None, inputs: Tensor | None = None) -> Tensor:
     """:func:`weight_scales` as the layer's config shares them, of the shape of its ``weight_scale``."""
     sharing = layer.crossbar.config.weight_scale
     tile = layer.tile_rows() if sharing == "per_tile" else None
-    systematic = CONVOLUTION if isinstance(layer, CrossbarConv2d) else 1.0
+    systematic = CONVOLUTION if layer.reads_windows else 1.0
     return weight_scales(rows, clip, sharing != "per_tensor", layer.error, inputs, tile, systematic)
 
 

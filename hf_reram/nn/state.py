@@ -1,145 +1,396 @@
-"""What all crossbar layers of one model share: the device, the mode of the forward, and the terms it collected."""
+"""What the crossbar layers of a patched model share: the physics that its config means, its mode, and its forwards."""
 
-import hashlib
+import inspect
+import weakref
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import ReRAMConfig
 from ..device.moments import WeightError, weight_error
+from ..device.seeds import derived_seed
 from ..device.time import parse_time
-from .ops.random import white_noise_like
-from .ops.reference import seeded_normal
+from .ops.random import seeded_normal, white_noise_like
+
+# Forwards under torch.compile that may wait for one loss together: nothing tells when their outputs are gone.
+COMPILED_FORWARDS = 8
+# Arguments with which a model, or an encoder or decoder inside it, is given its tokens.
+INPUTS = frozenset(
+    ("input_ids", "inputs_embeds", "decoder_inputs_embeds", "pixel_values", "input_values", "input_features")
+)
 
 
-class CrossbarState:
-    """Shared by every crossbar layer of a model; never saved.
+@dataclass(frozen=True)
+class Physics:
+    """What a config says about retention; immutable.
 
     Attributes:
-        digital: layers compute what the digital layer computes.
-        error: moments of the retention error over ``config.retention_times``.
-        drift_error: the same at the one time that sampled drift uses now.
-        term: which closed-form term training forwards collect: None, "output", "weight" or "sensitivity".
-        configured_drift: which error the loss wants sampled: None, "drift" (the device's) or "noise" (white).
-        drift: which one the current forward samples in training mode, None for none, and wanted: which one the next;
-            see :func:`hf_reram.training.losses.sampled_drift`.
-        measure: collect noise-to-signal ratios even if the loss has no closed-form term.
-        mask: (batch, tokens), 0 at padding, of the current forward; None where unknown.
-        terms, ratios: (noise, signal) by layer name, summed over the calls of a layer in the current forward.
-        consumed: the terms have been read; the next one starts anew.
-        noise_seed: seeds the sampled drift, so that all micro-batches and processes of an optimizer step see one chip;
-            None draws from torch's global generator. Kept in a tensor, which compiled code reads anew.
-        attached: the terms travel attached to the layers' outputs, see :mod:`.attach`; not in compiled code.
-        report: the model's last robustness report, whose weights it may have left since.
+        config: that it comes from. times: s, to be robust at. error: moments of a weight's error, averaged over them.
+        term: the closed form that training forwards collect: None, "output", "weight" or "sensitivity".
+        drift: the error that the loss wants sampled: None, "drift" (the device's) or "noise" (white).
     """
 
-    report: Any = None
+    config: ReRAMConfig
+    times: tuple[float, ...]
+    error: WeightError
+    term: str | None
+    drift: str | None
 
-    def __init__(self, config: ReRAMConfig):
-        self.digital = False
-        self.measure = False
-        self.drift: str | None = None
-        self.wanted: str | None = None
-        self.mask: Tensor | None = None
-        self.batch_size = 1
-        self.consumed = False
-        self._seed = torch.full((), -1, dtype=torch.int64)
-        self._seed_number: int | None = None
-        self.attached = True
-        self.terms: dict[str, Tensor] = {}
-        self.ratios: dict[str, Tensor] = {}
-        self.configure(config)
+    @classmethod
+    def of(cls, config: ReRAMConfig) -> "Physics":
+        """Work it out."""
+        parts = (config.retention_loss or "none").split("+")
+        times = tuple(parse_time(t) for t in config.retention_times)
+        return cls(
+            config=config,
+            times=times,
+            error=weight_error(config.device, times, config.temperature),
+            term=next((p for p in parts if p in ("output", "weight", "sensitivity")), None),
+            drift=next((p for p in parts if p in ("drift", "noise")), None),
+        )
 
     @property
-    def noise_seed(self) -> int | None:
-        return self._seed_number
+    def term_reads_output(self) -> bool:
+        """Whether the term depends on a layer's output, of which its digital bias is no part."""
+        return self.term == "output" or (self.term == "sensitivity" and self.error.mean_square > 0)
 
-    @noise_seed.setter
-    def noise_seed(self, seed: int | None) -> None:
-        self._seed_number = seed
-        self._seed.fill_(-1 if seed is None else seed)
-
-    def configure(self, config: ReRAMConfig) -> None:
-        """Take over a config: the device, the loss and its times."""
-        self.config = config
-        parts = (config.retention_loss or "none").split("+")
-        self.term = next((p for p in parts if p in ("output", "weight", "sensitivity")), None)
-        self.configured_drift = next((p for p in parts if p in ("drift", "noise")), None)
-        self.times = tuple(parse_time(t) for t in config.retention_times)
-        self.error = self.error_at(self.times)
-        self.drift_error = self.error_at(self.times[:1])
-
-    def error_at(self, times: tuple[float, ...], temperature: float | None = None) -> WeightError:
-        """The moments at the given times [s], at a temperature [K], None for the config's."""
+    def error_at(self, time: float, temperature: float | None = None) -> WeightError:
+        """The moments at one time [s], at a temperature [K], None for the config's."""
         kelvin = self.config.temperature if temperature is None else temperature
-        return weight_error(self.config.device, times, kelvin)
+        return weight_error(self.config.device, (time,), kelvin)
 
-    def begin_forward(self, training: bool, inputs: tuple, kwargs: dict) -> None:
-        """Forget the last forward's terms; note this one's padding mask and batch size; sample what is wanted."""
-        self.take_wanted()
-        tensors = [v for v in (*inputs, *kwargs.values()) if isinstance(v, Tensor)]
-        mask = kwargs.get("attention_mask")
-        self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        for tensor in () if torch.compiler.is_compiling() else tensors:
-            if tensor.is_floating_point() and tensor.device.type == "cpu" and torch.isnan(tensor.detach().sum()):
-                raise ValueError("an input of the model contains NaN: a crossbar cannot be driven with it")
-        if training:
-            self._forget()
-            self.batch_size = tensors[0].shape[0] if tensors and tensors[0].dim() else 1
+    def aged(self, time: float, temperature: float | None = None) -> "Physics":
+        """The same with the moments of one time [s] and temperature [K]."""
+        return replace(self, error=self.error_at(time, temperature))
 
-    def take_wanted(self) -> None:
-        """Sample from now on what is wanted."""
-        self.drift = self.wanted
 
-    def draw_drift_time(self) -> None:
-        """One of the config's times, for sampled drift."""
-        if self.drift == "drift" and len(self.times) > 1:
-            pick = int(torch.randint(len(self.times), (), generator=self._generator("time", torch.device("cpu"))))
-            self.drift_error = self.error_at((self.times[pick],))
+@dataclass(frozen=True)
+class Sampling:
+    """What training forwards sample; see :func:`hf_reram.sampled_drift`.
 
-    def keep(self, x: Tensor) -> Tensor | None:
-        """1 for each row of ``x`` (batch, tokens, features) that is no padding, 0 for the others; None if unknown."""
-        if self.mask is None or x.dim() != 3 or x.shape[:2] != self.mask.shape:
-            return None
-        return self.mask.reshape(-1).to(device=x.device, dtype=torch.float32)
+    Attributes:
+        kind: "drift" (the device's error) or "noise" (white). error: of one time, for "drift".
+        seed: so that all micro-batches and processes of a step see one chip; None draws from torch's global generator.
+        seed_tensor: the same for compiled code, which would else be compiled anew for each; -1 for None.
+    """
 
-    def _forget(self) -> None:
-        self.terms.clear()
-        self.ratios.clear()
-        self.consumed = False
-
-    def collect(self, into: dict[str, Tensor], name: str, term: Tensor) -> None:
-        """Add a layer's term to those of this forward."""
-        if self.consumed:
-            self._forget()
-        into[name] = into[name] + term if name in into else term
+    kind: str
+    error: WeightError
+    seed: int | None = None
+    seed_tensor: Tensor = field(default_factory=lambda: torch.full((), -1, dtype=torch.int64), compare=False)
 
     def normal(self, like: Tensor, name: str) -> Tensor:
         """Standard normal variates for the layer ``name``, of shape, dtype and device of ``like``."""
         if torch.compiler.is_compiling():
-            return seeded_normal(like.detach(), self._seed, name)
-        return white_noise_like(like.detach(), self._generator(name, like.device))
+            return seeded_normal(like.detach(), self.seed_tensor, name)
+        generator = None
+        if self.seed is not None:
+            generator = torch.Generator(like.device).manual_seed(derived_seed(self.seed, name))
+        return white_noise_like(like.detach(), generator)
 
-    def _generator(self, name: str, device: torch.device) -> torch.Generator | None:
-        if self.noise_seed is None:
+
+def sampling(physics: Physics, kind: str | None, seed: int | None) -> Sampling | None:
+    """For the loss that ``physics`` says, or for ``kind``, at one of the times, drawn; None to sample nothing."""
+    kind = kind or physics.drift
+    if kind is None:
+        return None
+    time = physics.times[0]
+    if kind == "drift" and len(physics.times) > 1:
+        generator = None if seed is None else torch.Generator().manual_seed(derived_seed(seed, "time"))
+        time = physics.times[int(torch.randint(len(physics.times), (), generator=generator))]
+    number = torch.full((), -1 if seed is None else seed, dtype=torch.int64)
+    return Sampling(kind, physics.error_at(time), seed, number)
+
+
+@dataclass
+class Padding:
+    """Which tokens are padding, where a model or an encoder or decoder inside it runs.
+
+    Attributes:
+        mask: (batch, tokens), 0 at padding, of its own tokens; None where unknown.
+        other: (batch, tokens, features), states of an encoder that it attends to; other_mask: of their tokens.
+    """
+
+    mask: Tensor | None = None
+    other: Tensor | None = None
+    other_mask: Tensor | None = None
+
+    def keep(self, x: Tensor) -> Tensor | None:
+        """1 for each row of ``x`` (batch, tokens, features) that is no padding, 0 for the others; None if unknown."""
+        mask = self.other_mask if self.other is not None and x is self.other else self.mask
+        if mask is None or x.dim() != 3 or x.shape[:2] != mask.shape:
             return None
-        return torch.Generator(device).manual_seed(layer_seed(self.noise_seed, name))
+        return mask.reshape(-1).to(device=x.device, dtype=torch.float32)
+
+
+class Forward:
+    """What one forward of a patched model samples and collects; made anew for each.
+
+    Attributes:
+        sampling: see :class:`Sampling`; None outside of training. batch_size: examples.
+        padding: of the tokens that layers read now; around: what will be so again when an inner module ends.
+        kept: the tokens that a layer's term was computed of, by its name.
+        terms: the loss's (noise, signal) by layer name, summed over the calls of a layer. ratios: the same of "output",
+            where they are only measured. scales: the gradients that terms will receive, see :mod:`.attach`.
+        consumed: the terms have joined a loss. attached: they travel attached to the layers' outputs.
+        before: the last forward, where both are compiled: nothing else holds on to it.
+        rerun: layers run once without gradients, and again in the backward (reentrant checkpointing).
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling | None = None,
+        batch_size: int = 1,
+        padding: Padding | None = None,
+        before: "Forward | None" = None,
+    ):
+        self.sampling, self.batch_size, self.before = sampling, batch_size, before
+        self.padding = Padding() if padding is None else padding
+        self.around: list[Padding] = []
+        self.kept: dict[str, Tensor | None] = {}
+        self.terms: dict[str, Tensor] = {}
+        self.ratios: dict[str, Tensor] = {}
+        self.scales: dict[str, Tensor] = {}
+        self.consumed = self.rerun = False
+        self.attached = True
+        self.grad = torch.is_grad_enabled()
+
+    def collect(self, into: dict[str, Tensor], name: str, term: Tensor) -> None:
+        """Add a call's term to those of its layer."""
+        into[name] = into[name] + term if name in into else term
+
+    def scale(self, name: str, device: torch.device) -> Tensor:
+        """The gradient, (2,), that a layer's term will receive."""
+        if name not in self.scales:
+            self.scales[name] = torch.zeros(2, device=device)
+        return self.scales[name]
+
+    def like(self, other: "Forward") -> bool:
+        """Whether both sample the same and know of no padding: a layer that runs again may be taken for either's."""
+        alone = all(f.padding.mask is None and f.padding.other_mask is None for f in (self, other))
+        return alone and self.sampling is other.sampling and not self.rerun and not other.rerun
+
+
+class CrossbarState:
+    """Shared by the crossbar layers that were patched together; never saved.
+
+    Attributes:
+        physics: what the config means. digital: layers compute what the digital layer computes.
+        measure: collect noise-to-signal ratios even if the loss has no closed-form term.
+        sampling: what the next training forward samples.
+        forward: the last one. ratios: (noise, signal) by layer name of the last loss or measurement.
+        calls: forwards of the model. report: its last robustness report, whose weights it may have left since.
+    """
+
+    report: Any = None
+
+    def __init__(self, config: ReRAMConfig, root: nn.Module | None = None):
+        self.physics = Physics.of(config)
+        self.digital_contexts = 0
+        self.digital = self.measure = False
+        self.sampling: Sampling | None = None
+        self.forward = Forward()
+        self.ratios: dict[str, Tensor] = {}
+        self.calls = 0
+        self._root = (lambda: None) if root is None else weakref.ref(root)
+        self._waiting: list[Any] = []  # references to forwards whose terms may still join a loss
+
+    @property
+    def config(self) -> ReRAMConfig:
+        """The config that the layers were patched with."""
+        return self.physics.config
+
+    @property
+    def term(self) -> str | None:
+        """The closed form that training forwards collect."""
+        return self.physics.term
+
+    @property
+    def error(self) -> WeightError:
+        """Moments of the retention error over ``config.retention_times``."""
+        return self.physics.error
+
+    def enter_digital(self) -> None:
+        """Layers are digital until as many :meth:`leave_digital`, in whatever order contexts end."""
+        self.digital_contexts += 1
+        self.digital = True
+
+    def leave_digital(self) -> None:
+        """The inverse of :meth:`enter_digital`."""
+        self.digital_contexts -= 1
+        self.digital = self.digital_contexts > 0
+
+    # Forwards
+
+    def begin(self, training: bool, batch_size: int = 1, padding: Padding | None = None) -> Forward:
+        """A new forward of the model."""
+        before = self.forward if torch.compiler.is_compiling() else None
+        self.forward = Forward(self.sampling, batch_size, padding, before)
+        if training and not torch.compiler.is_compiling():
+            self._waiting = [r for r in self._waiting if r() is not None]
+            self._waiting.append(weakref.ref(self.forward))
+        return self.forward
+
+    def end(self, outputs: Any) -> None:
+        """Let the forward live as long as the outputs that its loss is made of."""
+        forward = self.forward
+        for tensor in tensors_of(outputs):
+            if tensor.grad_fn is not None:
+                metadata: Any = tensor.grad_fn.metadata
+                metadata["hf_reram"] = forward
+
+    def current(self) -> Forward:
+        """The forward that a layer runs in.
+
+        Raises:
+            RuntimeError: a layer runs again within the backward, and several forwards could be meant.
+        """
+        forward = self.forward
+        if torch.compiler.is_compiling():
+            return forward
+        if torch._C._current_graph_task_id() != -1:  # gradient checkpointing: a layer runs again within the backward
+            others = [f for f in self._alive() if f is not forward]
+            if not all(forward.like(other) for other in others):
+                raise RuntimeError(
+                    "gradient checkpointing runs a crossbar layer again while several forwards wait for their "
+                    "backward, whose padding or sampled drift differ: call backward after each forward, or switch "
+                    "gradient checkpointing off"
+                )
+        elif forward.consumed:  # a part of the model was called by itself
+            return self.begin(True)
+        return forward
+
+    def waiting(self) -> list[Forward]:
+        """The forwards whose terms no loss has taken yet and whose outputs are still there; the last one at least."""
+        found = [f for f in self._alive() if f.grad and f is not self.forward]
+        last: Forward | None = self.forward
+        for _ in range(COMPILED_FORWARDS):
+            if last is None:
+                break
+            found.append(last)
+            earlier, last.before = last.before, None
+            last = earlier
+        return [f for f in found if f.terms and not f.consumed]
+
+    def _alive(self) -> list[Forward]:
+        return [forward for r in self._waiting if (forward := r()) is not None]
+
+    def settle(self, forwards: list[Forward]) -> None:
+        """These forwards' terms have joined a loss; their graphs would keep activations alive."""
+        for forward in forwards:
+            forward.consumed, forward.terms = True, {}
+
+    # Copies
 
     def __deepcopy__(self, memo):
+        """A copy of the patched model has a state of its own; that of a layer alone, as PEFT makes them of heads,
+        shares its model's."""
+        root = self._root()
+        if root is not None and id(root) not in memo:
+            return self
         copy = CrossbarState(self.config)
-        copy.digital, copy.report = self.digital, self.report
+        copy.physics, copy.report = self.physics, self.report
+        copy.digital, copy.digital_contexts = self.digital, self.digital_contexts
+        if root is not None:
+            copy.adopt(memo[id(root)])
         memo[id(self)] = copy
         return copy
+
+    def adopt(self, root: nn.Module) -> None:
+        """Belong to this model, after it was copied or loaded."""
+        if self._root() is None:
+            self._root = weakref.ref(root)
 
     def __getstate__(self):
         return {"config": self.config, "digital": self.digital}
 
     def __setstate__(self, saved):
         CrossbarState.__init__(self, saved["config"])
-        self.digital = saved["digital"]
+        self.digital, self.digital_contexts = saved["digital"], int(saved["digital"])
 
 
-def layer_seed(seed: int, name: str) -> int:
-    """A seed for one layer: independent of the order and number of layers, the same on every machine."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1
+# Hooks of the model, classes so that it can be pickled and deep-copied
+
+
+class BeginForward:
+    """Forward pre-hook of a patched model, and of what in it is given tokens of its own: notes padding, and for the
+    model itself (``root``) begins a new :class:`Forward`; ``names`` are those of the module's arguments."""
+
+    def __init__(self, state: CrossbarState, root: bool, names: tuple[str, ...]):
+        self.state, self.root, self.names = state, root, names
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        given = self._by_name(args, kwargs)
+        forward = self.state.current() if module.training and not self.root else self.state.forward
+        around = Padding() if self.root else forward.padding
+        padding = Padding(
+            _by_token(given.get("attention_mask"), around.mask),
+            given.get("encoder_hidden_states"),
+            _by_token(given.get("encoder_attention_mask"), around.other_mask),
+        )
+        if not self.root:
+            forward.around.append(forward.padding)
+            forward.padding = padding
+            return
+        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+        if not torch.compiler.is_compiling():
+            _refuse_nan(tensors)
+            self.state.adopt(module)
+        self.state.calls = 1 if torch.compiler.is_compiling() else self.state.calls + 1
+        size = tensors[0].shape[0] if tensors and tensors[0].dim() else 1
+        self.state.begin(module.training and not self.state.digital, size, padding)
+
+    def _by_name(self, args: tuple, kwargs: dict) -> dict[str, Any]:
+        return {**dict(zip(self.names, args)), **kwargs} if args else kwargs
+
+
+class EndForward:
+    """Forward hook with the same: what it read before goes on, or its outputs are held on to."""
+
+    def __init__(self, begin: BeginForward):
+        self.begin = begin
+
+    def __call__(self, module: nn.Module, args: tuple, outputs: Any) -> None:
+        if not self.begin.root:
+            forward = self.begin.state.forward
+            if forward.around:
+                forward.padding = forward.around.pop()
+        elif module.training and not torch.compiler.is_compiling():
+            self.begin.state.end(outputs)
+
+
+def argument_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of a module's forward, in their order."""
+    try:
+        return tuple(inspect.signature(module.forward).parameters)
+    except (TypeError, ValueError):  # a forward without a signature, such as a compiled one
+        return ()
+
+
+def is_given_tokens(module: nn.Module) -> bool:
+    """Whether a module inside the model is given tokens of its own."""
+    return not INPUTS.isdisjoint(argument_names(module))
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """All tensors in a model's outputs or inputs."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for item in value for t in tensors_of(item)] if isinstance(value, (list, tuple)) else []
+
+
+def _by_token(mask: Any, around: Tensor | None) -> Tensor | None:
+    """An attention mask by token; one that is by pair of tokens already was made of the mask around."""
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask
+    return None if mask is None else around
+
+
+def _refuse_nan(tensors: list[Tensor]) -> None:
+    for tensor in tensors:
+        if tensor.is_floating_point() and tensor.device.type == "cpu" and torch.isnan(tensor.detach().sum()):
+            raise ValueError("an input of the model contains NaN: a crossbar cannot be driven with it")

@@ -1,90 +1,98 @@
-"""A layer's closed-form retention terms (DESIGN §2).
+"""What a layer's retention error costs: closed-form terms of its forward, which join the loss.
 
 Each is a pair (noise, signal) of sums over the batch, so that the loss is their ratio over all processes' batches
 together.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .ops import reference as compiled
-from .ops.cells import WeightVariance, map_weight, weight_mean
-from .ops.power import OutputPower, Pull, Tap
+from ..device.moments import WeightError
+from .array import Held, wide
+from .attach import Attach
+from .drive import Driven, row_power
+from .ops.functions import TotalPower, WeightVariance
+from .ops.reference import weight_mean
+
+if TYPE_CHECKING:
+    from .layer import CrossbarLayer
 
 
-@dataclass
-class Reading:
-    """One forward of a layer, as its term sees it.
-
-    Attributes:
-        s: driven input; phi = factor · s, with a factor that is no number only where it is learned. y: output with its
-            bias.
-        bias: what was added to it digitally, (output channels,) or None.
-        input_pull, output_pull: where powers of s and of y leave their gradients; None if they compute them.
-        weight: what the cells hold before clipping; None: to be taken from the layer.
-        variance: s² of the weights if it is already known.
-    """
-
-    s: Tensor
-    y: Tensor
-    factor: Tensor | float
-    input_pull: Pull | None
-    bias: Tensor | None
-    output_pull: Pull | None = None
-    weight: Tensor | None = None
-    variance: Tensor | None = None
-
-
-def wide(t: Tensor) -> Tensor:
-    """At least float32: squares of half-precision values would overflow or vanish."""
-    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
-
-
-def taps_output(layer) -> bool:
-    """Whether the layer's term reads the power of its output, whose gradient then goes through a Tap."""
+def account(layer: "CrossbarLayer", driven: Driven, held: Held, y: Tensor) -> Tensor:
+    """The output, to which in training the layer's retention term is attached; of a chip, a refusal to be trained."""
     state = layer.crossbar
-    reads = state.term == "output" or (state.term == "sensitivity" and state.error.mean_square > 0)
-    return layer.training and reads and not torch.compiler.is_compiling()
+    if layer.chips and layer.training and y.requires_grad and not torch.compiler.is_compiling():
+        y.register_hook(_refuse)
+    if layer.chips or not layer.training or not (state.term or state.measure):
+        return y
+    name, forward = layer.crossbar_name, state.current()
+    with torch.autocast(y.device.type, enabled=False):
+        running_again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        if not running_again:
+            forward.kept[name] = forward.padding.keep(driven.x) if layer.channel_dim == -1 else None
+        keep = forward.kept.get(name)
+        if state.measure and state.term != "output" and not running_again:
+            with torch.no_grad():
+                forward.collect(forward.ratios, name, output_term(layer, driven, held, y, keep))
+        if state.term is None:
+            return y
+        if state.term == "sensitivity":
+            term = sensitivity_term(layer, driven, held, y, keep, forward.batch_size)
+        elif state.term == "weight":
+            term = weight_term(layer, held)
+        else:
+            term = output_term(layer, driven, held, y, keep)
+        if not running_again:
+            forward.collect(forward.terms, name, term)
+        bias = held.bias if state.physics.term_reads_output else None  # which y was computed without a gradient for
+        bias = None if bias is None else layer.over_channels(bias)
+        forward.attached = not torch.compiler.is_compiling()
+        if not forward.attached:
+            return y if bias is None else y + (bias - bias.detach())
+        forward.rerun |= forward.grad and not torch.is_grad_enabled()
+        y = Attach.apply(y, term, forward.scale(name, y.device), bias)
+        return y.clone() if layer.copies_output else y
 
 
-def tap_output(layer, reading: Reading) -> None:
-    """Put a Tap on the output, which was computed with the bias detached."""
-    reading.output_pull = Pull()
-    rows = Tap.apply(layer._output_rows(reading.y), _bias(layer, reading), reading.output_pull)
-    reading.y = rows.view(reading.y.shape)
+def _refuse(grad: Tensor) -> None:
+    raise RuntimeError(
+        "the model is deployed as a chip, whose cells are programmed and get no gradient: train outside of deploy; for "
+        "gradients of a chip's inputs call model.eval() first"
+    )
 
 
-def output_term(layer, reading: Reading) -> Tensor:
+def output_term(layer: "CrossbarLayer", driven: Driven, held: Held, y: Tensor, keep: Tensor | None) -> Tensor:
     """``(E|ΔW phi|², E|W phi|²)``: their ratio is the layer's noise-to-signal ratio."""
     error = layer.error
-    columns = layer._rows(_variance(layer, reading)).sum(1)
-    noise = (columns * layer._input_power(reading.s, reading.input_pull)).sum() * reading.factor**2
-    signal = _output_power(layer, reading)
-    if error.mean_is_linear:
+    columns = layer.to_rows(_variance(layer, held, error)).sum(1)
+    noise = (columns * row_power(layer, driven, keep)).sum() * driven.factor**2
+    signal = _power(layer, y, held.bias, keep)
+    if error.mean_is_linear:  # proportional to W, so that it needs no product of its own
         noise = noise + error.mean_square * signal if error.mean_square else noise
     else:
-        noise = noise + _mean_power(layer, reading)
+        noise = noise + _mean_power(layer, driven, held, keep, error)
     return torch.stack((noise.reshape(()), signal.reshape(())))
 
 
-def weight_term(layer, reading: Reading) -> Tensor:
+def weight_term(layer: "CrossbarLayer", held: Held) -> Tensor:
     """``(E|ΔW|², |W|²)``: the same without activations."""
-    scale, weight = wide(layer.held_scale()), _weight(layer, reading)
-    held = map_weight(weight, scale)
-    noise = _variance(layer, reading).sum()
-    for mean in layer.error.means:
+    error, programmed = layer.error, wide(held.programmed)
+    noise = _variance(layer, held, error).sum()
+    for mean in error.means:
         if any(mean):
-            noise = noise + weight_mean(weight, scale, mean).square().sum() / len(layer.error.means)
-    return torch.stack((noise, held.square().sum()))
+            scale = layer.held_scale(programmed.dtype)
+            noise = noise + weight_mean(programmed, scale, mean).square().sum() / len(error.means)
+    return torch.stack((noise, programmed.square().sum()))
 
 
-def sensitivity_term(layer, reading: Reading) -> Tensor:
+def sensitivity_term(
+    layer: "CrossbarLayer", driven: Driven, held: Held, y: Tensor, keep: Tensor | None, examples: int
+) -> Tensor:
     """``(½ Σ_i h_i Σ_n |Δy_i|², examples)``: their ratio is, to second order, the KL divergence [nats] per example
     that this layer's retention error causes in the model's prediction, with ``h_i`` the Fisher information of output
-    channel i (:func:`hf_reram.calibration.sensitivity.measure_sensitivity`).
+    channel i (:mod:`hf_reram.calibration.sensitivity`).
 
     Raises:
         RuntimeError: the layer's Fisher information was never measured.
@@ -95,53 +103,33 @@ def sensitivity_term(layer, reading: Reading) -> Tensor:
             'before training with retention_loss="sensitivity"'
         )
     error = layer.error
-    variance = layer._rows(_variance(layer, reading))
+    variance = layer.to_rows(_variance(layer, held, error))
     h = layer.sensitivity.to(variance.device).reshape(variance.shape[:2])
-    power = layer._input_power(reading.s, reading.input_pull)
-    noise = (h * torch.einsum("gor,gr->go", variance, power)).sum() * reading.factor**2
-    if error.mean_square or not error.mean_is_linear:
-        noise = noise + h.mean() * _mean_power(layer, reading)
-    examples = torch.full_like(noise.reshape(()), float(layer.crossbar.batch_size))
-    return torch.stack((0.5 * noise.reshape(()), examples))
+    noise = (h * torch.einsum("gor,gr->go", variance, row_power(layer, driven, keep))).sum() * driven.factor**2
+    if error.mean_is_linear and error.mean_square:
+        noise = noise + h.mean() * error.mean_square * _power(layer, y, held.bias, keep)
+    elif not error.mean_is_linear:
+        noise = noise + h.mean() * _mean_power(layer, driven, held, keep, error)
+    return torch.stack((0.5 * noise.reshape(()), torch.full_like(noise.reshape(()), float(examples))))
 
 
-TERMS = {"output": output_term, "weight": weight_term, "sensitivity": sensitivity_term}
+def _variance(layer: "CrossbarLayer", held: Held, error: WeightError) -> Tensor:
+    """s² of each weight."""
+    programmed = wide(held.programmed)
+    return WeightVariance.apply(programmed, layer.held_scale(programmed.dtype), error)
 
 
-def _variance(layer, reading: Reading) -> Tensor:
-    if reading.variance is not None:
-        return reading.variance
-    variance = compiled.weight_variance if torch.compiler.is_compiling() else WeightVariance.apply
-    return variance(_weight(layer, reading), wide(layer.held_scale()), layer.error)
+def _power(layer: "CrossbarLayer", y: Tensor, bias: Tensor | None, keep: Tensor | None) -> Tensor:
+    """``Σ_n |y_n - bias|²``."""
+    return TotalPower.apply(layer.examples(y), None if bias is None else wide(layer.over_channels(bias.detach())), keep)
 
 
-def _weight(layer, reading: Reading) -> Tensor:
-    return wide(layer.cell_weight() if reading.weight is None else reading.weight)
-
-
-def _bias(layer, reading: Reading) -> Tensor | None:
-    return None if reading.bias is None else wide(layer._broadcast(reading.bias, "output"))
-
-
-def _output_power(layer, reading: Reading) -> Tensor:
-    keep = layer.crossbar.keep(reading.s)
-    return _power(layer._output_rows(reading.y), _bias(layer, reading), keep, reading.output_pull)
-
-
-def _power(y: Tensor, bias: Tensor | None, keep: Tensor | None, pull: Pull | None) -> Tensor:
-    if torch.compiler.is_compiling():
-        return compiled.total_power(y, bias, keep)
-    return OutputPower.apply(y, bias, keep, pull)
-
-
-def _mean_power(layer, reading: Reading) -> Tensor:
-    """``sum_n |m phi_n|²``, averaged over the times; m proportional to W needs no further product."""
-    error = layer.error
-    if error.mean_is_linear:
-        return error.mean_square * _output_power(layer, reading)
-    scale, s, keep = wide(layer.held_scale()), wide(reading.s), layer.crossbar.keep(reading.s)
+def _mean_power(layer: "CrossbarLayer", driven: Driven, held: Held, keep: Tensor | None, error: WeightError) -> Tensor:
+    """``Σ_n |m phi_n|²``, averaged over the times."""
+    programmed, s = wide(held.programmed), wide(driven.s)
+    scale = layer.held_scale(programmed.dtype)
     powers: list[Any] = []
     for mean in error.means:
-        shifted = weight_mean(_weight(layer, reading), scale, mean) * reading.factor
-        powers.append(_power(layer._output_rows(layer._op(s, shifted, None)), None, keep, None))
+        shifted = weight_mean(programmed, scale, mean) * driven.factor
+        powers.append(_power(layer, layer.multiply(s, shifted, None, driven.padded), None, keep))
     return torch.stack(powers).mean(0)

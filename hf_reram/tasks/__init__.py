@@ -1,1 +1,101 @@
-"""What models are finetuned for, with data and metrics; the comparison that every recipe makes; the demo."""
+"""What models are finetuned for, with data and metrics; the comparison that every recipe makes; the demo.
+
+Its names are all that a recipe needs beside those of ``hf_reram``, and are imported when they are first used. Importing
+it lets ``transformers.pipeline`` answer questions.
+"""
+
+from typing import TYPE_CHECKING
+
+from ..integrations.register import register_pipelines as _register_pipelines
+from ..lazy import lazy_names as _lazy_names
+
+if TYPE_CHECKING:
+    from ..calibration.batch_norm import batch_norms, fold_batch_norm, reestimate_batch_norm
+    from ..hub.about import About
+    from ..hub.push import push
+    from ..training.checkpoints import last_checkpoint
+    from .arguments import RecipeTrainingArguments, ReRAMArguments
+    from .comparison import METHODS, OURS, Method, run_protocol, write_comparison
+    from .data import draw, load_rows
+    from .demo import CORNER, Digits, train_base
+    from .flags import device_of, number_or_word
+    from .image_classification import (
+        ImageClassification,
+        ImageDataset,
+        MixUp,
+        check_labels,
+        find_columns,
+        image_processor,
+        image_transforms,
+        keep_preprocessing,
+    )
+    from .metrics.squad_v2 import token_f1
+    from .question_answering import QuestionAnswering, training_features
+    from .registry import TASKS, Task, load_task
+
+# The same for Python, by module; tests/test_import.py compares the three lists.
+_NAMES = {
+    ".calibration.batch_norm": ["batch_norms", "fold_batch_norm", "reestimate_batch_norm"],
+    ".hub.about": ["About"],
+    ".hub.push": ["push"],
+    ".training.checkpoints": ["last_checkpoint"],
+    "arguments": ["RecipeTrainingArguments", "ReRAMArguments"],
+    "comparison": ["METHODS", "OURS", "Method", "run_protocol", "write_comparison"],
+    "data": ["draw", "load_rows"],
+    "demo": ["CORNER", "Digits", "train_base"],
+    "flags": ["device_of", "number_or_word"],
+    "image_classification": [
+        "ImageClassification",
+        "ImageDataset",
+        "MixUp",
+        "check_labels",
+        "find_columns",
+        "image_processor",
+        "image_transforms",
+        "keep_preprocessing",
+    ],
+    "metrics.squad_v2": ["token_f1"],
+    "question_answering": ["QuestionAnswering", "training_features"],
+    "registry": ["TASKS", "Task", "load_task"],
+}
+
+__all__ = [
+    "CORNER",
+    "METHODS",
+    "OURS",
+    "TASKS",
+    "About",
+    "Digits",
+    "ImageClassification",
+    "ImageDataset",
+    "Method",
+    "MixUp",
+    "QuestionAnswering",
+    "ReRAMArguments",
+    "RecipeTrainingArguments",
+    "Task",
+    "batch_norms",
+    "check_labels",
+    "device_of",
+    "draw",
+    "find_columns",
+    "fold_batch_norm",
+    "image_processor",
+    "image_transforms",
+    "keep_preprocessing",
+    "last_checkpoint",
+    "load_rows",
+    "load_task",
+    "number_or_word",
+    "push",
+    "reestimate_batch_norm",
+    "run_protocol",
+    "token_f1",
+    "train_base",
+    "training_features",
+    "write_comparison",
+]
+
+__getattr__, __dir__ = _lazy_names(__name__, _NAMES)
+
+_register_pipelines()

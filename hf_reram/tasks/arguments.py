@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from ..config import ReRAMConfig
-from ..device import DeviceConfig, parse_time
+from ..device import parse_time
 from .comparison import METHODS, Method
+from .flags import device_of, number_or_word
 
 
 @dataclass
@@ -107,26 +108,3 @@ class RecipeTrainingArguments(TrainingArguments):
     save_total_limit: int | None = 1
     logging_steps: float = 10
     report_to: str = "none"
-
-
-def device_of(name: str) -> str | DeviceConfig:
-    """A preset's name as it is, or the device in a JSON file.
-
-    Raises:
-        FileNotFoundError: no such file. ValueError: no device in it.
-    """
-    return DeviceConfig.from_json(name) if name.endswith(".json") else name
-
-
-def number_or_word(text: str, name: str, words: dict[str, str | None]) -> float | str | None:
-    """A flag's number, or what one of ``words`` stands for.
-
-    Raises:
-        ValueError: neither.
-    """
-    if text.lower() in words:
-        return words[text.lower()]
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"{name}={text!r}: allowed are a number and {sorted(words)}") from None

@@ -1,5 +1,5 @@
 """The comparison that every recipe makes: one digital base, several ways to put it on crossbars, the same budget, data
-and chips for each (DESIGN §5)."""
+and chips for each."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -24,8 +24,10 @@ from ..hub.about import About
 from ..hub.publish import publish
 from ..model.deploy import digital
 from ..training.checkpoints import last_checkpoint
-from ..training.trainer import ReRAMTrainer
 from ..version import __version__
+
+if TYPE_CHECKING:
+    from ..integrations.trainer import ReRAMTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -78,7 +80,7 @@ METHODS = (
 
 
 def run_protocol(
-    make_trainer: Callable[[ReRAMConfig, str], ReRAMTrainer],
+    make_trainer: Callable[[ReRAMConfig, str], "ReRAMTrainer"],
     evaluate: Callable[[nn.Module], Mapping[str, float]],
     config: ReRAMConfig,
     folder: str | Path,
@@ -89,7 +91,7 @@ def run_protocol(
     title: str | None = None,
     settings: Mapping[str, Any] | None = None,
     temperatures: Sequence[float | None] = (None,),
-    prepare: Callable[[ReRAMTrainer], None] | None = None,
+    prepare: Callable[["ReRAMTrainer"], None] | None = None,
 ) -> dict[str, RobustnessReport]:
     """Train and evaluate every method, and compare them in ``folder``: ``report.md``, ``report.json``,
     ``robustness.png``, and for each method a folder with its checkpoints, model and report. A model's folder also holds
@@ -152,7 +154,7 @@ def run_protocol(
     return reports
 
 
-def _base_metrics(trainer: ReRAMTrainer, evaluate: Callable, file: Path) -> dict[str, float]:
+def _base_metrics(trainer: "ReRAMTrainer", evaluate: Callable, file: Path) -> dict[str, float]:
     """Those of the digital base, which a trainer's fresh model still is."""
     if file.exists():
         return json.loads(file.read_text(encoding="utf-8"))
@@ -163,7 +165,7 @@ def _base_metrics(trainer: ReRAMTrainer, evaluate: Callable, file: Path) -> dict
     return found
 
 
-def _train(trainer: ReRAMTrainer, home: Path) -> str:
+def _train(trainer: "ReRAMTrainer", home: Path) -> str:
     """Train from the last checkpoint on, if there is one; what to say about it, which a resumption says again."""
     checkpoint = last_checkpoint(home)
     done = trainer.train(resume_from_checkpoint=checkpoint)
@@ -181,7 +183,7 @@ def _train(trainer: ReRAMTrainer, home: Path) -> str:
     return note
 
 
-def _machine(trainer: ReRAMTrainer) -> str:
+def _machine(trainer: "ReRAMTrainer") -> str:
     if trainer.args.device.type == "cuda":
         return f"{trainer.args.world_size} x {torch.cuda.get_device_name()}"
     return f"{torch.get_num_threads() * trainer.args.world_size} CPU threads"

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset
-
 KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
 
 
@@ -19,6 +17,8 @@ def load_rows(name: str, split: str, file: str | None = None, folder: str | None
         FileNotFoundError: no such file or folder.
         ValueError: a file of another kind.
     """
+    from datasets import load_dataset
+
     path = folder or file
     if path is None:
         return load_dataset(name, split=split)

@@ -26,10 +26,10 @@ from ..evaluation.report import RobustnessReport
 from ..evaluation.robustness import evaluate_robustness
 from ..hub.about import About
 from ..hub.publish import publish
+from ..integrations.trainer import ReRAMTrainer
 from ..model.deploy import deploy
 from ..model.patch import patch_model
 from ..model.summary import summarize
-from ..training.trainer import ReRAMTrainer
 from .comparison import METHODS, OURS, Method, write_comparison
 
 TIMES = ("1s", "1d", "10y")

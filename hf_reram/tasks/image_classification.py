@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoImageProcessor, ViTImageProcessor
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -140,6 +139,8 @@ def image_processor(model: Any, name: str | None, size: int | None = None) -> An
     """
     if hasattr(model, "timm_model"):
         return None
+    from transformers import AutoImageProcessor, ViTImageProcessor
+
     if name is None:
         side = size or getattr(model.config, "image_size", None)
         if side is None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..integrations.spans import best_spans
+from ..integrations.spans import best_spans, windows
 from .metrics.squad_v2 import squad_v2_metrics
 
 logger = logging.get_logger(__name__)
@@ -39,26 +39,6 @@ def check_squad(dataset, what: str = "dataset", columns: Sequence[str] = COLUMNS
         raise ValueError(
             f"{what} has answers such as {answers!r}: allowed is a dict of 'text' and 'answer_start' lists"
         )
-
-
-def windows(tokenizer, rows: dict[str, list], max_length: int, stride: int):
-    """Questions and contexts, split into windows of at most ``max_length`` tokens that overlap by ``stride``.
-
-    Raises:
-        ValueError: a stride that is not below the length, or a tokenizer without character offsets.
-    """
-    _fast(tokenizer)
-    if not 0 <= stride < max_length:
-        raise ValueError(f"stride={stride!r}: allowed is an integer from 0 to max_length - 1 = {max_length - 1}")
-    return tokenizer(
-        [question.strip() for question in rows["question"]],
-        rows["context"],
-        truncation="only_second",
-        max_length=max_length,
-        stride=stride,
-        return_overflowing_tokens=True,
-        return_offsets_mapping=True,
-    )
 
 
 def training_features(dataset, tokenizer, max_length: int = 384, stride: int = 128, labels: bool = True):
@@ -129,11 +109,6 @@ def _tokens_of(first: int, last: int, offsets, sequence_ids) -> tuple[int, int] 
         return None
     start = max(k for k in inside if offsets[k][0] <= first)
     return start, max(start, min(k for k in inside if offsets[k][1] >= last))
-
-
-def _fast(tokenizer) -> None:
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"{type(tokenizer).__name__} gives no character offsets: allowed is a fast tokenizer")
 
 
 class QuestionAnswering:

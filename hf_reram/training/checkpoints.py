@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -63,6 +61,8 @@ def set_incomplete_aside(folder: str | os.PathLike) -> None:
 
 def is_whole(checkpoint: str | os.PathLike) -> bool:
     """Whether a checkpoint was saved to its end."""
+    from transformers.trainer_callback import TrainerState
+
     try:
         TrainerState.load_from_json(str(Path(checkpoint) / STATE))
     except (OSError, json.JSONDecodeError, TypeError):  # not there, cut off, or of other fields
@@ -72,6 +72,8 @@ def is_whole(checkpoint: str | os.PathLike) -> bool:
 
 def _checkpoints(folder: str | os.PathLike) -> list[Path]:
     """By their steps."""
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
     folder = Path(folder)
     steps = {
         path: int(found[1])

@@ -1,4 +1,4 @@
-"""The retention loss: what the layers' last forward collected, and how it joins the task loss."""
+"""The retention loss: what the layers' forwards collected, and how it joins the task loss."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,24 +8,38 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..model.find import crossbar_layers, crossbar_state
+from ..model.find import crossbar_layers, crossbar_state, crossbar_states
+from ..nn import CrossbarLayer
 from ..nn.attach import Add
-from ..nn.layer import CrossbarMixin
-from ..nn.state import CrossbarState
+from ..nn.state import CrossbarState, Forward, sampling
 
 
-def _collected(model: nn.Module) -> tuple[CrossbarState, Tensor]:
-    """The terms of the last training forward, (layers, 2)."""
-    state = crossbar_state(model)
-    if state.term is None:
+def _collected(state: CrossbarState) -> tuple[list[Forward], dict[str, Tensor]]:
+    """The forwards that no loss has taken yet, and their terms by layer, (2,) each, summed over them."""
+    forwards = state.waiting()
+    terms: dict[str, Tensor] = {}
+    for forward in forwards:
+        for name, term in forward.terms.items():
+            terms[name] = terms[name] + term if name in terms else term
+    if not terms:
+        raise RuntimeError("no retention terms: call the model in training mode (model.train()) first")
+    return forwards, terms
+
+
+def _with_terms(model: nn.Module) -> list[CrossbarState]:
+    states = [state for state in crossbar_states(model) if state.term is not None]
+    if not states:
         raise ValueError(
-            f"retention_loss={state.config.retention_loss!r} has no closed form to collect: "
+            f"retention_loss={crossbar_state(model).config.retention_loss!r} has no closed form to collect: "
             "use one with 'output', 'weight' or 'sensitivity'"
         )
-    if not state.terms:
-        raise RuntimeError("no retention terms: call the model in training mode (model.train()) first")
-    state.consumed = True
-    return state, torch.stack([term.to(next(iter(state.terms.values())).device) for term in state.terms.values()])
+    return states
+
+
+def _stacked(terms: dict[str, Tensor]) -> Tensor:
+    """(layers, 2)."""
+    device = next(iter(terms.values())).device
+    return torch.stack([term.to(device) for term in terms.values()])
 
 
 def _reduce(state: CrossbarState, terms: Tensor) -> Tensor:
@@ -35,7 +49,8 @@ def _reduce(state: CrossbarState, terms: Tensor) -> Tensor:
 
 
 def retention_loss(model: nn.Module) -> Tensor:
-    """The retention loss of the model's last forward in training mode, a scalar that can be differentiated.
+    """The retention loss of the model's forwards in training mode that no loss has taken yet, a scalar that can be
+    differentiated; of parts that were patched by themselves, the sum.
 
     Add it to a task loss in a training loop of your own; under DDP, FSDP2 or reentrant gradient checkpointing use
     :func:`add_retention_loss` instead. :class:`hf_reram.ReRAMTrainer` does that itself.
@@ -44,14 +59,22 @@ def retention_loss(model: nn.Module) -> Tensor:
         ValueError: the model is not patched, or its config has no closed-form retention loss.
         RuntimeError: no forward in training mode has run.
     """
-    return _reduce(*_collected(model))
+    total: Any = 0.0
+    for state in _with_terms(model):
+        forwards, terms = _collected(state)
+        if state.term == "output":
+            state.ratios = {name: term.detach() for name, term in terms.items()}
+        total = total + _reduce(state, _stacked(terms))
+        state.settle(forwards)
+    return total
 
 
 def add_retention_loss(task_loss: Tensor, model: nn.Module, weight: float | None = None) -> tuple[Tensor, Tensor]:
     """``task_loss + weight · retention loss``, the terms' gradients travelling attached to their layers' outputs
     (:mod:`hf_reram.nn.attach`): right under DDP, FSDP2, both gradient checkpointings, accumulation and loss scaling.
-    Over several processes, expectations run over the batches of all of them. ``task_loss`` must depend on the model's
-    last forward in training mode.
+    Expectations run over all forwards in training mode that no loss has taken yet and whose outputs are still there, as
+    two towers or two views of a contrastive loss have them, and over the batches of all processes. ``task_loss`` must
+    depend on these forwards.
 
     Args:
         task_loss: scalar. weight: None takes ``config.retention_weight``.
@@ -64,64 +87,91 @@ def add_retention_loss(task_loss: Tensor, model: nn.Module, weight: float | None
         ValueError: the model is not patched, or its loss is "consistency", which takes a second forward.
         RuntimeError: no forward in training mode has run.
     """
-    state = crossbar_state(model)
-    if state.term is None and state.config.retention_loss != "consistency":
-        return task_loss, torch.zeros_like(task_loss.detach())
-    state, terms = _collected(model)
+    states = crossbar_states(model)
+    alone = torch.zeros_like(task_loss.detach())
+    if all(state.term is None and state.config.retention_loss != "consistency" for state in states):
+        return task_loss, alone
+    for state in _with_terms(model):
+        task_loss, value = _add(task_loss, state, state.config.retention_weight if weight is None else weight)
+        alone = alone + value
+    return task_loss, alone
+
+
+def _add(task_loss: Tensor, state: CrossbarState, weight: float) -> tuple[Tensor, Tensor]:
+    forwards, collected = _collected(state)
+    own = _stacked(collected)
     processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    own, terms = terms, terms.detach().clone()
+    terms = own.detach().clone()
     if processes > 1:
         dist.all_reduce(terms)
     terms.requires_grad_(True)
     with torch.enable_grad():
         value = _reduce(state, terms)
     (gradients,) = torch.autograd.grad(value, terms)
-    layers = crossbar_layers(model)
-    scales = [layers[name].term_scale for name in state.terms]
-    if state.term == "output":
-        state.ratios = {name: term.detach() for name, term in state.terms.items()}
-    state.terms = {}  # their graphs would keep activations alive
-    weight = state.config.retention_weight if weight is None else weight
     gradients = gradients * processes  # which are averaged over processes later
-    if not state.attached:
-        pull = (own * gradients).sum()
-        return task_loss + weight * (value.detach() + pull - pull.detach()).to(task_loss), value.detach()
-    return Add.apply(task_loss, value.detach(), weight, scales, gradients), value.detach()
+    if state.term == "output":
+        state.ratios = {name: term.detach() for name, term in collected.items()}
+    value = value.detach()
+    state.settle(forwards)
+    if not all(forward.attached for forward in forwards):
+        pulled = (own * gradients).sum()
+        return task_loss + weight * (value + pulled - pulled.detach()).to(task_loss), value
+    rows = dict(zip(collected, gradients))
+    pairs = [(scale, rows[name]) for forward in forwards for name, scale in forward.scales.items() if name in rows]
+    scales, rows_of = zip(*pairs)
+    return Add.apply(task_loss, value, weight, list(scales), torch.stack(rows_of)), value
 
 
 def noise_to_signal(model: nn.Module) -> dict[str, float]:
     """Each layer's noise-to-signal ratio in the last forward in training mode that measured it, by layer name; empty
     if none did."""
-    state = crossbar_state(model)
-    pairs = state.ratios or (state.terms if state.term == "output" else {})
-    if not pairs:
-        return {}
-    values = torch.stack([pair.detach().float().cpu() for pair in pairs.values()])
-    return dict(zip(pairs, (values[:, 0] / values[:, 1].clamp(min=1e-30)).tolist()))
+    ratios = measured_ratios(model)
+    return {} if not ratios else dict(zip(ratios, torch.stack(list(ratios.values())).cpu().tolist()))
+
+
+def measured_ratios(model: nn.Module) -> dict[str, Tensor]:
+    """The same where they are, without waiting for the device."""
+    found: dict[str, Tensor] = {}
+    for state in crossbar_states(model):
+        last = state.forward
+        pairs = last.ratios or (last.terms if state.term == "output" else {}) or state.ratios
+        if pairs:
+            values = _stacked(pairs).detach().float()
+            found |= dict(zip(pairs, (values[:, 0] / values[:, 1].clamp(min=1e-30)).unbind()))
+    return found
 
 
 @contextmanager
-def sampled_drift(model: nn.Module, kind: str | None = None) -> Iterator[None]:
+def sampled_drift(model: nn.Module, kind: str | None = None, seed: int | None = None) -> Iterator[None]:
     """Training forwards inside sample the retention error anew: ``W + m(W) + s(W) ε``, differentiable through both.
 
     Args:
         kind: "drift" (the device's), "noise" (white, of the same power); None takes what ``config.retention_loss``
             says, and nothing is sampled where it says neither. The backward may come after the context.
+        seed: so that all forwards inside, and those of other processes, see the same cells; None draws from torch's
+            global generator.
+
+    Raises:
+        ValueError: the model is not patched, or another ``kind``.
     """
-    state = crossbar_state(model)
-    before = state.wanted
-    state.wanted = kind or state.configured_drift
-    state.take_wanted()
-    state.draw_drift_time()
-    if state.drift == "noise":
-        for layer in crossbar_layers(model).values():
-            if not hasattr(layer.weight, "device_mesh"):  # FSDP2 has the weights together in the forward alone
-                layer.white_noise_std()  # known before compiled code needs it
+    if kind not in (None, "drift", "noise"):
+        raise ValueError(f"kind={kind!r}: allowed are 'drift', 'noise' and None")
+    layers, states = crossbar_layers(model), crossbar_states(model)
+    if len(states) > 1:  # so that towers that were patched alike do not share their noise
+        for name, layer in layers.items():
+            layer.crossbar_name = name
+    before = [(state, state.sampling) for state in states]
+    for state in states:
+        state.sampling = sampling(state.physics, kind, seed)
+    for layer in layers.values():
+        wanted = layer.crossbar.sampling
+        if wanted is not None and wanted.kind == "noise" and not hasattr(layer.weight, "device_mesh"):
+            layer.white_noise_std()  # known before compiled code needs it; FSDP2 has the weights in the forward alone
     try:
         yield
     finally:
-        # From the next forward on: with gradient checkpointing, this one's backward runs parts of it again.
-        state.wanted = before
+        for state, sampled in before:
+            state.sampling = sampled
 
 
 @torch.no_grad()
@@ -137,13 +187,13 @@ def hold_weights(model: nn.Module) -> None:
             _clamp_to_scale(layer)
 
 
-def _clamp_to_scale(layer: CrossbarMixin) -> None:
+def _clamp_to_scale(layer: CrossbarLayer) -> None:
     weight: Any = layer.weight
     if hasattr(weight, "ds_id"):
         raise NotImplementedError("DeepSpeed's zero_stage=3 is not supported: allowed are 0, 1 and 2; or use FSDP2")
     scale = layer.held_scale()
     if layer.equalized:
-        scale = scale / layer._along_inputs(layer.input_scale).to(scale.dtype)
+        scale = scale / layer.along_inputs(layer.input_scale).to(scale.dtype)
     if hasattr(weight, "device_mesh"):  # FSDP2: shard the scale as the weight is, then clamp each rank's own part
         from torch.distributed.tensor import distribute_tensor
 

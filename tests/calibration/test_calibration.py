@@ -2,9 +2,20 @@ import pytest
 import torch
 from torch import nn
 
-from hf_reram import ReRAMConfig, calibrate, crossbar_layers, deploy, digital, patch_model, unpatch_model
+from hf_reram import (
+    ReRAMConfig,
+    add_retention_loss,
+    calibrate,
+    crossbar_layers,
+    deploy,
+    digital,
+    patch_model,
+    unpatch_model,
+)
+from hf_reram.calibration import ranges
 from hf_reram.calibration.statistics import LayerStatistics
 from hf_reram.device.moments import weight_error
+from hf_reram.nn.layer import BUFFERS
 from hf_reram.nn.mapping import CLIPS, expected_error, weight_scales
 from tests.samples.devices import device, straight
 from tests.samples.models import bert_batch
@@ -203,3 +214,52 @@ def test_a_chip_is_not_calibrated(tiny_bert):
     with deploy(tiny_bert, "1d"), pytest.raises(ValueError, match="calibrate it outside of deploy"):
         calibrate(tiny_bert, [bert_batch()])
     calibrate(tiny_bert, [bert_batch()])
+
+
+def numbers(model) -> dict[str, torch.Tensor]:
+    return {f"{n}.{b}": getattr(layer, b).clone() for n, layer in crossbar_layers(model).items() for b in BUFFERS}
+
+
+@pytest.mark.parametrize("where", ["in the data", "in the choice", "in sensitivity"])
+def test_a_failed_calibration_changes_nothing(tiny_bert, monkeypatch, where):
+    patch_model(tiny_bert, ReRAMConfig(redundancy=0.5))
+    calibrate(tiny_bert, [bert_batch()], sensitivity=True)
+    expected, logits = numbers(tiny_bert), tiny_bert(**bert_batch()).logits
+    found = {name: layer.sensitivity for name, layer in crossbar_layers(tiny_bert).items()}
+    assert any(layer.pairs > 1 for layer in crossbar_layers(tiny_bert).values())
+    calls = []
+
+    def fail(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return chosen(*args, **kwargs)
+
+    name = {"in the choice": "_gain", "in sensitivity": "measure_sensitivity"}.get(where, "call_model")
+    chosen = getattr(ranges, name)
+    monkeypatch.setattr(ranges, name, fail)
+    calls += [1, 1] if where == "in sensitivity" else []
+    other = [bert_batch(seed=seed) for seed in range(5)]
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(tiny_bert, other, sensitivity=True)
+    after = numbers(tiny_bert)
+    assert all(torch.equal(after[key], value) for key, value in expected.items())
+    assert all(torch.equal(layer.sensitivity, found[n]) for n, layer in crossbar_layers(tiny_bert).items())
+    assert torch.equal(tiny_bert(**bert_batch()).logits, logits)
+    monkeypatch.undo()
+    calibrate(tiny_bert, other, sensitivity=True)
+    assert any(not torch.equal(numbers(tiny_bert)[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize("sensitivity", [False, True])
+def test_calibration_works_under_inference_mode(tiny_bert, sensitivity):
+    with torch.inference_mode():
+        patch_model(tiny_bert, ReRAMConfig(retention_loss="output"))
+        batch = {key: value.clone() for key, value in bert_batch().items()}
+        calibrate(tiny_bert, [batch], sensitivity=sensitivity)
+    found = numbers(tiny_bert)
+    calibrate(tiny_bert, [bert_batch()], sensitivity=sensitivity)
+    assert all(torch.equal(value, found[key]) for key, value in numbers(tiny_bert).items())
+    loss = add_retention_loss(tiny_bert.train()(**bert_batch()).loss, tiny_bert)[0]
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in tiny_bert.parameters() if p.grad is not None)

@@ -21,6 +21,8 @@ from hf_reram import (
 )
 from hf_reram.calibration.redundancy import MAX_PAIRS, allot_pairs
 from hf_reram.evaluation.inspect import inspect_layers
+from hf_reram.nn.array import hold
+from hf_reram.nn.state import sampling
 from tests.samples.devices import SILENT, device, straight
 from tests.samples.models import bert_batch
 
@@ -119,7 +121,7 @@ def test_chips_err_by_the_closed_form_over_the_pairs(pairs):
     with torch.no_grad():
         for seed in range(200):
             with deploy(model, "1d", seed=seed):
-                spread.append(model[0].deployed - model[0].weight)
+                spread.append(model[0].chip.weight - model[0].weight)
         errors = torch.stack(spread)
         mean = errors.mean(0)
         variance = (errors - mean).square().sum(0) / (len(errors) - 1)
@@ -139,9 +141,9 @@ def test_sampled_drift_and_white_noise_have_the_pairs_power():
             model = nn.Sequential(nn.Linear(64, 64)).train()
             patch_model(model, straight(device=device(v0=1e6), retention_loss=loss, retention_times=["1d"]))
             layer = with_pairs(model[0], pairs)
-            layer.crossbar.drift = loss
+            layer.crossbar.forward.sampling = sampling(layer.crossbar.physics, loss, None)
             with torch.no_grad():
-                drifted = torch.stack([layer._hold(layer.weight, layer.scalars())[0] for _ in range(60)])
+                drifted = torch.stack([hold(layer, layer.scalars()).weight for _ in range(60)])
             found[loss, pairs] = float(drifted.var(0).mean())
         assert found[loss, 4] == pytest.approx(found[loss, 1] / 4, rel=0.1)
 
@@ -164,12 +166,12 @@ def test_a_pair_more_is_another_cell_and_the_first_is_as_before():
     model = nn.Sequential(nn.Linear(16, 16))
     patch_model(model, ReRAMConfig(device=device(read_noise=0.0)))
     with deploy(model, "1d", seed=3):
-        one = model[0].deployed.clone()
+        one = model[0].chip.weight.clone()
     with_pairs(model[0], 2)
     with deploy(model, "1d", seed=3):
-        two = model[0].deployed.clone()
+        two = model[0].chip.weight.clone()
     with deploy(model, "1d", seed=3):
-        assert torch.equal(two, model[0].deployed)
+        assert torch.equal(two, model[0].chip.weight)
     second = 2 * two - one
     errors = torch.stack((one - model[0].weight, second - model[0].weight)).detach().flatten(1)
     assert abs(float(torch.corrcoef(errors)[0, 1])) < 0.3 and float(errors[1].std()) > 0
@@ -185,7 +187,9 @@ def test_checkpoints_keep_the_pairs(tiny_bert, tmp_path):
     assert pairs == {name: layer.pairs for name, layer in crossbar_layers(again).items()}
     with deploy(tiny_bert, "1d", seed=1), deploy(again, "1d", seed=1):
         layers = crossbar_layers(again)
-        assert all(torch.equal(layers[n].deployed, layer.deployed) for n, layer in crossbar_layers(tiny_bert).items())
+        assert all(
+            torch.equal(layers[n].chip.weight, layer.chip.weight) for n, layer in crossbar_layers(tiny_bert).items()
+        )
 
 
 @pytest.mark.parametrize("wrong", [-0.1, 5, True, None, "some", float("nan")])

@@ -12,7 +12,7 @@ from transformers import AutoModelForQuestionAnswering, TrainingArguments, pipel
 
 import hf_reram
 from hf_reram import ReRAMConfig, ReRAMTrainer, calibrate, evaluate_robustness, patch_model
-from hf_reram.hub.push import load_model
+from hf_reram.hub.load import load_model
 from hf_reram.model.digest import weights_digest
 from hf_reram.tasks.question_answering import QuestionAnswering, training_features
 from tests.samples import squad as squad_sample

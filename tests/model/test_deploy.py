@@ -40,7 +40,7 @@ def test_same_seed_same_chip_other_seed_other_chip(chip):
 def test_a_chip_ages_along_one_continuous_curve(chip):
     def at(time):
         with deploy(chip, time, seed=5):
-            return crossbar_layers(chip)["classifier"].deployed.clone()
+            return crossbar_layers(chip)["classifier"].chip.weight.clone()
 
     gap = (at("1d") - at("1s")).abs().max()
     previous = at(1.0)
@@ -60,7 +60,7 @@ def test_layer_spread_is_the_published_one():
         model[0].weight[:, 0] = 1.0
     patch_model(model, ReRAMConfig(device=cell, weight_clip=None))
     with deploy(model, "1d", seed=0):
-        error = (model[0].deployed - model[0].weight)[:, 1:] * cell.g_range
+        error = (model[0].chip.weight - model[0].weight)[:, 1:] * cell.g_range
     expected = (cell.retention_std(20.0, "1d") ** 2 + cell.retention_std(0.0, "1d") ** 2).sqrt()
     assert float(error.detach().std() / expected) == pytest.approx(1, rel=0.01)
 
@@ -70,9 +70,9 @@ def test_heat_is_time():
     patch_model(model, ReRAMConfig(device=device(read_noise=0.0)))
     cell = model[0].crossbar.config.device
     with deploy(model, 60, temperature=330.0, seed=1):
-        hot = model[0].deployed.clone()
+        hot = model[0].chip.weight.clone()
     with deploy(model, cell.equivalent_time(60, 330.0), seed=1):
-        torch.testing.assert_close(model[0].deployed, hot)
+        torch.testing.assert_close(model[0].chip.weight, hot)
 
 
 def test_nothing_is_left_behind_and_contexts_nest(chip):
@@ -104,9 +104,9 @@ def test_read_noise_is_drawn_anew_and_stuck_cells_do_not_move():
     calibrate(model, [x])
     with torch.no_grad(), deploy(model, "1d", seed=1):
         assert not torch.equal(model(x), model(x))
-        late = model[0].deployed.clone()
+        late = model[0].chip.weight.clone()
     with deploy(model, None, seed=1):
-        same = (model[0].deployed == late).float().mean()
+        same = (model[0].chip.weight == late).float().mean()
     assert float(same) == pytest.approx(0.4**2, abs=0.02)  # both cells of a pair stuck
 
 
@@ -135,3 +135,54 @@ def test_read_noise_has_its_standard_deviation(sharing):
 def test_bad_arguments(chip, wrong):
     with pytest.raises(ValueError, match="allowed"), deploy(chip, **wrong):
         pass
+
+
+def test_contexts_may_end_in_another_order_than_they_began(chip):
+    ideal = chip(**bert_batch()).logits
+    first, second, off = deploy(chip, "1d", seed=1), deploy(chip, "1d", seed=2), digital(chip)
+    with torch.no_grad():
+        first.__enter__()
+        one = chip(**bert_batch()).logits
+        second.__enter__()
+        two = chip(**bert_batch()).logits
+        off.__enter__()
+        plain = chip(**bert_batch()).logits
+        first.__exit__(None, None, None)
+        off.__exit__(None, None, None)
+        assert torch.equal(chip(**bert_batch()).logits, two)
+        second.__exit__(None, None, None)
+        assert torch.equal(chip(**bert_batch()).logits, ideal)
+    assert not torch.equal(one, two) and not torch.equal(plain, ideal)
+    assert all(layer.chips is None for layer in crossbar_layers(chip).values())
+
+
+def test_retention_does_not_depend_on_other_errors():
+    """Nor do stuck cells: each has random numbers of its own."""
+    found = {}
+    for name, changes in {
+        "alone": {"programming": [0.0]},
+        "programmed": {"programming": [2.0]},
+        "stuck": {"programming": [0.0], "stuck_at_max": 0.1},
+        "all": {"programming": [2.0], "stuck_at_max": 0.1},
+    }.items():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(40, 30))
+        patch_model(model, ReRAMConfig(device=device(**changes), redundancy=0.0))
+        fresh, aged = deploy(model, None, seed=3), deploy(model, "1d", seed=3)
+        with fresh:
+            before = model[0].chip.weight.clone()
+        with aged:
+            found[name] = before, model[0].chip.weight - before
+    moved = found["stuck"][1] != 0
+    assert 0.97 < float(moved.float().mean()) < 1  # of a hundredth of the weights both cells are stuck
+    torch.testing.assert_close(found["programmed"][1], found["alone"][1], rtol=1e-3, atol=1e-5)
+    both_free = found["stuck"][1] == found["alone"][1]
+    assert float(both_free.float().mean()) > 0.75
+    torch.testing.assert_close(found["all"][1][both_free], found["alone"][1][both_free], rtol=1e-3, atol=1e-5)
+
+
+def test_deploying_under_inference_mode_leaves_a_model_that_trains(chip):
+    with torch.inference_mode(), deploy(chip, "1d", seed=1):
+        chip(**bert_batch())
+    chip.train()(**bert_batch()).loss.backward()
+    assert all(float(layer.weight.grad.abs().sum()) > 0 for layer in crossbar_layers(chip).values())

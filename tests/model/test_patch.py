@@ -17,6 +17,7 @@ from hf_reram import (
     summarize,
     unpatch_model,
 )
+from hf_reram.model import patch
 from hf_reram.nn import CrossbarConv1D, CrossbarLinear
 from tests.samples.devices import straight
 from tests.samples.models import bert_batch
@@ -104,6 +105,18 @@ def test_subclasses_with_a_forward_of_their_own_and_attention_internals_stay_dig
     assert list(crossbar_layers(model)) == ["plain"]
 
 
+def test_kinds_that_are_not_put_on_crossbars_are_named(caplog):
+    kinds = {
+        "cell": nn.LSTMCell(4, 4),
+        "sequence": nn.GRU(4, 4),
+        "conv": nn.Conv1d(4, 4, 1),
+        "two": nn.Bilinear(4, 4, 2),
+    }
+    with caplog.at_level("WARNING", "hf_reram"):
+        patch_model(nn.ModuleDict({**kinds, "plain": nn.Linear(4, 4)}), ReRAMConfig())
+    assert "cell (LSTMCell), sequence (GRU), conv (Conv1d), two (Bilinear) multiply by weights of kinds" in caplog.text
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_bad_weights_are_refused_by_name(value):
     model = nn.Sequential(nn.Linear(4, 4))
@@ -130,7 +143,7 @@ def test_patched_models_can_be_copied_and_pickled_after_training(tiny_bert, make
     assert len(states) == 1
     assert states != {id(layer.crossbar) for layer in crossbar_layers(tiny_bert).values()}
     with deploy(twin, "1d"):
-        assert crossbar_layers(tiny_bert)["classifier"].deployed is None
+        assert crossbar_layers(tiny_bert)["classifier"].chip is None
     assert torch.equal(twin(**bert_batch()).logits, tiny_bert(**bert_batch()).logits)
 
 
@@ -199,3 +212,31 @@ def test_outputs_that_the_model_changes_in_place(loss, calibrated):
         grads.append([p.grad.clone() for p in model.parameters()])
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("where", ["init_crossbar", "initialize_layers", "hook"])
+def test_patching_is_all_or_nothing(tiny_bert, monkeypatch, where):
+    expected, batch = copy.deepcopy(tiny_bert), bert_batch()
+    calls = []
+
+    def fail(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 5 or where != "init_crossbar":
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    if where == "hook":
+        monkeypatch.setattr(patch, "ON_PATCH", [fail])
+    else:
+        owner = CrossbarLinear if where == "init_crossbar" else patch
+        original = getattr(owner, where)
+        monkeypatch.setattr(owner, where, fail)
+    with pytest.raises(KeyboardInterrupt):
+        patch_model(tiny_bert, ReRAMConfig())
+    monkeypatch.undo()
+    assert not crossbar_layers(tiny_bert) and not any("_crossbar_hooks" in m.__dict__ for m in tiny_bert.modules())
+    assert tiny_bert.state_dict().keys() == expected.state_dict().keys()
+    assert torch.equal(tiny_bert(**batch).logits, expected(**batch).logits)
+    assert not hasattr(tiny_bert.config, "quantization_config")
+    patch_model(tiny_bert, ReRAMConfig())
+    assert len(crossbar_layers(tiny_bert)) == 14

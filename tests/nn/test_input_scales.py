@@ -17,6 +17,8 @@ from hf_reram import (
     patch_model,
     unpatch_model,
 )
+from hf_reram.nn.array import cell_weight
+from hf_reram.nn.drive import to_dacs
 from tests.samples.devices import straight
 from tests.samples.layers import KINDS, layer_of
 from tests.samples.models import bert_batch
@@ -48,7 +50,7 @@ def test_scales_change_nothing_on_ideal_cells(kind, offset, training):
     with torch.no_grad():  # whatever calibration chose
         layer.input_scale.copy_(torch.logspace(-1, 1, len(layer.input_scale)))
         layer.weight_scale.fill_(1e3)
-        layer.input_range.fill_(float(layer._driven(x, layer.scalars()).abs().max()) * 1.01)
+        layer.input_range.fill_(float(to_dacs(layer, x, layer.scalars()).abs().max()) * 1.01)
         layer.input_floor.fill_(-1.0)
     assert layer.equalized and layer.centered == (offset > 0)
     y = model(x)
@@ -76,7 +78,7 @@ def test_chips_err_as_the_closed_form_says_and_less_than_without(kind):
         model.eval()
         with torch.no_grad():
             exact, found = model(x), []
-            constant = exact - (0 if model[0].bias is None else model[0]._broadcast(model[0].bias, "output"))
+            constant = exact - (0 if model[0].bias is None else model[0].over_channels(model[0].bias))
             for seed in range(60):
                 with deploy(model, "1d", seed=seed):
                     found.append(float((model(x) - exact).square().sum() / constant.square().sum()))
@@ -122,4 +124,4 @@ def test_weights_are_held_by_what_the_cells_hold():
         layer.weight.fill_(9.0)
     hold_weights(model)
     assert torch.equal(layer.weight, torch.tensor([1.0, 0.5, 0.25, 2.0]).expand(3, 4))
-    assert torch.equal(layer.cell_weight(), torch.ones(3, 4))
+    assert torch.equal(cell_weight(layer, layer.weight), torch.ones(3, 4))

@@ -1,9 +1,12 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_reram import ReRAMConfig, calibrate, crossbar_layers, digital, patch_model, retention_loss, unpatch_model
+from hf_reram.nn.array import cell_weight
+from hf_reram.nn.drive import drive
 from tests.samples.devices import device, straight
 from tests.samples.layers import KINDS, layer_of
 from tests.samples.models import bert_batch
@@ -89,9 +92,8 @@ def test_term_counts_what_varies_of_a_centered_input():
         for offset in (layer.input_offset.clone(), torch.zeros(8)):
             layer.input_offset.copy_(offset)
             layer.input_range.fill_(float((x - offset).abs().max()))
-            layer.crossbar.term = "output"
             model(x)
-            (term,) = layer.crossbar.terms.values()
+            (term,) = layer.crossbar.forward.terms.values()
             noise[bool(offset.any())] = float(term[0])
     assert noise[True] < noise[False] / 30
     assert 0 < varying < 1
@@ -108,14 +110,15 @@ def test_term_is_that_of_the_linear_form(kind):
     found = retention_loss(model)
     (layer,) = crossbar_layers(model).values()
     with torch.no_grad():
-        s, factor, _ = layer._drive(x, layer._span(x, layer.scalars()), layer.scalars())
-        phi = s * factor
+        driven = drive(layer, x, layer.scalars())
+        phi = driven.s * driven.factor
         if isinstance(kind, dict):
-            columns = layer.unfold(layer.pad(phi)).transpose(1, 2)  # (n, pixels, groups · rows)
-            columns = columns.reshape(-1, layer.groups, columns.shape[-1] // layer.groups)
+            padded = phi if driven.padded else layer.pad(phi)
+            columns = F.unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride).transpose(1, 2)
+            columns = columns.reshape(-1, layer.groups, columns.shape[-1] // layer.groups)  # (n · pixels, groups, rows)
         else:
             columns = phi.reshape(-1, 1, 8)
-        rows = layer._rows(layer.cell_weight())
+        rows = layer.to_rows(cell_weight(layer, layer.weight))
         scale = layer.weight_scale.view(*rows.shape[:2], 1)
         held = torch.maximum(torch.minimum(rows, scale), -scale)
         cell = layer.crossbar.config.device
@@ -189,7 +192,7 @@ def test_zero_rows_zero_layers_and_constant_inputs_stay_finite():
 
 
 def test_query_key_and_value_share_one_phi(tiny_bert, monkeypatch):
-    from hf_reram.nn import layer as mixin
+    from hf_reram.nn import drive as mixin
 
     patch_model(tiny_bert, ReRAMConfig())
     calibrate(tiny_bert, [bert_batch()])

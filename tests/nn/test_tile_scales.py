@@ -27,7 +27,7 @@ def patched(kind, tile_size=3, **fields):
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_the_scale_is_the_largest_weight_of_each_tile(kind):
     _, layer, _ = patched(kind)
-    rows = layer._rows(layer.weight.detach()).flatten(0, 1)
+    rows = layer.to_rows(layer.weight.detach()).flatten(0, 1)
     parts = rows.split(layer.tile_rows(), 1)
     expected = torch.stack([part.abs().amax(1) for part in parts], 1)
     assert torch.equal(layer.weight_scale, expected)
@@ -37,7 +37,7 @@ def test_the_scale_is_the_largest_weight_of_each_tile(kind):
     elif layer.kernel_size != (1, 1):
         assert layer.tile_rows() == layer.kernel_size[0] * layer.kernel_size[1]  # one input channel at least
     along = torch.cat([s[:, None].expand(p.shape) for s, p in zip(expected.unbind(1), parts)], 1)
-    assert torch.equal(layer._rows(layer.held_scale().expand(layer.weight.shape)).flatten(0, 1), along)
+    assert torch.equal(layer.to_rows(layer.held_scale().expand(layer.weight.shape)).flatten(0, 1), along)
     assert torch.equal(layer.along_rows(layer.weight_scale).flatten(0, 1), along)
 
 
@@ -61,7 +61,7 @@ def test_chips_err_by_the_scale_of_their_tile(kind):
     chips = []
     for seed in range(400):
         with deploy(model, "1d", seed=seed):
-            chips.append(layer.deployed)
+            chips.append(layer.chip.weight)
     errors = (torch.stack(chips) - layer.weight.detach()).square().mean(0)
     scale = layer.held_scale().expand(layer.weight.shape)
     plus, minus = cell.conductance(layer.weight.detach() / scale)
@@ -83,7 +83,7 @@ def test_smaller_parts_err_less():
         patch_model(model, ReRAMConfig(device="cmo-hfox-ibm", weight_clip=None, **options))
         calibrate(model, [x])
         with deploy(model, "10y", seed=0):
-            powers.append(float((model[0].deployed - model[0].weight).detach().square().mean()))
+            powers.append(float((model[0].chip.weight - model[0].weight).detach().square().mean()))
     # Of 64 normal weights the largest is 2.6 RMS at the mean, of 512 it is 3.3.
     assert powers[1] / powers[0] == pytest.approx((2.6 / 3.3) ** 2, abs=0.08)
 
@@ -98,7 +98,7 @@ def test_the_closed_form_is_the_power_of_sampled_errors(kind):
     found = float(retention_loss(model))
     with torch.no_grad():
         clean = model(x)
-        bias = layer._broadcast(layer.bias, "output")
+        bias = layer.over_channels(layer.bias)
         powers = []
         for _ in range(300):
             with sampled_drift(model, "drift"):

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from transformers import BertConfig
+from transformers import BertConfig, LlamaConfig
 
 SCRIPT = Path(__file__).parents[2] / "recipes" / "benchmark.py"
 
@@ -56,6 +56,19 @@ def test_memory_is_that_of_training(run, tiny, tmp_path):
     assert [row["memory"] for row in found["inference"]] == [None]
 
 
+def test_language_models(run, tmp_path):
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    LlamaConfig(vocab_size=100, tie_word_embeddings=True, **shape).save_pretrained(tmp_path)
+    flags = ["--model", "smollm2", "--model_name_or_path", str(tmp_path), "--batch_size", "2", "--length", "8"]
+    flags += ["--pairs", "1", "--memory", "False", "--parts", "training", "--variants", "bfloat16:"]
+    done = run(*flags)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["training"]
+    names = ["bfloat16: digital", "bfloat16: drift", "bfloat16: drift, 8-bit DAC and ADC"]
+    assert [row["variant"] for row in rows] == names
+    assert all(row["time"] > 0 for row in rows)
+
+
 def test_what_cannot_be_run_is_skipped_with_the_reason(run):
     flags = ["--model", "mobilenetv3", "--batch_size", "1", "--parts", "inference", "--variants", "aihwkit"]
     done = run(*flags, "--memory", "False")
@@ -65,4 +78,4 @@ def test_what_cannot_be_run_is_skipped_with_the_reason(run):
 
 def test_wrong_flags_are_named(run):
     assert "parts=['nothing']" in run("--parts", "nothing").stderr
-    assert "allowed are minilm, deit-tiny and mobilenetv3" in run("--model", "gpt").stderr
+    assert "allowed are minilm, smollm2, deit-tiny and mobilenetv3" in run("--model", "gpt").stderr

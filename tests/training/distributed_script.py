@@ -69,8 +69,7 @@ def bare_step(out: str, config: ReRAMConfig, sharded: bool) -> None:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
     model.train()
-    next(m for m in model.modules() if hasattr(m, "crossbar")).crossbar.noise_seed = 1
-    with sampled_drift(model):
+    with sampled_drift(model, seed=1):
         loss = model(**mine).loss
     if any(kind in config.retention_loss for kind in ("output", "sensitivity", "weight")):
         loss, _ = add_retention_loss(loss, model)

@@ -15,18 +15,18 @@ from hf_reram import (
     sampled_drift,
 )
 from hf_reram.evaluation.inspect import inspect_layers
-from hf_reram.nn.ops import cells, functional
+from hf_reram.nn.ops import cpu
 from hf_reram.nn.ops import random as noise
 from tests.samples.models import bert_batch
 
 
 class Reads(TorchDispatchMode):
-    """Counts reads of tensors' elements from Python."""
+    """Counts reads of tensors' elements from Python, and tensors made of Python numbers, which wait as well."""
 
     count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function is torch.ops.aten._local_scalar_dense.default
+        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.lift_fresh.default)
         return function(*args, **kwargs or {})
 
 
@@ -43,15 +43,15 @@ OPTIONS = {
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_a_step_reads_back_what_a_digital_one_does(tiny_bert, monkeypatch, options):
-    with Reads() as digital:
-        tiny_bert.train()(**bert_batch()).loss.backward()  # transformers looks whether the mask is all ones
-    patch_model(tiny_bert, ReRAMConfig(retention_times=["1d"], **options))
     batch = bert_batch()
+    with Reads() as digital:
+        tiny_bert.train()(**batch).loss.backward()  # transformers looks whether the mask is all ones
+    patch_model(tiny_bert, ReRAMConfig(retention_times=["1d"], **options))
     calibrate(tiny_bert, [batch], sensitivity=True)
     # What is only looked at, and only drawn in tables, on CPU.
-    monkeypatch.setattr(cells, "_all_within", lambda weight, scale: False)
-    monkeypatch.setattr(functional, "chunkable", lambda *tensors: False)
-    monkeypatch.setattr(noise, "chunkable", lambda *tensors: False)
+    monkeypatch.setattr(cpu, "all_within", lambda weight, scale: False)
+    monkeypatch.setattr(cpu, "takes", lambda *tensors: False)
+    monkeypatch.setattr(noise, "takes", lambda *tensors: False)
     optimizer = torch.optim.SGD(tiny_bert.parameters(), lr=1e-3)
     tiny_bert.train()
 

@@ -16,6 +16,8 @@ from hf_reram import (
     retention_loss,
     sampled_drift,
 )
+from hf_reram.nn.array import cell_weight
+from hf_reram.nn.state import Physics
 from hf_reram.training.distillation import divergence
 from tests.samples.devices import device
 from tests.samples.models import bert_batch
@@ -197,7 +199,7 @@ def test_weights_are_held_in_range(tiny_bert):
     prepared(tiny_bert, weight_clip=1.0)
     hold_weights(tiny_bert)
     for layer in crossbar_layers(tiny_bert).values():
-        assert (layer.cell_weight().abs() <= layer.held_scale() * (1 + 1e-6)).all()
+        assert (cell_weight(layer, layer.weight).abs() <= layer.held_scale() * (1 + 1e-6)).all()
 
 
 def test_float32_masters_of_weights_are_held_too(tiny_bert):
@@ -224,7 +226,8 @@ def test_errors_say_what_to_do(tiny_bert):
         retention_loss(model)
     task_loss = model(**bert_batch()).loss
     assert add_retention_loss(task_loss, model) == (task_loss, 0)
-    crossbar_layers(model)["classifier"].crossbar.configure(ReRAMConfig(retention_loss="sensitivity"))
+    state = crossbar_layers(model)["classifier"].crossbar
+    state.physics = Physics.of(ReRAMConfig(retention_loss="sensitivity"))
     with pytest.raises(RuntimeError, match="training mode"):
         retention_loss(model)
     with pytest.raises(RuntimeError, match="sensitivity=True"):

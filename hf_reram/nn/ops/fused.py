@@ -1,20 +1,23 @@
-"""The element-wise work of crossbars in one kernel, compiled by ``torch.compile``, while the model stays in eager mode.
+"""The element-wise work of crossbars in one kernel each, while the model stays in eager mode: the definitions of
+:mod:`.reference`, compiled by ``torch.compile``.
 
-Off until :func:`use_fused_kernels`: compiling takes seconds, and needs a C++ compiler on a CPU. Each kernel gets its
-numbers in a tensor, so that layers with different ranges share it.
+Off until :func:`use_fused_kernels`: compiling takes seconds, and needs a C++ compiler on a CPU. Numbers go in as
+tensors, so that layers with different ranges share a kernel.
 """
 
+import sys
 from collections.abc import Callable
 from functools import cache, lru_cache
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .chunks import alike, flat
+from . import reference
+from .cpu import alike, flat
 
-# As many as POLYNOMIAL_B needs. Zeros behind a shorter polynomial cost nothing beside the memory traffic, and all
-# layers share one kernel.
+# As many as POLYNOMIAL_B needs: zeros behind a shorter polynomial cost nothing beside the memory traffic.
 COEFFICIENTS = 7
 
 _enabled = False
@@ -43,110 +46,67 @@ def use_fused_kernels(enabled: bool = True) -> None:
     _enabled = enabled
 
 
-def ready(*tensors: Tensor) -> bool:
-    """Whether the kernels are on and take these: equally laid out, float32, or half precision on a GPU."""
+def twin(*tensors: Tensor) -> Any:
+    """This module where the kernels are on and take these: equally laid out, float32, or half precision on a GPU; else
+    None."""
     if not _enabled or not alike(*tensors):
-        return False
+        return None
     allowed = (torch.float32, torch.bfloat16, torch.float16) if tensors[0].is_cuda else (torch.float32,)
-    return all(t.dtype in allowed and t.device.type in ("cpu", "cuda") for t in tensors)
+    good = all(t.dtype in allowed and t.device.type in ("cpu", "cuda") for t in tensors)
+    return _this() if good else None
 
 
-def sinh(
-    x: Tensor, offset: Tensor | None, steps: float, low: float, high: float, levels: int, coefficients: tuple
+def shrunk_sinh(
+    x: Tensor, offset: Tensor | None, span: float, b: float, gain: float, levels: int, floor: float
 ) -> Tensor:
-    """``p(clamp(steps (x - offset), low, high))``, rounded first if there are levels, for the odd polynomial p."""
+    """:func:`.reference.shrunk_sinh` for a range that is a float."""
+    bound = levels or 1
+    curved = reference.LINEAR_B <= b <= reference.POLYNOMIAL_B
+    coefficients = reference.folded(b, b / bound, gain) if curved else None
+    if coefficients is None or (offset is not None and not x.is_contiguous()):
+        return reference.shrunk_sinh(x, offset, span, b, gain, levels, floor)
     filled = coefficients + (0.0,) * (COEFFICIENTS - len(coefficients))
-    numbers = _numbers((steps, low, high, float(levels > 0), *filled), x.device)
+    numbers = _numbers((bound / span, floor * bound, float(bound), *filled), x.device)
+    kernel = _compiled(_rounded_sinh if levels else _sinh)
     if offset is None:
-        return _compiled(_sinh)(flat(x.detach()), numbers).as_strided(x.shape, x.stride())
-    return _compiled(_centered_sinh)(x.detach().view(-1, len(offset)), offset, numbers).view(x.shape)
+        return kernel(flat(x), None, numbers).as_strided(x.shape, x.stride())
+    return kernel(x.view(-1, len(offset)), offset, numbers).view(x.shape)
 
 
-def sinh_backward_(grad: Tensor, s: Tensor, limits: tuple[float, float], scale: float, gain: float) -> Tensor:
-    """``grad · scale · sqrt(gain² + s²)`` where ``s`` lies between the limits, else 0, into ``grad``."""
-    _compiled(_slope)(flat(grad), flat(s), _numbers((*limits, scale, gain), s.device))
-    return grad
-
-
-def pulled_backward_(
-    grad: Tensor,
-    s: Tensor,
-    limits: tuple[float, float],
-    scale: float,
-    gain: float,
-    amount: Tensor,
-    keep: Tensor | None,
-) -> Tensor:
-    """The same with ``grad + amount · keep · s`` for ``grad``; all contiguous."""
-    numbers, amount = _numbers((*limits, scale, gain), s.device), amount.reshape(-1)
-    rows = (t.view(-1, len(amount)) for t in (grad, s))
-    if keep is None:
-        _compiled(_pulled)(*rows, amount, numbers)
-    else:
-        _compiled(_kept_pulled)(*rows, amount, keep.view(-1, 1), numbers)
+def shrunk_sinh_gradient_(grad: Tensor, s: Tensor, low: float, high: float, scale: float, gain: float) -> Tensor:
+    """:func:`.reference.shrunk_sinh_gradient` into ``grad``."""
+    _compiled(_slope)(flat(grad), flat(s), _numbers((low, high, scale, gain), s.device))
     return grad
 
 
 def quantize_(y: Tensor, step: Tensor, levels: int, bias: Tensor | None) -> Tensor:
-    """As :class:`.functional.Quantize`, in place; ``step`` and ``bias`` broadcast to y."""
+    """:func:`.reference.quantize` into y."""
     rows = y.view(-1, y.shape[-1]) if step.dim() == 1 and y.is_contiguous() else y
-    numbers = _numbers((float(levels),), y.device)
-    if bias is None:
-        _compiled(_quantize)(rows, step, numbers)
-    else:
-        _compiled(_biased_quantize)(rows, step, bias.detach(), numbers)
+    _compiled(_quantize)(rows, step, None if bias is None else bias.detach(), _numbers((float(levels),), y.device))
     return y
 
 
-# The kernels. Each variant is a function of its own: how often PyTorch compiles one anew is limited.
+# The kernels
 
 
-def _sinh(x: Tensor, numbers: Tensor) -> Tensor:
-    return _driven(x.float() * numbers[0], numbers).to(x.dtype)
+def _sinh(x: Tensor, offset: Tensor | None, n: Tensor) -> Tensor:
+    return reference.polynomial_sinh(x.float(), offset, n[0], n[1], n[2], False, n[3:].unbind()).to(x.dtype)
 
 
-def _centered_sinh(x: Tensor, offset: Tensor, numbers: Tensor) -> Tensor:
-    return _driven((x.float() - offset) * numbers[0], numbers).to(x.dtype)
+def _rounded_sinh(x: Tensor, offset: Tensor | None, n: Tensor) -> Tensor:
+    return reference.polynomial_sinh(x.float(), offset, n[0], n[1], n[2], True, n[3:].unbind()).to(x.dtype)
 
 
-def _driven(t: Tensor, numbers: Tensor) -> Tensor:
-    t = torch.clamp(t, numbers[1], numbers[2])
-    t = torch.where(numbers[3] > 0, t.round(), t)
-    square, value = t * t, numbers[3 + COEFFICIENTS]
-    for k in range(COEFFICIENTS - 1, 0, -1):
-        value = value * square + numbers[3 + k]
-    return t * value
+def _slope(grad: Tensor, s: Tensor, n: Tensor) -> None:
+    grad.copy_(reference.shrunk_sinh_gradient(grad.float(), s.float(), *n.unbind()))
 
 
-def _slope(grad: Tensor, s: Tensor, numbers: Tensor) -> None:
-    grad.copy_(_through(grad.float(), s.float(), numbers))
+def _quantize(y: Tensor, step: Tensor, bias: Tensor | None, n: Tensor) -> None:
+    y.copy_(reference.quantize(y, step, n[0], bias))
 
 
-def _pulled(grad: Tensor, s: Tensor, amount: Tensor, numbers: Tensor) -> None:
-    grad.copy_(_through(grad.float() + s.float() * amount, s.float(), numbers))
-
-
-def _kept_pulled(grad: Tensor, s: Tensor, amount: Tensor, keep: Tensor, numbers: Tensor) -> None:
-    grad.copy_(_through(grad.float() + s.float() * amount * keep, s.float(), numbers))
-
-
-def _through(grad: Tensor, s: Tensor, numbers: Tensor) -> Tensor:
-    low, high, scale, gain = (numbers[i] for i in range(4))
-    ratio = s / gain
-    slope = (ratio * ratio + 1.0).sqrt() * (scale * gain)
-    return torch.where((s <= low) | (s >= high), 0.0, grad * slope)
-
-
-def _quantize(y: Tensor, step: Tensor, numbers: Tensor) -> None:
-    y.copy_(_code(y, step, numbers) * step)
-
-
-def _biased_quantize(y: Tensor, step: Tensor, bias: Tensor, numbers: Tensor) -> None:
-    y.copy_(bias + _code(y, step, numbers) * step)
-
-
-def _code(y: Tensor, step: Tensor, numbers: Tensor) -> Tensor:
-    return torch.clamp((y / step.clamp(min=1e-30)).round(), -numbers[0], numbers[0])
+def _this() -> ModuleType:
+    return sys.modules[__name__]
 
 
 @cache
@@ -164,8 +124,8 @@ def _numbers(numbers: tuple[float, ...], device: torch.device) -> Tensor:
 def _try_out(device: str) -> None:
     """Compile what training on float32 needs."""
     x, offset = torch.linspace(-2, 2, 48 * 40, device=device).view(48, 40), torch.zeros(40, device=device)
-    sinh(x, None, 1.0, -1.0, 1.0, 0, (1.0, 0.1))
-    s = sinh(x, offset, 1.0, -1.0, 1.0, 0, (1.0, 0.1))
-    sinh_backward_(x, s, (-1.0, 1.0), 1.0, 1.0)
+    shrunk_sinh(x, None, 1.0, 0.5, 1.0, 0, -1.0)
+    s = shrunk_sinh(x, offset, 1.0, 0.5, 1.0, 0, -1.0)
+    shrunk_sinh_gradient_(x, s, -1.0, 1.0, 1.0, 1.0)
     for bias in (None, offset):
         quantize_(s, offset + 1, 7, bias)

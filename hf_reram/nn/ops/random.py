@@ -5,7 +5,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .chunks import ELEMENTS, chunkable, flat
+from ...device.seeds import derived_seed
+from .cpu import ELEMENTS, flat, takes
 
 # Two primes: the sum of two tables, each read round and round, repeats only after their product, about 1e12 elements.
 LENGTHS = (1048573, 1048571)
@@ -34,7 +35,7 @@ def white_noise_like(like: Tensor, generator: torch.Generator | None = None) -> 
     positions: 0.3 ns. Any one of them is standard normal to the tables' sampling error; two of the same tensor are
     independent unless they lie a multiple of a table's length apart (correlation 1/2).
     """
-    if not chunkable(like):
+    if not takes(like):
         return torch.empty_like(like).normal_(generator=generator)
     noise = torch.empty_like(like)
     starts = [int(torch.randint(length, (), generator=generator, device="cpu")) for length in LENGTHS]
@@ -47,3 +48,18 @@ def white_noise_like(like: Tensor, generator: torch.Generator | None = None) -> 
             parts.append(table[at : at + len(piece)])
         torch.add(*parts, out=piece)
     return noise
+
+
+@torch.library.custom_op("hf_reram::seeded_normal", mutates_args=())
+def seeded_normal(like: Tensor, seed: Tensor, name: str) -> Tensor:
+    """:func:`white_noise_like` for a layer's name and a seed, (), int64 on the CPU; a negative seed draws from
+    PyTorch's global generator. An operator, so that the compiler need not look into generators, nor compile anew for
+    each seed."""
+    number = int(seed)
+    generator = None if number < 0 else torch.Generator(like.device).manual_seed(derived_seed(number, name))
+    return white_noise_like(like, generator)
+
+
+@seeded_normal.register_fake
+def _(like: Tensor, seed: Tensor, name: str) -> Tensor:
+    return torch.empty_like(like)

@@ -1,98 +1,214 @@
-"""What crossbars do under ``torch.compile``: the same mathematics in plain PyTorch, whose passes the compiler fuses,
-and whose gradients it derives. In eager mode the functions of :mod:`.functional`, :mod:`.cells` and :mod:`.power`,
-written for few passes, take their place."""
+"""The definition of each operation that a crossbar performs element by element, and of its gradient.
+
+These are what ``torch.compile`` traces, what :func:`hf_reram.use_fused_kernels` compiles, and what eager mode runs, but
+for float32 tensors on a CPU: there :mod:`.cpu` does the same in pieces that stay in its cache, and is tested against
+this file. The autograd functions around both are in :mod:`.functions`.
+
+Numbers may be Python's or tensors without dimensions, unless said otherwise.
+"""
+
+import math
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...device.iv import LINEAR_B
+from ...device.iv import LINEAR_B, sinh_coefficients
 from ...device.moments import WeightError
 from ...device.retention import horner
-from .random import white_noise_like
+
+# Up to this b a polynomial stands for the sinh on a CPU, where PyTorch's is scalar code, 20 times slower.
+POLYNOMIAL_B = 4.0
+
+# The I-V curve and the DAC
 
 
 def shrunk_sinh(
-    x: Tensor, span: Tensor | float, b: float, levels: int, gain: float, floor: float, coefficients: tuple[float, ...]
+    x: Tensor, offset: Tensor | None, span: Any, b: float, gain: float, levels: int, floor: float
 ) -> Tensor:
-    """As :class:`.functional.ShrunkSinh`, with :func:`hf_reram.device.iv.sinh_coefficients`, or () for a sinh."""
-    u = x / span
-    driven = u.detach().clamp(floor, 1.0)
-    driven = (driven * levels).round() / levels if levels else driven
-    # Clamped inputs get no gradient, but zeros do although they may be the floor.
-    inside = (driven < 1.0) & (driven > floor if floor else driven >= 0.0)
-    u = torch.where(inside, u + (driven - u.detach()), driven)
-    if b < LINEAR_B:
-        return u * gain
-    t = b * u
-    return t * horner(tuple(gain * c for c in coefficients), t * t) if coefficients else torch.sinh(t) * gain
+    """``gain · sinh(b u)`` with ``u = clamp((x - offset) / span, floor, 1)``, in steps of the DAC where it has levels.
+
+    Args:
+        x: the layer's input, any shape. offset: along its last dimension, or None.
+        span: the input range, a number or a tensor of one element. b: float; below 1e-4 the curve is the line
+            ``gain · u``. gain: float.
+        levels: of the DAC up to 1, an int; 0 for an ideal one. floor: lowest u, a float from -1 to 0.
+    """
+    bound = levels or 1
+    polynomial = LINEAR_B <= b <= POLYNOMIAL_B and x.is_cpu and x.dtype != torch.float64
+    coefficients = folded(b, b / bound, gain) if polynomial else None
+    if coefficients is not None:
+        return polynomial_sinh(x, offset, bound / span, floor * bound, bound, levels > 0, coefficients)
+    u = _clamped(x, offset, bound / span, floor * bound, bound, levels > 0)
+    return u * (gain / bound) if b < LINEAR_B else torch.sinh(u * (b / bound)) * gain
 
 
-def quantize(y: Tensor, step: Tensor, levels: int, bias: Tensor | None = None) -> Tensor:
-    """As :class:`.functional.Quantize`."""
-    result = y + ((y / step.clamp(min=1e-30)).round().clamp(-levels, levels) * step - y).detach()
-    return result if bias is None else result + bias
+def polynomial_sinh(
+    x: Tensor, offset: Tensor | None, steps: Any, low: Any, high: Any, rounded: bool, coefficients: Any
+) -> Tensor:
+    """``t Σ c_k t^(2k)`` with ``t = clamp(steps · (x - offset), low, high)``, rounded where that is wanted."""
+    t = _clamped(x, offset, steps, low, high, rounded)
+    return t * horner(coefficients, t * t)
+
+
+def _clamped(x: Tensor, offset: Tensor | None, steps: Any, low: Any, high: Any, rounded: bool) -> Tensor:
+    t = torch.clamp((x if offset is None else x - offset) * steps, low, high)
+    return torch.round(t) if rounded else t
+
+
+def shrunk_sinh_gradient(grad: Tensor, s: Tensor, low: Any, high: Any, scale: Any, gain: Any) -> Tensor:
+    """``grad · scale · sqrt(gain² + s²)`` where ``low < s < high``, else 0: with ``scale = b / span`` the gradient of
+    :func:`shrunk_sinh` with respect to x, from its result alone."""
+    gain = gain if isinstance(gain, Tensor) else s.new_full((), gain)
+    return inside(grad, s, low, high) * torch.hypot(s, gain) * scale  # gain · cosh, without squares that overflow
+
+
+def inside(grad: Tensor, t: Tensor, low: Any, high: Any) -> Tensor:
+    """``grad`` where ``low < t < high``, else 0."""
+    if isinstance(low, Tensor):
+        return torch.where((t > low) & (t < high), grad, 0.0)
+    return torch.ops.aten.hardtanh_backward(grad, t, low, high)
+
+
+def sinh_limits(b: float, gain: float, floor: float, dtype: torch.dtype) -> tuple[float, float]:
+    """Between which values of s the input was not clamped: a little inside of what the clamp lets through."""
+    edge = gain * (1 - 8 * torch.finfo(dtype).eps)
+    low, high = (floor, 1.0) if b < LINEAR_B else (math.sinh(b * floor), math.sinh(b))
+    # Zeros get their gradient although they may be the floor: they mostly are inputs below half a DAC step.
+    return (edge * low if floor else -1e-30), edge * high
+
+
+@lru_cache(maxsize=1024)
+def _folded(b: float, scale: float, gain: float) -> tuple[float, ...] | None:
+    coefficients = sinh_coefficients(b)
+    # Logarithms: the powers may leave float64's range.
+    sizes = (math.log10(gain * c) + (2 * k + 1) * math.log10(scale) for k, c in enumerate(coefficients))
+    if not all(abs(size) < 30 for size in sizes):
+        return None
+    return tuple(gain * c * scale ** (2 * k + 1) for k, c in enumerate(coefficients))
+
+
+def folded(b: float, scale: float, gain: float) -> tuple[float, ...] | None:
+    """Coefficients of ``gain · sinh(scale · t)``, ``|scale · t| <= b``, as an odd polynomial in t; None at extreme
+    input ranges, where float32 could not hold them."""
+    return _folded(b, scale, gain)
+
+
+# As torch.compiler.assume_constant_result says it, which would import the whole compiler.
+folded._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+# The ADC
+
+
+def quantize(y: Tensor, step: Tensor, levels: Any, bias: Tensor | None) -> Tensor:
+    """``step · clamp(round(y / step), ±levels)``, plus a bias; 0 where the step is.
+
+    Args:
+        y: any shape. step, bias: broadcastable to it. levels: per sign.
+    """
+    code = torch.clamp(torch.round(y / step.clamp(min=1e-30)), -levels, levels)
+    return code * step if bias is None else bias + code * step
+
+
+# The cells
+
+
+def clip(weight: Tensor, scale: Tensor) -> Tensor:
+    """``clamp(W, ±w_scale)``: the weights that the cells can hold."""
+    return torch.clamp(weight, -scale, scale)
+
+
+def clip_gradient(grad: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """0 where |W| is beyond w_scale; a weight at its very edge keeps its gradient, so that it can come back."""
+    edge = 1.0 + 4 * torch.finfo(weight.dtype).eps
+    return torch.where(weight.abs() <= scale * edge, grad, 0.0)
 
 
 def weight_variance(weight: Tensor, scale: Tensor, error: WeightError) -> Tensor:
-    """As :class:`.cells.WeightVariance`."""
+    """``s²(W) = w_scale² P(|W| / w_scale)``, the retention variance of each weight within its range."""
     return scale.square() * _square(error, _magnitude(weight, scale))
 
 
-def drifted_weight(weight: Tensor, scale: Tensor, noise: Tensor, error: WeightError) -> tuple[Tensor, Tensor]:
-    """As :class:`.cells.DriftedWeight`, with the variance."""
-    a = _magnitude(weight, scale)
-    square = _square(error, a)
-    mean = error.means[0]
+def weight_variance_gradient(grad: Tensor, weight: Tensor, scale: Tensor, error: WeightError) -> Tensor:
+    """``grad · w_scale P'(|W| / w_scale) sign(W)``."""
+    return grad * scale * weight.sign() * _square_slope(error, _magnitude(weight, scale))
+
+
+def drifted_weight(weight: Tensor, scale: Tensor, noise: Tensor, error: WeightError) -> Tensor:
+    """``W + m(W) + s(W) ε``: weights as they are found after the retention time, for given variates ε.
+
+    Args:
+        weight: within its range. scale: broadcastable to it. noise: ε, of its shape. error: of one time.
+    """
+    a, mean = _magnitude(weight, scale), error.means[0]
     held = a + horner(mean, a) if any(mean) else a
-    drifted = scale * (held * weight.sign() + square.clamp(min=1e-30).sqrt() * noise)
-    return drifted, scale.square() * square
+    return scale * (held * weight.sign() + _square(error, a).clamp(min=1e-30).sqrt() * noise)
 
 
-def row_power(s: Tensor, keep: Tensor | None) -> Tensor:
-    """As :class:`.power.InputPower`."""
-    square = s.to(torch.promote_types(s.dtype, torch.float32)).square()
-    return (square if keep is None else square * _rows_like(keep, s)).sum(0)
+def drift_slope(weight: Tensor, scale: Tensor, noise: Tensor, error: WeightError) -> Tensor:
+    """The derivative of :func:`drifted_weight` with respect to W, ``1 + M'(a) + sign(W) ε P'(a) / (2 sqrt(P(a)))``."""
+    a, mean = _magnitude(weight, scale), error.means[0]
+    slope = 1.0 + weight.sign() * noise * _square_slope(error, a) * 0.5 / _square(error, a).clamp(min=1e-30).sqrt()
+    return slope + horner(derivative(mean), a) if any(mean) else slope
 
 
-def total_power(y: Tensor, bias: Tensor | None, keep: Tensor | None) -> Tensor:
-    """As :class:`.power.OutputPower`."""
-    y = y.to(torch.promote_types(y.dtype, torch.float32))
-    signal = y if bias is None else y - bias
-    return (signal if keep is None else signal * _rows_like(keep, y)).square().sum()
+def weight_mean(weight: Tensor, scale: Tensor, mean: tuple[float, ...]) -> Tensor:
+    """``m(W) = w_scale · M(|W| / w_scale) · sign(W)``, the retention shift of each weight; arguments as above."""
+    return horner(mean, _magnitude(weight, scale)) * scale * weight.sign()
 
 
-@torch.library.custom_op("hf_reram::seeded_normal", mutates_args=())
-def seeded_normal(like: Tensor, seed: Tensor, name: str) -> Tensor:
-    """:func:`.noise.white_noise_like` for a layer's name and a seed, (), int64 on the CPU; a negative seed draws
-    from PyTorch's global generator. An operator, so that the compiler need not look into generators, nor compile anew
-    for each seed."""
-    from ..state import layer_seed
-
-    number = int(seed)
-    generator = None if number < 0 else torch.Generator(like.device).manual_seed(layer_seed(number, name))
-    return white_noise_like(like, generator)
-
-
-@seeded_normal.register_fake
-def _(like: Tensor, seed: Tensor, name: str) -> Tensor:
-    return torch.empty_like(like)
-
-
-def held_weight(weight: Tensor, scale: Tensor) -> Tensor:
-    """As :func:`.cells.map_weight`: a weight at its very edge keeps its gradient."""
-    inside = weight.detach().abs() <= scale * (1.0 + 4 * torch.finfo(weight.dtype).eps)
-    return torch.where(inside, weight, torch.clamp(weight.detach(), -scale, scale))
+def derivative(coefficients: tuple[float, ...]) -> tuple[float, ...]:
+    """Coefficients of a polynomial's derivative, lowest power first."""
+    return tuple(i * c for i, c in enumerate(coefficients))[1:] or (0.0,)
 
 
 def _magnitude(weight: Tensor, scale: Tensor) -> Tensor:
-    return (held_weight(weight, scale) / scale.clamp(min=1e-30)).abs()
+    return (weight / scale.clamp(min=1e-30)).abs().clamp(max=1.0)
 
 
 def _square(error: WeightError, a: Tensor) -> Tensor:
+    """P(a)."""
     if error.std is None:
         return horner(error.variance, a)
     return horner(error.std, a).square() + error.floor
 
 
-def _rows_like(keep: Tensor, like: Tensor) -> Tensor:
-    return keep.view(-1, *[1] * (like.dim() - 1))
+def _square_slope(error: WeightError, a: Tensor) -> Tensor:
+    """P'(a)."""
+    if error.std is None:
+        return horner(error.variance_slope, a)
+    return 2 * horner(error.std, a) * horner(derivative(error.std), a)
+
+
+# Powers
+
+
+def row_power(s: Tensor, keep: Tensor | None) -> Tensor:
+    """``Σ_n k_n s_n²`` for each element of a row, at least in float32.
+
+    Args:
+        s: (rows, ...). keep: (rows,) of 0 and 1, or None for all rows.
+    """
+    square = s.to(torch.promote_types(s.dtype, torch.float32)).square()
+    return (square if keep is None else square * rows_like(keep, square)).sum(0)
+
+
+def total_power(y: Tensor, bias: Tensor | None, keep: Tensor | None) -> Tensor:
+    """``Σ_n k_n |y_n - bias|²``: the power of a layer's output without its digital bias, at least in float32."""
+    y = y.to(torch.promote_types(y.dtype, torch.float32))
+    signal = y if bias is None else y - bias
+    return (signal if keep is None else signal * rows_like(keep, signal)).square().sum()
+
+
+def power_gradient(amount: Tensor, y: Tensor, bias: Tensor | None, keep: Tensor | None) -> Tensor:
+    """``2 · amount · k · (y - bias)``, the gradient of both powers."""
+    signal = y if bias is None else y - bias.to(y.dtype)
+    result = signal * (2 * amount).to(y.dtype)
+    return result if keep is None else result * rows_like(keep, y)
+
+
+def rows_like(keep: Tensor, like: Tensor) -> Tensor:
+    """``keep`` so that it broadcasts against (rows, ...), in its dtype."""
+    return keep.view(-1, *[1] * (like.dim() - 1)).to(like.dtype)

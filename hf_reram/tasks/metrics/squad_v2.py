@@ -10,9 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import datasets
-import evaluate
-
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = set(string.punctuation)
 
@@ -108,35 +105,3 @@ def _best_threshold(rows, score: int) -> tuple[float, float]:
         if current > best:
             best, threshold = current, row[3]
     return 100 * best / len(rows), threshold
-
-
-class SquadV2(evaluate.Metric):
-    """The metrics as an ``evaluate.Metric``: ``SquadV2().compute(predictions=..., references=...)``; arguments and
-    results as for :func:`squad_v2_metrics`."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        features = datasets.Features(
-            {
-                "predictions": {
-                    "id": datasets.Value("string"),
-                    "prediction_text": datasets.Value("string"),
-                    "no_answer_probability": datasets.Value("float32"),
-                },
-                "references": {
-                    "id": datasets.Value("string"),
-                    "answers": {
-                        "text": datasets.List(datasets.Value("string")),
-                        "answer_start": datasets.List(datasets.Value("int32")),
-                    },
-                },
-            }
-        )
-        return evaluate.MetricInfo(
-            description="SQuAD v2: exact match, F1 and AvNA, in all, with and without answer.",
-            citation="Rajpurkar, Jia, Liang: Know What You Don't Know, arXiv 1806.03822",
-            inputs_description=squad_v2_metrics.__doc__ or "",
-            features=features,
-        )
-
-    def _compute(self, predictions, references, no_answer_threshold: float = 1.0) -> dict[str, float]:
-        return squad_v2_metrics(predictions, references, no_answer_threshold)

@@ -11,23 +11,19 @@ from hf_reram import DeviceConfig
 from hf_reram.config import dac_grid
 from hf_reram.device.iv import cell_current, full_scale_gain, least_squares_gain, sinh_coefficients, uniform_gain
 from hf_reram.device.moments import WeightError, weight_error
-from hf_reram.device.retention import horner
-from hf_reram.nn.ops.cells import DriftedWeight, WeightVariance, map_weight, weight_mean
-from hf_reram.nn.ops.chunks import odd_polynomial_
-from hf_reram.nn.ops.functional import Quantize, ShrunkSinh
-from hf_reram.nn.ops.power import InputPower, OutputPower, Pull, Tap
+from hf_reram.nn.ops import cpu, reference
+from hf_reram.nn.ops.functions import (
+    DriftedWeight,
+    Quantize,
+    RowPower,
+    ShrunkSinh,
+    TotalPower,
+    WeightVariance,
+    clip_weight,
+)
+from hf_reram.nn.ops.reference import weight_mean
 
 F64 = torch.float64
-
-
-@pytest.mark.parametrize("b", [1e-3, 0.3, 0.9, 1.5, 4.0], ids=lambda b: f"{len(sinh_coefficients(b))} coefficients")
-def test_odd_polynomials_in_few_passes(b):
-    coefficients = sinh_coefficients(b)
-    for dtype, tolerance in ((torch.float32, 5e-7), (torch.float64, 1e-13)):
-        t = torch.linspace(-b, b, 1001, dtype=dtype)
-        exact = t.double() * horner(coefficients, t.double().square())
-        result = odd_polynomial_(coefficients, t.clone(), torch.empty_like(t), torch.empty_like(t))
-        torch.testing.assert_close(result.double(), exact, rtol=tolerance, atol=0)
 
 
 @settings(max_examples=40, deadline=None)
@@ -41,12 +37,11 @@ def test_sinh_is_exact_to_float32(b, span, seed):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.floats(1e-3, 4.0), st.floats(-30, 30).map(lambda e: 10.0**e), st.booleans())
-def test_sinh_gradient_at_any_input_range(b, span, powers):
+@given(st.floats(1e-3, 4.0), st.floats(-30, 30).map(lambda e: 10.0**e))
+def test_sinh_gradient_at_any_input_range(b, span):
     x = (torch.randn(300, generator=torch.Generator().manual_seed(0)) * span).requires_grad_()
-    pull = Pull() if powers else None
-    phi = ShrunkSinh.apply(x, span, b, 0, span / b, pull)
-    (phi.sum() + InputPower.apply(phi, None, pull).sum() * 0 if powers else phi.sum()).backward()
+    phi = ShrunkSinh.apply(x, span, b, 0, span / b)
+    phi.sum().backward()
     u = x.detach().double() / span
     slope = torch.where(u.abs() < 1, torch.cosh(b * u), 0.0)
     torch.testing.assert_close(x.grad.double(), slope, rtol=1e-5, atol=1e-6)
@@ -76,7 +71,7 @@ def test_a_dac_uses_its_codes_and_no_more(bits, floor):
 def test_one_sided_inputs_are_driven_and_clipped_on_their_side(b, floor):
     levels, lowest = dac_grid(6, floor)
     x = torch.linspace(-2.00031, 1.99977, 3989, requires_grad=True)  # no value half way between two codes
-    s = ShrunkSinh.apply(x, 1.6, b, levels, 1.0, None, lowest)
+    s = ShrunkSinh.apply(x, 1.6, b, levels, 1.0, lowest)
     s.sum().backward()
     u = (x.detach().double() / 1.6).clamp(lowest, 1)
     u = (u * levels).round() / levels
@@ -88,8 +83,7 @@ def test_one_sided_inputs_are_driven_and_clipped_on_their_side(b, floor):
 
 @pytest.mark.parametrize("shape", [(7, 5), (2, 3, 4, 5), (600, 700)])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
-@pytest.mark.parametrize("powers", [True, False])
-def test_chunked_float32_path_agrees_with_float64(shape, layout, powers):
+def test_pieces_agree_with_the_definition_in_float64(shape, layout):
     x = torch.randn(shape)
     if layout == "channels_last" and x.dim() == 4:
         x = x.to(memory_format=torch.channels_last)
@@ -98,10 +92,7 @@ def test_chunked_float32_path_agrees_with_float64(shape, layout, powers):
     grad = torch.randn_like(x)
     x32, x64 = x.clone().requires_grad_(), x.double().requires_grad_()
     for t, g in ((x32, grad), (x64, grad.double())):
-        pull = Pull()
-        s = ShrunkSinh.apply(t, 1.5, 0.8, 0, 1.7, pull)
-        loss = (s * g).sum()
-        (loss + InputPower.apply(s, None, pull).square().sum() if powers else loss).backward()
+        (ShrunkSinh.apply(t, 1.5, 0.8, 0, 1.7) * g).sum().backward()
     torch.testing.assert_close(x32.grad, x64.grad.float(), rtol=1e-5, atol=1e-6)
 
 
@@ -115,16 +106,13 @@ def test_sinh_saves_a_single_tensor():
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("b", [1e-5, 0.8])
 @pytest.mark.parametrize("levels", [0, 31])
-@pytest.mark.parametrize("powers", [True, False])
-def test_an_input_may_be_kept_and_a_gradient_overwritten(dtype, b, levels, powers):
+def test_an_input_may_be_kept_and_a_gradient_overwritten(dtype, b, levels):
     values, offset, out = torch.randn(50, 6, dtype=dtype), torch.randn(6, dtype=dtype), torch.randn(50, 6, dtype=dtype)
     found = []
     for keep_input, in_place in ((False, False), (True, False), (True, True), (False, True)):
-        x, grad, pull = values.clone().requires_grad_(), out.clone(), Pull()
-        s = ShrunkSinh.apply(x, 1.3, b, levels, 0.7, pull, -0.5, offset, in_place, keep_input)
-        # A matrix product hands over a gradient of its own, as `grad` is here.
-        outputs = (s, InputPower.apply(s, None, pull).sum()) if powers else (s,)
-        torch.autograd.backward(outputs, (grad, torch.tensor(0.3, dtype=dtype))[: len(outputs)])
+        x, grad = values.clone().requires_grad_(), out.clone()
+        s = ShrunkSinh.apply(x, 1.3, b, levels, 0.7, -0.5, offset, in_place, keep_input)
+        s.backward(grad)  # a matrix product hands over a gradient of its own, as this is
         found.append(x.grad)
         assert in_place or torch.equal(grad, out)
     assert found[0].any() and all(torch.equal(found[0], other) for other in found[1:])
@@ -155,8 +143,8 @@ def test_weight_functions_have_right_gradients():
     weight = torch.randn(6, 5, dtype=F64, requires_grad=True)
     scale = torch.rand(6, 1, dtype=F64) + 0.5
     error = WeightError((0.1, 0.3, -0.2, 0.4), (0.3, -0.4, 1.2), ((0.0, 0.0),))
-    assert gradcheck(lambda w: map_weight(w, scale), (weight,))
-    assert gradcheck(lambda w: WeightVariance.apply(w, scale, error), (weight,))
+    assert gradcheck(lambda w: clip_weight(w, scale), (weight,))
+    assert gradcheck(lambda w: WeightVariance.apply(clip_weight(w, scale), scale, error), (weight,))
 
 
 @pytest.mark.parametrize("mean", [(0.0, 0.0), (0.0, -0.1, 0.2)])
@@ -169,13 +157,35 @@ def test_drifted_weight_has_right_values_and_gradients(mean, std):
     if std:
         square = np.polynomial.Polynomial(std) ** 2 + 0.05
         error = WeightError(tuple(square.coef), tuple(square.deriv().coef), (mean,), std, 0.05)
-    assert gradcheck(lambda w: DriftedWeight.apply(w, scale, noise, error, True), (weight,))
-    assert gradcheck(lambda w: DriftedWeight.apply(w, scale, noise, error, False)[0], (weight,))
-    drifted, variance = DriftedWeight.apply(weight, scale, noise, error, True)
-    torch.testing.assert_close(variance, WeightVariance.apply(weight, scale, error))
-    held = map_weight(weight, scale)
-    wanted = held + weight_mean(weight, scale, mean) + variance.sqrt() * noise
-    torch.testing.assert_close(drifted, wanted)
+    assert gradcheck(lambda w: DriftedWeight.apply(clip_weight(w, scale), scale, noise, error), (weight,))
+    held = clip_weight(weight, scale)
+    variance = WeightVariance.apply(held, scale, error)
+    wanted = held + weight_mean(held, scale, mean) + variance.sqrt() * noise
+    torch.testing.assert_close(DriftedWeight.apply(held, scale, noise, error), wanted)
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (700, 900), (3, 4, 5, 2)], ids=str)
+@pytest.mark.parametrize("per", ["row", "column", "all"])
+@pytest.mark.parametrize("std", [None, (0.2, 0.3, -0.1)])
+def test_cells_in_pieces_agree_with_the_definition(shape, per, std):
+    """As whole tensors in float64."""
+    sizes = {"row": (shape[0], *[1] * (len(shape) - 1)), "column": (shape[-1],), "all": (1,) * len(shape)}
+    scale, noise = torch.rand(sizes[per]) + 0.5, torch.randn(shape)
+    weight, out = torch.randn(shape).clamp(-scale, scale), torch.randn(shape)
+    error = WeightError((0.1, 0.3, -0.2, 0.4), (0.3, -0.4, 1.2), ((0.0, -0.1, 0.2),), std, 0.05)
+    wide = [t.double() for t in (weight, scale, noise, out)]
+    drifted, slope = cpu.drifted_weight(weight, scale, noise, error, True)
+    pairs = [
+        (drifted, reference.drifted_weight(*wide[:3], error)),
+        (slope, reference.drift_slope(*wide[:3], error)),
+        (cpu.weight_variance(weight, scale, error), reference.weight_variance(*wide[:2], error)),
+        (
+            cpu.weight_variance_gradient(out, weight, scale, error),
+            reference.weight_variance_gradient(wide[3], *wide[:2], error),
+        ),
+    ]
+    for found, wanted in pairs:
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
 
 
 KEEPS = [None, torch.tensor([1, 1, 0, 1, 0, 1, 1.0], dtype=F64)]
@@ -183,53 +193,33 @@ KEEPS = [None, torch.tensor([1, 1, 0, 1, 0, 1, 1.0], dtype=F64)]
 
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("inner", [(), (3, 2)])
-@pytest.mark.parametrize("tapped", [True, False])
-def test_output_power(keep, inner, tapped):
+def test_output_power(keep, inner):
     y = torch.randn(7, 5, *inner, dtype=F64, requires_grad=True)
     bias = torch.randn(5, *[1] * len(inner), dtype=F64, requires_grad=True)
-
-    def power(clean, bias):
-        pull = Pull() if tapped else None
-        out = Tap.apply(clean + bias.detach(), bias, pull) if tapped else clean + bias
-        return OutputPower.apply(out, bias, keep, pull) + 0.1 * out.pow(3).sum()
-
-    assert gradcheck(power, (y, bias))
+    assert gradcheck(lambda y, bias: TotalPower.apply(y, bias, keep), (y, bias))
     rows = slice(None) if keep is None else keep.bool()
-    torch.testing.assert_close(OutputPower.apply(y, bias, keep, None), (y - bias)[rows].square().sum())
+    torch.testing.assert_close(TotalPower.apply(y, bias, keep), (y - bias)[rows].square().sum())
+    narrow = None if keep is None else keep.float()
+    for b in (None, bias):
+        amount, signal = torch.tensor(0.7, dtype=F64), [y.detach(), None if b is None else b.detach()]
+        small = [None if t is None else t.float() for t in signal]
+        assert float(cpu.total_power(*small, narrow)) == pytest.approx(float(TotalPower.apply(*signal, keep)))
+        found, wanted = (
+            cpu.power_gradient(amount.float(), *small, narrow),
+            reference.power_gradient(amount, *signal, keep),
+        )
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("inner", [(), (3, 2)])
-@pytest.mark.parametrize("b", [1e-5, 0.5])
-def test_input_power(keep, inner, b):
+def test_input_power(keep, inner):
     x = torch.randn(7, 5, *inner, dtype=F64, requires_grad=True)
-    span = torch.tensor([1.3], dtype=F64, requires_grad=True)
-    weight = torch.randn(5, *inner, dtype=F64)
-
-    def power(x, span):
-        pull = Pull()
-        s = ShrunkSinh.apply(x, span, b, 0, 0.7, pull)
-        first = InputPower.apply(s, keep, pull)
-        second = InputPower.apply(s, keep, pull)  # shared by two layers
-        return (weight * (first + second.square())).sum() + s.pow(3).sum()
-
-    assert gradcheck(power, (x, span))
-    assert gradcheck(lambda x: power(x, 1.3), (x,))
+    assert gradcheck(lambda x: RowPower.apply(x, keep), (x,))
     rows = slice(None) if keep is None else keep.bool()
-    torch.testing.assert_close(InputPower.apply(x, keep, None), x[rows].square().sum(0))
-    assert gradcheck(lambda x: InputPower.apply(x, keep, None), (x,))
-
-
-def test_a_pull_left_by_a_partial_backward_pass_is_not_added_to_the_next():
-    x, w = (torch.randn(7, 5, dtype=F64, requires_grad=True) for _ in range(2))
-    pull = Pull()
-    s = ShrunkSinh.apply(x, 1.3, 0.5, 0, 1.0, pull)
-    loss = (w * InputPower.apply(s, None, pull)).sum()
-    torch.autograd.grad(loss, w, retain_graph=True)
-    (found,) = torch.autograd.grad(loss, x)
-    again = ShrunkSinh.apply(x, 1.3, 0.5, 0)
-    (wanted,) = torch.autograd.grad((w * again.square().sum(0)).sum(), x)
-    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(RowPower.apply(x, keep), x[rows].square().sum(0))
+    found = cpu.row_power(x.detach().float(), None if keep is None else keep.float())
+    torch.testing.assert_close(found.double(), x.detach()[rows].square().sum(0), rtol=1e-5, atol=1e-6)
 
 
 def test_quantize_rounds_saturates_and_passes_gradients():
@@ -276,7 +266,6 @@ def test_quantize_in_place(shape):
 def test_frozen_weights_drift_alike():
     weight, scale, noise = torch.randn(6, 5), torch.rand(6, 1) + 1, torch.randn(6, 5)
     error = weight_error(DeviceConfig.from_preset("hfox-neurram"), (86400.0,), None)
-    learned = DriftedWeight.apply(weight.clone().requires_grad_(), scale, noise, error, True)
-    frozen = DriftedWeight.apply(weight, scale, noise, error, True)
-    assert all(torch.equal(one, other) for one, other in zip(learned, frozen, strict=True))
-    assert not frozen[0].requires_grad
+    learned = DriftedWeight.apply(weight.clone().requires_grad_(), scale, noise, error)
+    frozen = DriftedWeight.apply(weight, scale, noise, error)
+    assert torch.equal(learned, frozen) and not frozen.requires_grad

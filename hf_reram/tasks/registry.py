@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoTokenizer
 
 from ..config import ReRAMConfig
 from .data import KINDS, draw, load_rows
@@ -35,6 +34,8 @@ def question_answering(model: Any, name: str, dataset: Any, batch_size: int = 32
     Raises:
         ValueError: the data are not SQuAD-like.
     """
+    from transformers import AutoTokenizer
+
     evaluate = QuestionAnswering(dataset, AutoTokenizer.from_pretrained(name), batch_size=batch_size)
     batches = [batch for _, batch in evaluate.batches]
     answerable = any(len(row["text"]) for row in dataset["answers"])

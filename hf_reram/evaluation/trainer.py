@@ -1,0 +1,92 @@
+"""The part of a Trainer that evaluates a model as chips."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..device.time import format_time, parse_time
+from ..model.deploy import deploy
+from .report import RobustnessReport
+from .robustness import DEFAULT_TIMES, evaluate_robustness
+
+if TYPE_CHECKING:
+    from transformers.trainer_utils import EvalLoopOutput
+
+# Of Trainer, beside which the mixin stands.
+Base: Any = object
+
+
+class EvaluationMixin(Base):
+    """What :class:`hf_reram.ReRAMTrainerMixin` does to evaluate: chips beside every evaluation, and whole robustness
+    reports."""
+
+    def __init__(self, *args, eval_times: Sequence[str | float] = (), eval_chips: int = 3, **kwargs):
+        if isinstance(eval_chips, bool) or not isinstance(eval_chips, int) or eval_chips < 1:
+            raise ValueError(f"eval_chips={eval_chips!r}: allowed is an integer of at least 1")
+        if isinstance(eval_times, str):
+            eval_times = [eval_times]
+        self.eval_times, self.eval_chips = [parse_time(t) for t in eval_times], eval_chips
+        super().__init__(*args, **kwargs)
+
+    def evaluation_loop(
+        self,
+        dataloader,
+        description,
+        prediction_loss_only=None,
+        ignore_keys=None,
+        metric_key_prefix="eval",
+    ) -> "EvalLoopOutput":
+        measure = super().evaluation_loop
+        output = measure(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        metrics: dict[str, float] = output.metrics or {}
+        for time in self.eval_times if metric_key_prefix.startswith("eval") else ():
+            prefix = f"{metric_key_prefix}_{format_time(time)}"
+            chips = []
+            for seed in range(self.eval_chips):
+                with deploy(self.model, time, seed=seed):
+                    one = measure(dataloader, description, prediction_loss_only, ignore_keys, prefix)
+                chips.append(_numbers_of(one.metrics, prefix))
+            for name in chips[0]:
+                metrics[name] = sum(chip[name] for chip in chips) / len(chips)
+        return output
+
+    def evaluate_robustness(
+        self,
+        times: Sequence[str | float] = DEFAULT_TIMES,
+        temperatures: Sequence[float | None] = (None,),
+        seeds: int | Iterable[int] = 10,
+        eval_dataset=None,
+        metrics: Sequence[str] | None = None,
+        **kwargs,
+    ) -> RobustnessReport:
+        """The model as chips over time, on ``eval_dataset``; see :func:`hf_reram.evaluate_robustness`.
+
+        Args:
+            metrics: which of the metrics to keep, with or without the prefix "eval_"; None keeps all.
+
+        Raises:
+            ValueError: ``metrics`` names one that the evaluation does not give.
+        """
+        dataloader, measure = self.get_eval_dataloader(eval_dataset), super().evaluation_loop
+
+        def evaluate(model) -> dict[str, float]:
+            output = measure(dataloader, "chips", metric_key_prefix="eval")
+            found = {k.removeprefix("eval_"): v for k, v in _numbers_of(output.metrics, "eval").items()}
+            if metrics is None:
+                return found
+            wanted = [name.removeprefix("eval_") for name in metrics]
+            if missing := [name for name in wanted if name not in found]:
+                raise ValueError(f"metrics={missing!r}: allowed are {sorted(found)}")
+            return {name: found[name] for name in wanted}
+
+        bars, self.args.disable_tqdm = self.args.disable_tqdm, True
+        callbacks = self.callback_handler.callbacks
+        self.callback_handler.callbacks = []  # no progress bar per chip, no prediction events
+        try:
+            return evaluate_robustness(self.model, evaluate, times, temperatures, seeds, **kwargs)
+        finally:
+            self.args.disable_tqdm, self.callback_handler.callbacks = bars, callbacks
+
+
+def _numbers_of(metrics: dict[str, Any] | None, prefix: str) -> dict[str, float]:
+    timing = f"{prefix}_model_preparation_time"
+    return {k: float(v) for k, v in (metrics or {}).items() if k != timing and isinstance(v, (int, float))}

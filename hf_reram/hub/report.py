@@ -1,0 +1,107 @@
+"""A robust checkpoint's robustness report: found beside the weights, and held against them."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from safetensors import safe_open
+from torch import nn
+from transformers.utils import cached_file, extract_commit_hash, logging
+
+from ..evaluation.report import RobustnessReport
+from ..model.digest import weights_digest
+from ..model.find import crossbar_state
+from ..model.summary import summarize
+from .about import about_model
+
+logger = logging.get_logger(__name__)
+
+REPORT = "robustness.json"
+
+# torch's names of floating-point types as safetensors spells them.
+_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def stored_report(name: str | os.PathLike, **where: Any) -> RobustnessReport | None:
+    """The report beside a checkpoint's weights, or None.
+
+    Args:
+        name: folder or Hub id. where: ``revision``, ``token`` and others as in ``from_pretrained``.
+
+    Raises:
+        ValueError: the file there is no robustness report.
+    """
+    try:
+        path = cached_file(name, REPORT, **where)
+    except OSError:  # no such file, or no way to it
+        return None
+    return None if path is None else RobustnessReport.from_json(path)
+
+
+def report_of(model: nn.Module) -> RobustnessReport | None:
+    """The report of a patched model as it is now: the one that :func:`hf_reram.evaluate_robustness` made of it last, or
+    that came with its checkpoint. None where there is none, or where it was measured on other weights.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    report = crossbar_state(model).report
+    return report if report is not None and report.weights == weights_digest(model) else None
+
+
+def unmeasured(model: Any, repo: str | None = None) -> RobustnessReport:
+    """A report without measurements, for the card of a model that was not evaluated."""
+    report = RobustnessReport([], config=crossbar_state(model).config.to_dict(), summary=str(summarize(model)))
+    report.about = about_model(model, None, repo).to_dict()
+    return report
+
+
+def attach_stored_report(model: Any, files: Sequence[str] | None) -> None:
+    """Give a loaded model the report beside its checkpoint, or warn that it was measured on other weights.
+
+    Args:
+        files: the checkpoint's weight files. Weights that were loaded in another dtype cannot be compared: the model
+            then has no report.
+    """
+    name = getattr(model, "name_or_path", "")
+    if not name or not files or any(p.is_meta for p in model.parameters()):
+        return
+    commit = extract_commit_hash(files[0], None)
+    try:
+        report = stored_report(name, **({} if commit is None else {"revision": commit}))
+    except ValueError as error:
+        logger.warning("the robustness report of %s cannot be read: %s", name, error)
+        return
+    if report is None or _dtypes_of(files) != {str(p.dtype).removeprefix("torch.") for p in _floats(model)}:
+        return
+    attach_report(model, report, name)
+
+
+def attach_report(model: Any, report: RobustnessReport, name: str | os.PathLike) -> None:
+    """Give a patched model a report that came from ``name``, or warn that it was measured on other weights."""
+    found = weights_digest(model)
+    if report.weights == found:
+        crossbar_state(model).report = report
+    else:
+        logger.warning(
+            "%s: its %s was measured on other weights (digest %s, these have %s): its figures are not this model's",
+            name,
+            REPORT,
+            report.weights[:12] or "missing",
+            found[:12],
+        )
+
+
+def _floats(model: nn.Module):
+    return (t for t in model.state_dict().values() if t.is_floating_point())
+
+
+def _dtypes_of(files: Sequence[str]) -> set[str]:
+    """Floating-point types in the files, as torch calls them."""
+    found = set()
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            continue
+        with safe_open(file, framework="pt") as tensors:
+            found |= {tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
+    return {_FLOATS[kind] for kind in found if kind in _FLOATS}

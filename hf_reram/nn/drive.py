@@ -1,0 +1,152 @@
+"""The DACs and the I-V curve: what of an input reaches the array, ``phi((x - o) / a)``.
+
+Query, key and value read the same input, so its sinh is computed once: the last driven input is remembered by weak
+references, so that nothing lives longer for it, but in evaluation, where autograd does not keep it, until its input
+goes or the next one comes.
+"""
+
+import math
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import dac_grid
+from ..device.iv import LINEAR_B
+from .ops.functions import RowPower, ShrunkSinh
+from .scalars import Scalars
+
+if TYPE_CHECKING:
+    from .layer import CrossbarLayer
+
+
+@dataclass
+class Driven:
+    """An input as it meets the array: ``phi = factor · s``.
+
+    Attributes:
+        x: the input. s: of its shape, padded where the layer is centered (``padded``).
+        factor: 1, folded into s, unless the input range is learned.
+        span: the input range, a float, or a tensor where it is learned.
+    """
+
+    x: Tensor
+    s: Tensor
+    factor: Tensor | float
+    span: Tensor | float
+    padded: bool
+
+
+def drive(layer: "CrossbarLayer", x: Tensor, now: Scalars) -> Driven:
+    """Center, scale, clamp to the input range, convert, and bend: ``phi = span · gain/b · sinh(b u)``."""
+    span = input_range(layer, x, now)
+    levels, floor = dac_grid(layer.crossbar.config.dac_bits, now.input_floor)
+    factor: Any = span * (now.gain if now.b < LINEAR_B else now.gain / now.b)
+    if isinstance(span, Tensor):
+        return Driven(x, _sinh(layer, x, span, levels, 1.0, floor, now), factor, span, now.centered)
+
+    def compute() -> Tensor:
+        return _sinh(layer, x, span, levels, factor, floor, now)
+
+    key = (span, now.b, levels, floor, factor, now.mark, layer.geometry() if now.mark else ())
+    return Driven(x, _shared(x, key, compute), 1.0, span, now.centered)
+
+
+def input_range(layer: "CrossbarLayer", x: Tensor, now: Scalars) -> Any:
+    """A float, or a tensor where it is learned; that of the batch where the layer is not calibrated.
+
+    Raises:
+        ValueError: not calibrated and ``x`` holds NaN.
+    """
+    if isinstance(layer.input_range, nn.Parameter):
+        return layer.input_range.clamp(min=1e-12)
+    span = now.input_range
+    if span <= 0:
+        span = float(x.detach().abs().max()) * (1 + 1e-5) if x.numel() else 1.0
+        if math.isnan(span):
+            raise ValueError(f"the input of layer {layer.crossbar_name!r} contains NaN")
+    return span or 1.0
+
+
+def center(layer: "CrossbarLayer", x: Tensor, offset: Tensor) -> Tensor:
+    """``x - o``, padded. Padding is part of the input, so it is centered too."""
+    return layer.pad(x) - layer.over_channels(offset).to(x.dtype)
+
+
+def equalize(layer: "CrossbarLayer", x: Tensor, scale: Tensor) -> Tensor:
+    """``x / a``."""
+    return x / layer.over_channels(scale).to(x.dtype)
+
+
+def to_dacs(layer: "CrossbarLayer", x: Tensor, now: Scalars) -> Tensor:
+    """``(x - o) / a``, as the DACs get it."""
+    if not now.equalized:
+        return center(layer, x, layer.input_offset) if now.centered else x
+    factor = layer.over_channels(1 / layer.input_scale).to(x.dtype)
+    if not now.centered:
+        return x * factor
+    shift = layer.over_channels(-layer.driven_offset()).to(x.dtype)
+    return torch.addcmul(shift, layer.pad(x), factor)  # one pass
+
+
+def _sinh(layer: "CrossbarLayer", x: Tensor, span: Any, levels: int, gain: float, floor: float, now: Scalars) -> Tensor:
+    offset = None
+    if layer.channel_dim == -1 and now.centered and not now.equalized:
+        offset = layer.input_offset.to(x.dtype)  # in the same pass
+    else:
+        x = to_dacs(layer, x, now)
+    frozen = not layer.weight.requires_grad
+    return ShrunkSinh.apply(x, span, now.b, levels, gain, floor, offset, True, frozen)
+
+
+# Sharing
+
+
+class _Last(threading.local):
+    x: Any = None
+    key: tuple = ()
+    s: Any = None
+    power: Any = None
+
+
+_LAST = _Last()
+
+
+def _shared(x: Tensor, key: tuple, compute: Callable[[], Tensor]) -> Tensor:
+    """``compute()``, or its last result if that was for the same tensor ``x``, unchanged, and the same ``key``."""
+    if torch.compiler.is_compiling() or x.is_inference():
+        return compute()
+    key = (*key, x._version, torch.is_grad_enabled())
+    if _LAST.x is not None and _LAST.x() is x and _LAST.key == key and (s := _LAST.s()) is not None:
+        return s
+    s = compute()
+    _LAST.x, _LAST.key, _LAST.power = weakref.ref(x, _forget), key, None
+    _LAST.s = weakref.ref(s) if s.requires_grad else lambda: s
+    return s
+
+
+def _forget(x: weakref.ref) -> None:
+    if _LAST.x is x:
+        _LAST.x = _LAST.s = _LAST.power = None
+
+
+def row_power(layer: "CrossbarLayer", driven: Driven, keep: Tensor | None) -> Tensor:
+    """``Σ_n s_n²`` of each crossbar row over all vectors that met it, (groups, rows); once for shared inputs.
+
+    Args:
+        keep: 0 for tokens that do not count, (tokens,), or None.
+    """
+    s = driven.s
+    shared = not torch.compiler.is_compiling() and _LAST.s is not None and _LAST.s() is s
+    power = _LAST.power() if shared and _LAST.power is not None else None
+    if power is None:
+        power = RowPower.apply(layer.examples(s), keep)
+        if shared:
+            _LAST.power = weakref.ref(power)
+    # A window's sum of squares needs no windows of the whole batch.
+    rows = power[None] if driven.padded else layer.pad(power[None])
+    return layer.windows(rows).sum(0).view(layer.groups, -1)

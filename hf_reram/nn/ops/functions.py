@@ -1,0 +1,236 @@
+"""The operations as layers call them: autograd functions around their definitions (:mod:`.reference`), which save as
+little as their gradients need, and run in pieces on a CPU (:mod:`.cpu`) or in fused kernels (:mod:`.fused`)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from ...device.moments import WeightError
+from . import cpu, fused, reference
+
+
+class ShrunkSinh(Function):
+    """``s = gain · sinh(b clamp((x - offset) / span, floor, 1))``, the array's voltage-to-current curve.
+
+    Saves only ``s``, which the following matrix product saves anyway: ``ds/dx = b / span · sqrt(gain² + s²)`` inside
+    the range and 0 outside. For ``b < 1e-4``, where the curve is straight, it is ``gain · u``.
+
+    Args:
+        x: inputs, any shape.
+        span: the input range, a positive float, or a tensor with one element, which then gets a gradient.
+        b: dimensionless, see :mod:`hf_reram.device.iv`.
+        levels: DAC levels up to 1, 0 for no quantization; its gradient is straight through.
+        gain: a positive float.
+        floor: lowest u, from -1 to 0, on the DAC's grid; above -1 where inputs are one-sided.
+        offset: subtracted from x first, without a gradient, along its last dimension; None is 0.
+        in_place: on a CPU and in fused kernels, write the gradient of x over that of s, which nothing else may refer
+            to, as is so where s goes into matrix products only.
+        keep_input: save x and compute s anew in the backward, where nothing else saves s: the weight is frozen, and
+            x is what an adapter beside it saves.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        span: Tensor | float,
+        b: float,
+        levels: int,
+        gain: float = 1.0,
+        floor: float = -1.0,
+        offset: Tensor | None = None,
+        in_place: bool = False,
+        keep_input: bool = False,
+    ) -> Tensor:
+        s = _current(x, offset, span, b, gain, levels, floor)
+        ctx.curve, ctx.in_place, ctx.keep_input = (b, gain, levels, floor), in_place, keep_input
+        ctx.span = None if isinstance(span, Tensor) else span
+        learned = span if isinstance(span, Tensor) else None
+        ctx.save_for_backward(x if keep_input else s, learned, offset if keep_input else None)
+        return s
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        s, learned, offset = ctx.saved_tensors
+        b, gain, levels, floor = ctx.curve
+        span = ctx.span if learned is None else learned
+        if ctx.keep_input:
+            s = _current(s, offset, span, b, gain, levels, floor)
+        low, high = reference.sinh_limits(b, gain, floor, s.dtype)
+        rest = (None,) * 7
+        if b < reference.LINEAR_B:
+            slope = reference.inside(grad, s, low, high) * gain
+            grad_x = slope / span
+        elif learned is None and (twin := fused.twin(grad, s) or (cpu if cpu.takes(grad, s) else None)):
+            target = grad if ctx.in_place else grad.clone()
+            return twin.shrunk_sinh_gradient_(target, s, low, high, b / span, gain), None, *rest
+        else:
+            slope = reference.shrunk_sinh_gradient(grad, s, low, high, 1.0, gain)
+            grad_x = slope * (b / span)
+        grad_span = None
+        if ctx.needs_input_grad[1]:  # du/dspan = -u / span
+            u = s / gain if b < reference.LINEAR_B else torch.asinh(s / gain)
+            grad_span = -((slope * u).sum() / span).reshape(learned.shape)
+        return grad_x, grad_span, *rest
+
+
+def _current(
+    x: Tensor, offset: Tensor | None, span: Tensor | float, b: float, gain: float, levels: int, floor: float
+) -> Tensor:
+    x = x.detach()
+    if cpu.takes(x):
+        span = float(span)  # on a GPU, to read a learned one is to wait
+    if isinstance(span, float) and (twin := fused.twin(x)):
+        return twin.shrunk_sinh(x, offset, span, b, gain, levels, floor)
+    if cpu.takes(x):
+        return cpu.shrunk_sinh(x, offset, span, b, gain, levels, floor)  # type: ignore[arg-type]
+    return reference.shrunk_sinh(x, offset, span, b, gain, levels, floor)
+
+
+class Quantize(Function):
+    """Round to multiples of ``step`` within ``±levels · step``, and add a bias; the gradient is straight through.
+
+    Args:
+        y: any shape. step: positive, broadcastable to it (0 gives 0). levels: ``2^(bits-1) - 1``.
+        bias: broadcastable to y, or None.
+        in_place: write into y, which must be no view, and which no other operation may need: 2 ms for a 3072 x 1536
+            activation on CPU, and 8 ms with a tensor of its own, most of it page faults.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, y: Tensor, step: Tensor, levels: int, bias: Tensor | None = None, in_place: bool = False
+    ) -> Tensor:
+        ctx.shape = None if bias is None else bias.shape
+        if in_place and (twin := fused.twin(y)):
+            result = twin.quantize_(y, step, levels, bias)
+        elif cpu.takes(y):
+            result = cpu.quantize(y, step, levels, bias, y if in_place else torch.empty_like(y))
+        else:
+            return reference.quantize(y, step, levels, bias)
+        if in_place:
+            ctx.mark_dirty(result)
+        return result
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        learned = ctx.shape is not None and ctx.needs_input_grad[3]
+        return grad, None, None, grad.sum_to_size(ctx.shape) if learned else None, None
+
+
+class _Clip(Function):
+    @staticmethod
+    def forward(ctx, weight: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        return reference.clip(weight, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        return reference.clip_gradient(grad, *ctx.saved_tensors), None
+
+
+def clip_weight(weight: Tensor, scale: Tensor) -> Tensor:
+    """``clamp(W, -w_scale, w_scale)``: the weights that the cells can hold; those beyond get no gradient. Where all are
+    within, as they are after every step of training, that is ``W`` itself, which costs no pass: on CPU, where looking
+    is cheap, it is looked at.
+
+    Args:
+        weight: any shape. scale: w_scale, broadcastable to it.
+    """
+    if weight.is_cpu and not torch.compiler.is_compiling() and cpu.all_within(weight.detach(), scale):
+        return weight
+    return _Clip.apply(weight, scale)
+
+
+class WeightVariance(Function):
+    """``s²(W) = w_scale² P(|W| / w_scale)``, the retention variance of each weight.
+
+    Args:
+        weight: within its range, any shape. scale: w_scale, broadcastable to it; where it is 0 the result is 0.
+        error: whose variance P is.
+    """
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, scale: Tensor, error: WeightError) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        ctx.error = error
+        return (cpu if cpu.takes(weight) else reference).weight_variance(weight, scale, error)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        weight, scale = ctx.saved_tensors
+        twin: Any = cpu if cpu.takes(weight) else reference
+        return twin.weight_variance_gradient(grad, weight, scale, ctx.error), None, None
+
+
+class DriftedWeight(Function):
+    """``W + m(W) + s(W) ε``: weights as found after the retention time, for given variates ε, differentiable through
+    shift and spread.
+
+    Args:
+        weight: within its range, any shape, at least float32. scale: w_scale, broadcastable to it.
+        noise: ε, of the weight's shape. error: of one time.
+    """
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, scale: Tensor, noise: Tensor, error: WeightError) -> Tensor:
+        learned = ctx.needs_input_grad[0]  # beside an adapter the cells are frozen
+        slope: Tensor | None = None
+        if cpu.takes(weight):
+            drifted, slope = cpu.drifted_weight(weight, scale, noise, error, learned)
+        else:
+            drifted = reference.drifted_weight(weight, scale, noise, error)
+            slope = reference.drift_slope(weight, scale, noise, error) if learned else None
+        ctx.save_for_backward(slope)  # instead of the noise: it costs the same memory
+        return drifted
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        (slope,) = ctx.saved_tensors
+        return grad * slope, None, None, None
+
+
+class RowPower(Function):
+    """``Σ_n k_n s_n²`` for each element of a row of ``s``, of the shape of a row, at least in float32.
+
+    Args:
+        s: (rows, ...). keep: (rows,) of 0 and 1, or None for all rows.
+    """
+
+    @staticmethod
+    def forward(ctx, s: Tensor, keep: Tensor | None) -> Tensor:
+        ctx.save_for_backward(s, keep)
+        return (cpu if cpu.takes(s) else reference).row_power(s, keep)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        s, keep = ctx.saved_tensors
+        return (cpu if cpu.takes(s) else reference).power_gradient(grad, s, None, keep), None
+
+
+class TotalPower(Function):
+    """``Σ_n k_n |y_n - bias|²``: the power of a layer's output without its digital bias, at least in float32.
+
+    Args:
+        y: (rows, ...). bias: broadcastable to a row, or None. keep: (rows,) of 0 and 1, or None for all rows.
+    """
+
+    @staticmethod
+    def forward(ctx, y: Tensor, bias: Tensor | None, keep: Tensor | None) -> Tensor:
+        ctx.save_for_backward(y, bias, keep)
+        return (cpu if cpu.takes(y) else reference).total_power(y, bias, keep)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        y, bias, keep = ctx.saved_tensors
+        result = (cpu if cpu.takes(y) else reference).power_gradient(grad, y, bias, keep)
+        return result, -result.sum_to_size(bias.shape) if ctx.needs_input_grad[1] else None, None

@@ -1,0 +1,74 @@
+"""From the array's currents to the output: the product tile by tile, the ADCs, read noise, digital scale and bias."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..config import converter_levels
+from ..device.read_noise import relative_read_noise
+from .array import Held
+from .drive import Driven
+from .ops.functions import Quantize
+from .ops.random import white_noise_like
+from .scalars import Scalars
+
+if TYPE_CHECKING:
+    from .layer import CrossbarLayer
+
+
+def read(layer: "CrossbarLayer", driven: Driven, held: Held, now: Scalars) -> Tensor:
+    """The output: one matrix product, or one per tile with its ADC and its read noise."""
+    config = layer.crossbar.config
+    weight = held.weight if isinstance(driven.factor, float) else held.weight * driven.factor
+    bias = held.bias
+    if bias is not None and layer.training and layer.crossbar.physics.term_reads_output:
+        bias = bias.detach()  # its gradient comes from the term's attachment, without that of the term itself
+    noisy = bool(layer.chips) and config.device.read_noise > 0
+    if not config.adc_bits and not noisy:
+        return layer.multiply(driven.s, weight, bias, driven.padded)
+    units = current_units(layer, driven, now)
+    if levels := converter_levels(config.adc_bits):
+        y = _converted(layer, driven, weight, bias, units, levels, now)
+    else:
+        y = layer.multiply(driven.s, weight, bias, driven.padded)
+    if noisy:
+        std = relative_read_noise(config.device, now.pairs)
+        square: Any = sum(unit.square() for unit in units)
+        y = y.addcmul_(white_noise_like(y), square.sqrt() * std)  # of its own making
+    return y
+
+
+def current_units(layer: "CrossbarLayer", driven: Driven, now: Scalars) -> list[Tensor]:
+    """One unit of current, that of a fully-on cell at read_voltage, in units of the output, tile by tile."""
+    scale = layer.weight_scale
+    scales = scale.unbind(1) if scale.dim() == 2 else [scale] * layer.tiles()
+    factor = driven.span * (now.gain * layer.crossbar.config.device.b() / now.b)
+    return [layer.over_channels(s).to(driven.s.dtype) * factor for s in scales]
+
+
+def _converted(
+    layer: "CrossbarLayer",
+    driven: Driven,
+    weight: Tensor,
+    bias: Tensor | None,
+    units: list[Tensor],
+    levels: int,
+    now: Scalars,
+) -> Tensor:
+    y: Any = None
+    for (s, part), unit in zip(layer.split(driven.s, weight), units):
+        current = layer.multiply(s, part, None, driven.padded)
+        step = _full_scale(layer, current, unit, now) * unit / levels
+        added = layer.over_channels(bias) if y is None and bias is not None else None
+        in_place = not torch.compiler.is_compiling() and not current._is_view()  # nothing else refers to it
+        converted = Quantize.apply(current, step, levels, added, in_place)
+        y = converted if y is None else y + converted
+    return y
+
+
+def _full_scale(layer: "CrossbarLayer", current: Tensor, unit: Tensor, now: Scalars) -> Tensor:
+    """Of the ADC, in units of current; the batch's largest where it is not calibrated."""
+    if now.adc_range > 0:
+        return layer.adc_range.to(current.dtype)
+    return (current.detach().abs() / unit.detach().clamp(min=1e-30)).amax()

@@ -1,0 +1,259 @@
+"""The part of a Trainer that trains a model on simulated ReRAM crossbars."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+from transformers.trainer_utils import IntervalStrategy, has_length
+
+from ..calibration.batch_norm import freeze_batch_norm
+from ..calibration.ranges import calibrate
+from ..calibration.sensitivity import measure_sensitivity
+from ..config import ReRAMConfig
+from ..device.seeds import derived_seed
+from ..model.find import crossbar_layers, crossbar_state, crossbar_states
+from ..model.inputs import call_model
+from ..model.patch import patch_model, unpatch_model
+from .callbacks import HoldWeights, NameUncalled
+from .checkpoints import set_incomplete_aside
+from .diagnosis import explain
+from .distillation import divergence
+from .losses import add_retention_loss, measured_ratios, sampled_drift
+
+# Of Trainer, beside which the mixin stands.
+Base: Any = object
+
+
+class TrainingMixin(Base):
+    """What :class:`hf_reram.ReRAMTrainerMixin` does to train: patches and calibrates the model, adds the losses, logs
+    them, and keeps weights within the cells' range."""
+
+    model: Any
+
+    def __init__(
+        self,
+        *args,
+        reram_config: ReRAMConfig | None = None,
+        teacher: nn.Module | None = None,
+        teacher_weight: float = 1.0,
+        teacher_temperature: float = 1.0,
+        calibration_dataset=None,
+        freeze_batch_norm: bool = False,
+        **kwargs,
+    ):
+        if not 0 <= teacher_weight <= 1:
+            raise ValueError(f"teacher_weight={teacher_weight!r}: allowed is a number from 0 to 1")
+        if not 0 < teacher_temperature < math.inf:
+            raise ValueError(f"teacher_temperature={teacher_temperature!r}: allowed is a number above 0")
+        self.reram_config: Any = reram_config
+        self.teacher, self.teacher_weight, self.teacher_temperature = None, teacher_weight, teacher_temperature
+        self.calibration_dataset, self.freeze_batch_norm = calibration_dataset, freeze_batch_norm
+        self._sums: dict[str, Tensor] = {}
+        self._logged_step = 0
+        self._looked_at_loss = False
+        super().__init__(*args, **kwargs)
+        self._prepare_crossbars(self.model)
+        if teacher is not None:
+            self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
+        if self.label_names and self.teacher is not None:
+            self.can_return_loss = True
+        self.add_callback(HoldWeights(self))
+        self.add_callback(NameUncalled(self))
+
+    # Set-up
+
+    def call_model_init(self, trial=None):
+        model = super().call_model_init(trial)
+        if hasattr(self, "data_collator"):  # a later call, from train(): the first is prepared by __init__
+            self._prepare_crossbars(model.to(self.args.device))
+        return model
+
+    def _prepare_crossbars(self, model: nn.Module) -> None:
+        patched = bool(crossbar_layers(model))
+        if patched and self.reram_config is not None:
+            state = crossbar_state(model)
+            if state.config.to_dict() != self.reram_config.to_dict():
+                unpatch_model(model)
+                patched = False
+        if not patched:
+            if self.reram_config is None:
+                raise ValueError(f"the model is not patched: {type(self).__name__} needs reram_config=ReRAMConfig(...)")
+            patch_model(model, self.reram_config)
+        state = crossbar_state(model)
+        self.reram_config = state.config
+        calibrated = all(layer.calibrated for layer in crossbar_layers(model).values())
+        needs_sensitivity = state.term == "sensitivity"
+        if calibrated and not needs_sensitivity:
+            return
+        batches = self._calibration_batches()
+        if batches is None:
+            return  # evaluated only: layers then span each batch's own range, or were calibrated by hand
+        with torch.random.fork_rng():  # so that training does not depend on whether calibration was needed
+            if calibrated:
+                measure_sensitivity(model, list(batches))
+            else:
+                calibrate(model, batches)
+
+    def calibration_data(self) -> Any:
+        """The data set that the model is calibrated on, or None."""
+        return self.calibration_dataset if self.calibration_dataset is not None else self.train_dataset
+
+    def _calibration_batches(self) -> Iterable | None:
+        dataset = self.calibration_data()
+        if dataset is None:
+            return None
+        # Not get_train_dataloader: every process must see the same batches, and training none of them consumed.
+        shuffle = has_length(dataset) and not isinstance(dataset, IterableDataset)
+        loader = DataLoader(
+            dataset,
+            batch_size=self.args.per_device_train_batch_size,
+            shuffle=shuffle,
+            generator=torch.Generator().manual_seed(self.args.seed) if shuffle else None,
+            collate_fn=self.data_collator,
+        )
+        return (batch for batch, _ in zip(loader, range(self.reram_config.calibration_batches)))
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        return [n for n in super().get_decay_parameter_names(model) if not n.endswith("input_range")]
+
+    # Training
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As ``Trainer.train``. Checkpoints whose saving was interrupted are set aside, so that ``True`` resumes from
+        the last whole one; :func:`hf_reram.training.checkpoints.last_checkpoint` finds it.
+
+        Raises:
+            FloatingPointError: the loss is NaN or infinite; says which layer made it so.
+            ValueError: the model is deployed as a chip.
+        """
+        if any(layer.chips for layer in crossbar_layers(self.model).values()):
+            raise ValueError("the model is deployed as a chip, whose cells are programmed: train it outside of deploy")
+        if self.is_world_process_zero():
+            set_incomplete_aside(self.args.output_dir or ".")
+        self.accelerator.wait_for_everyone()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        kept = dict(inputs)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):  # Trainer reads the loss here too, to keep it out of its log
+            with self.compute_loss_context_manager(), sampled_drift(self.model):
+                why = explain(self.model, lambda: call_model(self.model, kept))
+            raise FloatingPointError(f"the loss of step {self.state.global_step + 1} is {float(loss)}: {why}")
+        return loss
+
+    # Loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ):
+        """The task loss, and in training the teacher's divergence and the retention loss, as the config says."""
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.freeze_batch_norm:
+            freeze_batch_norm(self.model)
+        if num_items_in_batch is not None and self.model_accepts_loss_kwargs and not self._looked_at_loss:
+            self._look_at_loss(model, inputs, num_items_in_batch)
+        state = crossbar_state(self.model)
+        seed = derived_seed(self.args.seed, f"step {self.state.global_step}")
+        for part in crossbar_states(self.model):
+            part.measure = part.term != "output" and self._measures_next()
+        consistency = state.config.retention_loss == "consistency"
+        kept = dict(inputs)
+        with sampled_drift(self.model, seed=seed):
+            task_loss, outputs = self._task_loss(model, inputs, kept, num_items_in_batch)
+        scaled = self._scaled_for_ga(num_items_in_batch)
+        steps = getattr(self, "current_gradient_accumulation_steps", 1)
+        # Per micro-batch; the Trainer divides the whole loss by the steps unless it is scaled already.
+        weight = state.config.retention_weight / (steps if scaled else 1)
+        loss, retention = task_loss, None
+        if state.term is not None:
+            loss, retention = add_retention_loss(task_loss, self.model, weight)
+        elif consistency:
+            state.measure, state.ratios = False, state.forward.ratios
+            with sampled_drift(self.model, "drift", seed):
+                retention = divergence(model(**self._without_labels(kept)), outputs)
+            loss, retention = task_loss + weight * retention, retention.detach()
+        ratios = measured_ratios(self.model)
+        self._count("task_loss", task_loss.detach().float() / (1 if scaled else steps))
+        if retention is not None:
+            self._count("retention_loss", retention.float() / steps)
+        if ratios:
+            mean = torch.stack(list(ratios.values())).mean().to(self.args.device)
+            mean = torch.stack((mean, torch.ones_like(mean)))
+            self._count("noise_to_signal", mean)
+            if retention is None:
+                self._count("retention_loss", mean)
+        return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def _look_at_loss(self, model: nn.Module, inputs: dict[str, Any], count: Any) -> None:
+        """See whether the model divides its loss by ``num_items_in_batch``. Trainer believes that of every model that
+        takes ``**kwargs``; where one averages over the batch nevertheless (BertForSequenceClassification), processes
+        and accumulated batches would add up instead of being averaged, and the retention loss would weigh less."""
+        self._looked_at_loss = True
+        if self.args.world_size * self.args.gradient_accumulation_steps == 1:
+            return
+        model.eval()
+        try:
+            one, half = (getattr(model(**inputs, num_items_in_batch=count * times), "loss", None) for times in (1, 2))
+        finally:
+            model.train()
+        if one is not None and half is not None and torch.allclose(one.float(), half.float(), rtol=1e-3):
+            self.model_accepts_loss_kwargs = False
+
+    def _task_loss(self, model, inputs, kept, num_items_in_batch):
+        if self.teacher is None:
+            return super().compute_loss(model, inputs, True, num_items_in_batch)
+        heat = self.teacher_temperature
+        with torch.no_grad():
+            guide = self.teacher(**self._without_labels(kept))
+        if self.teacher_weight == 1.0 or not any(name in kept for name in self.label_names):
+            outputs = model(**self._without_labels(kept))
+            return self._ga_mean(divergence(outputs, guide, heat), num_items_in_batch), outputs
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        guided = self._ga_mean(divergence(outputs, guide, heat), num_items_in_batch)
+        return (1 - self.teacher_weight) * loss + self.teacher_weight * guided, outputs
+
+    def _without_labels(self, inputs: dict) -> dict:
+        return {key: value for key, value in inputs.items() if key not in self.label_names}
+
+    def _scaled_for_ga(self, num_items_in_batch) -> bool:
+        """Whether the task loss is already normalized over the accumulated batch; as in Trainer.training_step."""
+        if self.loss_is_scaled_for_ga is not None:
+            return self.loss_is_scaled_for_ga
+        return (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func is not None
+
+    def _ga_mean(self, loss: Tensor, num_items_in_batch) -> Tensor:
+        return loss / self.current_gradient_accumulation_steps if self._scaled_for_ga(num_items_in_batch) else loss
+
+    # Logging
+
+    def _measures_next(self) -> bool:
+        """Whether the step under way measures noise-to-signal ratios although its loss does not need them: one in as
+        many as are logged together."""
+        if self.args.logging_strategy == IntervalStrategy.NO:
+            return False
+        every = max(int(self.state.logging_steps or 0), 1)
+        every = every if self.args.logging_strategy == IntervalStrategy.STEPS else min(every, 10)
+        return (self.state.global_step + 1) % every == 0 or self.state.global_step == 0
+
+    def _count(self, name: str, value: Tensor) -> None:
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs and self._sums:
+            steps = max(self.state.global_step - self._logged_step, 1)
+            for name, total in self._sums.items():
+                total = self.accelerator.reduce(total, reduction="mean")
+                logs[name] = float(total[0] / total[1]) if total.dim() else float(total) / steps
+            self._sums.clear()
+            self._logged_step = self.state.global_step
+        super().log(logs, *args, **kwargs)

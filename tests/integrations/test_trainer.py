@@ -1,0 +1,93 @@
+"""The mixin beside another trainer than ``Trainer``."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, T5Config, T5ForConditionalGeneration, set_seed
+
+from hf_reram import ReRAMTrainerMixin, crossbar_layers, deploy
+from tests.samples.devices import device, straight
+
+
+class CrossbarSeq2SeqTrainer(ReRAMTrainerMixin, Seq2SeqTrainer):
+    pass
+
+
+def tiny_t5() -> T5ForConditionalGeneration:
+    set_seed(0)
+    sizes = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0))
+
+
+def examples(n: int = 16) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    words, labels = (torch.randint(1, 50, (n, length), generator=generator) for length in (6, 4))
+    return [{"input_ids": x, "labels": y} for x, y in zip(words, labels)]
+
+
+def arguments(folder) -> Seq2SeqTrainingArguments:
+    return Seq2SeqTrainingArguments(
+        output_dir=str(folder),
+        max_steps=2,
+        per_device_train_batch_size=8,
+        learning_rate=1e-4,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        predict_with_generate=True,
+        generation_max_length=5,
+    )
+
+
+def first_token(prediction) -> dict[str, float]:
+    """How often the first generated token is one of the lower half."""
+    return {"low": float((prediction.predictions[:, 1] < 25).mean())}
+
+
+@pytest.fixture
+def trainer(tmp_path) -> CrossbarSeq2SeqTrainer:
+    config = straight(device=device(v0=1e6, read_noise=0.0))
+    return CrossbarSeq2SeqTrainer(
+        tiny_t5(),
+        arguments(tmp_path),
+        train_dataset=examples(),
+        eval_dataset=examples(),
+        compute_metrics=first_token,
+        reram_config=config,
+        eval_times=["1d"],
+        eval_chips=2,
+    )
+
+
+def losses(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_on_an_ideal_crossbar_it_trains_as_the_digital_trainer_does(trainer, tmp_path):
+    trainer.train()
+    digital = Seq2SeqTrainer(tiny_t5(), arguments(tmp_path), train_dataset=examples())
+    digital.train()
+    assert len(crossbar_layers(trainer.model)) == 16
+    assert losses(trainer) == pytest.approx(losses(digital), rel=1e-4)
+    assert all(layer.calibrated for layer in crossbar_layers(trainer.model).values())
+
+
+def test_robustness_is_that_of_the_chips_by_hand(trainer):
+    trainer.train()
+    report = trainer.evaluate_robustness(["10y"], seeds=2, progress=False)
+    assert report.metrics == ["loss", "low"]
+    rows = examples()
+    batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    model = trainer.model.eval()
+    for measurement in report.measurements:
+        with deploy(model, "10y", seed=measurement.seed), torch.no_grad():
+            loss = float(model(**batch).loss)
+            tokens = model.generate(batch["input_ids"], max_length=5)
+        assert measurement.metrics["loss"] == pytest.approx(loss, rel=1e-5)
+        assert measurement.metrics["low"] == np.mean([float(token) < 25 for token in tokens[:, 1]])
+    assert report.measurements[0].metrics["loss"] != report.measurements[1].metrics["loss"]
+    metrics = trainer.evaluate()
+    aged = trainer.evaluate_robustness(["1d"], seeds=2, progress=False, references=False).statistic("loss", "1d")
+    assert metrics["eval_1d_loss"] == pytest.approx(aged.mean, rel=1e-6)

@@ -1,0 +1,152 @@
+"""A crossbar counts its calls; one that never ran is no chip."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import TrainingArguments
+
+from hf_reram import (
+    ReRAMConfig,
+    ReRAMTrainer,
+    RobustnessReport,
+    calibrate,
+    crossbar_layers,
+    deploy,
+    evaluate_robustness,
+    inspect_layers,
+    patch_model,
+)
+from hf_reram.hub.about import about_model
+from hf_reram.hub.card import model_card
+from hf_reram.model import deploy as deployment
+from tests.samples.models import bert_batch
+
+
+class Bypassed(nn.Module):
+    """Reads the weight of one layer past it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.past, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = nn.functional.linear(self.first(x), self.past.weight, self.past.bias)
+        return self.last(x)
+
+
+@pytest.fixture
+def bypassed():
+    model = Bypassed().eval()
+    patch_model(model, ReRAMConfig())
+    return calibrate(model, [torch.randn(16, 6)])
+
+
+@pytest.fixture(autouse=True)
+def _warn_anew(monkeypatch):
+    monkeypatch.setattr(deployment, "_warned", set())
+
+
+def score(model) -> float:
+    with torch.no_grad():
+        return float(model(torch.ones(4, 6)).mean())
+
+
+def test_calls_are_counted(bypassed):
+    for layer in crossbar_layers(bypassed).values():
+        layer.calls = 0
+    for _ in range(3):
+        score(bypassed)
+    assert {name: layer.calls for name, layer in crossbar_layers(bypassed).items()} == {
+        "first": 3,
+        "past": 0,
+        "last": 3,
+    }
+
+
+def test_a_report_is_refused_where_a_layer_never_ran(bypassed, tmp_path):
+    with pytest.raises(RuntimeError, match=r"1 of 3 crossbar layers were not called in an evaluation.*: past"):
+        evaluate_robustness(bypassed, score, ["1d"], seeds=2, progress=False)
+    log = tmp_path / "chips.jsonl"
+    report = evaluate_robustness(
+        bypassed, score, ["1d"], seeds=2, progress=False, allow_uncalled=True, resume=log, references=False
+    )
+    assert report.uncalled == ["past"]
+    assert "not called, and so were no chip: past" in report.to_markdown()
+    assert RobustnessReport.from_dict(report.to_dict()).uncalled == ["past"]
+    report.about = about_model(bypassed, report, metric="metric").to_dict()
+    assert "were not called, and so were no chip: past" in str(model_card(report))
+    # What was kept in a file is not forgotten either.
+    again = evaluate_robustness(
+        bypassed, score, ["1d"], seeds=2, progress=False, allow_uncalled=True, resume=log, references=False
+    )
+    assert again.uncalled == ["past"]
+    with pytest.raises(RuntimeError, match="past"):
+        evaluate_robustness(bypassed, score, ["1d"], seeds=2, progress=False, resume=log, references=False)
+
+
+def test_an_evaluation_that_calls_another_model_is_refused(tiny_bert):
+    other = copy.deepcopy(tiny_bert)
+    patch_model(tiny_bert, ReRAMConfig())
+    calibrate(tiny_bert, [bert_batch()])
+    with pytest.raises(RuntimeError, match="14 of 14 crossbar layers were not called"):
+        evaluate_robustness(tiny_bert, lambda m: float(other(**bert_batch()).loss), ["1d"], seeds=1, progress=False)
+
+
+def test_deploy_and_inspect_warn_once_with_the_names(bypassed, caplog):
+    with caplog.at_level("WARNING", "hf_reram"):
+        for seed in range(3):
+            with deploy(bypassed, "1d", seed=seed):
+                score(bypassed)
+        with deploy(bypassed, "1d"):
+            pass  # nothing ran, so nothing was bypassed
+        layers = inspect_layers(bypassed, "1d", batches=[torch.randn(4, 6)])
+    found = [record.getMessage() for record in caplog.records]
+    assert len(found) == 2 and all(message.endswith(": past") for message in found)
+    assert {layer.name: layer.noise_to_signal is None for layer in layers} == {
+        "first": False,
+        "last": False,
+        "past": True,
+    }
+    assert layers[-1].name == "past"
+
+
+def test_calibration_names_them(caplog):
+    model = Bypassed().eval()
+    patch_model(model, ReRAMConfig())
+    with caplog.at_level("WARNING", "hf_reram"):
+        calibrate(model, [torch.randn(16, 6)])
+    assert "['past']" in caplog.text and not crossbar_layers(model)["past"].calibrated
+
+
+class Supervised(Bypassed):
+    def forward(self, x, labels=None):
+        logits = super().forward(x)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_the_trainer_warns_once_with_the_names(tmp_path, caplog):
+    rows = [{"x": torch.randn(6), "labels": torch.tensor(i % 2)} for i in range(8)]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=4, use_cpu=True, report_to=[], save_strategy="no"
+    )
+    with caplog.at_level("WARNING", "hf_reram"):
+        ReRAMTrainer(model=Supervised(), args=arguments, train_dataset=rows, reram_config=ReRAMConfig()).train()
+    found = [r.getMessage() for r in caplog.records if "training" in r.getMessage()]
+    assert found == ["1 of 3 crossbar layers were not called in training: past"]
+    caplog.clear()
+    with caplog.at_level("WARNING", "hf_reram"), pytest.raises(RuntimeError, match="past"):
+        trainer = ReRAMTrainer(
+            model=Supervised(), args=arguments, train_dataset=rows, eval_dataset=rows, reram_config=ReRAMConfig()
+        )
+        trainer.evaluate_robustness(["1d"], seeds=1, progress=False)
+
+
+def test_compiled_layers_know_that_they_ran(bypassed):
+    call = torch.compile(bypassed, backend="eager", fullgraph=True)
+    for _ in range(2):
+        for layer in crossbar_layers(bypassed).values():
+            layer.calls = 0
+        score(call)
+        assert [layer.calls for layer in crossbar_layers(bypassed).values()] == [1, 0, 1]

@@ -1,0 +1,205 @@
+"""What one forward samples and collects is its own."""
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
+
+from hf_reram import (
+    ReRAMConfig,
+    add_retention_loss,
+    calibrate,
+    crossbar_layers,
+    deploy,
+    noise_to_signal,
+    patch_model,
+    retention_loss,
+    sampled_drift,
+)
+from hf_reram.model.find import crossbar_state
+from tests.samples.models import bert_batch
+
+
+def halves() -> list[dict[str, torch.Tensor]]:
+    whole = bert_batch(8)
+    return [{key: value[part] for key, value in whole.items()} for part in (slice(0, 3), slice(3, 8))]
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def close(found, expected) -> None:
+    scale = max(float(g.abs().max()) for g in expected.values())
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=1e-5 * scale, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("loss", ["output", "weight", "output+drift"])
+def test_two_forwards_before_one_backward_are_one_of_both_batches(tiny_bert, loss):
+    """Values and gradients of the retention loss alone are those of the batches together."""
+    patch_model(tiny_bert.train(), ReRAMConfig(retention_loss=loss))
+    calibrate(tiny_bert, [bert_batch()])
+    whole = bert_batch(8)
+    with sampled_drift(tiny_bert, seed=1):
+        one = tiny_bert(**whole)
+    expected, value = add_retention_loss(0 * one.logits.sum(), tiny_bert, 3.0)
+    expected.backward()
+    wanted = gradients(tiny_bert)
+    with sampled_drift(tiny_bert, seed=1):
+        outputs = [tiny_bert(**half) for half in halves()]
+    total, both = add_retention_loss(0 * sum(y.logits.sum() for y in outputs), tiny_bert, 3.0)
+    total.backward()
+    if loss == "weight":  # which counts a weight twice in both of its sums
+        assert float(both) == pytest.approx(float(value), rel=1e-5)
+    else:
+        assert float(both) == pytest.approx(float(value), rel=1e-4)
+    assert float(total.detach()) == pytest.approx(3 * float(both), rel=1e-5)
+    close(gradients(tiny_bert), wanted)
+
+
+def test_losses_of_two_forwards_may_be_added_afterwards(tiny_bert):
+    patch_model(tiny_bert.train(), ReRAMConfig(retention_loss="output", retention_weight=2.0))
+    calibrate(tiny_bert, [bert_batch()])
+    wanted: dict[str, torch.Tensor] = {}
+    for half in halves():
+        add_retention_loss(tiny_bert(**half).loss, tiny_bert)[0].backward()
+        for name, grad in gradients(tiny_bert).items():
+            wanted[name] = wanted.get(name, 0) + grad
+    losses = [add_retention_loss(tiny_bert(**half).loss, tiny_bert)[0] for half in halves()]
+    sum(losses).backward()
+    close(gradients(tiny_bert), wanted)
+
+
+def test_a_forward_whose_outputs_are_gone_does_not_count(tiny_bert):
+    patch_model(tiny_bert.train(), ReRAMConfig(retention_loss="output"))
+    calibrate(tiny_bert, [bert_batch()])
+    first, second = halves()
+    alone = float(retention_loss_of(tiny_bert, second))
+    tiny_bert(**first)  # to look at, say
+    gc.collect()
+    with torch.no_grad():
+        reference = tiny_bert(**first)  # a frozen reference, kept
+    assert float(retention_loss_of(tiny_bert, second)) == pytest.approx(alone, rel=1e-6)
+    assert reference.logits.requires_grad is False
+
+
+def retention_loss_of(model, batch) -> torch.Tensor:
+    return add_retention_loss(model(**batch).loss, model)[1]
+
+
+def test_a_loss_is_taken_once(tiny_bert):
+    patch_model(tiny_bert.train(), ReRAMConfig(retention_loss="output"))
+    calibrate(tiny_bert, [bert_batch()])
+    loss = tiny_bert(**bert_batch()).loss
+    add_retention_loss(loss, tiny_bert)
+    with pytest.raises(RuntimeError, match="training mode"):
+        add_retention_loss(loss, tiny_bert)
+
+
+def test_ratios_are_those_of_the_last_loss(tiny_bert):
+    patch_model(tiny_bert.train(), ReRAMConfig(retention_loss="output"))
+    calibrate(tiny_bert, [bert_batch()])
+    value = retention_loss(tiny_bert) if tiny_bert(**bert_batch()) else None
+    ratios = noise_to_signal(tiny_bert)
+    assert ratios.keys() == crossbar_layers(tiny_bert).keys()
+    assert sum(ratios.values()) / len(ratios) == pytest.approx(float(value.detach()), rel=1e-5)
+
+
+def test_seed_and_kind_do_not_outlive_their_context(tiny_bert):
+    patch_model(tiny_bert.train(), ReRAMConfig(retention_loss="drift"))
+    calibrate(tiny_bert, [bert_batch()])
+    with torch.no_grad():
+        ideal = tiny_bert(**bert_batch()).logits
+        with sampled_drift(tiny_bert, seed=3):
+            one, same = tiny_bert(**bert_batch()).logits, tiny_bert(**bert_batch()).logits
+        with sampled_drift(tiny_bert):
+            other, another = tiny_bert(**bert_batch()).logits, tiny_bert(**bert_batch()).logits
+        after = tiny_bert(**bert_batch()).logits
+    assert torch.equal(one, same) and torch.equal(ideal, after)
+    assert not torch.equal(other, another) and not torch.equal(one, ideal)
+
+
+def test_a_positional_mask_counts(tiny_bert):
+    patch_model(tiny_bert.train(), ReRAMConfig(retention_loss="output"))
+    calibrate(tiny_bert, [bert_batch()])
+    batch = bert_batch()
+    named = tiny_bert(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    expected = float(add_retention_loss(named.sum(), tiny_bert)[1])
+    given = tiny_bert(batch["input_ids"], batch["attention_mask"]).logits
+    assert float(add_retention_loss(given.sum(), tiny_bert)[1]) == pytest.approx(expected, rel=1e-6)
+    unmasked = tiny_bert(batch["input_ids"]).logits
+    assert float(add_retention_loss(unmasked.sum(), tiny_bert)[1]) != pytest.approx(expected, rel=1e-3)
+
+
+def t5() -> T5ForConditionalGeneration:
+    shape = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(vocab_size=40, decoder_start_token_id=0, dropout_rate=0.0, **shape))
+
+
+def test_an_encoders_mask_is_not_the_decoders():
+    """Whose tokens are as many: the powers of each layer's inputs are counted as the layer meets them."""
+    model = t5().train()
+    patch_model(model, ReRAMConfig(retention_loss="output"))
+    ids, mask = torch.randint(1, 40, (3, 5)), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])
+    batch = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": torch.randint(1, 40, (3, 5))}
+    calibrate(model, [batch])
+    model(**batch)
+    kept = crossbar_state(model).forward.kept
+    for name in crossbar_layers(model):
+        cross = "EncDecAttention.k" in name or "EncDecAttention.v" in name
+        if name.startswith("encoder") or cross:
+            assert torch.equal(kept[name], mask.flatten().float()), name
+        else:
+            assert kept[name] is None, name
+    model(**batch, decoder_attention_mask=mask.flip(1))
+    kept = crossbar_state(model).forward.kept
+    assert torch.equal(kept["decoder.block.0.layer.0.SelfAttention.q"], mask.flip(1).flatten().float())
+    assert torch.equal(kept["encoder.block.0.layer.0.SelfAttention.q"], mask.flatten().float())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_refuses_forwards_that_it_cannot_tell_apart(tiny_bert, reentrant):
+    patch_model(tiny_bert.train(), ReRAMConfig(retention_loss="output"))
+    calibrate(tiny_bert, [bert_batch()])
+    tiny_bert.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    losses = [tiny_bert(**half).loss for half in halves()]  # whose padding differs
+    total, _ = add_retention_loss(sum(losses), tiny_bert)
+    with pytest.raises(RuntimeError, match="several forwards"):
+        total.backward()
+
+
+def test_a_part_of_the_model_may_be_called_by_itself(tiny_bert):
+    patch_model(tiny_bert.train(), ReRAMConfig(retention_loss="output"))
+    calibrate(tiny_bert, [bert_batch()])
+    batch = {key: value for key, value in bert_batch().items() if key != "labels"}
+    values = []
+    for _ in range(3):
+        hidden = tiny_bert.bert(**batch).last_hidden_state
+        loss, value = add_retention_loss(hidden.square().mean(), tiny_bert)
+        loss.backward()
+        values.append(float(value))
+    assert values[1] == pytest.approx(values[0], rel=1e-6) and values[2] == pytest.approx(values[0], rel=1e-6)
+
+
+def test_a_chip_is_not_trained(tiny_bert):
+    patch_model(tiny_bert, ReRAMConfig())
+    calibrate(tiny_bert, [bert_batch()])
+    with deploy(tiny_bert, "1d"):
+        with pytest.raises(RuntimeError, match="train outside of deploy"):
+            tiny_bert.train()(**bert_batch()).loss.backward()
+        tiny_bert.eval()(**bert_batch()).loss.backward()  # as gradients of its inputs need
+    tiny_bert.train()(**bert_batch()).loss.backward()
+
+
+def test_a_layer_may_be_called_by_keyword():
+    model = nn.Sequential(nn.Linear(4, 3))
+    x = torch.randn(5, 4)
+    patch_model(model, ReRAMConfig())
+    calibrate(model, [x])
+    assert torch.equal(model[0](input=x), model[0](x))
