@@ -1,4 +1,4 @@
-"""What several tests need: seeded draws, a small model, the data folder; and what their marks ask for."""
+"""What several tests need: seeded draws, a small model, processes; and what their marks ask for."""
 
 import os
 
@@ -8,15 +8,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: two workers with all th
 import gc
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
-import torch
-from transformers import BertForSequenceClassification
 
-from tests.samples import models
 from tests.samples.interpreter import Interpreter
+
+if TYPE_CHECKING:  # pytest's first process hands out the tests: it needs no torch, and its start would wait for it
+    from transformers import BertForSequenceClassification
 
 # The same examples each time, so that a change fails for what it did; HYPOTHESIS_PROFILE=default looks for new ones.
 hypothesis.settings.register_profile("repeatable", derandomize=True)
@@ -28,19 +28,26 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
     if item.get_closest_marker("compiler") and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("no C++ compiler")
 
 
 @pytest.fixture(autouse=True)
 def _seeded():
+    import torch
+
     torch.manual_seed(0)
 
 
 @pytest.fixture
-def tiny_bert() -> BertForSequenceClassification:
+def tiny_bert() -> "BertForSequenceClassification":
+    from tests.samples import models
+
     return models.tiny_bert()
 
 
@@ -50,11 +57,3 @@ def python() -> Iterator[Interpreter]:
     interpreter = Interpreter()
     yield interpreter
     interpreter.close()
-
-
-@pytest.fixture
-def data_folder() -> Path:
-    folder = os.environ.get("HF_RERAM_DATA")
-    if not folder or not Path(folder).is_dir():
-        pytest.skip("HF_RERAM_DATA names no folder")
-    return Path(folder)

@@ -21,16 +21,18 @@ from hf_reram import (
     sampled_drift,
     unpatch_model,
 )
-from tests.samples.models import bert_batch
+from tests.samples.models import bert_batch, tiny_bert
 
 
-@pytest.fixture
-def base(tiny_bert, tmp_path) -> str:
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
     """A calibrated checkpoint on crossbars."""
-    patch_model(tiny_bert, ReRAMConfig(device="hfox-neurram", retention_loss="output+drift", retention_times=["1d"]))
-    calibrate(tiny_bert, [bert_batch()])
-    tiny_bert.save_pretrained(tmp_path / "base")
-    return str(tmp_path / "base")
+    torch.manual_seed(0)
+    model, folder = tiny_bert(), tmp_path_factory.mktemp("base")
+    patch_model(model, ReRAMConfig(device="hfox-neurram", retention_loss="output+drift", retention_times=["1d"]))
+    calibrate(model, [bert_batch()])
+    model.save_pretrained(folder)
+    return str(folder)
 
 
 def with_lora(base: str) -> PeftModel:

@@ -119,7 +119,7 @@ def test_chips():
     call = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad(), deploy(model, "1d", seed=3):
         torch.testing.assert_close(call(**batch).logits, model(**batch).logits, rtol=1e-4, atol=1e-5)
-    assert len(crossbar_layers(model)) == 4
+    assert len(crossbar_layers(model)) == 3
 
 
 @pytest.mark.parametrize("b", [1e-6, 0.3, 2.0, 6.0])

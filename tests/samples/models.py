@@ -15,20 +15,19 @@ def tiny_bert(**changes) -> BertForSequenceClassification:
 
 
 class FewLayers(nn.Module):
-    """Four linear layers on padded tokens, two of them on one input: compiled in a third of the time of a BERT."""
+    """Three linear layers on padded tokens, two of them on one input: compiled in a fraction of a BERT's time."""
 
     def __init__(self):
         super().__init__()
         self.embedding = nn.Embedding(50, 16)
         self.query, self.key = nn.Linear(16, 16), nn.Linear(16, 16)
-        self.dense, self.classifier = nn.Linear(16, 32), nn.Linear(32, 3)
+        self.classifier = nn.Linear(16, 3)
 
     def forward(self, input_ids, attention_mask, labels):
         x = self.embedding(input_ids)
         scores = self.query(x) @ self.key(x).transpose(1, 2)
         scores = scores.masked_fill(attention_mask[:, None] == 0, -1e4)
-        x = nn.functional.gelu(self.dense(scores.softmax(-1) @ x))
-        logits = self.classifier(x[:, 0])
+        logits = self.classifier(nn.functional.gelu(scores.softmax(-1) @ x)[:, 0])
         return SequenceClassifierOutput(loss=nn.functional.cross_entropy(logits, labels), logits=logits)
 
 

@@ -4,8 +4,6 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
     EarlyStoppingCallback,
     TrainerCallback,
     TrainingArguments,
@@ -14,14 +12,13 @@ from transformers import (
 
 from hf_reram import ReRAMConfig, ReRAMTrainer, RobustnessReport, calibrate, crossbar_layers, digital, patch_model
 from hf_reram.config import RETENTION_LOSSES
+from tests.samples import models
 from tests.samples.models import bert_batch
 
 
 def fresh_bert(seed=0):
     set_seed(seed)
-    shape = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 3}
-    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return BertForSequenceClassification(BertConfig(**shape, **quiet, intermediate_size=32))
+    return models.tiny_bert(num_hidden_layers=1).train()
 
 
 def examples(n=32, labels=True):
