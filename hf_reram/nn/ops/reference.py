@@ -140,7 +140,7 @@ def drifted_weight(
     weight: Tensor, scale: Tensor, noise: Tensor, error: WeightError, slope: bool
 ) -> tuple[Tensor, Tensor | None]:
     """``W + m(W) + s(W) ε``: weights as they are found after the retention time, for given variates ε; and where it is
-    wanted the derivative with respect to W, ``1 + M'(a) + sign(W) ε P'(a) / (2 sqrt(P(a)))`` with ``a = |W| / w_scale``.
+    wanted its derivative, ``1 + M'(a) + sign(W) ε P'(a) / (2 sqrt(P(a)))`` with ``a = |W| / w_scale``.
 
     Args:
         weight: within its range. scale: broadcastable to it. noise: ε, of its shape. error: of one time.
