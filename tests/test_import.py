@@ -1,7 +1,6 @@
 """What imports load, and what they tell transformers, in processes that have imported nothing of it yet."""
 
 import ast
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 
 import hf_reram
 from hf_reram import ReRAMConfig, calibrate, patch_model
+from tests.samples.interpreter import Interpreter
 from tests.samples.models import bert_batch
 
 HEAVY = (
@@ -61,55 +61,26 @@ def loaded(*modules):
     return sorted(set({HEAVY}) & (set(sys.modules) - before))
 """
 
-
-# Runs each line's code in a fork that has torch and transformers, but no part of transformers that is loaded lazily.
-FORKS = """
-import json, os, sys, tempfile, traceback
-import torch, transformers
-for line in sys.stdin:
-    code, arguments = json.loads(line)
-    with tempfile.TemporaryFile("w+") as output:
-        child = os.fork()
-        if child == 0:
-            os.dup2(output.fileno(), 1), os.dup2(output.fileno(), 2)
-            sys.argv[1:], status = arguments, 1
-            try:
-                exec(code, {"__name__": "__main__"})
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(status)
-        status = os.waitpid(child, 0)[1]
-        output.seek(0)
-        print(json.dumps([status, output.read()]), flush=True)
-"""
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def run():
-    """Runs code, and gives the last line that it prints."""
-    command = [sys.executable, "-c", FORKS]
-    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    assert server.stdin and server.stdout
+    """Runs code where torch and transformers are, but no part of transformers that is loaded lazily; gives the last
+    line that it prints."""
+    interpreter = Interpreter(["torch", "transformers"])
+    yield lambda code, *arguments: last_line(interpreter.run("-c", code, *map(str, arguments)))
+    interpreter.close()
 
-    def run(code: str, *arguments) -> str:
-        print(json.dumps([code, [str(argument) for argument in arguments]]), file=server.stdin, flush=True)
-        status, output = json.loads(server.stdout.readline())
-        assert status == 0, output
-        return output.strip().rpartition("\n")[2]
 
-    yield run
-    server.stdin.close()
-    server.wait()
+def last_line(done: subprocess.CompletedProcess) -> str:
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().rpartition("\n")[2]
 
 
 def alone(*command) -> str:
     """The same in a process that has imported nothing."""
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip().rpartition("\n")[2]
+    return last_line(subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=ROOT))
 
 
 def test_the_package_loads_nothing_until_it_is_used():

@@ -38,7 +38,7 @@ from hf_reram import (
     use_fused_kernels,
 )
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = pytest.mark.gpu
 
 GPU = torch.device("cuda")
 CONVERTERS = {"dac_bits": 8, "adc_bits": 8}

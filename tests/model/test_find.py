@@ -27,7 +27,7 @@ from hf_reram import (
 )
 from hf_reram.model.find import chip_names, crossbar_states
 from tests.samples.devices import device
-from tests.samples.models import bert_batch
+from tests.samples.models import FewLayers, bert_batch
 
 
 class Towers(nn.Module):
@@ -149,32 +149,28 @@ def test_graphs_are_not_kept_across_steps(tiny_bert):
 
 
 @pytest.mark.parametrize("wrap", [DataParallel, lambda m: torch.compile(m, backend="eager")], ids=["DP", "compile"])
-def test_wrapped_before_or_after_patching_it_is_the_same_chip(tiny_bert, wrap):
-    other = copy.deepcopy(tiny_bert)
+def test_wrapped_before_or_after_patching_it_is_the_same_chip(wrap):
+    model = FewLayers().eval()
+    other = copy.deepcopy(model)
     config, batch = ReRAMConfig(device=device(read_noise=0.0)), bert_batch()
     before = patch_model(wrap(other), config)
-    patch_model(tiny_bert, config)
-    names = list(crossbar_layers(tiny_bert))
+    patch_model(model, config)
+    names = list(crossbar_layers(model))
     assert list(crossbar_layers(before)) == names
-    after = wrap(tiny_bert)
+    after = wrap(model)
     assert list(crossbar_layers(after)) == names
-    for model in (before, tiny_bert):
-        calibrate(model, [batch])
+    for one in (before, model):
+        calibrate(one, [batch])
     with torch.no_grad(), deploy(before, "1d", seed=3), deploy(after, "1d", seed=3):
-        chips = [
-            [layer.chip.weight for layer in crossbar_layers(model).values()] for model in (before, after, tiny_bert)
-        ]
-        assert all(torch.equal(*pair) for other in chips[1:] for pair in zip(chips[0], other, strict=True))
+        chips = [[layer.chip.weight for layer in crossbar_layers(one).values()] for one in (before, after, model)]
+        assert all(torch.equal(*pair) for chip in chips[1:] for pair in zip(chips[0], chip, strict=True))
         torch.testing.assert_close(before(**batch).logits, after(**batch).logits)
     with digital(before):
-        torch.testing.assert_close(before(**batch).logits, tiny_bert_of(other, batch))
+        found = before(**batch).logits
+    with digital(other):
+        torch.testing.assert_close(found, other(**batch).logits)
     unpatch_model(before)
     assert not crossbar_layers(before)
-
-
-def tiny_bert_of(model, batch):
-    with digital(model):
-        return model(**batch).logits
 
 
 def test_an_encoder_alone_is_the_same_chip_as_inside_its_head_model(tiny_bert, tmp_path):

@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -74,20 +75,23 @@ class Interpreter:
     """Starts processes of Python, until it is closed.
 
     Args:
+        libraries: names of modules that it imports, by default those that most commands need; of hf_reram none.
         environment: what differs from this process's environment: values, or None for what is not to be set. What
             libraries read when they are imported has to stand here; a command can only add to it.
     """
 
-    def __init__(self, **environment: str | None):
+    def __init__(self, libraries: Sequence[str] | None = None, **environment: str | None):
         self.environment = _changed(os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, environment)
         self.folder = tempfile.TemporaryDirectory()
         self.count = 0
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        command = [sys.executable, "-m", "tests.samples.interpreter"]
+        if libraries is None:
+            libraries = [*LIBRARIES, *(name for name in OPTIONAL if importlib.util.find_spec(name.partition(".")[0]))]
+        command = [sys.executable, "-m", "tests.samples.interpreter", *libraries]
         self.server = subprocess.Popen(command, cwd=ROOT, env=self.environment, text=True, **pipes)
 
     def start(self, *command: str, cwd: Path = ROOT, **environment: str | None) -> Process:
-        """``python *command``: a script or ``-m`` and a module, and arguments."""
+        """``python *command``: a script, ``-m`` and a module or ``-c`` and code; and arguments."""
         self.count += 1
         out, err = (Path(self.folder.name, f"{self.count}.{name}") for name in ("out", "err"))
         request = {"command": command, "cwd": str(cwd), "environment": _changed(self.environment, environment)}
@@ -176,7 +180,10 @@ def _become(request: dict) -> NoReturn:
 
 
 def _execute(command: list[str], cwd: str) -> None:
-    if command[0] == "-m":
+    if command[0] == "-c":
+        sys.argv, sys.path[0] = ["-c", *command[2:]], cwd
+        exec(command[1], {"__name__": "__main__"})
+    elif command[0] == "-m":
         sys.argv, sys.path[0] = command[1:], cwd
         runpy.run_module(command[1], run_name="__main__", alter_sys=True)
     else:
@@ -185,15 +192,13 @@ def _execute(command: list[str], cwd: str) -> None:
 
 
 if __name__ == "__main__":
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-
-    for library in LIBRARIES:
+    for library in sys.argv[1:]:
         importlib.import_module(library)
-    for library in OPTIONAL:
-        if importlib.util.find_spec(library.split(".")[0]):
-            importlib.import_module(library)
-    assert not any(module.split(".")[0] == "hf_reram" for module in sys.modules)
-    get_checkpoint_conversion_mapping("bert")  # builds the table that saving and loading look things up in
+    if "transformers.modeling_utils" in sys.modules:
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+        get_checkpoint_conversion_mapping("bert")  # builds the table that saving and loading look things up in
+    assert not any(module.partition(".")[0] == "hf_reram" for module in sys.modules)
     gc.freeze()  # what is imported stays: collecting garbage among it would copy its pages into each process
     if found := _serve():
         _become(found)
