@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..device.moments import white_error
-from .ops.functions import DriftedWeight, WeightVariance, clip_weight
+from .ops.functions import DriftedWeight, OffsetOutput, WeightVariance, clip_weight
 from .scalars import Scalars
 
 if TYPE_CHECKING:
@@ -21,11 +21,13 @@ class Held(NamedTuple):
     Attributes:
         weight: V as the cells hold it now, of the weight's shape. programmed: V as it was programmed.
         bias: what is added digitally, the layer's bias and W o, (output channels,), or None.
+        variance: s² of the weights where it came with sampled drift.
     """
 
     weight: Tensor
     programmed: Tensor
     bias: Tensor | None
+    variance: Tensor | None = None
 
 
 class Chip(NamedTuple):
@@ -47,20 +49,23 @@ def hold(layer: "CrossbarLayer", now: Scalars) -> Held:
 
 def ideal(layer: "CrossbarLayer", now: Scalars) -> Held:
     """The weights as they were programmed."""
-    programmed = program(layer, layer.weight)
-    return Held(programmed, programmed, digital_bias(layer, programmed, now))
+    programmed, bias = with_bias(layer, program(layer, layer.weight), now)
+    return Held(programmed, programmed, bias)
 
 
 def sampled(layer: "CrossbarLayer", now: Scalars) -> Held:
     """``V + m(V) + s(V) ε``: a draw of the device's retention error, or white noise of its power."""
-    programmed, sampling = program(layer, layer.weight), layer.crossbar.current().sampling
+    programmed, bias = with_bias(layer, program(layer, layer.weight), now)
+    state = layer.crossbar
+    sampling = state.current().sampling
     assert sampling is not None
     drifts = sampling.kind == "drift"
     error = sampling.error.averaged(now.pairs) if drifts else white_error(layer.white_noise_std())
     weight = wide(programmed)
     noise = sampling.normal(weight, layer.crossbar_name)
-    drifted = DriftedWeight.apply(weight, layer.held_scale(weight.dtype), noise, error)
-    return Held(drifted.to(programmed.dtype), programmed, digital_bias(layer, programmed, now))
+    needed = drifts and state.term is not None and sampling.error == state.error
+    drifted, variance = DriftedWeight.apply(weight, layer.held_scale(weight.dtype), noise, error, needed)
+    return Held(drifted.to(programmed.dtype), programmed, bias, variance)
 
 
 def deployed(layer: "CrossbarLayer", now: Scalars) -> Held:
@@ -81,23 +86,23 @@ def program(layer: "CrossbarLayer", weight: Tensor) -> Tensor:
     return clip_weight(cell_weight(layer, weight), layer.held_scale())
 
 
-def digital_bias(layer: "CrossbarLayer", programmed: Tensor, now: Scalars) -> Tensor | None:
-    """The layer's bias and ``W o``, which make up for the input's offset."""
+def with_bias(layer: "CrossbarLayer", programmed: Tensor, now: Scalars) -> tuple[Tensor, Tensor | None]:
+    """What was programmed, and what is added digitally: the layer's bias and ``W o``, which make up for the input's
+    offset."""
     if not now.centered:
-        return layer.bias
-    offset = offset_output(layer, programmed)
-    return offset if layer.bias is None else layer.bias + offset
+        return programmed, layer.bias
+    held, offset = OffsetOutput.apply(layer.to_rows(programmed), _offset_rows(layer, programmed.dtype))
+    return layer.from_rows(held), offset if layer.bias is None else layer.bias + offset
 
 
 def offset_output(layer: "CrossbarLayer", programmed: Tensor) -> Tensor:
     """``W o = V (o / a)``, (output channels,), of weights as they were programmed."""
-    rows = layer.to_rows(programmed)
-    offset = layer.driven_offset().to(rows.dtype)
-    if len(rows) == 1 and len(offset) == rows.shape[-1]:  # one row for each input channel
-        return torch.mv(rows[0], offset)
-    offset = offset.view(rows.shape[0], -1, 1)
-    offset = offset.expand(-1, -1, rows.shape[2] // offset.shape[1]).reshape(rows.shape[0], -1, 1)
-    return torch.bmm(rows, offset).view(-1)
+    return torch.bmm(layer.to_rows(programmed), _offset_rows(layer, programmed.dtype)[:, :, None]).flatten()
+
+
+def _offset_rows(layer: "CrossbarLayer", dtype: torch.dtype) -> Tensor:
+    """``o / a`` of each crossbar row, (groups, crossbar rows)."""
+    return layer.driven_offset().to(dtype).view(layer.groups, -1).repeat_interleave(layer.area, 1)
 
 
 @torch.no_grad()

@@ -24,20 +24,17 @@ class Attach(Function):
 
     Args:
         y: any shape. term: (2,). scale: (2,), shared with :class:`Add`.
-        bias: that y holds without a gradient, since the term does not depend on it, broadcastable to y; or None. It
-            receives y's.
     """
 
     @staticmethod
-    def forward(ctx, y: Tensor, term: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(ctx, y: Tensor, term: Tensor, scale: Tensor) -> Tensor:
         # Not save_for_backward: Add changes it in place between the two passes, on purpose.
-        ctx.scale, ctx.bias = scale, None if bias is None else bias.shape
+        ctx.scale = scale
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        of_bias = grad.sum_to_size(ctx.bias) if ctx.bias is not None and ctx.needs_input_grad[3] else None
-        return grad, ctx.scale.clone(), None, of_bias
+        return grad, ctx.scale.clone(), None
 
 
 class Add(Function):

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..config import dac_grid
 from ..device.iv import LINEAR_B
-from .ops.functions import RowPower, ShrunkSinh
+from .ops import reference
+from .ops.functions import ShrunkSinh
 from .scalars import Scalars
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class Driven:
         x: the input. s: of its shape, padded where the layer is centered (``padded``).
         factor: 1, folded into s, unless the input range is learned.
         span: the input range, a float, or a tensor where it is learned.
+        power: ``Σ_n k_n s_n²`` of the examples that are no padding, of an example's shape; None where no term needs it.
     """
 
     x: Tensor
@@ -39,6 +41,7 @@ class Driven:
     factor: Tensor | float
     span: Tensor | float
     padded: bool
+    power: Tensor | None = None
 
 
 def drive(layer: "CrossbarLayer", x: Tensor, now: Scalars) -> Driven:
@@ -46,14 +49,27 @@ def drive(layer: "CrossbarLayer", x: Tensor, now: Scalars) -> Driven:
     span = input_range(layer, x, now)
     levels, floor = dac_grid(layer.crossbar.config.dac_bits, now.input_floor)
     factor: Any = span * (now.gain if now.b < LINEAR_B else now.gain / now.b)
+    powered, keep = layer.training and layer.crossbar.physics.term_reads_input, None
+    if powered and layer.channel_dim == -1:
+        keep = tokens_kept(layer, x)
     if isinstance(span, Tensor):
-        return Driven(x, _sinh(layer, x, span, levels, 1.0, floor, now), factor, span, now.centered)
+        s, power = _sinh(layer, x, span, levels, 1.0, floor, now, powered, keep)
+        return Driven(x, s, factor, span, now.centered, power)
 
-    def compute() -> Tensor:
-        return _sinh(layer, x, span, levels, factor, floor, now)
+    def compute() -> tuple[Tensor, Tensor | None]:
+        return _sinh(layer, x, span, levels, factor, floor, now, powered, keep)
 
-    key = (span, now.b, levels, floor, factor, now.mark, layer.geometry() if now.mark else ())
-    return Driven(x, _shared(x, key, compute), 1.0, span, now.centered)
+    key = (span, now.b, levels, floor, factor, now.mark, layer.geometry() if now.mark else (), layer.channel_dim)
+    s, power = _shared(x, key, powered, compute)
+    return Driven(x, s, 1.0, span, now.centered, power)
+
+
+def tokens_kept(layer: "CrossbarLayer", x: Tensor) -> Tensor | None:
+    """1 for each token that is no padding, 0 for the others; as it was where the layer runs again in a backward."""
+    forward = layer.crossbar.current()
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        forward.kept[layer.crossbar_name] = forward.padding.keep(x)
+    return forward.kept.get(layer.crossbar_name)
 
 
 def input_range(layer: "CrossbarLayer", x: Tensor, now: Scalars) -> Any:
@@ -93,14 +109,26 @@ def to_dacs(layer: "CrossbarLayer", x: Tensor, now: Scalars) -> Tensor:
     return torch.addcmul(shift, layer.pad(x), factor)  # one pass
 
 
-def _sinh(layer: "CrossbarLayer", x: Tensor, span: Any, levels: int, gain: float, floor: float, now: Scalars) -> Tensor:
+def _sinh(
+    layer: "CrossbarLayer",
+    x: Tensor,
+    span: Any,
+    levels: int,
+    gain: float,
+    floor: float,
+    now: Scalars,
+    powered: bool,
+    keep: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
     offset = None
     if layer.channel_dim == -1 and now.centered and not now.equalized:
         offset = layer.input_offset.to(x.dtype)  # in the same pass
     else:
         x = to_dacs(layer, x, now)
     frozen = not layer.weight.requires_grad
-    return ShrunkSinh.apply(x, span, now.b, levels, gain, floor, offset, True, frozen)
+    if powered:
+        return ShrunkSinh.apply(x, span, now.b, levels, gain, floor, offset, True, frozen, layer.channel_dim, keep)
+    return ShrunkSinh.apply(x, span, now.b, levels, gain, floor, offset, True, frozen), None
 
 
 # Sharing
@@ -116,17 +144,25 @@ class _Last(threading.local):
 _LAST = _Last()
 
 
-def _shared(x: Tensor, key: tuple, compute: Callable[[], Tensor]) -> Tensor:
+def _shared(
+    x: Tensor, key: tuple, powered: bool, compute: Callable[[], tuple[Tensor, Tensor | None]]
+) -> tuple[Tensor, Tensor | None]:
     """``compute()``, or its last result if that was for the same tensor ``x``, unchanged, and the same ``key``."""
     if torch.compiler.is_compiling() or x.is_inference():
         return compute()
-    key = (*key, x._version, torch.is_grad_enabled())
-    if _LAST.x is not None and _LAST.x() is x and _LAST.key == key and (s := _LAST.s()) is not None:
-        return s
-    s = compute()
-    _LAST.x, _LAST.key, _LAST.power = weakref.ref(x, _forget), key, None
-    _LAST.s = weakref.ref(s) if s.requires_grad else lambda: s
-    return s
+    key = (*key, powered, x._version, torch.is_grad_enabled())
+    if _LAST.x is not None and _LAST.x() is x and _LAST.key == key:
+        s, power = _LAST.s(), _LAST.power()
+        if s is not None and (power is not None or not powered):
+            return s, power
+    s, power = compute()
+    _LAST.x, _LAST.key, _LAST.s, _LAST.power = weakref.ref(x, _forget), key, _reference(s), _reference(power)
+    return s, power
+
+
+def _reference(t: Tensor | None) -> Callable[[], Tensor | None]:
+    """A weak reference where autograd holds on to the tensor."""
+    return weakref.ref(t) if t is not None and t.requires_grad else lambda: t
 
 
 def _forget(x: weakref.ref) -> None:
@@ -135,18 +171,12 @@ def _forget(x: weakref.ref) -> None:
 
 
 def row_power(layer: "CrossbarLayer", driven: Driven, keep: Tensor | None) -> Tensor:
-    """``Σ_n s_n²`` of each crossbar row over all vectors that met it, (groups, rows); once for shared inputs.
+    """``Σ_n s_n²`` of each crossbar row over all vectors that met it, (groups, rows).
 
     Args:
         keep: 0 for tokens that do not count, (tokens,), or None.
     """
-    s = driven.s
-    shared = not torch.compiler.is_compiling() and _LAST.s is not None and _LAST.s() is s
-    power = _LAST.power() if shared and _LAST.power is not None else None
-    if power is None:
-        power = RowPower.apply(layer.examples(s), keep)
-        if shared:
-            _LAST.power = weakref.ref(power)
+    power = driven.power if driven.power is not None else reference.row_power(layer.examples(driven.s), keep)
     # A window's sum of squares needs no windows of the whole batch.
     rows = power[None] if driven.padded else layer.pad(power[None])
     return layer.windows(rows).sum(0).view(layer.groups, -1)

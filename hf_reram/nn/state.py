@@ -52,6 +52,11 @@ class Physics:
         )
 
     @property
+    def term_reads_input(self) -> bool:
+        """Whether the term depends on the power of a layer's input."""
+        return self.term in ("output", "sensitivity")
+
+    @property
     def term_reads_output(self) -> bool:
         """Whether the term depends on a layer's output, of which its digital bias is no part."""
         return self.term == "output" or (self.term == "sensitivity" and self.error.mean_square > 0)

@@ -12,9 +12,9 @@ from torch import Tensor
 from ..device.moments import WeightError
 from .array import Held, wide
 from .attach import Attach
-from .drive import Driven, row_power
-from .ops.functions import TotalPower, WeightVariance
-from .ops.reference import weight_mean
+from .drive import Driven, row_power, tokens_kept
+from .ops.functions import OutputPower, WeightVariance
+from .ops.reference import total_power, weight_mean
 
 if TYPE_CHECKING:
     from .layer import CrossbarLayer
@@ -30,29 +30,29 @@ def account(layer: "CrossbarLayer", driven: Driven, held: Held, y: Tensor) -> Te
     name, forward = layer.crossbar_name, state.current()
     with torch.autocast(y.device.type, enabled=False):
         running_again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-        if not running_again:
-            forward.kept[name] = forward.padding.keep(driven.x) if layer.channel_dim == -1 else None
-        keep = forward.kept.get(name)
+        keep = tokens_kept(layer, driven.x) if layer.channel_dim == -1 else None
         if state.measure and state.term != "output" and not running_again:
             with torch.no_grad():
-                forward.collect(forward.ratios, name, output_term(layer, driven, held, y, keep))
+                power = _power(layer, y, held.bias, keep)[1]
+                forward.collect(forward.ratios, name, output_term(layer, driven, held, power, keep))
         if state.term is None:
             return y
+        signal: Any = None
+        if state.physics.term_reads_output:
+            y, signal = _power(layer, y, held.bias, keep)
         if state.term == "sensitivity":
-            term = sensitivity_term(layer, driven, held, y, keep, forward.batch_size)
+            term = sensitivity_term(layer, driven, held, signal, keep, forward.batch_size)
         elif state.term == "weight":
             term = weight_term(layer, held)
         else:
-            term = output_term(layer, driven, held, y, keep)
+            term = output_term(layer, driven, held, signal, keep)
         if not running_again:
             forward.collect(forward.terms, name, term)
-        bias = held.bias if state.physics.term_reads_output else None  # which y was computed without a gradient for
-        bias = None if bias is None else layer.over_channels(bias)
         forward.attached = not torch.compiler.is_compiling()
         if not forward.attached:
-            return y if bias is None else y + (bias - bias.detach())
+            return y
         forward.rerun |= forward.grad and not torch.is_grad_enabled()
-        y = Attach.apply(y, term, forward.scale(name, y.device), bias)
+        y = Attach.apply(y, term, forward.scale(name, y.device))
         return y.clone() if layer.copies_output else y
 
 
@@ -63,12 +63,11 @@ def _refuse(grad: Tensor) -> None:
     )
 
 
-def output_term(layer: "CrossbarLayer", driven: Driven, held: Held, y: Tensor, keep: Tensor | None) -> Tensor:
-    """``(E|ΔW phi|², E|W phi|²)``: their ratio is the layer's noise-to-signal ratio."""
+def output_term(layer: "CrossbarLayer", driven: Driven, held: Held, signal: Tensor, keep: Tensor | None) -> Tensor:
+    """``(E|ΔW phi|², E|W phi|²)``, with the second given: their ratio is the layer's noise-to-signal ratio."""
     error = layer.error
     columns = layer.to_rows(_variance(layer, held, error)).sum(1)
     noise = (columns * row_power(layer, driven, keep)).sum() * driven.factor**2
-    signal = _power(layer, y, held.bias, keep)
     if error.mean_is_linear:  # proportional to W, so that it needs no product of its own
         noise = noise + error.mean_square * signal if error.mean_square else noise
     else:
@@ -88,7 +87,7 @@ def weight_term(layer: "CrossbarLayer", held: Held) -> Tensor:
 
 
 def sensitivity_term(
-    layer: "CrossbarLayer", driven: Driven, held: Held, y: Tensor, keep: Tensor | None, examples: int
+    layer: "CrossbarLayer", driven: Driven, held: Held, signal: Tensor | None, keep: Tensor | None, examples: int
 ) -> Tensor:
     """``(½ Σ_i h_i Σ_n |Δy_i|², examples)``: their ratio is, to second order, the KL divergence [nats] per example
     that this layer's retention error causes in the model's prediction, with ``h_i`` the Fisher information of output
@@ -106,8 +105,8 @@ def sensitivity_term(
     variance = layer.to_rows(_variance(layer, held, error))
     h = layer.sensitivity.to(variance.device).reshape(variance.shape[:2])
     noise = (h * torch.einsum("gor,gr->go", variance, row_power(layer, driven, keep))).sum() * driven.factor**2
-    if error.mean_is_linear and error.mean_square:
-        noise = noise + h.mean() * error.mean_square * _power(layer, y, held.bias, keep)
+    if error.mean_is_linear and signal is not None:
+        noise = noise + h.mean() * error.mean_square * signal
     elif not error.mean_is_linear:
         noise = noise + h.mean() * _mean_power(layer, driven, held, keep, error)
     return torch.stack((0.5 * noise.reshape(()), torch.full_like(noise.reshape(()), float(examples))))
@@ -115,13 +114,16 @@ def sensitivity_term(
 
 def _variance(layer: "CrossbarLayer", held: Held, error: WeightError) -> Tensor:
     """s² of each weight."""
+    if held.variance is not None:
+        return held.variance
     programmed = wide(held.programmed)
     return WeightVariance.apply(programmed, layer.held_scale(programmed.dtype), error)
 
 
-def _power(layer: "CrossbarLayer", y: Tensor, bias: Tensor | None, keep: Tensor | None) -> Tensor:
-    """``Σ_n |y_n - bias|²``."""
-    return TotalPower.apply(layer.examples(y), None if bias is None else wide(layer.over_channels(bias.detach())), keep)
+def _power(layer: "CrossbarLayer", y: Tensor, bias: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    """y, and ``Σ_n |y_n - bias|²``."""
+    rows, power = OutputPower.apply(layer.examples(y), None if bias is None else layer.over_channels(bias), keep)
+    return rows.view(y.shape), power
 
 
 def _mean_power(layer: "CrossbarLayer", driven: Driven, held: Held, keep: Tensor | None, error: WeightError) -> Tensor:
@@ -131,5 +133,6 @@ def _mean_power(layer: "CrossbarLayer", driven: Driven, held: Held, keep: Tensor
     powers: list[Any] = []
     for mean in error.means:
         shifted = weight_mean(programmed, scale, mean) * driven.factor
-        powers.append(_power(layer, layer.multiply(s, shifted, None, driven.padded), None, keep))
+        product = layer.multiply(s, shifted, None, driven.padded)
+        powers.append(total_power(layer.examples(product), None, keep))
     return torch.stack(powers).mean(0)

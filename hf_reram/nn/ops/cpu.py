@@ -205,15 +205,18 @@ def weight_variance_gradient(grad: Tensor, weight: Tensor, scale: Tensor, error:
 
 
 def drifted_weight(
-    weight: Tensor, scale: Tensor, noise: Tensor, error: WeightError, slope: bool
-) -> tuple[Tensor, Tensor | None]:
+    weight: Tensor, scale: Tensor, noise: Tensor, error: WeightError, slope: bool, variance: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """:func:`.reference.drifted_weight`."""
     drifted = torch.empty_like(weight)
     slopes = torch.empty_like(weight) if slope else drifted
+    squares = torch.empty_like(weight) if variance else drifted
     mean = error.means[0]
-    for w, k, n, d, out, a in _weight_pieces(weight, scale, noise, slopes, drifted):
+    for w, k, n, d, square, out, a in _weight_pieces(weight, scale, noise, slopes, squares, drifted):
         _magnitude(w, k, a)
         _square(error, a, out, d if slope else None)
+        if variance:
+            torch.mul(out, k * k, out=square)
         std, sign = out.clamp_(min=1e-30).sqrt_(), w.sign()
         if slope:
             d.div_(std).mul_(n).mul_(sign).add_(1.0)
@@ -222,7 +225,7 @@ def drifted_weight(
         if any(mean):
             a.add_(_polynomial(mean, a, torch.empty_like(a)))
         out.mul_(n).add_(a.mul_(sign)).mul_(k)
-    return drifted, slopes if slope else None
+    return drifted, slopes if slope else None, squares if variance else None
 
 
 def _square(error: WeightError, a: Tensor, square: Tensor, half: Tensor | None = None) -> Tensor:
@@ -281,13 +284,17 @@ def total_power(y: Tensor, bias: Tensor | None, keep: Tensor | None) -> Tensor:
     return total
 
 
-def power_gradient(amount: Tensor, y: Tensor, bias: Tensor | None, keep: Tensor | None) -> Tensor:
-    """:func:`.reference.power_gradient`."""
-    result = torch.empty_like(y)
-    for part in row_slices(y):
-        out = result[part]
-        out.copy_(y[part]) if bias is None else torch.sub(y[part], bias, out=out)
-        out.mul_(2 * amount)
+def add_power_gradient(
+    grad: Tensor, amount: Tensor, y: Tensor, bias: Tensor | None, keep: Tensor | None, out: Tensor
+) -> Tensor:
+    """``grad`` and :func:`.reference.power_gradient`, into ``out``, which may be grad."""
+    slices = row_slices(y)
+    work, double = _work(y, slices), 2 * amount
+    for part in slices:
+        signal = y[part]
+        if bias is not None:
+            signal = torch.sub(signal, bias, out=work[: part.stop - part.start])
         if keep is not None:
-            out.mul_(reference.rows_like(keep[part], out))
-    return result
+            signal = torch.mul(signal, reference.rows_like(keep[part], signal), out=work[: part.stop - part.start])
+        torch.addcmul(grad[part], signal, double, out=out[part])
+    return out

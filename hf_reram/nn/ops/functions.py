@@ -30,6 +30,13 @@ class ShrunkSinh(Function):
             to, as is so where s goes into matrix products only.
         keep_input: save x and compute s anew in the backward, where nothing else saves s: the weight is frozen, and
             x is what an adapter beside it saves.
+        channel_dim: of s, counted from the end, to compute ``Σ_n k_n s_n²`` too, over all examples n (tokens, images),
+            of the shape of an example and at least in float32; None to leave it. Its gradient, a multiple of s, takes
+            part in the pass over s that is made anyway.
+        keep: k, (examples,) of 0 and 1, or None for all examples.
+
+    Returns:
+        s, and with ``channel_dim`` the power.
     """
 
     @staticmethod
@@ -44,24 +51,31 @@ class ShrunkSinh(Function):
         offset: Tensor | None = None,
         in_place: bool = False,
         keep_input: bool = False,
-    ) -> Tensor:
+        channel_dim: int | None = None,
+        keep: Tensor | None = None,
+    ) -> Any:
         s = _current(x, offset, span, b, gain, levels, floor)
         ctx.curve, ctx.in_place, ctx.keep_input = (b, gain, levels, floor), in_place, keep_input
         ctx.span = None if isinstance(span, Tensor) else span
         learned = span if isinstance(span, Tensor) else None
-        ctx.save_for_backward(x if keep_input else s, learned, offset if keep_input else None)
-        return s
+        ctx.save_for_backward(x if keep_input else s, learned, offset if keep_input else None, keep)
+        if channel_dim is None:
+            return s
+        rows = s.reshape(-1, *s.shape[channel_dim:])
+        return s, (cpu if cpu.takes(rows) else reference).row_power(rows, keep)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
-        s, learned, offset = ctx.saved_tensors
+    def backward(ctx, grad: Tensor, grad_power: Tensor | None = None):
+        s, learned, offset, keep = ctx.saved_tensors
         b, gain, levels, floor = ctx.curve
         span = ctx.span if learned is None else learned
         if ctx.keep_input:
             s = _current(s, offset, span, b, gain, levels, floor)
         low, high = reference.sinh_limits(b, gain, floor, s.dtype)
-        rest = (None,) * 7
+        if grad_power is not None:
+            grad = _with_power(grad, grad_power, s, keep, ctx.in_place)
+        rest = (None,) * 9
         if b < reference.LINEAR_B:
             slope = reference.inside(grad, s, low, high) * gain
             grad_x = slope / span
@@ -170,63 +184,99 @@ class WeightVariance(Function):
 
 
 class DriftedWeight(Function):
-    """``W + m(W) + s(W) ε``: weights as found after the retention time, for given variates ε, differentiable through
-    shift and spread.
+    """``(W + m(W) + s(W) ε, s²(W))``: weights as found after the retention time, for given variates ε, differentiable
+    through shift and spread, and their variance.
 
     Args:
         weight: within its range, any shape, at least float32. scale: w_scale, broadcastable to it.
-        noise: ε, of the weight's shape. error: of one time.
+        noise: ε, of the weight's shape. error: of one time. variance: whether it is wanted, else None in its place.
     """
 
     @staticmethod
-    def forward(ctx, weight: Tensor, scale: Tensor, noise: Tensor, error: WeightError) -> Tensor:
+    def forward(
+        ctx, weight: Tensor, scale: Tensor, noise: Tensor, error: WeightError, variance: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         learned = ctx.needs_input_grad[0]  # beside an adapter the cells are frozen
         twin: Any = cpu if cpu.takes(weight) else reference
-        drifted, slope = twin.drifted_weight(weight, scale, noise, error, learned)
-        ctx.save_for_backward(slope)  # instead of the noise: it costs the same memory
-        return drifted
+        drifted, slope, square = twin.drifted_weight(weight, scale, noise, error, learned, variance)
+        # The slope instead of the noise: it costs the same memory.
+        ctx.save_for_backward(slope, *((weight, scale) if variance and learned else ()))
+        ctx.error = error
+        ctx.set_materialize_grads(False)
+        return drifted, square
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
-        (slope,) = ctx.saved_tensors
-        return grad * slope, None, None, None
+    def backward(ctx, grad: Tensor | None, grad_variance: Tensor | None):
+        slope, *of_variance = ctx.saved_tensors
+        result = None if grad is None else grad * slope
+        if grad_variance is not None:
+            twin: Any = cpu if cpu.takes(slope) else reference
+            added = twin.weight_variance_gradient(grad_variance, *of_variance, ctx.error)
+            result = added if result is None else result.add_(added)
+        return result, None, None, None, None
 
 
-class RowPower(Function):
-    """``Σ_n k_n s_n²`` for each element of a row of ``s``, of the shape of a row, at least in float32.
-
-    Args:
-        s: (rows, ...). keep: (rows,) of 0 and 1, or None for all rows.
-    """
-
-    @staticmethod
-    def forward(ctx, s: Tensor, keep: Tensor | None) -> Tensor:
-        ctx.save_for_backward(s, keep)
-        return (cpu if cpu.takes(s) else reference).row_power(s, keep)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        s, keep = ctx.saved_tensors
-        return (cpu if cpu.takes(s) else reference).power_gradient(grad, s, None, keep), None
-
-
-class TotalPower(Function):
-    """``Σ_n k_n |y_n - bias|²``: the power of a layer's output without its digital bias, at least in float32.
+class OutputPower(Function):
+    """``y`` itself, and ``Σ_n k_n |y_n - bias|²``, the power of a layer's output without its digital bias, at least in
+    float32. The power's gradient is added to y's in one pass; since the power does not depend on the bias, y must have
+    been computed with ``bias.detach()``, and the bias receives y's gradient here.
 
     Args:
         y: (rows, ...). bias: broadcastable to a row, or None. keep: (rows,) of 0 and 1, or None for all rows.
     """
 
     @staticmethod
-    def forward(ctx, y: Tensor, bias: Tensor | None, keep: Tensor | None) -> Tensor:
+    def forward(ctx, y: Tensor, bias: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(y, bias, keep)
-        return (cpu if cpu.takes(y) else reference).total_power(y, bias, keep)
+        wide = None if bias is None else bias.to(torch.promote_types(bias.dtype, torch.float32))
+        return y.view_as(y), (cpu if cpu.takes(y) else reference).total_power(y, wide, keep)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor, grad_power: Tensor):
         y, bias, keep = ctx.saved_tensors
-        result = (cpu if cpu.takes(y) else reference).power_gradient(grad, y, bias, keep)
-        return result, -result.sum_to_size(bias.shape) if ctx.needs_input_grad[1] else None, None
+        of_bias = grad.sum_to_size(bias.shape) if ctx.needs_input_grad[1] else None
+        return _with_power(grad, grad_power, y, keep, False, bias), of_bias, None
+
+
+def _with_power(
+    grad: Tensor, amount: Tensor, y: Tensor, keep: Tensor | None, in_place: bool, bias: Tensor | None = None
+) -> Tensor:
+    """``grad + 2 · amount · k · (y - bias)``; ``amount`` of the shape of an example, or without dimensions."""
+    shape = (-1, *amount.shape) if amount.dim() else y.shape
+    rows, grads = y.reshape(shape), grad.reshape(shape)
+    if not cpu.takes(rows, grads):
+        return (grads + reference.power_gradient(amount, rows, bias, keep)).view(grad.shape)
+    out = grads if in_place else torch.empty_like(grads)
+    return cpu.add_power_gradient(grads, amount, rows, bias, keep, out).view(grad.shape)
+
+
+class OffsetOutput(Function):
+    """``(V, V o)``: weights as they are held, and what they make of their layer's input offset, (output channels,).
+
+    The gradient of the second, an outer product of the weight's size, is added to that of the first in place: V goes
+    into a matrix product or :class:`DriftedWeight` only, whose gradients nothing else refers to.
+
+    Args:
+        held: V, as (groups, output channels of a group, crossbar rows). offset: (groups, crossbar rows), without a
+            gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, held: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(offset)
+        ctx.set_materialize_grads(False)
+        return held.view_as(held), torch.bmm(held, offset[:, :, None]).flatten()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor | None, grad_output: Tensor | None):
+        (offset,) = ctx.saved_tensors
+        if grad_output is None:
+            return grad, None
+        of_output = grad_output.view(len(offset), -1, 1)
+        if grad is None:
+            return of_output * offset[:, None], None
+        factors = of_output, offset[:, None]
+        return torch.addcmul(grad, *factors) if torch.compiler.is_compiling() else grad.addcmul_(*factors), None

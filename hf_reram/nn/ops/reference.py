@@ -137,21 +137,25 @@ def weight_variance_gradient(grad: Tensor, weight: Tensor, scale: Tensor, error:
 
 
 def drifted_weight(
-    weight: Tensor, scale: Tensor, noise: Tensor, error: WeightError, slope: bool
-) -> tuple[Tensor, Tensor | None]:
-    """``W + m(W) + s(W) ε``: weights as they are found after the retention time, for given variates ε; and where it is
-    wanted its derivative, ``1 + M'(a) + sign(W) ε P'(a) / (2 sqrt(P(a)))`` with ``a = |W| / w_scale``.
+    weight: Tensor, scale: Tensor, noise: Tensor, error: WeightError, slope: bool, variance: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``W + m(W) + s(W) ε``: weights as they are found after the retention time, for given variates ε; and where wanted
+    its derivative with respect to W, and the variance ``s²(W)``.
+
+    With ``a = |W| / w_scale`` the derivative is ``1 + M'(a) + sign(W) ε P'(a) / (2 sqrt(P(a)))``.
 
     Args:
         weight: within its range. scale: broadcastable to it. noise: ε, of its shape. error: of one time.
     """
     a, sign, mean = _magnitude(weight, scale), weight.sign(), error.means[0]
-    std = _square(error, a).clamp(min=1e-30).sqrt()
+    square = _square(error, a)
+    std = square.clamp(min=1e-30).sqrt()
     shift = scale * (std * noise + horner(mean, a) * sign if any(mean) else std * noise)
-    if not slope:
-        return weight + shift, None
-    gained = 1.0 + sign * noise * (0.5 * _square_slope(error, a) / std)
-    return weight + shift, gained + horner(derivative(mean), a) if any(mean) else gained
+    gained = None
+    if slope:
+        gained = 1.0 + sign * noise * (0.5 * _square_slope(error, a) / std)
+        gained = gained + horner(derivative(mean), a) if any(mean) else gained
+    return weight + shift, gained, scale.square() * square if variance else None
 
 
 def weight_mean(weight: Tensor, scale: Tensor, mean: tuple[float, ...]) -> Tensor:

@@ -14,10 +14,10 @@ from hf_reram.device.moments import WeightError, weight_error
 from hf_reram.nn.ops import cpu, reference
 from hf_reram.nn.ops.functions import (
     DriftedWeight,
+    OffsetOutput,
+    OutputPower,
     Quantize,
-    RowPower,
     ShrunkSinh,
-    TotalPower,
     WeightVariance,
     clip_weight,
 )
@@ -157,11 +157,14 @@ def test_drifted_weight_has_right_values_and_gradients(mean, std):
     if std:
         square = np.polynomial.Polynomial(std) ** 2 + 0.05
         error = WeightError(tuple(square.coef), tuple(square.deriv().coef), (mean,), std, 0.05)
-    assert gradcheck(lambda w: DriftedWeight.apply(clip_weight(w, scale), scale, noise, error), (weight,))
+    assert gradcheck(lambda w: DriftedWeight.apply(clip_weight(w, scale), scale, noise, error, True), (weight,))
+    assert gradcheck(lambda w: DriftedWeight.apply(clip_weight(w, scale), scale, noise, error)[0], (weight,))
     held = clip_weight(weight, scale)
     variance = WeightVariance.apply(held, scale, error)
     wanted = held + weight_mean(held, scale, mean) + variance.sqrt() * noise
-    torch.testing.assert_close(DriftedWeight.apply(held, scale, noise, error), wanted)
+    drifted, found = DriftedWeight.apply(held, scale, noise, error, True)
+    torch.testing.assert_close(drifted, wanted)
+    torch.testing.assert_close(found, variance)
 
 
 @pytest.mark.parametrize("shape", [(6, 5), (700, 900), (3, 4, 5, 2)], ids=str)
@@ -174,10 +177,11 @@ def test_cells_in_pieces_agree_with_the_definition(shape, per, std):
     weight, out = torch.randn(shape).clamp(-scale, scale), torch.randn(shape)
     error = WeightError((0.1, 0.3, -0.2, 0.4), (0.3, -0.4, 1.2), ((0.0, -0.1, 0.2),), std, 0.05)
     wide = [t.double() for t in (weight, scale, noise, out)]
-    drifted, slope = cpu.drifted_weight(weight, scale, noise, error, True)
     pairs = [
-        (drifted, reference.drifted_weight(*wide[:3], error, True)[0]),
-        (slope, reference.drifted_weight(*wide[:3], error, True)[1]),
+        *zip(
+            cpu.drifted_weight(weight, scale, noise, error, True, True),
+            reference.drifted_weight(*wide[:3], error, True, True),
+        ),
         (cpu.weight_variance(weight, scale, error), reference.weight_variance(*wide[:2], error)),
         (
             cpu.weight_variance_gradient(out, weight, scale, error),
@@ -194,32 +198,72 @@ KEEPS = [None, torch.tensor([1, 1, 0, 1, 0, 1, 1.0], dtype=F64)]
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("inner", [(), (3, 2)])
 def test_output_power(keep, inner):
-    y = torch.randn(7, 5, *inner, dtype=F64, requires_grad=True)
+    clean = torch.randn(7, 5, *inner, dtype=F64, requires_grad=True)
     bias = torch.randn(5, *[1] * len(inner), dtype=F64, requires_grad=True)
-    assert gradcheck(lambda y, bias: TotalPower.apply(y, bias, keep), (y, bias))
-    rows = slice(None) if keep is None else keep.bool()
-    torch.testing.assert_close(TotalPower.apply(y, bias, keep), (y - bias)[rows].square().sum())
-    narrow = None if keep is None else keep.float()
-    for b in (None, bias):
-        amount, signal = torch.tensor(0.7, dtype=F64), [y.detach(), None if b is None else b.detach()]
-        small = [None if t is None else t.float() for t in signal]
-        assert float(cpu.total_power(*small, narrow)) == pytest.approx(float(TotalPower.apply(*signal, keep)))
-        found, wanted = (
-            cpu.power_gradient(amount.float(), *small, narrow),
-            reference.power_gradient(amount, *signal, keep),
-        )
-        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+
+    def power(clean, bias):
+        y, total = OutputPower.apply(clean + bias.detach(), bias, keep)
+        return 0.3 * total + 0.1 * y.pow(3).sum()
+
+    def plain(clean, bias):
+        kept = clean if keep is None else clean * keep.view(-1, *[1] * (clean.dim() - 1))
+        return 0.3 * kept.square().sum() + 0.1 * (clean + bias).pow(3).sum()
+
+    expected = torch.autograd.grad(plain(clean, bias), (clean, bias))
+    torch.testing.assert_close(torch.autograd.grad(power(clean, bias), (clean, bias)), expected)
+    torch.testing.assert_close(power(clean, bias), plain(clean, bias))
+    small = [t.detach().float().requires_grad_() for t in (clean, bias)]
+    keep32 = None if keep is None else keep.float()
+    y, total = OutputPower.apply(small[0] + small[1].detach(), small[1], keep32)
+    found = torch.autograd.grad(0.3 * total + 0.1 * y.pow(3).sum(), small)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("inner", [(), (3, 2)])
-def test_input_power(keep, inner):
-    x = torch.randn(7, 5, *inner, dtype=F64, requires_grad=True)
-    assert gradcheck(lambda x: RowPower.apply(x, keep), (x,))
+@pytest.mark.parametrize("b", [1e-5, 0.5, 6.0])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_input_power(keep, inner, b, in_place):
+    """Of the examples that count, with its gradient beside that of s; in pieces and as the definition has it."""
+    values, weight = torch.randn(7, 5, *inner, dtype=F64), torch.randn(5, *inner, dtype=F64)
+    span = torch.tensor([1.3], dtype=F64, requires_grad=True)
+    channel_dim = -1 - len(inner)
     rows = slice(None) if keep is None else keep.bool()
-    torch.testing.assert_close(RowPower.apply(x, keep), x[rows].square().sum(0))
-    found = cpu.row_power(x.detach().float(), None if keep is None else keep.float())
-    torch.testing.assert_close(found.double(), x.detach()[rows].square().sum(0), rtol=1e-5, atol=1e-6)
+
+    def loss(x, span, dtype=F64):
+        kept = None if keep is None else keep.to(dtype)
+        s, power = ShrunkSinh.apply(x, span, b, 0, 0.7, -1.0, None, in_place, False, channel_dim, kept)
+        return (weight.to(dtype) * power).sum() + (s * s.detach().square()).sum() / 3, s, power
+
+    x = values.clone().requires_grad_()
+    total, s, power = loss(x, 1.3)
+    torch.testing.assert_close(power, s[rows].square().sum(0))
+    (found,) = torch.autograd.grad(total, x)
+    if not in_place:
+        assert gradcheck(lambda x, span: loss(x, span)[2], (x, span))
+    again = values.clone().requires_grad_()
+    s = ShrunkSinh.apply(again, 1.3, b, 0, 0.7)
+    (wanted,) = torch.autograd.grad(
+        (weight * s[rows].square().sum(0)).sum() + (s * s.detach().square()).sum() / 3, again
+    )
+    torch.testing.assert_close(found, wanted)
+    small = values.float().requires_grad_()
+    (found,) = torch.autograd.grad(loss(small, 1.3, torch.float32)[0], small)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_held_weight_and_what_it_makes_of_an_offset():
+    weight, offset = torch.randn(2, 6, 5, dtype=F64, requires_grad=True), torch.randn(2, 5, dtype=F64)
+    x = torch.randn(7, 5, dtype=F64)
+
+    def outputs(w):
+        held, made = OffsetOutput.apply(w, offset)
+        return (held @ x.t()).sin().sum() + made.square().sum()
+
+    assert gradcheck(outputs, (weight,))
+    _, made = OffsetOutput.apply(weight, offset)
+    torch.testing.assert_close(made, torch.einsum("goi,gi->go", weight, offset).flatten())
 
 
 def test_quantize_rounds_saturates_and_passes_gradients():
@@ -266,6 +310,6 @@ def test_quantize_in_place(shape):
 def test_frozen_weights_drift_alike():
     weight, scale, noise = torch.randn(6, 5), torch.rand(6, 1) + 1, torch.randn(6, 5)
     error = weight_error(DeviceConfig.from_preset("hfox-neurram"), (86400.0,), None)
-    learned = DriftedWeight.apply(weight.clone().requires_grad_(), scale, noise, error)
-    frozen = DriftedWeight.apply(weight, scale, noise, error)
+    learned, _ = DriftedWeight.apply(weight.clone().requires_grad_(), scale, noise, error)
+    frozen, _ = DriftedWeight.apply(weight, scale, noise, error)
     assert torch.equal(learned, frozen) and not frozen.requires_grad
