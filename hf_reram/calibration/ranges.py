@@ -61,6 +61,8 @@ def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = No
         sensitivity = any(state.term == "sensitivity" for state in states)
     statistics = {name: LayerStatistics(layer, name, seed) for seed, (name, layer) in enumerate(layers.items())}
     observation = _Observation(statistics)
+    while hasattr(model, "_orig_mod"):  # hooks that look at numbers are not compiled
+        model = model._orig_mod  # type: ignore[assignment]
     kept = []
     with observation.watching(model):
         for batch in itertools.islice(batches, max(state.config.calibration_batches for state in states)):
@@ -119,8 +121,8 @@ class _Observation:
 
     def _see(self, layer, args, kwargs) -> None:
         name, x = self.names[layer], tensors_of((args, kwargs))[0]
-        same = self._last[0] is x and self.statistics[self._last[1]].layer.crossbar is layer.crossbar
-        if not same:
+        first = self.statistics[self._last[1]].layer if self._last[0] is x else None
+        if first is None or first.crossbar is not layer.crossbar or first.channel_dim != layer.channel_dim:
             self._last = (x, name)
         leader = self.leaders.setdefault(name, self._last[1])
         if self.statistics[name].offset is None and leader != name:

@@ -1,8 +1,9 @@
 """How a model does as chips that age: one number per metric, time, temperature and chip, with its references."""
 
 import math
+import operator
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..device.seeds import derived_seed
 from ..device.time import parse_time
-from ..model.deploy import deploy, digital
+from ..model.deploy import deploy, digital, refuse_modes
 from ..model.digest import model_digest, weights_digest
 from ..model.find import crossbar_layers, crossbar_states, reset_calls, uncalled
 from ..model.inputs import evaluating
@@ -62,15 +63,20 @@ def evaluate_robustness(
     """
     states = crossbar_states(model)
     state = states[0]
-    chips = list(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else list(seeds)  # type: ignore[arg-type]
+    chips = _chips(seeds)
     for name, values in (("times", times), ("temperatures", temperatures), ("seeds", chips)):
-        if isinstance(values, (str, bytes)) or not len(values):
+        if isinstance(values, (str, bytes)) or not isinstance(values, Sized) or not len(values):
             raise ValueError(f"{name}={values!r}: allowed is a non-empty list")
+    refuse_modes(model)
+    if not callable(evaluate):
+        raise ValueError(f"evaluate={evaluate!r}: allowed is a function of the model")
     seconds = [parse_time(t) for t in times]
-    kelvins = [state.config.temperature if t is None else t for t in temperatures]
+    own = {part.config.temperature for part in states}
+    own_kelvin = own.pop() if len(own) == 1 else None  # None: each part its own
+    kelvins = [own_kelvin if t is None else t for t in temperatures]
     for kelvin in kelvins:
         for part in states:
-            part.config.device.equivalent_time(0.0, kelvin)
+            part.config.device.equivalent_time(0.0, part.config.temperature if kelvin is None else kelvin)
     runs = [Run("digital"), Run("ideal")] if references else []
     runs += [Run("chip", s, k, chip) for k in kelvins for s in seconds for chip in chips]
     log = None if resume is None else RunLog(resume, model_digest(model))
@@ -108,7 +114,7 @@ def evaluate_robustness(
         notes += [
             f"retention at {time:g} s is the last measured value, held{of}"
             for time, kelvin in sorted({(t, k) for t in seconds for k in kelvins}, key=str)
-            if device.holds_at(time, kelvin)
+            if device.holds_at(time, part.config.temperature if kelvin is None else kelvin)
         ]
         if device.assumed:
             notes.append(f"assumed, not measured: {', '.join(device.assumed)}{of}")
@@ -128,6 +134,21 @@ def evaluate_robustness(
     )
     state.report = report  # for push_to_hub
     return report
+
+
+def _chips(seeds: int | Iterable[int]) -> list[int]:
+    allowed = f"seeds={seeds!r}: allowed are a number of chips or their numbers, integers from 0 to 2^63 - 1"
+    if isinstance(seeds, (bool, float, str, bytes)):
+        raise ValueError(allowed)
+    try:
+        chips = [
+            operator.index(n) for n in (range(operator.index(seeds)) if not isinstance(seeds, Iterable) else seeds)
+        ]
+    except TypeError:
+        raise ValueError(allowed) from None
+    if not all(0 <= chip < 2**63 for chip in chips):
+        raise ValueError(allowed)
+    return chips
 
 
 def _complaint(model: nn.Module, names: Iterable[str]) -> str:

@@ -40,12 +40,14 @@ def deploy(
         seed: number of the chip.
 
     Raises:
-        ValueError: the model is not patched, or a bad time, temperature or seed.
+        ValueError: the model is not patched or is digital here, or a bad time, temperature or seed.
     """
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"seed={seed!r}: allowed is an integer from 0 to 2^63 - 1")
     seconds = None if time is None else parse_time(time)
     refuse_offloaded(model)
+    if any(state.digital for state in crossbar_states(model)):
+        raise ValueError("the model is digital here, so that it can be no chip: deploy it outside of hf_reram.digital")
     for state in crossbar_states(model):  # refuses a bad temperature before anything is drawn
         state.config.device.equivalent_time(seconds or 0.0, kelvin(state.config.temperature, temperature))
     layers, token = chip_names(model), object()
@@ -60,8 +62,19 @@ def deploy(
         yield model
         warn_uncalled(model, "were not called while the model was deployed: what it computed is not a chip's there")
     finally:
-        for layer in layers.values():
+        for layer in (layer for layer in layers.values() if isinstance(layer, CrossbarLayer)):  # still
             layer.chips = {key: chip for key, chip in (layer.chips or {}).items() if key is not token} or None
+
+
+def refuse_modes(model: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: the model is a chip or digital already, so that no number would be of what it says.
+    """
+    if any(state.digital for state in crossbar_states(model)):
+        raise ValueError("the model is digital here: evaluate its robustness outside of hf_reram.digital")
+    if any(layer.chips for layer in crossbar_layers(model).values()):
+        raise ValueError("the model is deployed as a chip here: evaluate its robustness outside of hf_reram.deploy")
 
 
 def refuse_offloaded(model: nn.Module) -> None:

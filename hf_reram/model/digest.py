@@ -6,7 +6,7 @@ import json
 import torch
 from torch import nn
 
-from .find import crossbar_state
+from .find import crossbar_states
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -22,5 +22,6 @@ def weights_digest(model: nn.Module) -> str:
 
 def model_digest(model: nn.Module) -> str:
     """The same of a patched model's weights and its ReRAMConfig together: two models that age alike have the same."""
-    config = json.dumps(crossbar_state(model).config.to_dict(), sort_keys=True)
+    configs = [state.config.to_dict() for state in crossbar_states(model)]
+    config = json.dumps(configs[0] if len(configs) == 1 else configs, sort_keys=True)
     return hashlib.sha256(f"{weights_digest(model)} {config}".encode()).hexdigest()

@@ -119,6 +119,7 @@ def initialize_layers(model: nn.Module, names: set[str] | None = None) -> None:
             layer.weight_scale.copy_(
                 layer_scales(layer, layer.to_rows(cell_weight(layer, layer.weight)), config.weight_clip)
             )
+        layer.forget_white_noise()
         layer.scalars()
         if config.learn_input_range and not isinstance(layer.input_range, nn.Parameter):
             make_range_trainable(layer)

@@ -62,7 +62,7 @@ def sampled(layer: "CrossbarLayer", now: Scalars) -> Held:
     drifts = sampling.kind == "drift"
     error = sampling.error.averaged(now.pairs) if drifts else white_error(layer.white_noise_std())
     weight = wide(programmed)
-    noise = sampling.normal(weight, layer.crossbar_name)
+    noise = sampling.normal(weight, layer.noise_name or layer.crossbar_name)
     needed = drifts and state.term is not None and sampling.error == state.error
     drifted, variance = DriftedWeight.apply(weight, layer.held_scale(weight.dtype), noise, error, needed)
     return Held(drifted.to(programmed.dtype), programmed, bias, variance)

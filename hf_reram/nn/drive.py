@@ -59,7 +59,16 @@ def drive(layer: "CrossbarLayer", x: Tensor, now: Scalars) -> Driven:
     def compute() -> tuple[Tensor, Tensor | None]:
         return _sinh(layer, x, span, levels, factor, floor, now, powered, keep)
 
-    key = (span, now.b, levels, floor, factor, now.mark, layer.geometry() if now.mark else (), layer.channel_dim)
+    key = (
+        span,
+        now.b,
+        levels,
+        floor,
+        factor,
+        now.mark,
+        (type(layer), *layer.geometry()) if now.mark else (),
+        layer.channel_dim,
+    )
     s, power = _shared(x, key, powered, compute)
     return Driven(x, s, 1.0, span, now.centered, power)
 
@@ -167,7 +176,12 @@ def _reference(t: Tensor | None) -> Callable[[], Tensor | None]:
 
 def _forget(x: weakref.ref) -> None:
     if _LAST.x is x:
-        _LAST.x = _LAST.s = _LAST.power = None
+        forget_shared()
+
+
+def forget_shared() -> None:
+    """Compute the next input anew: its memory may be written to without that its tensor knows, as numpy does."""
+    _LAST.x = _LAST.s = _LAST.power = None
 
 
 def row_power(layer: "CrossbarLayer", driven: Driven, keep: Tensor | None) -> Tensor:

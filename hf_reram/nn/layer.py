@@ -32,8 +32,8 @@ BUFFERS = (
 FILLS = dict.fromkeys(BUFFERS, 0.0)
 FILLS |= {"range_shrink": 1.0, "gain": 1.0, "input_floor": -1.0, "pairs_per_weight": 1.0, "input_scale": 1.0}
 
-# Of this process alone: neither copied nor pickled nor saved.
-_PASSING: dict[str, Any] = {"chips": None, "_scalars_of": None, "_offset": None, "_white_std": None}
+# What copies and pickles start without, and nothing saves.
+_PASSING: dict[str, Any] = {"chips": None, "noise_name": None, "_scalars_of": None, "_offset": None, "_white_std": None}
 
 
 class CrossbarLayer(nn.Module):
@@ -93,6 +93,7 @@ class CrossbarLayer(nn.Module):
     sensitivity: Tensor | None
     copies_output: bool
     chips: dict[Any, Chip] | None
+    noise_name: str | None  # that seeds of sampled drift are made of, None for crossbar_name
     _digital_class: Any  # that it was made from
     _scalars: Scalars | None = None
     _scalars_of: Any = None  # the buffers and their versions
@@ -323,14 +324,14 @@ class CrossbarLayer(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         """``.to``, ``.half()`` and the like: numbers of calibration go along to another device, but stay float32."""
-        before = {name: t for name in BUFFERS if (t := getattr(self, name, None)) is not None}
+        before = {name: t.detach() for name in BUFFERS if (t := getattr(self, name, None)) is not None}
         super()._apply(fn, recurse)
         for name, old in before.items():
             new = getattr(self, name)
             if new.dtype == torch.float32 or new.device.type == "meta":
                 continue
             if name in self._parameters:  # the same object, which an optimizer may know
-                new.data = old.data.to(new.device, torch.float32)
+                new.data = old.to(new.device, torch.float32)
             else:
                 self._buffers[name] = old.to(new.device, torch.float32)
         if getattr(self, "sensitivity", None) is not None and self.weight.device.type != "meta":
@@ -343,6 +344,7 @@ class CrossbarLayer(nn.Module):
             tensor = getattr(self, name, None)
             if tensor is not None and tensor.dtype != torch.float32:  # assigned
                 tensor.data = tensor.data.float()
+        self.forget_white_noise()
         if self.input_range.device.type != "meta":
             self.scalars()  # compiled code does not look
 

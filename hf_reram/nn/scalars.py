@@ -18,7 +18,7 @@ READ = (
 
 
 class Scalars(NamedTuple):
-    """See the buffers of :class:`.mixin.CrossbarLayer`.
+    """See the buffers of :class:`.layer.CrossbarLayer`.
 
     Attributes:
         gain: times b. mark: a number that stands for offset and scales, 0 without them.

@@ -2,7 +2,7 @@
 
 import inspect
 import weakref
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -12,10 +12,9 @@ from ..config import ReRAMConfig
 from ..device.moments import WeightError, weight_error
 from ..device.seeds import derived_seed
 from ..device.time import parse_time
+from .drive import forget_shared
 from .ops.random import seeded_normal, white_noise_like
 
-# Forwards under torch.compile that may wait for one loss together: nothing tells when their outputs are gone.
-COMPILED_FORWARDS = 8
 # Arguments with which a model, or an encoder or decoder inside it, is given its tokens.
 INPUTS = frozenset(
     ("input_ids", "inputs_embeds", "decoder_inputs_embeds", "pixel_values", "input_values", "input_features")
@@ -116,11 +115,13 @@ class Padding:
     Attributes:
         mask: (batch, tokens), 0 at padding, of its own tokens; None where unknown.
         other: (batch, tokens, features), states of an encoder that it attends to; other_mask: of their tokens.
+        decoded: its own tokens are those of a decoder that ran inside it.
     """
 
     mask: Tensor | None = None
     other: Tensor | None = None
     other_mask: Tensor | None = None
+    decoded: bool = False
 
     def keep(self, x: Tensor) -> Tensor | None:
         """1 for each row of ``x`` (batch, tokens, features) that is no padding, 0 for the others; None if unknown."""
@@ -139,6 +140,7 @@ class Forward:
         kept: the tokens that a layer's term was computed of, by its name.
         terms: the loss's (noise, signal) by layer name, summed over the calls of a layer. ratios: the same of "output",
             where they are only measured. scales: the gradients that terms will receive, see :mod:`.attach`.
+        kept_by: a reference to what the model's outputs hold on to. compiled: it ran under torch.compile.
         consumed: the terms have joined a loss. attached: they travel attached to the layers' outputs.
         before: the last forward, where both are compiled: nothing else holds on to it.
         rerun: layers run once without gradients, and again in the backward (reentrant checkpointing).
@@ -160,6 +162,8 @@ class Forward:
         self.scales: dict[str, Tensor] = {}
         self.consumed = self.rerun = False
         self.attached = True
+        self.kept_by: Any = _nobody
+        self.compiled = torch.compiler.is_compiling()
         self.grad = torch.is_grad_enabled()
 
     def collect(self, into: dict[str, Tensor], name: str, term: Tensor) -> None:
@@ -178,6 +182,17 @@ class Forward:
         return alone and self.sampling is other.sampling and not self.rerun and not other.rerun
 
 
+class _Keeper:
+    """What a model's outputs hold on to, and so its forward."""
+
+    def __init__(self, forward: Forward):
+        self.forward = forward
+
+
+def _nobody() -> None:
+    return None
+
+
 class CrossbarState:
     """Shared by the crossbar layers that were patched together; never saved.
 
@@ -186,7 +201,8 @@ class CrossbarState:
         measure: collect noise-to-signal ratios even if the loss has no closed-form term.
         sampling: what the next training forward samples.
         forward: the last one. ratios: (noise, signal) by layer name of the last loss or measurement.
-        calls: forwards of the model. report: its last robustness report, whose weights it may have left since.
+        calls: forwards of the model; running: whether one is under way.
+        report: its last robustness report, whose weights it may have left since.
     """
 
     report: Any = None
@@ -198,7 +214,7 @@ class CrossbarState:
         self.sampling: Sampling | None = None
         self.forward = Forward()
         self.ratios: dict[str, Tensor] = {}
-        self.calls = 0
+        self.calls, self.running = 0, False
         self._root = (lambda: None) if root is None else weakref.ref(root)
         self._waiting: list[Any] = []  # references to forwards whose terms may still join a loss
 
@@ -240,12 +256,13 @@ class CrossbarState:
         return self.forward
 
     def end(self, outputs: Any) -> None:
-        """Let the forward live as long as the outputs that its loss is made of."""
-        forward = self.forward
+        """Let the forward wait for a loss as long as the outputs live that the loss is made of."""
+        keeper = _Keeper(self.forward)
+        self.forward.kept_by = weakref.ref(keeper)
         for tensor in tensors_of(outputs):
             if tensor.grad_fn is not None:
                 metadata: Any = tensor.grad_fn.metadata
-                metadata["hf_reram"] = forward
+                metadata["hf_reram"] = keeper
 
     def current(self) -> Forward:
         """The forward that a layer runs in.
@@ -264,20 +281,20 @@ class CrossbarState:
                     "backward, whose padding or sampled drift differ: call backward after each forward, or switch "
                     "gradient checkpointing off"
                 )
-        elif forward.consumed:  # a part of the model was called by itself
-            return self.begin(True)
+        elif not self.running and (forward.consumed or forward.sampling is not self.sampling):
+            return self.begin(True)  # a part of the model was called by itself
         return forward
 
     def waiting(self) -> list[Forward]:
-        """The forwards whose terms no loss has taken yet and whose outputs are still there; the last one at least."""
-        found = [f for f in self._alive() if f.grad and f is not self.forward]
+        """The forwards whose terms no loss has taken yet and whose outputs are still there; where there are none, the
+        last one."""
+        found = [f for f in self._alive() if f.grad and f.kept_by() is not None]
         last: Forward | None = self.forward
-        for _ in range(COMPILED_FORWARDS):
-            if last is None:
-                break
+        while last is not None and last.compiled:  # nothing tells whether their outputs are gone
             found.append(last)
             earlier, last.before = last.before, None
             last = earlier
+        found = [f for f in found if f.terms and not f.consumed] or [self.forward]
         return [f for f in found if f.terms and not f.consumed]
 
     def _alive(self) -> list[Forward]:
@@ -298,7 +315,6 @@ class CrossbarState:
             return self
         copy = CrossbarState(self.config)
         copy.physics, copy.report = self.physics, self.report
-        copy.digital, copy.digital_contexts = self.digital, self.digital_contexts
         if root is not None:
             copy.adopt(memo[id(root)])
         memo[id(self)] = copy
@@ -310,11 +326,10 @@ class CrossbarState:
             self._root = weakref.ref(root)
 
     def __getstate__(self):
-        return {"config": self.config, "digital": self.digital}
+        return {"config": self.config}
 
     def __setstate__(self, saved):
         CrossbarState.__init__(self, saved["config"])
-        self.digital, self.digital_contexts = saved["digital"], int(saved["digital"])
 
 
 # Hooks of the model, classes so that it can be pickled and deep-copied
@@ -345,6 +360,7 @@ class BeginForward:
             _refuse_nan(tensors)
             self.state.adopt(module)
         self.state.calls = 1 if torch.compiler.is_compiling() else self.state.calls + 1
+        self.state.running = True
         size = tensors[0].shape[0] if tensors and tensors[0].dim() else 1
         self.state.begin(module.training and not self.state.digital, size, padding)
 
@@ -359,12 +375,19 @@ class EndForward:
         self.begin = begin
 
     def __call__(self, module: nn.Module, args: tuple, outputs: Any) -> None:
+        state = self.begin.state
         if not self.begin.root:
-            forward = self.begin.state.forward
+            forward, inside = state.forward, state.forward.padding
             if forward.around:
                 forward.padding = forward.around.pop()
-        elif module.training and not torch.compiler.is_compiling():
-            self.begin.state.end(outputs)
+            if inside.decoded or inside.other is not None:  # what follows a decoder reads its tokens
+                forward.padding = replace(forward.padding, mask=inside.mask, decoded=True)
+            return
+        state.running = False
+        if not torch.compiler.is_compiling():
+            forget_shared()
+            if module.training:
+                state.end(outputs)
 
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:
@@ -386,7 +409,9 @@ def tensors_of(value: Any) -> list[Tensor]:
         return [value]
     if isinstance(value, dict):
         value = list(value.values())
-    return [t for item in value for t in tensors_of(item)] if isinstance(value, (list, tuple)) else []
+    if not isinstance(value, (list, tuple)):
+        value = list(vars(value).values()) if is_dataclass(value) else []
+    return [t for item in value for t in tensors_of(item)]
 
 
 def _by_token(mask: Any, around: Tensor | None) -> Tensor | None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn.state import tensors_of
 from .losses import noise_to_signal
 
 
@@ -43,23 +44,15 @@ class _Look:
         self.name, self.found = name, found
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if self.found or all(map(_finite, _tensors(output))):
+        if self.found or all(map(_finite, tensors_of(output))):
             return
-        given = _tensors((args, kwargs))
+        given = tensors_of((args, kwargs))
         name = f"layer {self.name!r} ({type(module).__name__})"
         if not all(map(_finite, given)):
             self.found.append(f"{name} is given NaN or infinite values")
         else:
             largest = max((float(t.detach().abs().max()) for t in given if t.numel()), default=0.0)
             self.found.append(f"{name} makes NaN or infinite values of inputs of at most {largest:.3g}")
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [t for item in value for t in _tensors(item)] if isinstance(value, (list, tuple)) else []
 
 
 def _finite(tensor: Any) -> bool:

@@ -1,5 +1,6 @@
 """The retention loss: what the layers' forwards collected, and how it joins the task loss."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -84,15 +85,25 @@ def add_retention_loss(task_loss: Tensor, model: nn.Module, weight: float | None
         "none") that is ``task_loss`` itself and 0.
 
     Raises:
-        ValueError: the model is not patched, or its loss is "consistency", which takes a second forward.
+        ValueError: the model is not patched, its loss is "consistency", which takes a second forward, or a bad weight.
         RuntimeError: no forward in training mode has run.
     """
+    if weight is not None and not (isinstance(weight, (int, float)) and 0 <= weight < math.inf):
+        raise ValueError(f"weight={weight!r}: allowed is a finite number of at least 0, or None")
+    return join_terms(task_loss, model, weight)
+
+
+def join_terms(
+    task_loss: Tensor, model: nn.Module, weight: float | None = None, share: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """:func:`add_retention_loss`, with ``share`` of the configs' weights, as of one of several accumulated batches."""
     states = crossbar_states(model)
     alone = torch.zeros_like(task_loss.detach())
     if all(state.term is None and state.config.retention_loss != "consistency" for state in states):
         return task_loss, alone
     for state in _with_terms(model):
-        task_loss, value = _add(task_loss, state, state.config.retention_weight if weight is None else weight)
+        own = state.config.retention_weight if weight is None else weight
+        task_loss, value = _add(task_loss, state, own * share)
         alone = alone + value
     return task_loss, alone
 
@@ -131,14 +142,16 @@ def noise_to_signal(model: nn.Module) -> dict[str, float]:
 
 def measured_ratios(model: nn.Module) -> dict[str, Tensor]:
     """The same where they are, without waiting for the device."""
-    found: dict[str, Tensor] = {}
-    for state in crossbar_states(model):
-        last = state.forward
-        pairs = last.ratios or (last.terms if state.term == "output" else {}) or state.ratios
-        if pairs:
-            values = _stacked(pairs).detach().float()
-            found |= dict(zip(pairs, (values[:, 0] / values[:, 1].clamp(min=1e-30)).unbind()))
-    return found
+    pairs: dict[str, Tensor] = {}
+    for name, layer in crossbar_layers(model).items():
+        state, last = layer.crossbar, layer.crossbar.forward
+        measured = last.ratios or (last.terms if state.term == "output" else {}) or state.ratios
+        if layer.crossbar_name in measured:
+            pairs[name] = measured[layer.crossbar_name]
+    if not pairs:
+        return {}
+    values = _stacked(pairs).detach().float()
+    return dict(zip(pairs, (values[:, 0] / values[:, 1].clamp(min=1e-30)).unbind()))
 
 
 @contextmanager
@@ -157,9 +170,8 @@ def sampled_drift(model: nn.Module, kind: str | None = None, seed: int | None = 
     if kind not in (None, "drift", "noise"):
         raise ValueError(f"kind={kind!r}: allowed are 'drift', 'noise' and None")
     layers, states = crossbar_layers(model), crossbar_states(model)
-    if len(states) > 1:  # so that towers that were patched alike do not share their noise
-        for name, layer in layers.items():
-            layer.crossbar_name = name
+    for name, layer in layers.items() if len(states) > 1 else ():
+        layer.noise_name = name  # so that towers that were patched alike do not share their noise
     before = [(state, state.sampling) for state in states]
     for state in states:
         state.sampling = sampling(state.physics, kind, seed)

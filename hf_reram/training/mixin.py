@@ -21,7 +21,7 @@ from .callbacks import HoldWeights, NameUncalled
 from .checkpoints import set_incomplete_aside
 from .diagnosis import explain
 from .distillation import divergence
-from .losses import add_retention_loss, measured_ratios, sampled_drift
+from .losses import join_terms, measured_ratios, sampled_drift
 
 # Of Trainer, beside which the mixin stands.
 Base: Any = object
@@ -74,8 +74,8 @@ class TrainingMixin(Base):
     def _prepare_crossbars(self, model: nn.Module) -> None:
         patched = bool(crossbar_layers(model))
         if patched and self.reram_config is not None:
-            state = crossbar_state(model)
-            if state.config.to_dict() != self.reram_config.to_dict():
+            configs = [state.config.to_dict() for state in crossbar_states(model)]
+            if any(config != self.reram_config.to_dict() for config in configs):
                 unpatch_model(model)
                 patched = False
         if not patched:
@@ -85,7 +85,7 @@ class TrainingMixin(Base):
         state = crossbar_state(model)
         self.reram_config = state.config
         calibrated = all(layer.calibrated for layer in crossbar_layers(model).values())
-        needs_sensitivity = state.term == "sensitivity"
+        needs_sensitivity = any(part.term == "sensitivity" for part in crossbar_states(model))
         if calibrated and not needs_sensitivity:
             return
         batches = self._calibration_batches()
@@ -172,14 +172,15 @@ class TrainingMixin(Base):
         scaled = self._scaled_for_ga(num_items_in_batch)
         steps = getattr(self, "current_gradient_accumulation_steps", 1)
         # Per micro-batch; the Trainer divides the whole loss by the steps unless it is scaled already.
-        weight = state.config.retention_weight / (steps if scaled else 1)
+        share = 1 / steps if scaled else 1.0
         loss, retention = task_loss, None
-        if state.term is not None:
-            loss, retention = add_retention_loss(task_loss, self.model, weight)
+        if any(part.term is not None for part in crossbar_states(self.model)):
+            loss, retention = join_terms(task_loss, self.model, share=share)
         elif consistency:
             state.measure, state.ratios = False, state.forward.ratios
             with sampled_drift(self.model, "drift", seed):
                 retention = divergence(model(**self._without_labels(kept)), outputs)
+            weight = state.config.retention_weight * share
             loss, retention = task_loss + weight * retention, retention.detach()
         ratios = measured_ratios(self.model)
         self._count("task_loss", task_loss.detach().float() / (1 if scaled else steps))

@@ -14,6 +14,7 @@ from hf_reram import (
     calibrate,
     crossbar_layers,
     deploy,
+    digital,
     evaluate_robustness,
     inspect_layers,
     patch_model,
@@ -150,3 +151,28 @@ def test_compiled_layers_know_that_they_ran(bypassed):
             layer.calls = 0
         score(call)
         assert [layer.calls for layer in crossbar_layers(bypassed).values()] == [1, 0, 1]
+
+
+def test_a_digital_model_or_a_chip_is_not_evaluated_as_a_chip(tiny_bert):
+    patch_model(tiny_bert, ReRAMConfig())
+    calibrate(tiny_bert, [bert_batch()])
+
+    def loss(model):
+        return float(model(**bert_batch()).loss)
+
+    with digital(tiny_bert):
+        copied = copy.deepcopy(tiny_bert)
+        with pytest.raises(ValueError, match="digital here"):
+            evaluate_robustness(tiny_bert, loss, ["10y"], seeds=1, progress=False)
+        with pytest.raises(ValueError, match="digital here"), deploy(tiny_bert, "10y"):
+            pass
+    with deploy(tiny_bert, "10y"), pytest.raises(ValueError, match="deployed as a chip here"):
+        evaluate_robustness(tiny_bert, loss, ["10y"], seeds=1, progress=False)
+    report = evaluate_robustness(copied, loss, ["10y"], seeds=2, progress=False)
+    assert all(m.metrics["metric"] != report.digital["metric"] for m in report.measurements)
+
+
+@pytest.mark.parametrize("seeds", [True, 2.5, "2", [-1], [0.5], None])
+def test_bad_chips_are_refused_before_anything_runs(bypassed, seeds):
+    with pytest.raises(ValueError, match="seeds="):
+        evaluate_robustness(bypassed, lambda model: pytest.fail("ran"), ["1d"], seeds=seeds, progress=False)

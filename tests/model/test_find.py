@@ -77,7 +77,7 @@ def test_two_towers_are_trained_with_noise_of_their_own():
     with sampled_drift(model, seed=1):
         y = model(x)
         drifts = [layer.crossbar.sampling for layer in crossbar_layers(model).values()]
-        names = [layer.crossbar_name for layer in crossbar_layers(model).values()]
+        names = [layer.noise_name for layer in crossbar_layers(model).values()]
     assert len(set(names)) == 4 and all(sampling.kind == "drift" for sampling in drifts)
     total, value = add_retention_loss(y.square().mean(), model)
     assert float(total.detach() - y.square().mean().detach()) == pytest.approx(2 * float(value), rel=1e-5)

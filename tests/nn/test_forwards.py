@@ -2,10 +2,11 @@
 
 import gc
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
 from hf_reram import (
     ReRAMConfig,
@@ -203,3 +204,62 @@ def test_a_layer_may_be_called_by_keyword():
     patch_model(model, ReRAMConfig())
     calibrate(model, [x])
     assert torch.equal(model[0](input=x), model[0](x))
+
+
+def test_what_is_sampled_is_that_of_the_context_for_a_part_by_itself_too(tiny_bert):
+    patch_model(tiny_bert.train(), ReRAMConfig(retention_loss="drift"))
+    calibrate(tiny_bert, [bert_batch()])
+    ids = bert_batch()["input_ids"]
+
+    def encode():
+        with torch.no_grad():
+            return tiny_bert.bert(ids).last_hidden_state
+
+    ideal = encode()
+    with sampled_drift(tiny_bert, seed=1):
+        drifted = encode()
+        with torch.no_grad():
+            tiny_bert(ids)
+    assert not torch.equal(drifted, ideal) and torch.equal(encode(), ideal)
+    with sampled_drift(tiny_bert, seed=1):
+        assert torch.equal(encode(), drifted)
+
+
+def test_a_head_on_a_decoder_reads_decoder_tokens():
+    shape = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
+    shape |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "vocab_size": 40}
+    model = BartForConditionalGeneration(BartConfig(**shape, tie_word_embeddings=False)).train()
+    patch_model(model, ReRAMConfig(retention_loss="output"))
+    ids, mask = torch.randint(4, 40, (2, 5)), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    model(ids, mask, decoder_input_ids=ids)
+    kept = crossbar_state(model).forward.kept
+    assert kept["lm_head"] is None and kept["model.decoder.layers.0.fc1"] is None
+    assert torch.equal(kept["model.encoder.layers.0.fc1"], mask.flatten().float())
+    model(ids, mask, decoder_input_ids=ids, decoder_attention_mask=mask.flip(0))
+    assert torch.equal(crossbar_state(model).forward.kept["lm_head"], mask.flip(0).flatten().float())
+
+
+def test_a_last_forward_that_nobody_keeps_does_not_join_the_loss_of_another(tiny_bert):
+    patch_model(tiny_bert.train(), ReRAMConfig(retention_loss="output"))
+    calibrate(tiny_bert, [bert_batch()])
+    first, second = halves()
+    alone = float(retention_loss_of(tiny_bert, first))
+    kept = tiny_bert(**first)
+    tiny_bert(**second)
+    assert float(add_retention_loss(kept.loss, tiny_bert)[1]) == pytest.approx(alone, rel=1e-6)
+    kept = tiny_bert(**first)
+    with torch.no_grad():
+        tiny_bert(**second)
+    assert float(add_retention_loss(kept.loss, tiny_bert)[1]) == pytest.approx(alone, rel=1e-6)
+
+
+def test_memory_that_changes_under_a_tensor_is_read_anew():
+    model = nn.Sequential(nn.Linear(6, 4)).eval()
+    values = np.random.default_rng(0).standard_normal((5, 6)).astype("f4")
+    x = torch.from_numpy(values)
+    patch_model(model, ReRAMConfig())
+    calibrate(model, [x.clone()])
+    with torch.no_grad():
+        before = model(x)
+        values[:] = -values
+        assert not torch.equal(model(x), before) and torch.equal(model(x), model(x.clone()))

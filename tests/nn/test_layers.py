@@ -192,13 +192,13 @@ def test_zero_rows_zero_layers_and_constant_inputs_stay_finite():
 
 
 def test_query_key_and_value_share_one_phi(tiny_bert, monkeypatch):
-    from hf_reram.nn import drive as mixin
+    from hf_reram.nn import drive as driving
 
     patch_model(tiny_bert, ReRAMConfig())
     calibrate(tiny_bert, [bert_batch()])
     calls = []
-    forward = mixin.ShrunkSinh.apply
-    monkeypatch.setattr(mixin.ShrunkSinh, "apply", lambda *a: calls.append(1) or forward(*a))
+    forward = driving.ShrunkSinh.apply
+    monkeypatch.setattr(driving.ShrunkSinh, "apply", lambda *a: calls.append(1) or forward(*a))
     tiny_bert.train()(**bert_batch())
     layers = len(crossbar_layers(tiny_bert))
     assert len(calls) == layers - 2 * tiny_bert.config.num_hidden_layers
