@@ -3,8 +3,19 @@
 import importlib
 import importlib.util
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+# One thread at a time: Python gives up where one imports a package, which imports its modules, and another a module
+# of it first.
+_LOCK = threading.RLock()
+
+
+def load(module: str, name: str) -> Any:
+    """A module's attribute, the module imported if need be."""
+    with _LOCK:
+        return getattr(importlib.import_module(module), name)
 
 
 def lazy_names(
@@ -20,9 +31,10 @@ def lazy_names(
 
     def get(name: str) -> Any:
         if name in homes:
-            value = getattr(importlib.import_module(f".{homes[name]}", package), name)
+            value = load(importlib.util.resolve_name(f".{homes[name]}", package), name)
         elif not name.startswith("_") and importlib.util.find_spec(f"{package}.{name}"):
-            value = importlib.import_module(f"{package}.{name}")
+            with _LOCK:
+                value = importlib.import_module(f"{package}.{name}")
         else:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         setattr(sys.modules[package], name, value)

@@ -10,7 +10,7 @@ import numpy as np
 from transformers import AutoModelForQuestionAnswering
 from transformers.pipelines.base import ChunkPipeline
 
-from .register import is_waiting
+from .register import wants_pipelines
 from .spans import best_spans, windows
 
 TASK = "question-answering"
@@ -162,5 +162,5 @@ def register() -> None:
     pipelines._resolve_deprecated_task = lambda task: task if task == TASK else refuse(task)
 
 
-if is_waiting(__name__):
+if wants_pipelines():
     register()

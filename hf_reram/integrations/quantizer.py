@@ -1,12 +1,12 @@
 """``from_pretrained`` and ``save_pretrained`` for models on crossbars, through transformers' quantizer interface.
 
-:mod:`.register` imports this module once transformers has quantizers. Without hf_reram transformers does not know the
-method "reram" and loads the checkpoint as the plain digital model that its weights are.
+:mod:`.register` tells transformers of it. Without hf_reram transformers does not know the method "reram" and loads the
+checkpoint as the plain digital model that its weights are.
 """
 
-import importlib
 from typing import Any
 
+from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from ..config import ReRAMConfig
@@ -15,8 +15,6 @@ from ..model.find import crossbar_layers
 from ..model.patch import initialize_layers, make_range_trainable, swap_layers, unpatch_model
 from ..nn.layer import BUFFERS, FILLS
 from .upload import UPLOAD, attach_upload
-
-METHOD = "reram"  # in config.json
 
 # Buffers that checkpoints from before do not have.
 ADDED_LATER = ("input_floor", "input_offset", "input_scale", "pairs_per_weight")
@@ -104,20 +102,6 @@ def detach(model: Any) -> None:
         owner.__dict__.pop(name, None)
 
 
-def register() -> None:
-    """Make config and quantizer known to transformers, unless they are.
-
-    Raises:
-        ValueError: another package has taken the name.
-    """
-    # Not a name imported above: transformers may have reloaded its module.
-    auto = importlib.import_module("transformers.quantizers.auto")
-    for known, tell, ours in (
-        (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.register_quantization_config, ReRAMConfig),
-        (auto.AUTO_QUANTIZER_MAPPING, auto.register_quantizer, ReRAMQuantizer),
-    ):
-        if known.get(METHOD) is not ours:
-            tell(METHOD)(ours)
-
-
-register()
+# In place of what stood in for them.
+auto.AUTO_QUANTIZATION_CONFIG_MAPPING[ReRAMConfig.quant_method] = ReRAMConfig
+auto.AUTO_QUANTIZER_MAPPING[ReRAMConfig.quant_method] = ReRAMQuantizer

@@ -3,17 +3,24 @@
 ``transformers.quantizers.auto`` takes half the time of torch and transformers together, and all of it is needed by
 ``from_pretrained`` alone. So nothing is imported here: a finder on ``sys.meta_path`` waits for transformers to import
 the module, and our part of it follows then. A module that is there already is told at once.
+
+Other threads may be importing hf_reram meanwhile, and wait for what this thread has begun. So transformers is told of
+classes that stand in for ours, and import them when they are used.
 """
 
 import importlib
 import sys
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from typing import Any
 
+from ..lazy import load
 from ..model.hooks import ON_PATCH, ON_UNPATCH
 
-# Modules of transformers, and the module of ours whose ``register`` tells each.
-_WAITING: dict[str, str] = {}
+METHOD = "reram"  # in config.json
+
+# What is called with each module of transformers, once it is there.
+_WAITING: dict[str, Callable[[Any], None]] = {}
 
 
 def register_quantizer() -> None:
@@ -21,21 +28,17 @@ def register_quantizer() -> None:
     if _attach not in ON_PATCH:
         ON_PATCH.append(_attach)
         ON_UNPATCH.append(_detach)
-    _register_with("transformers.quantizers.auto", "hf_reram.integrations.quantizer")
+    _when_imported("transformers.quantizers.auto", _tell_quantizers)
 
 
 def _attach(model: Any, config: Any) -> None:
     if _is_pretrained(model):
-        from .quantizer import attach
-
-        attach(model, config)
+        load("hf_reram.integrations.quantizer", "attach")(model, config)
 
 
 def _detach(model: Any) -> None:
     if _is_pretrained(model):
-        from .quantizer import detach
-
-        detach(model)
+        load("hf_reram.integrations.quantizer", "detach")(model)
 
 
 def _is_pretrained(model: Any) -> bool:
@@ -43,32 +46,57 @@ def _is_pretrained(model: Any) -> bool:
     return hasattr(model, "config") and hasattr(model, "save_pretrained")
 
 
+def _tell_quantizers(auto: Any) -> None:
+    """Register a config and a quantizer that give way to ours, unless that is done.
+
+    Raises:
+        ValueError: another package has taken the name.
+    """
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    class ReRAMConfig(QuantizationConfigMixin):
+        @classmethod
+        def from_dict(cls, *args, **kwargs):
+            return load("hf_reram.config", "ReRAMConfig").from_dict(*args, **kwargs)
+
+    class ReRAMQuantizer(HfQuantizer):
+        def __new__(cls, *args, **kwargs) -> Any:
+            return load("hf_reram.integrations.quantizer", "ReRAMQuantizer")(*args, **kwargs)
+
+    for known, register, ours in (
+        (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.register_quantization_config, ReRAMConfig),
+        (auto.AUTO_QUANTIZER_MAPPING, auto.register_quantizer, ReRAMQuantizer),
+    ):
+        if METHOD not in known or not known[METHOD].__module__.startswith("hf_reram."):
+            register(METHOD)(ours)
+
+
 def register_pipelines() -> None:
     """Let ``transformers.pipeline`` answer questions."""
-    _register_with("transformers.pipelines", "hf_reram.integrations.pipeline")
+    _when_imported("transformers.pipelines", _tell_pipelines)
 
 
-def is_waiting(ours: str) -> bool:
-    """Whether a module of ours is to be registered, now or when transformers has imported its part."""
-    return ours in _WAITING.values()
+def wants_pipelines() -> bool:
+    """Whether :func:`register_pipelines` was called."""
+    return "transformers.pipelines" in _WAITING
 
 
-def _register_with(theirs: str, ours: str) -> None:
-    _WAITING[theirs] = ours
+def _tell_pipelines(_: Any) -> None:
+    ours: Any = importlib.import_module("hf_reram.integrations.pipeline")
+    # While it is being imported itself, which is what made transformers import its part, it registers at its end.
+    if hasattr(ours, "register"):
+        ours.register()
+
+
+def _when_imported(name: str, tell: Callable[[Any], None]) -> None:
+    _WAITING[name] = tell
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
     # Where a thread has begun with the package, it may have looked for the module before there was the finder.
-    begun = {theirs, theirs.rpartition(".")[0]} - {"transformers"}
+    begun = {name, name.rpartition(".")[0]} - {"transformers"}
     if begun & sys.modules.keys():
-        importlib.import_module(theirs)
-        _tell(theirs)
-
-
-def _tell(theirs: str) -> None:
-    module = importlib.import_module(_WAITING[theirs])
-    # While it is being imported itself, which is what made transformers import its part, it registers at its end.
-    if hasattr(module, "register"):
-        module.register()
+        tell(importlib.import_module(name))
 
 
 class _Finder:
@@ -100,4 +128,4 @@ class _Loader:
     def exec_module(self, module: Any) -> None:
         module.__loader__ = module.__spec__.loader = self.loader
         self.loader.exec_module(module)
-        _tell(module.__name__)
+        _WAITING[module.__name__](module)
