@@ -226,7 +226,8 @@ class CrossbarState:
 
     def begin(self, training: bool, batch_size: int = 1, padding: Padding | None = None) -> Forward:
         """A new forward of the model."""
-        before = self.forward if torch.compiler.is_compiling() else None
+        waits = training and self.term is not None and torch.compiler.is_compiling()
+        before = self.forward if waits else None
         self.forward = Forward(self.sampling, batch_size, padding, before)
         if training and not torch.compiler.is_compiling():
             self._waiting = [r for r in self._waiting if r() is not None]

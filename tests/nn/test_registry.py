@@ -1,5 +1,8 @@
 """Kinds of layers that the package does not have."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -146,3 +149,15 @@ def test_by_name_and_for_subclasses():
     assert list(crossbar_layers(model)) == ["0", "1"] and type(model[0]) is CrossbarScaled
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(unpatch_model(model)(x), expected)
+
+
+def test_the_example_in_the_documentation():
+    text = (Path(__file__).parents[2] / "docs" / "design.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    exec(compile(code, "docs/design.md", "exec"), {})
+    model, x = model_of(4).eval(), torch.randn(4, 8, 30)
+    expected = model(x)
+    patch_model(model, straight())
+    calibrate(model, [x])
+    assert list(crossbar_layers(model)) == ["0", "2"]
+    torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-4)

@@ -207,7 +207,7 @@ def weight_variance_gradient(grad: Tensor, weight: Tensor, scale: Tensor, error:
 def drifted_weight(
     weight: Tensor, scale: Tensor, noise: Tensor, error: WeightError, slope: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """:func:`.reference.drifted_weight` and, where wanted, :func:`.reference.drift_slope`."""
+    """:func:`.reference.drifted_weight`."""
     drifted = torch.empty_like(weight)
     slopes = torch.empty_like(weight) if slope else drifted
     mean = error.means[0]

@@ -181,12 +181,8 @@ class DriftedWeight(Function):
     @staticmethod
     def forward(ctx, weight: Tensor, scale: Tensor, noise: Tensor, error: WeightError) -> Tensor:
         learned = ctx.needs_input_grad[0]  # beside an adapter the cells are frozen
-        slope: Tensor | None = None
-        if cpu.takes(weight):
-            drifted, slope = cpu.drifted_weight(weight, scale, noise, error, learned)
-        else:
-            drifted = reference.drifted_weight(weight, scale, noise, error)
-            slope = reference.drift_slope(weight, scale, noise, error) if learned else None
+        twin: Any = cpu if cpu.takes(weight) else reference
+        drifted, slope = twin.drifted_weight(weight, scale, noise, error, learned)
         ctx.save_for_backward(slope)  # instead of the noise: it costs the same memory
         return drifted
 

@@ -109,7 +109,7 @@ def quantize(y: Tensor, step: Tensor, levels: Any, bias: Tensor | None) -> Tenso
         y: any shape. step, bias: broadcastable to it. levels: per sign.
     """
     code = torch.clamp(torch.round(y / step.clamp(min=1e-30)), -levels, levels)
-    return code * step if bias is None else bias + code * step
+    return (code * step if bias is None else bias + code * step).to(y.dtype)
 
 
 # The cells
@@ -136,22 +136,22 @@ def weight_variance_gradient(grad: Tensor, weight: Tensor, scale: Tensor, error:
     return grad * scale * weight.sign() * _square_slope(error, _magnitude(weight, scale))
 
 
-def drifted_weight(weight: Tensor, scale: Tensor, noise: Tensor, error: WeightError) -> Tensor:
-    """``W + m(W) + s(W) ε``: weights as they are found after the retention time, for given variates ε.
+def drifted_weight(
+    weight: Tensor, scale: Tensor, noise: Tensor, error: WeightError, slope: bool
+) -> tuple[Tensor, Tensor | None]:
+    """``W + m(W) + s(W) ε``: weights as they are found after the retention time, for given variates ε; and where it is
+    wanted its derivative, ``1 + M'(a) + sign(W) ε P'(a) / (2 sqrt(P(a)))`` with ``a = |W| / w_scale``.
 
     Args:
         weight: within its range. scale: broadcastable to it. noise: ε, of its shape. error: of one time.
     """
-    a, mean = _magnitude(weight, scale), error.means[0]
-    held = a + horner(mean, a) if any(mean) else a
-    return scale * (held * weight.sign() + _square(error, a).clamp(min=1e-30).sqrt() * noise)
-
-
-def drift_slope(weight: Tensor, scale: Tensor, noise: Tensor, error: WeightError) -> Tensor:
-    """The derivative of :func:`drifted_weight` with respect to W, ``1 + M'(a) + sign(W) ε P'(a) / (2 sqrt(P(a)))``."""
-    a, mean = _magnitude(weight, scale), error.means[0]
-    slope = 1.0 + weight.sign() * noise * _square_slope(error, a) * 0.5 / _square(error, a).clamp(min=1e-30).sqrt()
-    return slope + horner(derivative(mean), a) if any(mean) else slope
+    a, sign, mean = _magnitude(weight, scale), weight.sign(), error.means[0]
+    std = _square(error, a).clamp(min=1e-30).sqrt()
+    shift = scale * (std * noise + horner(mean, a) * sign if any(mean) else std * noise)
+    if not slope:
+        return weight + shift, None
+    gained = 1.0 + sign * noise * (0.5 * _square_slope(error, a) / std)
+    return weight + shift, gained + horner(derivative(mean), a) if any(mean) else gained
 
 
 def weight_mean(weight: Tensor, scale: Tensor, mean: tuple[float, ...]) -> Tensor:
