@@ -18,7 +18,7 @@ from ..config import ReRAMConfig, converter_levels
 from ..device.iv import LINEAR_B, full_scale_gain, least_squares_gain
 from ..device.read_noise import relative_read_noise
 from ..model.deploy import digital_eval, refuse_offloaded
-from ..model.find import crossbar_layers, crossbar_states
+from ..model.find import crossbar_layers, crossbar_states, is_chip
 from ..model.inputs import call_model
 from ..nn import CrossbarLayer
 from ..nn.array import cell_weight
@@ -55,7 +55,7 @@ def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = No
     """
     states, layers = crossbar_states(model), crossbar_layers(model)
     refuse_offloaded(model)
-    if any(layer.chips for layer in layers.values()):
+    if is_chip(model):
         raise ValueError("the model is deployed as a chip, whose cells are programmed: calibrate it outside of deploy")
     if sensitivity is None:
         sensitivity = any(state.term == "sensitivity" for state in states)

@@ -15,6 +15,7 @@ from ..model.find import crossbar_layers, crossbar_states, reset_calls
 from ..model.inputs import call_model, evaluating
 from ..nn.array import cell_weight, ideal
 from ..nn.scalars import read_scalars
+from ..nn.state import add_term
 from ..nn.terms import weight_term
 
 
@@ -123,7 +124,7 @@ def _by_data(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
                 for name, layer in layers.items():
                     pair = layer.crossbar.forward.ratios.pop(layer.crossbar_name, None)
                     if pair is not None:
-                        sums[name] = sums[name] + pair if name in sums else pair
+                        add_term(sums, name, pair)
         finally:
             for state, measure, physics, forward in before:
                 state.measure, state.physics, state.forward = measure, physics, forward

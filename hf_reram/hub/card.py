@@ -66,7 +66,7 @@ def model_card(
         summary=report.summary.strip(),
         training=_training(about, config),
         command=about.command,
-        limits=_limits(about, report),
+        limits=_limits(report),
     )
 
 
@@ -178,7 +178,7 @@ def _training(about: About, config: ReRAMConfig) -> list[str]:
     return lines
 
 
-def _limits(about: About, report: RobustnessReport) -> list[str]:
+def _limits(report: RobustnessReport) -> list[str]:
     lines = [
         "Simulated, not measured on silicon: IR drop, sneak paths, drift of the periphery and endurance are not "
         "modelled.",

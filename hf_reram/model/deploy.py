@@ -14,7 +14,7 @@ from ..device.time import parse_time
 from ..nn import CrossbarLayer
 from ..nn import array as cells_of
 from ..nn.array import Chip
-from .find import chip_names, crossbar_layers, crossbar_states, ran, reset_calls, uncalled
+from .find import chip_names, crossbar_layers, crossbar_states, is_chip, is_digital, ran, reset_calls, uncalled
 from .inputs import evaluating
 
 logger = logging.get_logger(__name__)
@@ -46,7 +46,7 @@ def deploy(
         raise ValueError(f"seed={seed!r}: allowed is an integer from 0 to 2^63 - 1")
     seconds = None if time is None else parse_time(time)
     refuse_offloaded(model)
-    if any(state.digital for state in crossbar_states(model)):
+    if is_digital(model):
         raise ValueError("the model is digital here, so that it can be no chip: deploy it outside of hf_reram.digital")
     for state in crossbar_states(model):  # refuses a bad temperature before anything is drawn
         state.config.device.equivalent_time(seconds or 0.0, kelvin(state.config.temperature, temperature))
@@ -71,9 +71,9 @@ def refuse_modes(model: nn.Module) -> None:
     Raises:
         ValueError: the model is a chip or digital already, so that no number would be of what it says.
     """
-    if any(state.digital for state in crossbar_states(model)):
+    if is_digital(model):
         raise ValueError("the model is digital here: evaluate its robustness outside of hf_reram.digital")
-    if any(layer.chips for layer in crossbar_layers(model).values()):
+    if is_chip(model):
         raise ValueError("the model is deployed as a chip here: evaluate its robustness outside of hf_reram.deploy")
 
 
@@ -149,9 +149,9 @@ def digital(model: nn.Module) -> Iterator[nn.Module]:
     """The patched model as the digital model that it was made from, for as long as the context lasts."""
     states = crossbar_states(model)
     for state in states:
-        state.enter_digital()
+        state.digital_contexts += 1
     try:
         yield model
     finally:
         for state in states:
-            state.leave_digital()
+            state.digital_contexts -= 1

@@ -94,6 +94,16 @@ def chip_names(model: nn.Module) -> dict[str, CrossbarLayer]:
     return {f"{prefix}.{name}" if alone else name: layer for name, layer in crossbar_layers(model).items()}
 
 
+def is_digital(model: nn.Module) -> bool:
+    """Whether any part of the model computes digitally now, as inside :func:`hf_reram.digital`."""
+    return any(state.digital for state in crossbar_states(model))
+
+
+def is_chip(model: nn.Module) -> bool:
+    """Whether any layer of the model is deployed as a chip now."""
+    return any(layer.chips for layer in crossbar_layers(model).values())
+
+
 def uncalled(model: nn.Module) -> list[str]:
     """Names of the crossbar layers that have not run since :func:`reset_calls`."""
     return [name for name, layer in crossbar_layers(model).items() if not layer.calls]

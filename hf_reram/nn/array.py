@@ -41,7 +41,7 @@ class Chip(NamedTuple):
 def hold(layer: "CrossbarLayer", now: Scalars) -> Held:
     """The cells of this forward."""
     if layer.chips:
-        return deployed(layer, now)
+        return deployed(layer)
     if layer.training and layer.crossbar.current().sampling is not None:
         return sampled(layer, now)
     return ideal(layer, now)
@@ -68,7 +68,7 @@ def sampled(layer: "CrossbarLayer", now: Scalars) -> Held:
     return Held(drifted.to(programmed.dtype), programmed, bias, variance)
 
 
-def deployed(layer: "CrossbarLayer", now: Scalars) -> Held:
+def deployed(layer: "CrossbarLayer") -> Held:
     """A chip's cells as they are found."""
     chip = layer.chip
     assert chip is not None

@@ -30,17 +30,18 @@ class Driven:
     """An input as it meets the array: ``phi = factor · s``.
 
     Attributes:
-        x: the input. s: of its shape, padded where the layer is centered (``padded``).
+        s: of the input's shape, padded where the layer is centered (``padded``).
         factor: 1, folded into s, unless the input range is learned.
         span: the input range, a float, or a tensor where it is learned.
-        power: ``Σ_n k_n s_n²`` of the examples that are no padding, of an example's shape; None where no term needs it.
+        keep: k, 0 at padding and 1 elsewhere, (tokens,); None where unknown, for windows, or where no term is computed.
+        power: ``Σ_n k_n s_n²`` over examples n, of an example's shape; None where no term needs it.
     """
 
-    x: Tensor
     s: Tensor
     factor: Tensor | float
     span: Tensor | float
     padded: bool
+    keep: Tensor | None = None
     power: Tensor | None = None
 
 
@@ -49,12 +50,13 @@ def drive(layer: "CrossbarLayer", x: Tensor, now: Scalars) -> Driven:
     span = input_range(layer, x, now)
     levels, floor = dac_grid(layer.crossbar.config.dac_bits, now.input_floor)
     factor: Any = span * (now.gain if now.b < LINEAR_B else now.gain / now.b)
-    powered, keep = layer.training and layer.crossbar.physics.term_reads_input, None
-    if powered and layer.channel_dim == -1:
-        keep = tokens_kept(layer, x)
+    state = layer.crossbar
+    accounts = layer.training and bool(state.term or state.measure)
+    powered = layer.training and state.physics.term_reads_input
+    keep = tokens_kept(layer, x) if accounts and not layer.reads_windows else None
     if isinstance(span, Tensor):
         s, power = _sinh(layer, x, span, levels, 1.0, floor, now, powered, keep)
-        return Driven(x, s, factor, span, now.centered, power)
+        return Driven(s, factor, span, now.centered, keep, power)
 
     def compute() -> tuple[Tensor, Tensor | None]:
         return _sinh(layer, x, span, levels, factor, floor, now, powered, keep)
@@ -70,7 +72,7 @@ def drive(layer: "CrossbarLayer", x: Tensor, now: Scalars) -> Driven:
         layer.channel_dim,
     )
     s, power = _shared(x, key, powered, compute)
-    return Driven(x, s, 1.0, span, now.centered, power)
+    return Driven(s, 1.0, span, now.centered, keep, power)
 
 
 def tokens_kept(layer: "CrossbarLayer", x: Tensor) -> Tensor | None:
@@ -184,13 +186,9 @@ def forget_shared() -> None:
     _LAST.x = _LAST.s = _LAST.power = None
 
 
-def row_power(layer: "CrossbarLayer", driven: Driven, keep: Tensor | None) -> Tensor:
-    """``Σ_n s_n²`` of each crossbar row over all vectors that met it, (groups, rows).
-
-    Args:
-        keep: 0 for tokens that do not count, (tokens,), or None.
-    """
-    power = driven.power if driven.power is not None else reference.row_power(layer.examples(driven.s), keep)
+def row_power(layer: "CrossbarLayer", driven: Driven) -> Tensor:
+    """``Σ_n k_n s_n²`` of each crossbar row over all vectors that met it, (groups, rows)."""
+    power = driven.power if driven.power is not None else reference.row_power(layer.examples(driven.s), driven.keep)
     # A window's sum of squares needs no windows of the whole batch.
     rows = power[None] if driven.padded else layer.pad(power[None])
     return layer.windows(rows).sum(0).view(layer.groups, -1)

@@ -166,10 +166,6 @@ class Forward:
         self.compiled = torch.compiler.is_compiling()
         self.grad = torch.is_grad_enabled()
 
-    def collect(self, into: dict[str, Tensor], name: str, term: Tensor) -> None:
-        """Add a call's term to those of its layer."""
-        into[name] = into[name] + term if name in into else term
-
     def scale(self, name: str, device: torch.device) -> Tensor:
         """The gradient, (2,), that a layer's term will receive."""
         if name not in self.scales:
@@ -197,7 +193,7 @@ class CrossbarState:
     """Shared by the crossbar layers that were patched together; never saved.
 
     Attributes:
-        physics: what the config means. digital: layers compute what the digital layer computes.
+        physics: what the config means. digital_contexts: how many want the digital layers now.
         measure: collect noise-to-signal ratios even if the loss has no closed-form term.
         sampling: what the next training forward samples.
         forward: the last one. ratios: (noise, signal) by layer name of the last loss or measurement.
@@ -210,7 +206,7 @@ class CrossbarState:
     def __init__(self, config: ReRAMConfig, root: nn.Module | None = None):
         self.physics = Physics.of(config)
         self.digital_contexts = 0
-        self.digital = self.measure = False
+        self.measure = False
         self.sampling: Sampling | None = None
         self.forward = Forward()
         self.ratios: dict[str, Tensor] = {}
@@ -233,15 +229,10 @@ class CrossbarState:
         """Moments of the retention error over ``config.retention_times``."""
         return self.physics.error
 
-    def enter_digital(self) -> None:
-        """Layers are digital until as many :meth:`leave_digital`, in whatever order contexts end."""
-        self.digital_contexts += 1
-        self.digital = True
-
-    def leave_digital(self) -> None:
-        """The inverse of :meth:`enter_digital`."""
-        self.digital_contexts -= 1
-        self.digital = self.digital_contexts > 0
+    @property
+    def digital(self) -> bool:
+        """Whether layers compute what the digital layer computes: while any context wants it, whichever ends first."""
+        return self.digital_contexts > 0
 
     # Forwards
 
@@ -388,6 +379,11 @@ class EndForward:
             forget_shared()
             if module.training:
                 state.end(outputs)
+
+
+def add_term(into: dict[str, Tensor], name: str, term: Tensor) -> None:
+    """Add a term to those of its layer."""
+    into[name] = into[name] + term if name in into else term
 
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:

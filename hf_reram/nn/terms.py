@@ -12,9 +12,10 @@ from torch import Tensor
 from ..device.moments import WeightError
 from .array import Held, wide
 from .attach import Attach
-from .drive import Driven, row_power, tokens_kept
+from .drive import Driven, row_power
 from .ops.functions import OutputPower, WeightVariance
 from .ops.reference import total_power, weight_mean
+from .state import add_term
 
 if TYPE_CHECKING:
     from .layer import CrossbarLayer
@@ -30,24 +31,23 @@ def account(layer: "CrossbarLayer", driven: Driven, held: Held, y: Tensor) -> Te
     name, forward = layer.crossbar_name, state.current()
     with torch.autocast(y.device.type, enabled=False):
         running_again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-        keep = tokens_kept(layer, driven.x) if layer.channel_dim == -1 else None
         if state.measure and state.term != "output" and not running_again:
             with torch.no_grad():
-                power = _power(layer, y, held.bias, keep)[1]
-                forward.collect(forward.ratios, name, output_term(layer, driven, held, power, keep))
+                power = _power(layer, y, held.bias, driven.keep)[1]
+                add_term(forward.ratios, name, output_term(layer, driven, held, power))
         if state.term is None:
             return y
         signal: Any = None
         if state.physics.term_reads_output:
-            y, signal = _power(layer, y, held.bias, keep)
+            y, signal = _power(layer, y, held.bias, driven.keep)
         if state.term == "sensitivity":
-            term = sensitivity_term(layer, driven, held, signal, keep, forward.batch_size)
+            term = sensitivity_term(layer, driven, held, signal, forward.batch_size)
         elif state.term == "weight":
             term = weight_term(layer, held)
         else:
-            term = output_term(layer, driven, held, signal, keep)
+            term = output_term(layer, driven, held, signal)
         if not running_again:
-            forward.collect(forward.terms, name, term)
+            add_term(forward.terms, name, term)
         forward.attached = not torch.compiler.is_compiling()
         if not forward.attached:
             return y
@@ -63,15 +63,15 @@ def _refuse(grad: Tensor) -> None:
     )
 
 
-def output_term(layer: "CrossbarLayer", driven: Driven, held: Held, signal: Tensor, keep: Tensor | None) -> Tensor:
+def output_term(layer: "CrossbarLayer", driven: Driven, held: Held, signal: Tensor) -> Tensor:
     """``(E|ΔW phi|², E|W phi|²)``, with the second given: their ratio is the layer's noise-to-signal ratio."""
     error = layer.error
     columns = layer.to_rows(_variance(layer, held, error)).sum(1)
-    noise = (columns * row_power(layer, driven, keep)).sum() * driven.factor**2
+    noise = (columns * row_power(layer, driven)).sum() * driven.factor**2
     if error.mean_is_linear:  # proportional to W, so that it needs no product of its own
         noise = noise + error.mean_square * signal if error.mean_square else noise
     else:
-        noise = noise + _mean_power(layer, driven, held, keep, error)
+        noise = noise + _mean_power(layer, driven, held, error)
     return torch.stack((noise.reshape(()), signal.reshape(())))
 
 
@@ -87,7 +87,7 @@ def weight_term(layer: "CrossbarLayer", held: Held) -> Tensor:
 
 
 def sensitivity_term(
-    layer: "CrossbarLayer", driven: Driven, held: Held, signal: Tensor | None, keep: Tensor | None, examples: int
+    layer: "CrossbarLayer", driven: Driven, held: Held, signal: Tensor | None, examples: int
 ) -> Tensor:
     """``(½ Σ_i h_i Σ_n |Δy_i|², examples)``: their ratio is, to second order, the KL divergence [nats] per example
     that this layer's retention error causes in the model's prediction, with ``h_i`` the Fisher information of output
@@ -104,11 +104,11 @@ def sensitivity_term(
     error = layer.error
     variance = layer.to_rows(_variance(layer, held, error))
     h = layer.sensitivity.to(variance.device).reshape(variance.shape[:2])
-    noise = (h * torch.einsum("gor,gr->go", variance, row_power(layer, driven, keep))).sum() * driven.factor**2
+    noise = (h * torch.einsum("gor,gr->go", variance, row_power(layer, driven))).sum() * driven.factor**2
     if error.mean_is_linear and signal is not None:
         noise = noise + h.mean() * error.mean_square * signal
     elif not error.mean_is_linear:
-        noise = noise + h.mean() * _mean_power(layer, driven, held, keep, error)
+        noise = noise + h.mean() * _mean_power(layer, driven, held, error)
     return torch.stack((0.5 * noise.reshape(()), torch.full_like(noise.reshape(()), float(examples))))
 
 
@@ -126,7 +126,7 @@ def _power(layer: "CrossbarLayer", y: Tensor, bias: Tensor | None, keep: Tensor 
     return rows.view(y.shape), power
 
 
-def _mean_power(layer: "CrossbarLayer", driven: Driven, held: Held, keep: Tensor | None, error: WeightError) -> Tensor:
+def _mean_power(layer: "CrossbarLayer", driven: Driven, held: Held, error: WeightError) -> Tensor:
     """``Σ_n |m phi_n|²``, averaged over the times."""
     programmed, s = wide(held.programmed), wide(driven.s)
     scale = layer.held_scale(programmed.dtype)
@@ -134,5 +134,5 @@ def _mean_power(layer: "CrossbarLayer", driven: Driven, held: Held, keep: Tensor
     for mean in error.means:
         shifted = weight_mean(programmed, scale, mean) * driven.factor
         product = layer.multiply(s, shifted, None, driven.padded)
-        powers.append(total_power(layer.examples(product), None, keep))
+        powers.append(total_power(layer.examples(product), None, driven.keep))
     return torch.stack(powers).mean(0)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..model.find import crossbar_layers, crossbar_state, crossbar_states
 from ..nn import CrossbarLayer
 from ..nn.attach import Add
-from ..nn.state import CrossbarState, Forward, sampling
+from ..nn.state import CrossbarState, Forward, add_term, sampling
 
 
 def _collected(state: CrossbarState) -> tuple[list[Forward], dict[str, Tensor]]:
@@ -21,7 +21,7 @@ def _collected(state: CrossbarState) -> tuple[list[Forward], dict[str, Tensor]]:
     terms: dict[str, Tensor] = {}
     for forward in forwards:
         for name, term in forward.terms.items():
-            terms[name] = terms[name] + term if name in terms else term
+            add_term(terms, name, term)
     if not terms:
         raise RuntimeError("no retention terms: call the model in training mode (model.train()) first")
     return forwards, terms

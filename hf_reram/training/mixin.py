@@ -14,7 +14,7 @@ from ..calibration.ranges import calibrate
 from ..calibration.sensitivity import measure_sensitivity
 from ..config import ReRAMConfig
 from ..device.seeds import derived_seed
-from ..model.find import crossbar_layers, crossbar_state, crossbar_states
+from ..model.find import crossbar_layers, crossbar_state, crossbar_states, is_chip
 from ..model.inputs import call_model
 from ..model.patch import patch_model, unpatch_model
 from .callbacks import HoldWeights, NameUncalled
@@ -129,7 +129,7 @@ class TrainingMixin(Base):
             FloatingPointError: the loss is NaN or infinite; says which layer made it so.
             ValueError: the model is deployed as a chip.
         """
-        if any(layer.chips for layer in crossbar_layers(self.model).values()):
+        if is_chip(self.model):
             raise ValueError("the model is deployed as a chip, whose cells are programmed: train it outside of deploy")
         if self.is_world_process_zero():
             set_incomplete_aside(self.args.output_dir or ".")

@@ -12,6 +12,11 @@ from ...device.moments import WeightError
 from . import cpu, fused, reference
 
 
+def _twin(*tensors: Tensor) -> Any:
+    """The module that computes on these: in pieces where it takes them, else as the definition stands."""
+    return cpu if cpu.takes(*tensors) else reference
+
+
 class ShrunkSinh(Function):
     """``s = gain · sinh(b clamp((x - offset) / span, floor, 1))``, the array's voltage-to-current curve.
 
@@ -62,7 +67,7 @@ class ShrunkSinh(Function):
         if channel_dim is None:
             return s
         rows = s.reshape(-1, *s.shape[channel_dim:])
-        return s, (cpu if cpu.takes(rows) else reference).row_power(rows, keep)
+        return s, _twin(rows).row_power(rows, keep)
 
     @staticmethod
     @once_differentiable
@@ -173,13 +178,13 @@ class WeightVariance(Function):
     def forward(ctx, weight: Tensor, scale: Tensor, error: WeightError) -> Tensor:
         ctx.save_for_backward(weight, scale)
         ctx.error = error
-        return (cpu if cpu.takes(weight) else reference).weight_variance(weight, scale, error)
+        return _twin(weight).weight_variance(weight, scale, error)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         weight, scale = ctx.saved_tensors
-        twin: Any = cpu if cpu.takes(weight) else reference
+        twin = _twin(weight)
         return twin.weight_variance_gradient(grad, weight, scale, ctx.error), None, None
 
 
@@ -197,7 +202,7 @@ class DriftedWeight(Function):
         ctx, weight: Tensor, scale: Tensor, noise: Tensor, error: WeightError, variance: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         learned = ctx.needs_input_grad[0]  # beside an adapter the cells are frozen
-        twin: Any = cpu if cpu.takes(weight) else reference
+        twin = _twin(weight)
         drifted, slope, square = twin.drifted_weight(weight, scale, noise, error, learned, variance)
         # The slope instead of the noise: it costs the same memory.
         ctx.save_for_backward(slope, *((weight, scale) if variance and learned else ()))
@@ -211,7 +216,7 @@ class DriftedWeight(Function):
         slope, *of_variance = ctx.saved_tensors
         result = None if grad is None else grad * slope
         if grad_variance is not None:
-            twin: Any = cpu if cpu.takes(slope) else reference
+            twin = _twin(slope)
             added = twin.weight_variance_gradient(grad_variance, *of_variance, ctx.error)
             result = added if result is None else result.add_(added)
         return result, None, None, None, None
@@ -230,7 +235,7 @@ class OutputPower(Function):
     def forward(ctx, y: Tensor, bias: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(y, bias, keep)
         wide = None if bias is None else bias.to(torch.promote_types(bias.dtype, torch.float32))
-        return y.view_as(y), (cpu if cpu.takes(y) else reference).total_power(y, wide, keep)
+        return y.view_as(y), _twin(y).total_power(y, wide, keep)
 
     @staticmethod
     @once_differentiable
