@@ -112,6 +112,7 @@ TRAINING: dict[str, Variant] = {
     },
     **{f"{MODES[m]}: drift, 8-bit DAC and ADC": Variant({**DRIFT, **CONVERTERS}, m) for m in ("bf16", "compile")},
     **{f"fused kernels: {label}": Variant(options, fused=True) for label, options in FUSED.items()},
+    **{f"bfloat16, fused kernels: {label}": Variant(options, "bf16", fused=True) for label, options in FUSED.items()},
     **{label: Variant(peer=peer) for peer, label in PEERS.items()},
     f"torch.compile: {PEERS['converters']}": Variant(peer="converters", mode="compile"),
 }

@@ -7,8 +7,8 @@
 # need not be installed, only what it needs. FOLDER (./gpu-check) gets the logs, the benchmark's JSON and summary.md,
 # which is also printed. A part that fails or takes too long does not stop the others; the exit status is 0 if none did.
 #
-# Environment: PYTHON, the interpreter; SECONDS_LEFT, for all parts together; WORKERS, processes for the tests;
-# CUDA_VISIBLE_DEVICES, which GPU.
+# Environment: PYTHON, the interpreter; SECONDS_LEFT, for all parts together; WORKERS, processes for the tests (a core
+# each, at most 8); CUDA_VISIBLE_DEVICES, which GPU.
 
 set -u
 folder=$(realpath -m "${1:-gpu-check}")
@@ -92,26 +92,31 @@ batch() {
     echo $(($1 / smaller > 0 ? $1 / smaller : 1))
 }
 
-part tests 150 "$folder/tests.log" "$python" -m pytest tests/gpu -m gpu -n "${WORKERS:-4}" --dist load -q --tb short \
-    -p no:cacheprovider --durations 5
+workers() {
+    local cores
+    cores=$(nproc)
+    echo $((cores < 8 ? cores : 8)) # each of them holds a CUDA context
+}
+
+part tests 150 "$folder/tests.log" "$python" -m pytest tests/gpu -m gpu -n "${WORKERS:-$(workers)}" --dist load -q \
+    --tb short -p no:cacheprovider --durations 5
 show "$folder/tests.log" '^(FAILED|ERROR|E  )|^[0-9]+ (passed|failed)|[0-9]+ (passed|failed|skipped|error).* in '
 
-benchmark MiniLM 110 minilm --model minilm --batch_size "$(batch 512)" --pairs 7 --parts training inference chip \
-    --variants "crossbar, no retention loss" "retention loss: drift (default)" "retention loss: output+drift" \
-    "drift, 8-bit DAC and ADC" "bfloat16: digital" "bfloat16: drift" "bfloat16: drift, 8-bit DAC and ADC" \
-    "fused kernels: drift" "8-bit DAC and ADC" chip "bfloat16: crossbar" \
-    "aihwkit-lightning: input ranges, weight noise, 8-bit DAC and ADC"
+benchmark MiniLM 110 minilm --model minilm --batch_size "$(batch 512)" --pairs 5 --parts training inference chip \
+    --variants "crossbar, no retention loss" "retention loss: drift (default)" "drift, 8-bit DAC and ADC" \
+    "bfloat16: digital" "bfloat16: drift" "fused kernels: drift" "bfloat16, fused kernels: drift" \
+    "8-bit DAC and ADC" chip "bfloat16: crossbar" "aihwkit-lightning: input ranges, weight noise, 8-bit DAC and ADC"
 
-benchmark SmolLM2-135M 150 smollm2 --model smollm2 --batch_size "$(batch 32)" --length 512 --pairs 5 \
-    --parts training inference --variants "retention loss: drift (default)" "bfloat16: digital" "bfloat16: drift" \
-    "bfloat16: drift, 8-bit DAC and ADC" "bfloat16: crossbar" chip
-
-benchmark DeiT-Tiny 110 deit-tiny --model deit-tiny --batch_size "$(batch 512)" --pairs 5 --parts training inference \
-    --variants "retention loss: drift (default)" "drift, 8-bit DAC and ADC" "bfloat16: digital" "bfloat16: drift" \
-    "bfloat16: crossbar" chip
-
-benchmark "MiniLM, compiled" 150 compiled --model minilm --batch_size "$(batch 512)" --pairs 7 --parts training \
+benchmark "MiniLM, compiled" 90 compiled --model minilm --batch_size "$(batch 512)" --pairs 5 --parts training \
     --memory False --variants "bfloat16 and torch.compile: digital" "bfloat16 and torch.compile: drift"
+
+benchmark SmolLM2-135M 100 smollm2 --model smollm2 --batch_size "$(batch 32)" --length 512 --pairs 5 \
+    --parts training --variants "retention loss: drift (default)" "bfloat16: digital" "bfloat16: drift" \
+    "bfloat16, fused kernels: drift"
+
+benchmark DeiT-Tiny 90 deit-tiny --model deit-tiny --batch_size "$(batch 512)" --pairs 5 --parts training \
+    --variants "retention loss: drift (default)" "drift, 8-bit DAC and ADC" "bfloat16: digital" "bfloat16: drift" \
+    "bfloat16, fused kernels: drift"
 
 { printf '\n## Parts\n\n| part | | seconds |\n| --- | --- | --- |\n%s' "$rows"; } | tee -a "$summary"
 exit $failed
