@@ -52,7 +52,15 @@ def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = No
 
     Raises:
         ValueError: the model is not patched or is deployed, there is no batch, or a batch drives a layer with NaN.
+        TypeError: no batches, or what is none among them.
     """
+    if isinstance(batches, (Tensor, Mapping, str)) or not (
+        hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+    ):
+        raise TypeError(
+            f"batches of type {type(batches).__name__}: allowed is a list of batches, or another iterable; of a "
+            "single batch, [batch]"
+        )
     states, layers = crossbar_states(model), crossbar_layers(model)
     refuse_offloaded(model)
     if is_chip(model):

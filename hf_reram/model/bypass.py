@@ -6,7 +6,6 @@ a weight may be computed from other tensors. Where a parent can be told to call 
 stays digital, each layer for a reason (:func:`left_digital`).
 """
 
-from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import nn
 from ..nn import CrossbarLayer
 from ..nn.registry import is_kind
 from .find import unwrapped, walk
+from .hooks import CALLS_KEPT_FORWARD, IS_DISPATCHED
 
 # By the parent's class, as subclasses inherit it; a name, so that the package need not be there. No list of this kind
 # is complete, which is why a crossbar counts its calls.
@@ -79,7 +79,7 @@ def left_digital(model: nn.Module) -> dict[str, str]:
     in words."""
     found: dict[str, str] = {}
     names = {module: name for name, module in walk(model)}
-    offloads = any("_hf_hook" in module.__dict__ for module in model.modules())
+    offloads = any(is_dispatched(model) for is_dispatched in IS_DISPATCHED)
     for module, name in names.items():
         for parent, children in _known(module, READ_PAST):
             for layer in (unwrapped(getattr(module, child, None)) for child in children):
@@ -98,19 +98,13 @@ def _own_reason(module: Any, offloads: bool) -> str:
     if offloads and module.weight.is_meta:
         return OFFLOADED
     forward = module.__dict__.get("forward")
-    return "" if forward is None or _is_own(module, forward) or _is_accelerates(module, forward) else REPLACED
+    called = (forward, *(kept_forward(module, forward) for kept_forward in CALLS_KEPT_FORWARD))
+    return "" if forward is None or any(_is_own(module, method) for method in called) else REPLACED
 
 
 def _is_own(module: nn.Module, method: Any) -> bool:
     """Whether a bound method is the one that the module's class has as its forward."""
     return isinstance(method, MethodType) and method.__self__ is module and method.__func__ is type(module).forward
-
-
-def _is_accelerates(module: nn.Module, forward: Any) -> bool:
-    """Whether an instance's forward is that of a hook of accelerate, which looks up ``_old_forward`` in each call."""
-    if not isinstance(forward, partial) or getattr(forward.func, "__module__", None) != "accelerate.hooks":
-        return False
-    return forward.args == (module,) and _is_own(module, module.__dict__.get("_old_forward"))
 
 
 def renew_methods(module: nn.Module, old: type) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..device.programming import Draws, program
-from ..device.seeds import derived_seed
+from ..device.seeds import check_seed, derived_seed
 from ..device.time import parse_time
 from ..nn import CrossbarLayer
 from ..nn import array as cells_of
@@ -42,8 +42,7 @@ def deploy(
     Raises:
         ValueError: the model is not patched or is digital here, or a bad time, temperature or seed.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise ValueError(f"seed={seed!r}: allowed is an integer from 0 to 2^63 - 1")
+    check_seed(seed)
     seconds = None if time is None else parse_time(time)
     refuse_offloaded(model)
     if is_digital(model):
@@ -134,7 +133,7 @@ def realize(layer: CrossbarLayer, time: float | None, temperature: float | None,
         plus, minus = (program(device, target, draws).after(device, time, temperature) for target in targets)
         held = plus.sub_(minus) if held is None else held.add_(plus.sub_(minus))
     held = held.mul_(scale / (device.g_range * layer.pairs)).to(layer.weight.dtype)
-    return Chip(held, cells_of.offset_output(layer, programmed) if layer.centered else None)
+    return Chip(held, cells_of.offset_output(layer, programmed)[1] if layer.centered else None)
 
 
 @contextmanager

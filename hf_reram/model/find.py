@@ -31,7 +31,13 @@ def unwrapped(model: Any) -> Any:
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """All modules by the qualified names that they would have if nothing wrapped the model or parts of it, each once.
-    Of a module that PEFT trains beside a copy (``modules_to_save``) the one that is in use."""
+    Of a module that PEFT trains beside a copy (``modules_to_save``) the one that is in use.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={model!r}: allowed is a torch.nn.Module")
     yield from _walk(unwrapped(model), "", set())
 
 

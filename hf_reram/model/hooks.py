@@ -1,4 +1,5 @@
-"""What other rooms do to a model when it goes on crossbars and comes off; they add theirs when imported."""
+"""What other rooms do to a model when it goes on crossbars and comes off, and what they know of other packages' private
+names; they add theirs when imported."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,3 +9,13 @@ ON_PATCH: list[Callable[[Any, Any], None]] = []
 
 # Called with each module of the model that is digital again.
 ON_UNPATCH: list[Callable[[Any], None]] = []
+
+# Called with a model: whether a package has placed its parts by hooks, and may have offloaded them.
+IS_DISPATCHED: list[Callable[[Any], bool]] = []
+
+# Called with a module and a forward on the instance: the method that this calls in turn, None where it is unknown.
+CALLS_KEPT_FORWARD: list[Callable[[Any, Any], Any]] = []
+
+# Called with a weight: a copy of a part of it that an optimizer goes on from, and the part's place in the flattened
+# weight; None where there is none.
+MASTERS: list[Callable[[Any], Any]] = []

@@ -8,7 +8,16 @@ from torch import Tensor, nn
 
 
 def call_model(model: nn.Module, batch):
-    """Call the model with a batch, moved to its device, without arguments that its forward does not take."""
+    """Call the model with a batch, moved to its device, without arguments that its forward does not take.
+
+    Raises:
+        TypeError: a batch that is none.
+    """
+    if not isinstance(batch, (Tensor, Mapping, tuple, list)):
+        raise TypeError(
+            f"a batch of type {type(batch).__name__}: allowed are a dict of the model's arguments, a tuple "
+            "or list of them, and a tensor"
+        )
     # Offloaded weights are on the meta device, where no batch can go.
     device = next((p.device for p in model.parameters() if not p.is_meta), None)
     if isinstance(batch, Mapping):

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers.utils import logging
 
 from ..config import ReRAMConfig
@@ -94,10 +95,10 @@ def _watch(model: nn.Module, state: CrossbarState) -> None:
     inner = [m for _, m in walk(model) if m is not model and not isinstance(m, CrossbarLayer) and is_given_tokens(m)]
     module: Any
     for module in (model, *inner):
-        begin = BeginForward(state, module is model, argument_names(module))
+        begin = BeginForward(state, module, module is model, argument_names(module))
         module._crossbar_hooks = [
             module.register_forward_pre_hook(begin, with_kwargs=True),
-            module.register_forward_hook(EndForward(begin)),
+            module.register_forward_hook(EndForward(begin), always_call=True),
         ]
 
 
@@ -143,10 +144,16 @@ def unpatch_model(model: Any) -> nn.Module:
     """Take all layers off the crossbars: gives back the digital model, bit for bit, in place.
 
     Raises:
-        ValueError: the model is not patched.
+        ValueError: the model is not patched, or weights of crossbars are computed from other tensors since.
     """
     crossbar_states(model)
-    _take_off(unwrapped(model))
+    base = unwrapped(model)
+    if computed := [name for name, layer in crossbar_layers(base).items() if is_parametrized(layer)]:
+        raise ValueError(
+            f"unpatch_model: parametrizations (weight norm, spectral norm, pruning, ...) stand on crossbar layers "
+            f"{', '.join(computed)}: take them off first, as by torch.nn.utils.parametrize.remove_parametrizations"
+        )
+    _take_off(base)
     return model
 
 

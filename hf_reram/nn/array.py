@@ -91,18 +91,15 @@ def with_bias(layer: "CrossbarLayer", programmed: Tensor, now: Scalars) -> tuple
     offset."""
     if not now.centered:
         return programmed, layer.bias
-    held, offset = OffsetOutput.apply(layer.to_rows(programmed), _offset_rows(layer, programmed.dtype))
-    return layer.from_rows(held), offset if layer.bias is None else layer.bias + offset
+    programmed, offset = offset_output(layer, programmed)
+    return programmed, offset if layer.bias is None else layer.bias + offset
 
 
-def offset_output(layer: "CrossbarLayer", programmed: Tensor) -> Tensor:
-    """``W o = V (o / a)``, (output channels,), of weights as they were programmed."""
-    return torch.bmm(layer.to_rows(programmed), _offset_rows(layer, programmed.dtype)[:, :, None]).flatten()
-
-
-def _offset_rows(layer: "CrossbarLayer", dtype: torch.dtype) -> Tensor:
-    """``o / a`` of each crossbar row, (groups, crossbar rows)."""
-    return layer.driven_offset().to(dtype).view(layer.groups, -1).repeat_interleave(layer.area, 1)
+def offset_output(layer: "CrossbarLayer", programmed: Tensor) -> tuple[Tensor, Tensor]:
+    """What was programmed, and ``W o = V (o / a)`` of it, (output channels,)."""
+    rows = layer.driven_offset().to(programmed.dtype).view(layer.groups, -1).repeat_interleave(layer.area, 1)
+    held, offset = OffsetOutput.apply(layer.to_rows(programmed), rows)
+    return layer.from_rows(held), offset
 
 
 @torch.no_grad()

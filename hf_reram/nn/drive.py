@@ -1,14 +1,6 @@
-"""The DACs and the I-V curve: what of an input reaches the array, ``phi((x - o) / a)``.
-
-Query, key and value read the same input, so its sinh is computed once: the last driven input is remembered by weak
-references, so that nothing lives longer for it, but in evaluation, where autograd does not keep it, until its input
-goes or the next one comes.
-"""
+"""The DACs and the I-V curve: what of an input reaches the array, ``phi((x - o) / a)``."""
 
 import math
-import threading
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +12,8 @@ from ..device.iv import LINEAR_B
 from .ops import reference
 from .ops.functions import ShrunkSinh
 from .scalars import Scalars
+from .sharing import shared
+from .state import rows_kept, runs_again, same_mask
 
 if TYPE_CHECKING:
     from .layer import CrossbarLayer
@@ -71,16 +65,32 @@ def drive(layer: "CrossbarLayer", x: Tensor, now: Scalars) -> Driven:
         (type(layer), *layer.geometry()) if now.mark else (),
         layer.channel_dim,
     )
-    s, power = _shared(x, key, powered, compute)
+    s, power = shared(x, key, powered, compute)
     return Driven(s, 1.0, span, now.centered, keep, power)
 
 
 def tokens_kept(layer: "CrossbarLayer", x: Tensor) -> Tensor | None:
-    """1 for each token that is no padding, 0 for the others; as it was where the layer runs again in a backward."""
+    """1 for each token that is no padding, 0 for the others; as it was where the layer runs again in a backward.
+
+    Raises:
+        RuntimeError: it runs again, and ran with several masks.
+    """
     forward = layer.crossbar.current()
-    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-        forward.kept[layer.crossbar_name] = forward.padding.keep(x)
-    return forward.kept.get(layer.crossbar_name)
+    if torch.compiler.is_compiling():
+        return forward.padding.keep(x)
+    masks = forward.kept.setdefault(layer.crossbar_name, [])
+    if not runs_again():
+        mask = forward.padding.mask_of(x)
+        if not any(same_mask(mask, known) for known in masks):
+            masks.append(mask)
+        return rows_kept(mask, x)
+    if len(masks) > 1:
+        raise RuntimeError(
+            f"gradient checkpointing runs layer {layer.crossbar_name!r} again, which ran {len(masks)} times in one "
+            "forward with attention masks of its own each: call the model once for each, or switch gradient "
+            "checkpointing off"
+        )
+    return rows_kept(masks[0], x) if masks else None
 
 
 def input_range(layer: "CrossbarLayer", x: Tensor, now: Scalars) -> Any:
@@ -140,50 +150,6 @@ def _sinh(
     if powered:
         return ShrunkSinh.apply(x, span, now.b, levels, gain, floor, offset, True, frozen, layer.channel_dim, keep)
     return ShrunkSinh.apply(x, span, now.b, levels, gain, floor, offset, True, frozen), None
-
-
-# Sharing
-
-
-class _Last(threading.local):
-    x: Any = None
-    key: tuple = ()
-    s: Any = None
-    power: Any = None
-
-
-_LAST = _Last()
-
-
-def _shared(
-    x: Tensor, key: tuple, powered: bool, compute: Callable[[], tuple[Tensor, Tensor | None]]
-) -> tuple[Tensor, Tensor | None]:
-    """``compute()``, or its last result if that was for the same tensor ``x``, unchanged, and the same ``key``."""
-    if torch.compiler.is_compiling() or x.is_inference():
-        return compute()
-    key = (*key, powered, x._version, torch.is_grad_enabled())
-    if _LAST.x is not None and _LAST.x() is x and _LAST.key == key:
-        s, power = _LAST.s(), _LAST.power()
-        if s is not None and (power is not None or not powered):
-            return s, power
-    s, power = compute()
-    _LAST.x, _LAST.key, _LAST.s, _LAST.power = weakref.ref(x, _forget), key, _reference(s), _reference(power)
-    return s, power
-
-
-def _reference(t: Tensor | None) -> Callable[[], Tensor | None]:
-    """A weak reference where autograd holds on to the tensor."""
-    return weakref.ref(t) if t is not None and t.requires_grad else lambda: t
-
-
-def _forget(x: weakref.ref) -> None:
-    if _LAST.x is x:
-        forget_shared()
-
-
-def forget_shared() -> None:
-    """Compute the next input anew: its memory may be written to without that its tensor knows, as numpy does."""
-    _LAST.x = _LAST.s = _LAST.power = None
 
 
 def row_power(layer: "CrossbarLayer", driven: Driven) -> Tensor:

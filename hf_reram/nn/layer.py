@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..device.moments import WeightError
 from .array import Chip, hold, white_noise_std
 from .drive import drive
+from .joined import new_joined
 from .readout import read
 from .scalars import Scalars, read_scalars, versions
 from .state import CrossbarState
@@ -347,6 +348,10 @@ class CrossbarLayer(nn.Module):
         self.forget_white_noise()
         if self.input_range.device.type != "meta":
             self.scalars()  # compiled code does not look
+
+    def __reduce_ex__(self, protocol):
+        joined = type(self).__dict__.get("joined")
+        return super().__reduce_ex__(protocol) if joined is None else (new_joined, joined, self.__getstate__())
 
     def __getstate__(self):
         """Copies and pickles are no chips."""

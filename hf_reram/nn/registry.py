@@ -5,6 +5,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from .joined import joined_class
+
 Kind = TypeVar("Kind", bound=type)
 
 _CLASSES: dict[Any, Any] = {}
@@ -20,8 +22,8 @@ def register_crossbar(digital: type[nn.Module] | str) -> Callable[[Kind], Kind]:
         @register_crossbar(nn.Conv1d)
         class CrossbarConv1d(CrossbarLayer, nn.Conv1d): ...
 
-    A subclass of ``digital`` with a forward of its own computes something else, and stays digital unless it is
-    registered too.
+    A subclass of ``digital`` keeps its own methods and attributes beside those of the decorated class; one with a
+    forward of its own computes something else, and stays digital unless it is registered too.
 
     Args:
         digital: class of the digital layer, or "package.ClassName" of one whose package need not be installed.
@@ -60,7 +62,7 @@ def crossbar_class(module: nn.Module) -> Any:
         return known
     for digital, kind in _CLASSES.items():
         if isinstance(module, digital) and cls.forward is digital.forward:
-            return kind
+            return joined_class(kind, cls)
     return None
 
 

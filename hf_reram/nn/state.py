@@ -12,8 +12,8 @@ from ..config import ReRAMConfig
 from ..device.moments import WeightError, weight_error
 from ..device.seeds import derived_seed
 from ..device.time import parse_time
-from .drive import forget_shared
 from .ops.random import seeded_normal, white_noise_like
+from .sharing import forget_shared
 
 # Arguments with which a model, or an encoder or decoder inside it, is given its tokens.
 INPUTS = frozenset(
@@ -125,10 +125,22 @@ class Padding:
 
     def keep(self, x: Tensor) -> Tensor | None:
         """1 for each row of ``x`` (batch, tokens, features) that is no padding, 0 for the others; None if unknown."""
+        return rows_kept(self.mask_of(x), x)
+
+    def mask_of(self, x: Tensor) -> Tensor | None:
+        """(batch, tokens), 0 where a row of ``x`` (batch, tokens, features) is padding; None if unknown."""
         mask = self.other_mask if self.other is not None and x is self.other else self.mask
-        if mask is None or x.dim() != 3 or x.shape[:2] != mask.shape:
-            return None
-        return mask.reshape(-1).to(device=x.device, dtype=torch.float32)
+        return None if mask is None or x.dim() != 3 or x.shape[:2] != mask.shape else mask
+
+
+def rows_kept(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """A mask as 1 and 0 for each row of ``x``."""
+    return None if mask is None else mask.reshape(-1).to(device=x.device, dtype=torch.float32)
+
+
+def same_mask(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two masks, or their absence, say the same."""
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
 class Forward:
@@ -137,7 +149,7 @@ class Forward:
     Attributes:
         sampling: see :class:`Sampling`; None outside of training. batch_size: examples.
         padding: of the tokens that layers read now; around: what will be so again when an inner module ends.
-        kept: the tokens that a layer's term was computed of, by its name.
+        kept: masks of the tokens that a layer's term was computed of, by its name: one unless it ran with several.
         terms: the loss's (noise, signal) by layer name, summed over the calls of a layer. ratios: the same of "output",
             where they are only measured. scales: the gradients that terms will receive, see :mod:`.attach`.
         kept_by: a reference to what the model's outputs hold on to. compiled: it ran under torch.compile.
@@ -156,7 +168,7 @@ class Forward:
         self.sampling, self.batch_size, self.before = sampling, batch_size, before
         self.padding = Padding() if padding is None else padding
         self.around: list[Padding] = []
-        self.kept: dict[str, Tensor | None] = {}
+        self.kept: dict[str, list[Tensor | None]] = {}
         self.terms: dict[str, Tensor] = {}
         self.ratios: dict[str, Tensor] = {}
         self.scales: dict[str, Tensor] = {}
@@ -211,7 +223,7 @@ class CrossbarState:
         self.forward = Forward()
         self.ratios: dict[str, Tensor] = {}
         self.calls, self.running = 0, False
-        self._root = (lambda: None) if root is None else weakref.ref(root)
+        self._root = _reference(root)
         self._waiting: list[Any] = []  # references to forwards whose terms may still join a loss
 
     @property
@@ -238,7 +250,7 @@ class CrossbarState:
 
     def begin(self, training: bool, batch_size: int = 1, padding: Padding | None = None) -> Forward:
         """A new forward of the model."""
-        waits = training and self.term is not None and torch.compiler.is_compiling()
+        waits = training and self.term is not None and torch.compiler.is_compiling() and torch.is_grad_enabled()
         before = self.forward if waits else None
         self.forward = Forward(self.sampling, batch_size, padding, before)
         if training and not torch.compiler.is_compiling():
@@ -264,7 +276,7 @@ class CrossbarState:
         forward = self.forward
         if torch.compiler.is_compiling():
             return forward
-        if torch._C._current_graph_task_id() != -1:  # gradient checkpointing: a layer runs again within the backward
+        if runs_again():
             others = [f for f in self._alive() if f is not forward]
             if not all(forward.like(other) for other in others):
                 raise RuntimeError(
@@ -311,10 +323,9 @@ class CrossbarState:
         memo[id(self)] = copy
         return copy
 
-    def adopt(self, root: nn.Module) -> None:
+    def adopt(self, root: nn.Module | None) -> None:
         """Belong to this model, after it was copied or loaded."""
-        if self._root() is None:
-            self._root = weakref.ref(root)
+        self._root = _reference(root)
 
     def __getstate__(self):
         return {"config": self.config}
@@ -330,8 +341,16 @@ class BeginForward:
     """Forward pre-hook of a patched model, and of what in it is given tokens of its own: notes padding, and for the
     model itself (``root``) begins a new :class:`Forward`; ``names`` are those of the module's arguments."""
 
-    def __init__(self, state: CrossbarState, root: bool, names: tuple[str, ...]):
-        self.state, self.root, self.names = state, root, names
+    def __init__(self, state: CrossbarState, module: nn.Module, root: bool, names: tuple[str, ...]):
+        self.state, self.module, self.root, self.names = state, _reference(module), root, names
+
+    def __getstate__(self):
+        return {**self.__dict__, "module": self.module()}
+
+    def __setstate__(self, saved):
+        self.__dict__.update(saved, module=_reference(saved["module"]))
+        if self.root:
+            self.state.adopt(saved["module"])
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         given = self._by_name(args, kwargs)
@@ -349,7 +368,6 @@ class BeginForward:
         tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
         if not torch.compiler.is_compiling():
             _refuse_nan(tensors)
-            self.state.adopt(module)
         self.state.calls = 1 if torch.compiler.is_compiling() else self.state.calls + 1
         self.state.running = True
         size = tensors[0].shape[0] if tensors and tensors[0].dim() else 1
@@ -381,6 +399,11 @@ class EndForward:
                 state.end(outputs)
 
 
+def runs_again() -> bool:
+    """Whether this is within a backward: gradient checkpointing runs layers again there."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def add_term(into: dict[str, Tensor], name: str, term: Tensor) -> None:
     """Add a term to those of its layer."""
     into[name] = into[name] + term if name in into else term
@@ -408,6 +431,11 @@ def tensors_of(value: Any) -> list[Tensor]:
     if not isinstance(value, (list, tuple)):
         value = list(vars(value).values()) if is_dataclass(value) else []
     return [t for item in value for t in tensors_of(item)]
+
+
+def _reference(module: nn.Module | None) -> Any:
+    """Weak, so that a state or a hook keeps no model alive."""
+    return _nobody if module is None else weakref.ref(module)
 
 
 def _by_token(mask: Any, around: Tensor | None) -> Tensor | None:

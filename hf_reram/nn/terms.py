@@ -15,7 +15,7 @@ from .attach import Attach
 from .drive import Driven, row_power
 from .ops.functions import OutputPower, WeightVariance
 from .ops.reference import total_power, weight_mean
-from .state import add_term
+from .state import add_term, runs_again
 
 if TYPE_CHECKING:
     from .layer import CrossbarLayer
@@ -24,14 +24,13 @@ if TYPE_CHECKING:
 def account(layer: "CrossbarLayer", driven: Driven, held: Held, y: Tensor) -> Tensor:
     """The output, to which in training the layer's retention term is attached; of a chip, a refusal to be trained."""
     state = layer.crossbar
-    if layer.chips and layer.training and y.requires_grad and not torch.compiler.is_compiling():
-        y.register_hook(_refuse)
+    if layer.chips and layer.training and torch.is_grad_enabled():
+        _refuse_training(layer, y)
     if layer.chips or not layer.training or not (state.term or state.measure):
         return y
     name, forward = layer.crossbar_name, state.current()
     with torch.autocast(y.device.type, enabled=False):
-        running_again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-        if state.measure and state.term != "output" and not running_again:
+        if state.measure and state.term != "output" and not runs_again():
             with torch.no_grad():
                 power = _power(layer, y, held.bias, driven.keep)[1]
                 add_term(forward.ratios, name, output_term(layer, driven, held, power))
@@ -46,7 +45,7 @@ def account(layer: "CrossbarLayer", driven: Driven, held: Held, y: Tensor) -> Te
             term = weight_term(layer, held)
         else:
             term = output_term(layer, driven, held, signal)
-        if not running_again:
+        if not runs_again():
             add_term(forward.terms, name, term)
         forward.attached = not torch.compiler.is_compiling()
         if not forward.attached:
@@ -54,6 +53,15 @@ def account(layer: "CrossbarLayer", driven: Driven, held: Held, y: Tensor) -> Te
         forward.rerun |= forward.grad and not torch.is_grad_enabled()
         y = Attach.apply(y, term, forward.scale(name, y.device))
         return y.clone() if layer.copies_output else y
+
+
+def _refuse_training(layer: "CrossbarLayer", y: Tensor) -> None:
+    """Fail in a backward through the output of a chip; under torch.compile, which has no such hooks, in the forward."""
+    if not (y.requires_grad or layer.weight.requires_grad):
+        return
+    if torch.compiler.is_compiling():
+        _refuse(y)
+    y.requires_grad_().register_hook(_refuse)
 
 
 def _refuse(grad: Tensor) -> None:

@@ -1,5 +1,7 @@
 """How far a model's predictions are from a teacher's."""
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,8 +18,9 @@ def divergence(student, teacher, temperature: float = 1.0) -> Tensor:
             (Hinton et al., arXiv 1503.02531). Above 1, classes that are unlikely count more.
 
     Raises:
-        ValueError: their logits differ in shape.
+        ValueError: their logits differ in shape, or a bad temperature.
     """
+    check_temperature("temperature", temperature)
     total: Tensor | None = None
     for s, t in zip(find_logits(student), find_logits(teacher), strict=True):
         if s.shape != t.shape:
@@ -31,3 +34,12 @@ def divergence(student, teacher, temperature: float = 1.0) -> Tensor:
         total = part if total is None else total + part
     assert total is not None
     return total
+
+
+def check_temperature(name: str, temperature: float) -> None:
+    """
+    Raises:
+        ValueError: not a finite number above 0.
+    """
+    if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
+        raise ValueError(f"{name}={temperature!r}: allowed is a finite number above 0")

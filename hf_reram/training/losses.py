@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..device.seeds import check_seed
 from ..model.find import crossbar_layers, crossbar_state, crossbar_states
+from ..model.hooks import MASTERS
 from ..nn import CrossbarLayer
 from ..nn.attach import Add
 from ..nn.state import CrossbarState, Forward, add_term, sampling
@@ -135,7 +137,12 @@ def _add(task_loss: Tensor, state: CrossbarState, weight: float) -> tuple[Tensor
 
 def noise_to_signal(model: nn.Module) -> dict[str, float]:
     """Each layer's noise-to-signal ratio in the last forward in training mode that measured it, by layer name; empty
-    if none did."""
+    if none did.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    crossbar_states(model)
     ratios = measured_ratios(model)
     return {} if not ratios else dict(zip(ratios, torch.stack(list(ratios.values())).cpu().tolist()))
 
@@ -165,8 +172,10 @@ def sampled_drift(model: nn.Module, kind: str | None = None, seed: int | None = 
             global generator.
 
     Raises:
-        ValueError: the model is not patched, or another ``kind``.
+        ValueError: the model is not patched, another ``kind``, or a bad seed.
     """
+    if seed is not None:
+        check_seed(seed)
     if kind not in (None, "drift", "noise"):
         raise ValueError(f"kind={kind!r}: allowed are 'drift', 'noise' and None")
     layers, states = crossbar_layers(model), crossbar_states(model)
@@ -192,8 +201,10 @@ def hold_weights(model: nn.Module) -> None:
     sharded, and what DeepSpeed's ZeRO 1 and 2 keep of them in float32.
 
     Raises:
+        ValueError: the model is not patched.
         NotImplementedError: ZeRO 3 has taken the weights apart.
     """
+    crossbar_states(model)
     for layer in crossbar_layers(model).values():
         if layer.weight.requires_grad:
             _clamp_to_scale(layer)
@@ -201,8 +212,7 @@ def hold_weights(model: nn.Module) -> None:
 
 def _clamp_to_scale(layer: CrossbarLayer) -> None:
     weight: Any = layer.weight
-    if hasattr(weight, "ds_id"):
-        raise NotImplementedError("DeepSpeed's zero_stage=3 is not supported: allowed are 0, 1 and 2; or use FSDP2")
+    masters = [found for master in MASTERS if (found := master(weight)) is not None]
     scale = layer.held_scale()
     if layer.equalized:
         scale = scale / layer.along_inputs(layer.input_scale).to(scale.dtype)
@@ -213,11 +223,8 @@ def _clamp_to_scale(layer: CrossbarLayer) -> None:
         scale = distribute_tensor(full, weight.device_mesh, weight.placements).to_local()
         weight = weight.to_local()
     _clamp(weight, scale)
-    if (master := getattr(weight, "_hp_mapping", None)) is not None:
-        # DeepSpeed's ZeRO 1 and 2: the next step goes on from this rank's part of the weight in float32.
-        start, size = master.lp_fragment_address.start, master.lp_fragment_address.numel
-        part = master.get_hp_fragment()
-        _clamp(part, scale.expand(weight.shape).reshape(-1)[start : start + size].to(part))
+    for part, where in masters:
+        _clamp(part, scale.expand(weight.shape).reshape(-1)[where].to(part))
 
 
 def _clamp(weight: Tensor, scale: Tensor) -> None:

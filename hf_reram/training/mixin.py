@@ -1,6 +1,5 @@
 """The part of a Trainer that trains a model on simulated ReRAM crossbars."""
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,7 +19,7 @@ from ..model.patch import patch_model, unpatch_model
 from .callbacks import HoldWeights, NameUncalled
 from .checkpoints import set_incomplete_aside
 from .diagnosis import explain
-from .distillation import divergence
+from .distillation import check_temperature, divergence
 from .losses import join_terms, measured_ratios, sampled_drift
 
 # Of Trainer, beside which the mixin stands.
@@ -46,8 +45,7 @@ class TrainingMixin(Base):
     ):
         if not 0 <= teacher_weight <= 1:
             raise ValueError(f"teacher_weight={teacher_weight!r}: allowed is a number from 0 to 1")
-        if not 0 < teacher_temperature < math.inf:
-            raise ValueError(f"teacher_temperature={teacher_temperature!r}: allowed is a number above 0")
+        check_temperature("teacher_temperature", teacher_temperature)
         self.reram_config: Any = reram_config
         self.teacher, self.teacher_weight, self.teacher_temperature = None, teacher_weight, teacher_temperature
         self.calibration_dataset, self.freeze_batch_norm = calibration_dataset, freeze_batch_norm

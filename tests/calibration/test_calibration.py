@@ -81,6 +81,14 @@ def test_empty_sets_are_refused(batches):
         calibrate(model, batches)
 
 
+@pytest.mark.parametrize("batches", [None, 5, torch.zeros(3, 4), {"input": torch.zeros(3, 4)}, [None], [5]])
+def test_what_is_no_batch_is_refused(batches):
+    model = patch_model(nn.Sequential(nn.Linear(4, 4)), ReRAMConfig())
+    with pytest.raises(TypeError, match="allowed"):
+        calibrate(model, batches)
+    assert not model[0].calibrated
+
+
 def test_nan_is_refused():
     model = nn.Sequential(nn.Linear(4, 4))
     patch_model(model, ReRAMConfig())

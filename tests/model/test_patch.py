@@ -18,7 +18,7 @@ from hf_reram import (
     unpatch_model,
 )
 from hf_reram.model import patch
-from hf_reram.nn import CrossbarConv1D, CrossbarLinear
+from hf_reram.nn import CrossbarConv1D, CrossbarLayer, CrossbarLinear
 from tests.samples.devices import straight
 from tests.samples.models import bert_batch
 
@@ -145,6 +145,30 @@ def test_patched_models_can_be_copied_and_pickled_after_training(tiny_bert, make
     with deploy(twin, "1d"):
         assert crossbar_layers(tiny_bert)["classifier"].chip is None
     assert torch.equal(twin(**bert_batch()).logits, tiny_bert(**bert_batch()).logits)
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_part_has_the_state_of_its_model_before_any_forward(tiny_bert, make):
+    """As PEFT copies heads."""
+    patch_model(tiny_bert, ReRAMConfig())
+    model = make(tiny_bert)
+    state = model.bert.pooler.dense.crossbar
+    assert copy.deepcopy(model.classifier).crossbar is state
+    assert state is not tiny_bert.classifier.crossbar and copy.deepcopy(model).classifier.crossbar is not state
+
+
+def test_unpatching_waits_for_parametrizations_to_be_taken_off(tiny_bert):
+    before = copy.deepcopy(tiny_bert.state_dict())
+    patch_model(tiny_bert, ReRAMConfig())
+    nn.utils.parametrizations.weight_norm(tiny_bert.classifier)
+    with pytest.raises(ValueError, match=r"classifier: take them off first"):
+        unpatch_model(tiny_bert)
+    assert isinstance(tiny_bert.bert.pooler.dense, CrossbarLayer)
+    nn.utils.parametrize.remove_parametrizations(tiny_bert.classifier, "weight")
+    unpatch_model(tiny_bert)
+    assert type(tiny_bert.classifier) is nn.Linear
+    for name, tensor in tiny_bert.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=1e-6, atol=1e-7)
 
 
 def test_peft_wraps_crossbar_layers():

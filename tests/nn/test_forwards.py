@@ -1,5 +1,6 @@
 """What one forward samples and collects is its own."""
 
+import copy
 import gc
 
 import numpy as np
@@ -20,6 +21,7 @@ from hf_reram import (
     sampled_drift,
 )
 from hf_reram.model.find import crossbar_state
+from tests.samples import models
 from tests.samples.models import bert_batch
 
 
@@ -155,13 +157,13 @@ def test_an_encoders_mask_is_not_the_decoders():
     for name in crossbar_layers(model):
         cross = "EncDecAttention.k" in name or "EncDecAttention.v" in name
         if name.startswith("encoder") or cross:
-            assert torch.equal(kept[name], mask.flatten().float()), name
+            assert len(kept[name]) == 1 and torch.equal(kept[name][0], mask), name
         else:
-            assert kept[name] is None, name
+            assert kept[name] == [None], name
     model(**batch, decoder_attention_mask=mask.flip(1))
     kept = crossbar_state(model).forward.kept
-    assert torch.equal(kept["decoder.block.0.layer.0.SelfAttention.q"], mask.flip(1).flatten().float())
-    assert torch.equal(kept["encoder.block.0.layer.0.SelfAttention.q"], mask.flatten().float())
+    assert torch.equal(kept["decoder.block.0.layer.0.SelfAttention.q"][0], mask.flip(1))
+    assert torch.equal(kept["encoder.block.0.layer.0.SelfAttention.q"][0], mask)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -196,6 +198,75 @@ def test_a_chip_is_not_trained(tiny_bert):
             tiny_bert.train()(**bert_batch()).loss.backward()
         tiny_bert.eval()(**bert_batch()).loss.backward()  # as gradients of its inputs need
     tiny_bert.train()(**bert_batch()).loss.backward()
+
+
+@pytest.mark.parametrize("loss", ["none", "output+drift"])
+@pytest.mark.parametrize("whole", [False, True], ids=["with graph breaks", "in one graph"])
+def test_a_compiled_chip_is_not_trained(loss, whole):
+    model = patch_model(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)), ReRAMConfig(retention_loss=loss))
+    x = torch.randn(3, 4)
+    calibrate(model, [x])
+    torch._dynamo.reset()
+    compiled = torch.compile(model.train(), fullgraph=whole, backend="eager")
+    compiled(x)
+    with deploy(model, "1d"):
+        with pytest.raises(torch._dynamo.exc.Unsupported if whole else RuntimeError, match=r"exception|train outside"):
+            compiled(x).sum().backward()
+        model.eval()
+        with torch.no_grad():
+            assert not torch.equal(compiled(x), calibrated_ideal(model, x))
+
+
+def calibrated_ideal(model, x):
+    alone = copy.deepcopy(model)  # is no chip
+    return alone(x)
+
+
+def test_what_stands_on_a_chip_is_not_trained_either():
+    """Nothing before the digital head takes a gradient by itself."""
+    model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Linear(8, 2))
+    patch_model(model, ReRAMConfig(retention_loss="output", modules_to_not_convert=["1"]))
+    x = torch.randn(3, 4)
+    calibrate(model, [x])
+    with deploy(model.train(), "1d"), pytest.raises(RuntimeError, match="train outside of deploy"):
+        model(x).sum().backward()
+    assert model[1].weight.grad is None or not model[1].weight.grad.any()
+
+
+def test_a_forward_that_fails_is_over(tiny_bert):
+    patch_model(tiny_bert.train(), ReRAMConfig(retention_loss="drift"))
+    calibrate(tiny_bert, [bert_batch()])
+    ids = bert_batch()["input_ids"]
+    with sampled_drift(tiny_bert, seed=1):
+        drifted = tiny_bert.bert(ids).last_hidden_state
+        with pytest.raises(IndexError):
+            tiny_bert(ids + 10**6)
+    # A part by itself is not in that forward, whose drift is over.
+    assert not torch.equal(tiny_bert.bert(ids).last_hidden_state, drifted)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_refuses_one_layer_under_two_masks(reentrant):
+    """Which of them its second run is for, nothing tells."""
+
+    class Pair(nn.Module):
+        def __init__(self, encoder):
+            super().__init__()
+            self.encoder = encoder
+
+        def forward(self, input_ids, masks):
+            return sum(self.encoder(input_ids, attention_mask=mask).logits.square().mean() for mask in masks)
+
+    model = patch_model(Pair(models.tiny_bert()).train(), ReRAMConfig(retention_loss="output"))
+    batch = bert_batch()
+    ids, mask = batch["input_ids"], torch.ones_like(batch["input_ids"])
+    calibrate(model, [(ids, [mask])])
+    model.train().encoder.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    other = mask.clone()
+    other[:, 4:] = 0
+    add_retention_loss(model(ids, [mask, mask.clone()]), model)[0].backward()
+    with pytest.raises(RuntimeError, match="2 times in one forward with attention masks of its own"):
+        add_retention_loss(model(ids, [mask, other]), model)[0].backward()
 
 
 def test_a_layer_may_be_called_by_keyword():
@@ -233,10 +304,10 @@ def test_a_head_on_a_decoder_reads_decoder_tokens():
     ids, mask = torch.randint(4, 40, (2, 5)), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
     model(ids, mask, decoder_input_ids=ids)
     kept = crossbar_state(model).forward.kept
-    assert kept["lm_head"] is None and kept["model.decoder.layers.0.fc1"] is None
-    assert torch.equal(kept["model.encoder.layers.0.fc1"], mask.flatten().float())
+    assert kept["lm_head"] == kept["model.decoder.layers.0.fc1"] == [None]
+    assert torch.equal(kept["model.encoder.layers.0.fc1"][0], mask)
     model(ids, mask, decoder_input_ids=ids, decoder_attention_mask=mask.flip(0))
-    assert torch.equal(crossbar_state(model).forward.kept["lm_head"], mask.flip(0).flatten().float())
+    assert torch.equal(crossbar_state(model).forward.kept["lm_head"][0], mask.flip(0))
 
 
 def test_a_last_forward_that_nobody_keeps_does_not_join_the_loss_of_another(tiny_bert):

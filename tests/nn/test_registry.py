@@ -1,5 +1,7 @@
 """Kinds of layers that the package does not have."""
 
+import copy
+import pickle
 import re
 from pathlib import Path
 
@@ -122,17 +124,28 @@ def test_what_does_not_keep_the_contract_is_refused():
         register_crossbar(nn.Bilinear)(type("Bare", (CrossbarLayer, nn.Bilinear), {}))
 
 
+class Plain(nn.Linear):
+    factor = 3
+
+    @property
+    def norm(self):
+        return self.factor * self.weight.norm()
+
+
 def test_by_name_and_for_subclasses():
     class Scaled(nn.Linear):
         def forward(self, input):
             return 2 * super().forward(input)
 
-    class Plain(nn.Linear):
-        pass
-
     model = nn.Sequential(Scaled(4, 4), Plain(4, 4))
     patch_model(model, straight())
     assert list(crossbar_layers(model)) == ["1"]  # the other computes something else
+    norm, y = 3 * model[1].weight.norm(), model(torch.ones(2, 4))
+    for same in (model, copy.deepcopy(model[1:]), pickle.loads(pickle.dumps(model[1:]))):
+        assert isinstance(same[-1], Plain) and same[-1].norm == norm
+        assert torch.equal(same[-1](model[0](torch.ones(2, 4))), y)
+        with deploy(model, "10y"):
+            assert not torch.equal(model(torch.ones(2, 4)), y)
     unpatch_model(model)
     assert type(model[1]) is Plain
 

@@ -1,3 +1,4 @@
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -232,6 +233,27 @@ def test_errors_say_what_to_do(tiny_bert):
         retention_loss(model)
     with pytest.raises(RuntimeError, match="sensitivity=True"):
         model(**bert_batch())
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, True, "one", 2**63])
+def test_seeds_of_sampled_drift_are_those_of_chips(tiny_bert, seed):
+    patch_model(tiny_bert, ReRAMConfig())
+    with pytest.raises(ValueError, match="seed="), sampled_drift(tiny_bert, seed=seed):
+        pass
+
+
+@pytest.mark.parametrize("call", [hold_weights, noise_to_signal, retention_loss])
+def test_a_digital_model_is_refused(tiny_bert, call):
+    with pytest.raises(ValueError, match="no crossbar layers"):
+        call(tiny_bert)
+    with pytest.raises(TypeError, match=r"model=None: allowed is a torch\.nn\.Module"):
+        call(None)
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0, math.nan, math.inf, "hot"])
+def test_a_bad_temperature_of_the_divergence(temperature):
+    with pytest.raises(ValueError, match="allowed is a finite number above 0"):
+        divergence(torch.zeros(2, 3), torch.zeros(2, 3), temperature)
 
 
 def test_divergence_at_a_high_temperature_is_that_of_centered_logits():
