@@ -56,13 +56,13 @@ def deploy(
                 aged = realize(
                     layer, seconds, kelvin(layer.crossbar.config.temperature, temperature), derived_seed(seed, name)
                 )
-                layer.chips = {**(layer.chips or {}), token: aged}
+                layer.put(token, aged)
         reset_calls(model)
         yield model
         warn_uncalled(model, "were not called while the model was deployed: what it computed is not a chip's there")
     finally:
         for layer in (layer for layer in layers.values() if isinstance(layer, CrossbarLayer)):  # still
-            layer.chips = {key: chip for key, chip in (layer.chips or {}).items() if key is not token} or None
+            layer.put(token, None)
 
 
 def refuse_modes(model: nn.Module) -> None:

@@ -107,7 +107,7 @@ def is_digital(model: nn.Module) -> bool:
 
 def is_chip(model: nn.Module) -> bool:
     """Whether any layer of the model is deployed as a chip now."""
-    return any(layer.chips for layer in crossbar_layers(model).values())
+    return any(layer.chip is not None for layer in crossbar_layers(model).values())
 
 
 def uncalled(model: nn.Module) -> list[str]:

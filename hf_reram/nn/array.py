@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ..device.moments import white_error
+from ..device.moments import WeightError, white_error
 from .ops.functions import DriftedWeight, OffsetOutput, WeightVariance, clip_weight
 from .scalars import Scalars
 
@@ -40,8 +40,8 @@ class Chip(NamedTuple):
 
 def hold(layer: "CrossbarLayer", now: Scalars) -> Held:
     """The cells of this forward."""
-    if layer.chips:
-        return deployed(layer)
+    if layer.chip is not None:
+        return deployed(layer, layer.chip)
     if layer.training and layer.crossbar.current().sampling is not None:
         return sampled(layer, now)
     return ideal(layer, now)
@@ -64,14 +64,22 @@ def sampled(layer: "CrossbarLayer", now: Scalars) -> Held:
     weight = wide(programmed)
     noise = sampling.normal(weight, layer.noise_name or layer.crossbar_name)
     needed = drifts and state.term is not None and sampling.error == state.error
-    drifted, variance = DriftedWeight.apply(weight, layer.held_scale(weight.dtype), noise, error, needed)
+    scale = layer.held_scale(weight.dtype)
+    drifted, variance = DriftedWeight.apply(weight, scale, noise, looked_at(error), needed)
     return Held(drifted.to(programmed.dtype), programmed, bias, variance)
 
 
-def deployed(layer: "CrossbarLayer") -> Held:
+def looked_at(error: WeightError) -> WeightError:
+    """For autograd functions: torch.compile must have seen each number before, or takes it for the function's own."""
+    if not torch.compiler.is_compiling():
+        return error
+    numbers = [tuple(1.0 * c for c in p) for p in (error.variance, error.variance_slope, *error.means)]
+    std = None if error.std is None else tuple(1.0 * c for c in error.std)
+    return WeightError(numbers[0], numbers[1], tuple(numbers[2:]), std, 1.0 * error.floor)
+
+
+def deployed(layer: "CrossbarLayer", chip: Chip) -> Held:
     """A chip's cells as they are found."""
-    chip = layer.chip
-    assert chip is not None
     bias = layer.bias if chip.offset is None else chip.offset if layer.bias is None else layer.bias + chip.offset
     return Held(chip.weight, chip.weight, bias)
 

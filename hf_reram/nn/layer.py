@@ -11,7 +11,7 @@ from .array import Chip, hold, white_noise_std
 from .drive import drive
 from .joined import new_joined
 from .readout import read
-from .scalars import Scalars, read_scalars, versions
+from .scalars import Scalars, from_text, read_scalars, to_text, versions
 from .state import CrossbarState
 from .terms import account
 
@@ -34,7 +34,14 @@ FILLS = dict.fromkeys(BUFFERS, 0.0)
 FILLS |= {"range_shrink": 1.0, "gain": 1.0, "input_floor": -1.0, "pairs_per_weight": 1.0, "input_scale": 1.0}
 
 # What copies and pickles start without, and nothing saves.
-_PASSING: dict[str, Any] = {"chips": None, "noise_name": None, "_scalars_of": None, "_offset": None, "_white_std": None}
+_PASSING: dict[str, Any] = {
+    "chip": None,
+    "_chips": None,
+    "noise_name": None,
+    "_scalars_of": None,
+    "_offset": None,
+    "_white_std": None,
+}
 
 
 class CrossbarLayer(nn.Module):
@@ -93,11 +100,13 @@ class CrossbarLayer(nn.Module):
     calls: int
     sensitivity: Tensor | None
     copies_output: bool
-    chips: dict[Any, Chip] | None
+    chip: Chip | None
+    _chips: dict[Any, Chip] | None  # of all contexts
     noise_name: str | None  # that seeds of sampled drift are made of, None for crossbar_name
     _digital_class: Any  # that it was made from
     _scalars: Scalars | None = None
     _scalars_of: Any = None  # the buffers and their versions
+    _constants: str | None = None  # the same for compiled code
     _offset: Tensor | None = None  # o / a
     _white_std: float | None = None
 
@@ -265,19 +274,15 @@ class CrossbarLayer(nn.Module):
         """Moments of the retention error of this layer's weights."""
         return self.crossbar.error.averaged(self.pairs)
 
-    @property
-    def chip(self) -> Chip | None:
-        """The cells of the chip that it is deployed as; of several, the last."""
-        return list(self.chips.values())[-1] if self.chips else None
-
     def scalars(self) -> Scalars:
         """The buffers' numbers, read again only when a buffer changed; an input range that is being learned is read in
         evaluation mode only."""
-        if torch.compiler.is_compiling() and self._scalars is not None:
-            return self._scalars  # as calibration or loading left them
+        if torch.compiler.is_compiling() and self._constants is not None:
+            return from_text(self._constants)  # as calibration or loading left them
         key = versions(self)
         if self._scalars is None or self._scalars_of != key:
             self._scalars_of, self._scalars, self._offset = key, read_scalars(self), None
+            self._constants = to_text(self._scalars)
         return self._scalars
 
     def driven_offset(self) -> Tensor:
@@ -306,7 +311,7 @@ class CrossbarLayer(nn.Module):
         """Add to a digital layer, whose class has just been swapped, what a crossbar has."""
         self.crossbar, self.crossbar_name = state, name
         self.calls, self.sensitivity, self.copies_output = 0, None, True
-        self.__dict__.update(_PASSING, _scalars=None)
+        self.__dict__.update(_PASSING, _scalars=None, _constants=None)
         shapes = {"per_tensor": (1,), "per_channel": (self.outputs,), "per_tile": (self.outputs, self.tiles())}
         sizes = {"weight_scale": shapes[state.config.weight_scale]}
         sizes |= {"input_offset": (self.inputs,), "input_scale": (self.inputs,)}
@@ -314,12 +319,28 @@ class CrossbarLayer(nn.Module):
             fill = torch.full(sizes.get(buffer, (1,)), FILLS[buffer], dtype=torch.float32, device=self.weight.device)
             self.register_buffer(buffer, fill)
 
+    def put(self, context: Any, chip: Chip | None) -> None:
+        """Be a chip in a context of :func:`hf_reram.deploy`, or, with None, no longer; of several the last counts."""
+        chips = {key: other for key, other in (self._chips or {}).items() if key is not context}
+        if chip is not None:
+            chips[context] = chip
+        self._chips, self.chip = chips or None, list(chips.values())[-1] if chips else None
+
     def remove_crossbar(self) -> None:
         """Take off all that :meth:`init_crossbar` added, and be the digital layer again."""
         for name in BUFFERS:
             self._buffers.pop(name, None)
             self._parameters.pop(name, None)
-        for name in ("crossbar", "crossbar_name", "calls", "sensitivity", "copies_output", "_scalars", *_PASSING):
+        for name in (
+            "crossbar",
+            "crossbar_name",
+            "calls",
+            "sensitivity",
+            "copies_output",
+            "_scalars",
+            "_constants",
+            *_PASSING,
+        ):
             self.__dict__.pop(name, None)
         self.__class__ = self.__dict__.pop("_digital_class")
 

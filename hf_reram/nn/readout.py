@@ -24,7 +24,7 @@ def read(layer: "CrossbarLayer", driven: Driven, held: Held, now: Scalars) -> Te
     bias = held.bias
     if bias is not None and layer.training and layer.crossbar.physics.term_reads_output:
         bias = bias.detach()  # its gradient comes from where the output's power is taken, see OutputPower
-    noisy = bool(layer.chips) and config.device.read_noise > 0
+    noisy = layer.chip is not None and config.device.read_noise > 0
     if not config.adc_bits and not noisy:
         return layer.multiply(driven.s, weight, bias, driven.padded)
     units = current_units(layer, driven, now)

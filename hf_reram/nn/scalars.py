@@ -36,6 +36,19 @@ class Scalars(NamedTuple):
     pairs: int
 
 
+def to_text(now: Scalars) -> str:
+    """For :func:`from_text`."""
+    return " ".join(map(repr, now))
+
+
+def from_text(text: str) -> Scalars:
+    """The numbers as constants of a compiled graph. Floats themselves become its variables once it has seen that they
+    differ, as after another calibration, and the coefficients of a polynomial cannot be made of variables."""
+    *numbers, mark, centered, equalized, pairs = text.split()
+    span, b, gain, full_scale, floor = (float(number) for number in numbers)
+    return Scalars(span, b, gain, full_scale, floor, int(mark), centered == "True", equalized == "True", int(pairs))
+
+
 def versions(layer: Any) -> tuple:
     """What changes whenever a buffer does. It is asked in each forward, so modules' slow attributes are avoided.
 

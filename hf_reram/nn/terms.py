@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..device.moments import WeightError
-from .array import Held, wide
+from .array import Held, looked_at, wide
 from .attach import Attach
 from .drive import Driven, row_power
 from .ops.functions import OutputPower, WeightVariance
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 def account(layer: "CrossbarLayer", driven: Driven, held: Held, y: Tensor) -> Tensor:
     """The output, to which in training the layer's retention term is attached; of a chip, a refusal to be trained."""
     state = layer.crossbar
-    if layer.chips and layer.training and torch.is_grad_enabled():
+    if layer.chip is not None and layer.training and torch.is_grad_enabled():
         _refuse_training(layer, y)
-    if layer.chips or not layer.training or not (state.term or state.measure):
+    if layer.chip is not None or not layer.training or not (state.term or state.measure):
         return y
     name, forward = layer.crossbar_name, state.current()
     with torch.autocast(y.device.type, enabled=False):
@@ -125,7 +125,7 @@ def _variance(layer: "CrossbarLayer", held: Held, error: WeightError) -> Tensor:
     if held.variance is not None:
         return held.variance
     programmed = wide(held.programmed)
-    return WeightVariance.apply(programmed, layer.held_scale(programmed.dtype), error)
+    return WeightVariance.apply(programmed, layer.held_scale(programmed.dtype), looked_at(error))
 
 
 def _power(layer: "CrossbarLayer", y: Tensor, bias: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor]:

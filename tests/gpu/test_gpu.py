@@ -497,7 +497,13 @@ def test_the_trainer(precision, tmp_path):
         **precision,
     )
     config = ReRAMConfig(device="hfox-neurram", retention_loss="output+drift", retention_times=["1d"])
-    trainer = ReRAMTrainer(model, arguments, train_dataset=data, eval_dataset=data[:8], reram_config=config)
+
+    def mean_logit(prediction):  # the loss is rounded to half precision, in which chips may agree
+        return {"logit": float(prediction.predictions.astype("float64").mean())}
+
+    trainer = ReRAMTrainer(
+        model, arguments, train_dataset=data, eval_dataset=data[:8], compute_metrics=mean_logit, reram_config=config
+    )
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "retention_loss" in entry]
     assert len(logs) == 3
@@ -510,5 +516,5 @@ def test_the_trainer(precision, tmp_path):
         assert not torch.equal(layer.weight.cpu(), before[f"{name}.weight"]), name
         assert (layer.weight.abs() <= layer.weight_scale[:, None] * (1 + 1e-5)).all(), name
     report = trainer.evaluate_robustness(times=["1s"], seeds=2, progress=False)
-    losses = [report.digital["loss"], *(one.metrics["loss"] for one in report.measurements)]
-    assert len(set(losses)) == 3 and all(0 < loss < 5 for loss in losses)
+    metrics = [report.digital, *(one.metrics for one in report.measurements)]
+    assert len({one["logit"] for one in metrics}) == 3 and all(0 < one["loss"] < 5 for one in metrics)

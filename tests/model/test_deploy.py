@@ -153,7 +153,7 @@ def test_contexts_may_end_in_another_order_than_they_began(chip):
         second.__exit__(None, None, None)
         assert torch.equal(chip(**bert_batch()).logits, ideal)
     assert not torch.equal(one, two) and not torch.equal(plain, ideal)
-    assert all(layer.chips is None for layer in crossbar_layers(chip).values())
+    assert all(layer.chip is None for layer in crossbar_layers(chip).values())
 
 
 def test_retention_does_not_depend_on_other_errors():

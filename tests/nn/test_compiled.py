@@ -1,6 +1,7 @@
 """Under ``torch.compile``: one graph, with the losses and gradients of eager mode."""
 
 import copy
+import itertools
 from functools import partial
 
 import pytest
@@ -71,6 +72,38 @@ def test_one_graph_with_the_gradients_of_eager_mode(make, loss, options):
         )
     if loss == "output":
         assert noise_to_signal(twin) == pytest.approx(noise_to_signal(model), rel=1e-4)
+
+
+def test_later_models_and_calibrations_of_a_process():
+    """Whose numbers differ from those that a graph was made for."""
+    losses = ("drift", "output+drift", "noise", "output")
+    options = ({}, CONVERTERS, {"range_shrink": 0.5, "redundancy": 1.0, "retention_times": ["1y"]})
+    with torch._dynamo.config.patch(recompile_limit=64, accumulated_recompile_limit=1000):
+        for loss, device_name, more in itertools.product(losses, ("hfox-neurram", "cmo-hfox-ibm"), options):
+            if (loss in ("drift", "output")) != (more == CONVERTERS):  # each with something
+                continue
+            model, batch = FewLayers(), bert_batch()
+            patch_model(model.train(), ReRAMConfig(device=device_name, retention_loss=loss, **more))
+            calibrate(model, [batch])
+            twin = copy.deepcopy(model)
+            expected = train_step(model, model, batch)
+            found = train_step(twin, torch.compile(twin, fullgraph=True, backend="aot_eager"), batch)
+            assert found[:2] == pytest.approx(expected[:2], rel=1e-4)
+            scale = max(float(grad.abs().max()) for grad in expected[2].values())
+            for name, grad in expected[2].items():
+                torch.testing.assert_close(found[2][name], grad, rtol=2e-3, atol=1e-4 * scale)
+
+
+def test_chips_need_no_new_graph():
+    model, batch = FewLayers().eval(), bert_batch()
+    patch_model(model, ReRAMConfig(device=device(read_noise=0.0)))
+    calibrate(model, [batch])
+    counter = torch._dynamo.testing.CompileCounter()
+    call = torch.compile(model, fullgraph=True, backend=counter)
+    for seed in range(3):
+        with deploy(model, "1d", seed=seed), torch.no_grad():
+            torch.testing.assert_close(call(**batch).logits, model(**batch).logits)
+    assert counter.frame_count == 1
 
 
 def test_new_seeds_need_no_new_graph():

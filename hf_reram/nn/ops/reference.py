@@ -109,7 +109,8 @@ def quantize(y: Tensor, step: Tensor, levels: Any, bias: Tensor | None) -> Tenso
         y: any shape. step, bias: broadcastable to it. levels: per sign.
     """
     code = torch.clamp(torch.round(y / step.clamp(min=1e-30)), -levels, levels)
-    return (code * step if bias is None else bias + code * step).to(y.dtype)
+    result = code * step if bias is None else bias + code * step
+    return result if result.dtype == y.dtype else result.to(y.dtype)  # without need it costs torch 2.11 the gradient
 
 
 # The cells
