@@ -47,6 +47,7 @@ def test_every_part_reports_ratios(run, tiny, tmp_path):
     assert f"| LoRA: drift | {training['LoRA: drift']['time']:.2f} | – |" in done.stdout
 
 
+@pytest.mark.slow  # three processes
 def test_memory_is_that_of_training(run, tiny, tmp_path):
     done = run(*tiny, "--parts", "training", "inference", "--variants", "output+drift", "chip")
     assert done.returncode == 0, done.stderr
