@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..device.time import parse_time
-from ..model.deploy import warn_uncalled
+from ..model.deploy import refuse_modes, warn_uncalled
 from ..model.find import crossbar_layers, crossbar_states, reset_calls
 from ..model.inputs import call_model, evaluating
 from ..nn.array import cell_weight, ideal
@@ -60,8 +60,9 @@ def inspect_layers(
         batches: of model inputs, to weigh errors with the layers' own inputs; None: by the weights alone.
 
     Raises:
-        ValueError: the model is not patched, or a bad time or temperature.
+        ValueError: the model is not patched, digital or deployed here, or a bad time or temperature.
     """
+    refuse_modes(model, "inspect its layers")
     layers = crossbar_layers(model)
     with _aged(model, parse_time(time), temperature), torch.no_grad():
         ratios = _by_weights(layers) if batches is None else _by_data(model, batches)

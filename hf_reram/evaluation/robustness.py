@@ -1,7 +1,6 @@
 """How a model does as chips that age: one number per metric, time, temperature and chip, with its references."""
 
 import math
-import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import nullcontext
@@ -13,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..device.seeds import derived_seed
+from ..device.seeds import checked_seed, derived_seed
 from ..device.time import parse_time
 from ..model.deploy import deploy, digital, refuse_modes
 from ..model.digest import model_digest, weights_digest
@@ -67,7 +66,7 @@ def evaluate_robustness(
     for name, values in (("times", times), ("temperatures", temperatures), ("seeds", chips)):
         if isinstance(values, (str, bytes)) or not isinstance(values, Sized) or not len(values):
             raise ValueError(f"{name}={values!r}: allowed is a non-empty list")
-    refuse_modes(model)
+    refuse_modes(model, "evaluate its robustness")
     if not callable(evaluate):
         raise ValueError(f"evaluate={evaluate!r}: allowed is a function of the model")
     seconds = [parse_time(t) for t in times]
@@ -137,18 +136,15 @@ def evaluate_robustness(
 
 
 def _chips(seeds: int | Iterable[int]) -> list[int]:
-    allowed = f"seeds={seeds!r}: allowed are a number of chips or their numbers, integers from 0 to 2^63 - 1"
-    if isinstance(seeds, (bool, float, str, bytes)):
-        raise ValueError(allowed)
+    """The chips' numbers."""
     try:
-        chips = [
-            operator.index(n) for n in (range(operator.index(seeds)) if not isinstance(seeds, Iterable) else seeds)
-        ]
-    except TypeError:
-        raise ValueError(allowed) from None
-    if not all(0 <= chip < 2**63 for chip in chips):
-        raise ValueError(allowed)
-    return chips
+        if isinstance(seeds, (str, bytes)):
+            raise ValueError
+        return [checked_seed(n) for n in (seeds if isinstance(seeds, Iterable) else range(checked_seed(seeds)))]
+    except ValueError:
+        raise ValueError(
+            f"seeds={seeds!r}: allowed are a number of chips or their numbers, integers from 0 to 2^63 - 1"
+        ) from None
 
 
 def _complaint(model: nn.Module, names: Iterable[str]) -> str:

@@ -6,13 +6,14 @@ a weight may be computed from other tensors. Where a parent can be told to call 
 stays digital, each layer for a reason (:func:`left_digital`).
 """
 
+from functools import cache
 from types import MethodType
 from typing import Any
 
 from torch import nn
 
 from ..nn import CrossbarLayer
-from ..nn.registry import is_kind
+from ..nn.registry import is_kind, is_registered
 from .find import unwrapped, walk
 from .hooks import CALLS_KEPT_FORWARD, IS_DISPATCHED
 
@@ -71,6 +72,7 @@ READ_PAST: dict[str, tuple[str, ...]] = {
 READ = "{} computes with their weight itself instead of calling them"
 COMPUTED = "their weight or bias is computed from other tensors before each forward (weight norm, pruning, ...)"
 OFFLOADED = "their weight is offloaded, accelerate brings it back for a forward only"
+TAKEN = "they have attributes of their own whose names a crossbar layer needs: {}"
 REPLACED = "their forward is replaced on the instance, by one that need not call the layer's own"
 
 
@@ -97,9 +99,30 @@ def _own_reason(module: Any, offloads: bool) -> str:
         return COMPUTED
     if offloads and module.weight.is_meta:
         return OFFLOADED
+    if taken := sorted(names_of_crossbars() & _own_names(module)):
+        return TAKEN.format(", ".join(taken))
     forward = module.__dict__.get("forward")
     called = (forward, *(kept_forward(module, forward) for kept_forward in CALLS_KEPT_FORWARD))
     return "" if forward is None or any(_is_own(module, method) for method in called) else REPLACED
+
+
+@cache
+def names_of_crossbars() -> frozenset[str]:
+    """What a crossbar layer has beside a digital one."""
+    names = {*vars(CrossbarLayer), *CrossbarLayer.__annotations__}
+    return frozenset(name for name in names if not name.startswith("__") and not hasattr(nn.Module, name)) - {
+        *("weight", "bias", "groups")
+    }
+
+
+def _own_names(module: nn.Module) -> set[str]:
+    """What a layer has on itself, and its class beside what PyTorch's or another registered class has."""
+    own = set(module.__dict__)
+    for cls in type(module).__mro__:
+        if is_registered(cls):
+            break
+        own |= set(vars(cls))
+    return own
 
 
 def _is_own(module: nn.Module, method: Any) -> bool:

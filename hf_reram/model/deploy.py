@@ -9,12 +9,22 @@ from torch import nn
 from transformers.utils import logging
 
 from ..device.programming import Draws, program
-from ..device.seeds import check_seed, derived_seed
+from ..device.seeds import checked_seed, derived_seed
 from ..device.time import parse_time
 from ..nn import CrossbarLayer
 from ..nn import array as cells_of
 from ..nn.array import Chip
-from .find import chip_names, crossbar_layers, crossbar_states, is_chip, is_digital, ran, reset_calls, uncalled
+from .find import (
+    chip_names,
+    crossbar_layers,
+    crossbar_state,
+    crossbar_states,
+    is_chip,
+    is_digital,
+    ran,
+    reset_calls,
+    uncalled,
+)
 from .inputs import evaluating
 
 logger = logging.get_logger(__name__)
@@ -42,7 +52,7 @@ def deploy(
     Raises:
         ValueError: the model is not patched or is digital here, or a bad time, temperature or seed.
     """
-    check_seed(seed)
+    seed = checked_seed(seed)
     seconds = None if time is None else parse_time(time)
     refuse_offloaded(model)
     if is_digital(model):
@@ -53,6 +63,7 @@ def deploy(
     try:
         with torch.inference_mode(False):
             for name, layer in layers.items():
+                layer.scalars()  # compiled code takes these as they were looked at last
                 aged = realize(
                     layer, seconds, kelvin(layer.crossbar.config.temperature, temperature), derived_seed(seed, name)
                 )
@@ -65,15 +76,18 @@ def deploy(
             layer.put(token, None)
 
 
-def refuse_modes(model: nn.Module) -> None:
+def refuse_modes(model: nn.Module, what: str) -> None:
     """
+    Args:
+        what: to be done outside.
+
     Raises:
         ValueError: the model is a chip or digital already, so that no number would be of what it says.
     """
     if is_digital(model):
-        raise ValueError("the model is digital here: evaluate its robustness outside of hf_reram.digital")
+        raise ValueError(f"the model is digital here: {what} outside of hf_reram.digital")
     if is_chip(model):
-        raise ValueError("the model is deployed as a chip here: evaluate its robustness outside of hf_reram.deploy")
+        raise ValueError(f"the model is deployed as a chip here: {what} outside of hf_reram.deploy")
 
 
 def refuse_offloaded(model: nn.Module) -> None:
@@ -94,11 +108,8 @@ def kelvin(configured: float | None, temperature: float | None) -> float | None:
     return configured if temperature is None else temperature
 
 
-_warned: set[tuple[str, ...]] = set()
-
-
 def warn_uncalled(model: nn.Module, what: str, names: list[str] | None = None) -> None:
-    """Name crossbar layers that were not called, once for each set of layers.
+    """Name crossbar layers that were not called, once for each set of a model's layers.
 
     Args:
         what: they were not, as the end of a sentence. names: of these layers; None: those that have not run since calls
@@ -106,10 +117,14 @@ def warn_uncalled(model: nn.Module, what: str, names: list[str] | None = None) -
     """
     if names is None:
         names = uncalled(model) if ran(model) else []
-    if names and (key := (what, *names)) not in _warned:
-        _warned.add(key)
-        count = len(crossbar_layers(model))
-        logger.warning("%d of %d crossbar layers %s: %s", len(names), count, what, ", ".join(names))
+    if not names:
+        return
+    layers = crossbar_layers(model)
+    warned = crossbar_state(model).warned
+    if (key := (what, *names)) not in warned:
+        warned.add(key)
+        shown = ", ".join(name or type(layers[name]).__name__ for name in names)
+        logger.warning("%d of %d crossbar layers %s: %s", len(names), len(layers), what, shown)
 
 
 @torch.no_grad()

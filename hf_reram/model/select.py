@@ -35,7 +35,7 @@ def select_layers(model: nn.Module, config: ReRAMConfig) -> dict[str, nn.Module]
         if name in bypassed:
             unable[name] = bypassed[name]
         elif crossbar_class(module) is None:
-            unable[name] = f"{type(module).__name__} has a forward of its own"
+            unable[name] = f"{type(module).__name__} has a forward, or a part of it, of its own"
         else:
             able[name] = module
     if left := unsupported(model):

@@ -62,7 +62,7 @@ def sampled(layer: "CrossbarLayer", now: Scalars) -> Held:
     drifts = sampling.kind == "drift"
     error = sampling.error.averaged(now.pairs) if drifts else white_error(layer.white_noise_std())
     weight = wide(programmed)
-    noise = sampling.normal(weight, layer.noise_name or layer.crossbar_name)
+    noise = sampling.normal(weight, layer.crossbar_name)
     needed = drifts and state.term is not None and sampling.error == state.error
     scale = layer.held_scale(weight.dtype)
     drifted, variance = DriftedWeight.apply(weight, scale, noise, looked_at(error), needed)
@@ -80,6 +80,8 @@ def looked_at(error: WeightError) -> WeightError:
 
 def deployed(layer: "CrossbarLayer", chip: Chip) -> Held:
     """A chip's cells as they are found."""
+    if chip.weight.device != layer.weight.device:  # a replica of nn.DataParallel
+        chip = Chip(*(None if t is None else t.to(layer.weight.device) for t in chip))  # type: ignore[arg-type]
     bias = layer.bias if chip.offset is None else chip.offset if layer.bias is None else layer.bias + chip.offset
     return Held(chip.weight, chip.weight, bias)
 

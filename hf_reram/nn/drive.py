@@ -47,50 +47,44 @@ def drive(layer: "CrossbarLayer", x: Tensor, now: Scalars) -> Driven:
     state = layer.crossbar
     accounts = layer.training and bool(state.term or state.measure)
     powered = layer.training and state.physics.term_reads_input
-    keep = tokens_kept(layer, x) if accounts and not layer.reads_windows else None
+    mask, keep = tokens_kept(layer, x) if accounts and not layer.reads_windows else (None, None)
     if isinstance(span, Tensor):
         s, power = _sinh(layer, x, span, levels, 1.0, floor, now, powered, keep)
         return Driven(s, factor, span, now.centered, keep, power)
 
-    def compute() -> tuple[Tensor, Tensor | None]:
+    def compute():
         return _sinh(layer, x, span, levels, factor, floor, now, powered, keep)
 
-    key = (
-        span,
-        now.b,
-        levels,
-        floor,
-        factor,
-        now.mark,
-        (type(layer), *layer.geometry()) if now.mark else (),
-        layer.channel_dim,
-    )
-    s, power = shared(x, key, powered, compute)
+    if not state.running:  # a part of the model by itself: nothing says when its inputs' memory may change
+        s, power = compute()
+        return Driven(s, 1.0, span, now.centered, keep, power)
+    geometry = (type(layer), *layer.geometry()) if now.mark else ()
+    key = (span, now.b, levels, floor, factor, now.mark, geometry, layer.channel_dim)
+    s, power = shared(x, key, mask, powered, compute)
     return Driven(s, 1.0, span, now.centered, keep, power)
 
 
-def tokens_kept(layer: "CrossbarLayer", x: Tensor) -> Tensor | None:
-    """1 for each token that is no padding, 0 for the others; as it was where the layer runs again in a backward.
+def tokens_kept(layer: "CrossbarLayer", x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The padding mask of the input, and 1 for each token that is no padding, 0 for the others; the latter as it was
+    where the layer runs again in a backward.
 
     Raises:
         RuntimeError: it runs again, and ran with several masks.
     """
-    forward = layer.crossbar.current()
-    if torch.compiler.is_compiling():
-        return forward.padding.keep(x)
-    masks = forward.kept.setdefault(layer.crossbar_name, [])
+    forward, name = layer.crossbar.current(), layer.crossbar_name
     if not runs_again():
         mask = forward.padding.mask_of(x)
-        if not any(same_mask(mask, known) for known in masks):
-            masks.append(mask)
-        return rows_kept(mask, x)
-    if len(masks) > 1:
+        keep = rows_kept(mask, x)
+        if not torch.compiler.is_compiling():
+            forward.note_kept(name, mask, keep)
+        return mask, keep
+    masks, keeps = forward.kept.get(name, ([], []))
+    if not all(same_mask(keep, keeps[0]) for keep in keeps):
         raise RuntimeError(
-            f"gradient checkpointing runs layer {layer.crossbar_name!r} again, which ran {len(masks)} times in one "
-            "forward with attention masks of its own each: call the model once for each, or switch gradient "
-            "checkpointing off"
+            f"gradient checkpointing runs layer {name!r} again, which ran {len(keeps)} times in one forward with "
+            "attention masks of its own each: call the model once for each, or switch gradient checkpointing off"
         )
-    return rows_kept(masks[0], x) if masks else None
+    return (masks[0], keeps[0]) if keeps else (None, None)
 
 
 def input_range(layer: "CrossbarLayer", x: Tensor, now: Scalars) -> Any:

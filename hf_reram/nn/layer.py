@@ -11,7 +11,7 @@ from .array import Chip, hold, white_noise_std
 from .drive import drive
 from .joined import new_joined
 from .readout import read
-from .scalars import Scalars, from_text, read_scalars, to_text, versions
+from .scalars import Scalars, from_text, read_scalars, same_versions, to_text, versions
 from .state import CrossbarState
 from .terms import account
 
@@ -37,11 +37,16 @@ FILLS |= {"range_shrink": 1.0, "gain": 1.0, "input_floor": -1.0, "pairs_per_weig
 _PASSING: dict[str, Any] = {
     "chip": None,
     "_chips": None,
-    "noise_name": None,
     "_scalars_of": None,
     "_offset": None,
     "_white_std": None,
 }
+
+
+class Counter:
+    """How often a layer ran: one object for the layer and the replicas that nn.DataParallel makes of it."""
+
+    calls = 0
 
 
 class CrossbarLayer(nn.Module):
@@ -73,7 +78,6 @@ class CrossbarLayer(nn.Module):
         input_scale: (input channels,), a, one where it is.
 
     Attributes:
-        calls: how often the layer ran since it was last set to 0; under ``torch.compile`` 1 if it ran.
         chip: the cells of the chip that it is deployed as, None where it is not; see :func:`hf_reram.deploy`.
         sensitivity: (output channels,), Fisher information, see :mod:`hf_reram.calibration.sensitivity`; or None.
         copies_output: whether the model may change the output in place, which a retention term still needs.
@@ -97,12 +101,11 @@ class CrossbarLayer(nn.Module):
     input_scale: Tensor
     crossbar: CrossbarState
     crossbar_name: str
-    calls: int
+    counter: "Counter"
     sensitivity: Tensor | None
     copies_output: bool
     chip: Chip | None
     _chips: dict[Any, Chip] | None  # of all contexts
-    noise_name: str | None  # that seeds of sampled drift are made of, None for crossbar_name
     _digital_class: Any  # that it was made from
     _scalars: Scalars | None = None
     _scalars_of: Any = None  # the buffers and their versions
@@ -122,7 +125,7 @@ class CrossbarLayer(nn.Module):
 
     def begin(self) -> Scalars | None:
         """Count the call; what calibration has left, or None where the layer is to be digital."""
-        self.calls = 1 if torch.compiler.is_compiling() else self.calls + 1
+        self.counter.calls = 1 if torch.compiler.is_compiling() else self.counter.calls + 1
         return None if self.crossbar.digital else self.scalars()
 
     # How its weight lies on the array
@@ -245,6 +248,15 @@ class CrossbarLayer(nn.Module):
     # Its numbers
 
     @property
+    def calls(self) -> int:
+        """How often the layer ran since it was last set to 0; under ``torch.compile`` 1 if it ran."""
+        return self.counter.calls
+
+    @calls.setter
+    def calls(self, number: int) -> None:
+        self.counter.calls = number
+
+    @property
     def calibrated(self) -> bool:
         """Whether the layer has an input range."""
         return self.scalars().input_range > 0
@@ -280,7 +292,7 @@ class CrossbarLayer(nn.Module):
         if torch.compiler.is_compiling() and self._constants is not None:
             return from_text(self._constants)  # as calibration or loading left them
         key = versions(self)
-        if self._scalars is None or self._scalars_of != key:
+        if self._scalars is None or not same_versions(self._scalars_of, key):
             self._scalars_of, self._scalars, self._offset = key, read_scalars(self), None
             self._constants = to_text(self._scalars)
         return self._scalars
@@ -310,7 +322,7 @@ class CrossbarLayer(nn.Module):
     def init_crossbar(self, state: CrossbarState, name: str) -> None:
         """Add to a digital layer, whose class has just been swapped, what a crossbar has."""
         self.crossbar, self.crossbar_name = state, name
-        self.calls, self.sensitivity, self.copies_output = 0, None, True
+        self.counter, self.sensitivity, self.copies_output = Counter(), None, True
         self.__dict__.update(_PASSING, _scalars=None, _constants=None)
         shapes = {"per_tensor": (1,), "per_channel": (self.outputs,), "per_tile": (self.outputs, self.tiles())}
         sizes = {"weight_scale": shapes[state.config.weight_scale]}
@@ -334,7 +346,7 @@ class CrossbarLayer(nn.Module):
         for name in (
             "crossbar",
             "crossbar_name",
-            "calls",
+            "counter",
             "sensitivity",
             "copies_output",
             "_scalars",
@@ -350,6 +362,9 @@ class CrossbarLayer(nn.Module):
         super()._apply(fn, recurse)
         for name, old in before.items():
             new = getattr(self, name)
+            if new.is_inference() and name in self._buffers:  # calibration and training may follow
+                with torch.inference_mode(False):
+                    new = self._buffers[name] = new.clone()
             if new.dtype == torch.float32 or new.device.type == "meta":
                 continue
             if name in self._parameters:  # the same object, which an optimizer may know
@@ -361,6 +376,10 @@ class CrossbarLayer(nn.Module):
         return self
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
+        if self.chip is not None:
+            raise RuntimeError(
+                f"layer {self.crossbar_name!r} is deployed as a chip, whose cells are programmed: load outside of deploy"
+            )
         super()._load_from_state_dict(*args, **kwargs)
         for name in BUFFERS:
             tensor = getattr(self, name, None)

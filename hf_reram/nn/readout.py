@@ -71,4 +71,5 @@ def _full_scale(layer: "CrossbarLayer", current: Tensor, unit: Tensor, now: Scal
     """Of the ADC, in units of current; the batch's largest where it is not calibrated."""
     if now.adc_range > 0:
         return layer.adc_range.to(current.dtype)
-    return (current.detach().abs() / unit.detach().clamp(min=1e-30)).amax()
+    found = current.detach().abs() / unit.detach().clamp(min=1e-30)
+    return found.amax() if found.numel() else found.new_zeros(())

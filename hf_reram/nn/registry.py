@@ -22,8 +22,8 @@ def register_crossbar(digital: type[nn.Module] | str) -> Callable[[Kind], Kind]:
         @register_crossbar(nn.Conv1d)
         class CrossbarConv1d(CrossbarLayer, nn.Conv1d): ...
 
-    A subclass of ``digital`` keeps its own methods and attributes beside those of the decorated class; one with a
-    forward of its own computes something else, and stays digital unless it is registered too.
+    A subclass of ``digital`` keeps what it has of its own; one that overrides a method of ``digital``, such as its
+    forward, computes something else, and stays digital unless it is registered too.
 
     Args:
         digital: class of the digital layer, or "package.ClassName" of one whose package need not be installed.
@@ -60,10 +60,30 @@ def crossbar_class(module: nn.Module) -> Any:
     known = _NAMES.get((cls.__module__.partition(".")[0], cls.__name__)) or _CLASSES.get(cls)
     if known is not None:
         return known
-    for digital, kind in _CLASSES.items():
-        if isinstance(module, digital) and cls.forward is digital.forward:
-            return joined_class(kind, cls)
+    for parent in cls.__mro__:  # the closest one
+        if parent in _CLASSES:
+            return joined_class(_CLASSES[parent], cls) if _computes_as(cls, parent) else None
     return None
+
+
+# What a layer's class may have of its own without computing something else.
+_HARMLESS = frozenset(("__init__", "reset_parameters", "extra_repr", "__repr__", "__setstate__"))
+
+
+def _computes_as(cls: type, parent: type) -> bool:
+    """Whether a subclass has all methods of a class of layers, such as its forward and what that calls."""
+    methods = {
+        name
+        for base in parent.__mro__[: parent.__mro__.index(nn.Module)]
+        for name, value in vars(base).items()
+        if callable(value) and name not in _HARMLESS
+    }
+    return all(getattr(cls, name) is getattr(parent, name) for name in methods)
+
+
+def is_registered(cls: type) -> bool:
+    """Whether a class of layers itself is registered, by whatever."""
+    return cls in _CLASSES or (cls.__module__.partition(".")[0], cls.__name__) in _NAMES
 
 
 def is_kind(module: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """What calibration left in a crossbar's buffers, as Python numbers."""
 
 import zlib
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -49,20 +50,27 @@ def from_text(text: str) -> Scalars:
     return Scalars(span, b, gain, full_scale, floor, int(mark), centered == "True", equalized == "True", int(pairs))
 
 
-def versions(layer: Any) -> tuple:
+def versions(layer: Any) -> tuple[list, list]:
     """What changes whenever a buffer does. It is asked in each forward, so modules' slow attributes are avoided.
 
     An input range that is learned changes in every step, and to read it is to wait for the GPU: training, which needs
     no number of it, does not look.
     """
     buffers = layer._buffers
-    key: list[int] = []
+    tensors: list[Any] = []
+    counts: list[int] = []
     for name in READ:
         t, unread = buffers.get(name), False
         if t is None:
             t, unread = layer._parameters[name], layer.training
-        key += (id(t), -1 if unread or t.is_inference() else t._version)
-    return tuple(key)
+        tensors.append(t)
+        counts.append(-1 if unread or t.is_inference() else t._version)
+    return tensors, counts
+
+
+def same_versions(a: Any, b: Any) -> bool:
+    """Whether two of :func:`versions` are of the same tensors, unchanged."""
+    return a is not None and a[1] == b[1] and all(map(is_, a[0], b[0]))
 
 
 def read_scalars(layer: Any) -> Scalars:

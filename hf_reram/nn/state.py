@@ -78,15 +78,18 @@ class Sampling:
         kind: "drift" (the device's error) or "noise" (white). error: of one time, for "drift".
         seed: so that all micro-batches and processes of a step see one chip; None draws from torch's global generator.
         seed_tensor: the same for compiled code, which would else be compiled anew for each; -1 for None.
+        prefix: of the layers' names, so that parts that were patched alike do not share their noise.
     """
 
     kind: str
     error: WeightError
     seed: int | None = None
     seed_tensor: Tensor = field(default_factory=lambda: torch.full((), -1, dtype=torch.int64), compare=False)
+    prefix: str = ""
 
     def normal(self, like: Tensor, name: str) -> Tensor:
         """Standard normal variates for the layer ``name``, of shape, dtype and device of ``like``."""
+        name = self.prefix + name
         if torch.compiler.is_compiling():
             return seeded_normal(like.detach(), self.seed_tensor, name)
         generator = None
@@ -95,7 +98,7 @@ class Sampling:
         return white_noise_like(like.detach(), generator)
 
 
-def sampling(physics: Physics, kind: str | None, seed: int | None) -> Sampling | None:
+def sampling(physics: Physics, kind: str | None, seed: int | None, prefix: str = "") -> Sampling | None:
     """For the loss that ``physics`` says, or for ``kind``, at one of the times, drawn; None to sample nothing."""
     kind = kind or physics.drift
     if kind is None:
@@ -105,7 +108,7 @@ def sampling(physics: Physics, kind: str | None, seed: int | None) -> Sampling |
         generator = None if seed is None else torch.Generator().manual_seed(derived_seed(seed, "time"))
         time = physics.times[int(torch.randint(len(physics.times), (), generator=generator))]
     number = torch.full((), -1 if seed is None else seed, dtype=torch.int64)
-    return Sampling(kind, physics.error_at(time), seed, number)
+    return Sampling(kind, physics.error_at(time), seed, number, prefix)
 
 
 @dataclass
@@ -149,7 +152,8 @@ class Forward:
     Attributes:
         sampling: see :class:`Sampling`; None outside of training. batch_size: examples.
         padding: of the tokens that layers read now; around: what will be so again when an inner module ends.
-        kept: masks of the tokens that a layer's term was computed of, by its name: one unless it ran with several.
+        kept: masks that a layer's term was computed with, by its name, and which tokens they keep: one unless it ran
+            with several.
         terms: the loss's (noise, signal) by layer name, summed over the calls of a layer. ratios: the same of "output",
             where they are only measured. scales: the gradients that terms will receive, see :mod:`.attach`.
         kept_by: a reference to what the model's outputs hold on to. compiled: it ran under torch.compile.
@@ -168,7 +172,7 @@ class Forward:
         self.sampling, self.batch_size, self.before = sampling, batch_size, before
         self.padding = Padding() if padding is None else padding
         self.around: list[Padding] = []
-        self.kept: dict[str, list[Tensor | None]] = {}
+        self.kept: dict[str, tuple[list[Tensor | None], list[Tensor | None]]] = {}
         self.terms: dict[str, Tensor] = {}
         self.ratios: dict[str, Tensor] = {}
         self.scales: dict[str, Tensor] = {}
@@ -177,6 +181,13 @@ class Forward:
         self.kept_by: Any = _nobody
         self.compiled = torch.compiler.is_compiling()
         self.grad = torch.is_grad_enabled()
+
+    def note_kept(self, name: str, mask: Tensor | None, keep: Tensor | None) -> None:
+        """A layer ran with this mask. Values are compared where it matters only, which would wait for a GPU."""
+        masks, keeps = self.kept.setdefault(name, ([], []))
+        if not any(mask is known for known in masks):
+            masks.append(mask)
+            keeps.append(keep)
 
     def scale(self, name: str, device: torch.device) -> Tensor:
         """The gradient, (2,), that a layer's term will receive."""
@@ -210,7 +221,7 @@ class CrossbarState:
         sampling: what the next training forward samples.
         forward: the last one. ratios: (noise, signal) by layer name of the last loss or measurement.
         calls: forwards of the model; running: whether one is under way.
-        report: its last robustness report, whose weights it may have left since.
+        report: its last robustness report, whose weights it may have left since. warned: of what there was a warning.
     """
 
     report: Any = None
@@ -223,6 +234,7 @@ class CrossbarState:
         self.forward = Forward()
         self.ratios: dict[str, Tensor] = {}
         self.calls, self.running = 0, False
+        self.warned: set[Any] = set()
         self._root = _reference(root)
         self._waiting: list[Any] = []  # references to forwards whose terms may still join a loss
 
@@ -368,6 +380,11 @@ class BeginForward:
         tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
         if not torch.compiler.is_compiling():
             _refuse_nan(tensors)
+            if module.training and self.state.term is not None and getattr(module, "_is_replica", False):
+                raise RuntimeError(
+                    "nn.DataParallel trains copies of the model in threads, where its retention terms are lost: start "
+                    "a process for each GPU instead, as accelerate launch does"
+                )
         self.state.calls = 1 if torch.compiler.is_compiling() else self.state.calls + 1
         self.state.running = True
         size = tensors[0].shape[0] if tensors and tensors[0].dim() else 1

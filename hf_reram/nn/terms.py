@@ -16,6 +16,7 @@ from .drive import Driven, row_power
 from .ops.functions import OutputPower, WeightVariance
 from .ops.reference import total_power, weight_mean
 from .state import add_term, runs_again
+from .untrained import refuse_training
 
 if TYPE_CHECKING:
     from .layer import CrossbarLayer
@@ -25,7 +26,7 @@ def account(layer: "CrossbarLayer", driven: Driven, held: Held, y: Tensor) -> Te
     """The output, to which in training the layer's retention term is attached; of a chip, a refusal to be trained."""
     state = layer.crossbar
     if layer.chip is not None and layer.training and torch.is_grad_enabled():
-        _refuse_training(layer, y)
+        return refuse_training(y, layer.weight)
     if layer.chip is not None or not layer.training or not (state.term or state.measure):
         return y
     name, forward = layer.crossbar_name, state.current()
@@ -53,22 +54,6 @@ def account(layer: "CrossbarLayer", driven: Driven, held: Held, y: Tensor) -> Te
         forward.rerun |= forward.grad and not torch.is_grad_enabled()
         y = Attach.apply(y, term, forward.scale(name, y.device))
         return y.clone() if layer.copies_output else y
-
-
-def _refuse_training(layer: "CrossbarLayer", y: Tensor) -> None:
-    """Fail in a backward through the output of a chip; under torch.compile, which has no such hooks, in the forward."""
-    if not (y.requires_grad or layer.weight.requires_grad):
-        return
-    if torch.compiler.is_compiling():
-        _refuse(y)
-    y.requires_grad_().register_hook(_refuse)
-
-
-def _refuse(grad: Tensor) -> None:
-    raise RuntimeError(
-        "the model is deployed as a chip, whose cells are programmed and get no gradient: train outside of deploy; for "
-        "gradients of a chip's inputs call model.eval() first"
-    )
 
 
 def output_term(layer: "CrossbarLayer", driven: Driven, held: Held, signal: Tensor) -> Tensor:

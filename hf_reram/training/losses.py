@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..device.seeds import check_seed
+from ..device.seeds import checked_seed
 from ..model.find import crossbar_layers, crossbar_state, crossbar_states
 from ..model.hooks import MASTERS
 from ..nn import CrossbarLayer
@@ -174,16 +174,16 @@ def sampled_drift(model: nn.Module, kind: str | None = None, seed: int | None = 
     Raises:
         ValueError: the model is not patched, another ``kind``, or a bad seed.
     """
-    if seed is not None:
-        check_seed(seed)
+    seed = None if seed is None else checked_seed(seed)
     if kind not in (None, "drift", "noise"):
         raise ValueError(f"kind={kind!r}: allowed are 'drift', 'noise' and None")
     layers, states = crossbar_layers(model), crossbar_states(model)
-    for name, layer in layers.items() if len(states) > 1 else ():
-        layer.noise_name = name  # so that towers that were patched alike do not share their noise
+    prefixes = dict.fromkeys(map(id, states), "")
+    if len(states) > 1:
+        prefixes |= {id(layer.crossbar): name.removesuffix(layer.crossbar_name) for name, layer in layers.items()}
     before = [(state, state.sampling) for state in states]
     for state in states:
-        state.sampling = sampling(state.physics, kind, seed)
+        state.sampling = sampling(state.physics, kind, seed, prefixes[id(state)])
     for layer in layers.values():
         wanted = layer.crossbar.sampling
         if wanted is not None and wanted.kind == "noise" and not hasattr(layer.weight, "device_mesh"):

@@ -21,7 +21,6 @@ from hf_reram import (
 )
 from hf_reram.hub.about import about_model
 from hf_reram.hub.card import model_card
-from hf_reram.model import deploy as deployment
 from tests.samples.models import bert_batch
 
 
@@ -42,11 +41,6 @@ def bypassed():
     model = Bypassed().eval()
     patch_model(model, ReRAMConfig())
     return calibrate(model, [torch.randn(16, 6)])
-
-
-@pytest.fixture(autouse=True)
-def _warn_anew(monkeypatch):
-    monkeypatch.setattr(deployment, "_warned", set())
 
 
 def score(model) -> float:
