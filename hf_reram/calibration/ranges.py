@@ -19,13 +19,13 @@ from ..device.iv import LINEAR_B, full_scale_gain, least_squares_gain
 from ..device.read_noise import relative_read_noise
 from ..model.deploy import digital_eval, refuse_offloaded
 from ..model.find import crossbar_layers, crossbar_states, is_chip
-from ..model.inputs import call_model
+from ..model.inputs import call_model, uncompiled
 from ..nn import CrossbarLayer
 from ..nn.array import cell_weight
 from ..nn.layer import BUFFERS
 from ..nn.mapping import expected_error, layer_scales, relative_weights
 from ..nn.scalars import read_scalars
-from ..nn.state import tensors_of
+from ..nn.tensors import tensors_of
 from .input_scales import TINY
 from .redundancy import allot_pairs
 from .sensitivity import measure_sensitivity
@@ -69,10 +69,8 @@ def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = No
         sensitivity = any(state.term == "sensitivity" for state in states)
     statistics = {name: LayerStatistics(layer, name, seed) for seed, (name, layer) in enumerate(layers.items())}
     observation = _Observation(statistics)
-    while hasattr(model, "_orig_mod"):  # hooks that look at numbers are not compiled
-        model = model._orig_mod  # type: ignore[assignment]
     kept = []
-    with observation.watching(model):
+    with uncompiled(), observation.watching(model):  # compiled code may have no hooks
         for batch in itertools.islice(batches, max(state.config.calibration_batches for state in states)):
             batch = _ordinary(batch)
             call_model(model, batch)
@@ -83,7 +81,7 @@ def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = No
         raise ValueError("the calibration set is empty: calibrate needs at least one batch with at least one example")
     unseen = [name for name, s in statistics.items() if s.samples is None]
     if unseen:
-        logger.warning("calibration data reach %d layers not at all, which stay uncalibrated: %s", len(unseen), unseen)
+        logger.warning("calibration data reach %d layers not at all, which stay as they were: %s", len(unseen), unseen)
     with _all_or_nothing(layers.values()):
         with torch.no_grad():
             for layer in layers.values():
@@ -93,7 +91,8 @@ def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = No
                 own = {name: s for name, s in statistics.items() if s.layer.crossbar is state}
                 _settle_all(own, observation.leaders, state.config)
         if sensitivity:
-            measure_sensitivity(model, kept)
+            with uncompiled():
+                measure_sensitivity(model, kept)
     return model
 
 

@@ -7,7 +7,7 @@ from ..model.deploy import digital_eval
 from ..model.find import crossbar_layers
 from ..model.inputs import call_model, find_logits
 from ..nn import CrossbarLayer
-from ..nn.state import tensors_of
+from ..nn.tensors import tensors_of
 
 
 def measure_sensitivity(model: nn.Module, batches: list) -> None:

@@ -16,7 +16,7 @@ from ..device.seeds import checked_seed, derived_seed
 from ..device.time import parse_time
 from ..model.deploy import deploy, digital, refuse_modes
 from ..model.digest import model_digest, weights_digest
-from ..model.find import crossbar_layers, crossbar_states, reset_calls, uncalled
+from ..model.find import crossbar_layers, crossbar_states, replaced, reset_calls, uncalled
 from ..model.inputs import evaluating
 from ..model.summary import summarize
 from .report import Measurement, RobustnessReport
@@ -56,7 +56,8 @@ def evaluate_robustness(
             routed to; the report, its table and the card then name them. Such layers were no chip.
 
     Raises:
-        RuntimeError: crossbar layers were not called in an evaluation, and ``allow_uncalled`` is False; names them.
+        RuntimeError: crossbar layers did not run on their cells in an evaluation, or are none any more, and
+            ``allow_uncalled`` is False; names them. Or ``evaluate`` deploys the model itself.
         ValueError: the model is not patched; no times, temperatures or seeds; a bad one of them; ``evaluate``
             returns no finite numbers; or ``resume`` holds runs of other weights or another config.
     """
@@ -129,7 +130,7 @@ def evaluate_robustness(
         summary=str(summarize(model)),
         notes=notes,
         weights=weights_digest(model),
-        uncalled=[name for name in crossbar_layers(model) if name in silent],
+        uncalled=[name for name in [*crossbar_layers(model), *replaced(model)] if name in silent],
     )
     state.report = report  # for push_to_hub
     return report
@@ -149,8 +150,9 @@ def _chips(seeds: int | Iterable[int]) -> list[int]:
 
 def _complaint(model: nn.Module, names: Iterable[str]) -> str:
     names = sorted(names)
+    count = len(crossbar_layers(model)) + len(replaced(model))
     return (
-        f"{len(names)} of {len(crossbar_layers(model))} crossbar layers were not called in an evaluation, so that its "
+        f"{len(names)} of {count} crossbar layers were not called in an evaluation, or not on their cells, so that its "
         f"numbers are not a chip's there: {', '.join(names)}. Keep them digital (modules_to_not_convert), or have them "
         "named in the report (allow_uncalled=True)"
     )
@@ -169,11 +171,18 @@ def _measure(model: nn.Module, evaluate: Callable, run: Run) -> tuple[dict[str, 
     context: Any = digital(model) if run.kind == "digital" else nullcontext()
     if run.kind == "chip":
         context = deploy(model, run.time, run.temperature, run.seed)
+    states = crossbar_states(model)
     with context, evaluating(model), torch.random.fork_rng():
         torch.manual_seed(derived_seed(run.seed, f"read noise at {run.time:g} s, {run.temperature} K"))
         reset_calls(model)
+        before = [state.deployments for state in states]
         metrics = _metrics(evaluate(model))
-        return metrics, uncalled(model)
+        if [state.deployments for state in states] != before:
+            raise RuntimeError(
+                "evaluate deployed the model as a chip of its own, so that its numbers are not those of the chip that "
+                "is evaluated: let it call the model as it is given"
+            )
+        return metrics, uncalled(model, digitally=run.kind == "digital")
 
 
 def _metrics(result) -> dict[str, float]:

@@ -87,7 +87,7 @@ def left_digital(model: nn.Module) -> dict[str, str]:
             for layer in (unwrapped(getattr(module, child, None)) for child in children):
                 if layer in names and is_kind(layer):
                     found[names[layer]] = READ.format(parent.rpartition(".")[2])
-        if is_kind(module) and (reason := _own_reason(module, offloads)):
+        if is_kind(module) and "base_layer" not in module._modules and (reason := _own_reason(module, offloads)):
             found[name] = reason
     return found
 

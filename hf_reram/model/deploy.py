@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers.utils import logging
 
 from ..device.programming import Draws, program
@@ -55,15 +56,19 @@ def deploy(
     seed = checked_seed(seed)
     seconds = None if time is None else parse_time(time)
     refuse_offloaded(model)
+    refuse_computed(model)
     if is_digital(model):
         raise ValueError("the model is digital here, so that it can be no chip: deploy it outside of hf_reram.digital")
-    for state in crossbar_states(model):  # refuses a bad temperature before anything is drawn
+    states = crossbar_states(model)
+    for state in states:  # refuses a bad temperature before anything is drawn
         state.config.device.equivalent_time(seconds or 0.0, kelvin(state.config.temperature, temperature))
     layers, token = chip_names(model), object()
+    for state in states:
+        state.chips, state.deployments = state.chips + 1, state.deployments + 1
     try:
         with torch.inference_mode(False):
-            for name, layer in layers.items():
-                layer.scalars()  # compiled code takes these as they were looked at last
+            for layer, name in layers.items():
+                layer.look_again()  # compiled code takes its numbers as they were looked at last
                 aged = realize(
                     layer, seconds, kelvin(layer.crossbar.config.temperature, temperature), derived_seed(seed, name)
                 )
@@ -72,7 +77,9 @@ def deploy(
         yield model
         warn_uncalled(model, "were not called while the model was deployed: what it computed is not a chip's there")
     finally:
-        for layer in (layer for layer in layers.values() if isinstance(layer, CrossbarLayer)):  # still
+        for state in states:
+            state.chips -= 1
+        for layer in (layer for layer in layers if isinstance(layer, CrossbarLayer)):  # still
             layer.put(token, None)
 
 
@@ -100,6 +107,24 @@ def refuse_offloaded(model: nn.Module) -> None:
         raise ValueError(
             f"the weights of {len(away)} crossbar layers are on the meta device, as where accelerate has offloaded "
             f"them: allowed is a model that is loaded whole, or to keep these layers digital: {', '.join(away)}"
+        )
+
+
+def refuse_computed(model: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: weights of crossbars are made by hooks that run in a forward only, so that they may be old.
+    """
+    computed = [
+        name
+        for name, layer in crossbar_layers(model).items()
+        if "weight" not in layer._parameters and not is_parametrized(layer)
+    ]
+    if computed:
+        raise ValueError(
+            f"the weights of {len(computed)} crossbar layers are computed by hooks in each forward (weight norm, "
+            f"pruning): make them parameters before deploying, as torch.nn.utils.prune.remove does: "
+            f"{', '.join(computed)}"
         )
 
 
@@ -148,7 +173,8 @@ def realize(layer: CrossbarLayer, time: float | None, temperature: float | None,
         plus, minus = (program(device, target, draws).after(device, time, temperature) for target in targets)
         held = plus.sub_(minus) if held is None else held.add_(plus.sub_(minus))
     held = held.mul_(scale / (device.g_range * layer.pairs)).to(layer.weight.dtype)
-    return Chip(held, cells_of.offset_output(layer, programmed)[1] if layer.centered else None)
+    offset = cells_of.offset_output(layer, programmed)[1] if layer.centered else None
+    return Chip.of(held, offset, layer.weight)
 
 
 @contextmanager

@@ -2,17 +2,22 @@
 
 import hashlib
 import json
+from typing import Any
 
 import torch
 from torch import nn
 
-from .find import crossbar_states
+from .find import WRAPPERS, crossbar_states
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and values of the state dict, in hexadecimal."""
+    """SHA-256 over names, dtypes, shapes and values of the state dict, in hexadecimal; whatever replicates or compiles
+    the model."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    whole: Any = model
+    while isinstance(whole, WRAPPERS) or hasattr(whole, "_orig_mod"):
+        whole = whole.module if isinstance(whole, WRAPPERS) else whole._orig_mod
+    for name, tensor in sorted(whole.state_dict().items()):
         if not isinstance(tensor, torch.Tensor):
             continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())

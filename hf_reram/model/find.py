@@ -14,12 +14,16 @@ from .adapters import has_adapters
 TRANSPARENT = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"))
 
 
+# Those that hold it as ``module``.
+WRAPPERS = (DataParallel, DistributedDataParallel)
+
+
 def unwrapped(model: Any) -> Any:
     """The model that DDP, DataParallel, torch.compile, FSDP1 or PEFT have wrapped."""
     while True:
         children = getattr(model, "_modules", {})
         name = next((name for name in children if name in TRANSPARENT), None)
-        if isinstance(model, (DataParallel, DistributedDataParallel)):
+        if isinstance(model, WRAPPERS):
             model = model.module
         elif name is not None:
             model = children[name]
@@ -57,7 +61,7 @@ def _children(module: Any) -> list[tuple[str, nn.Module]]:
         if active and not module.disable_adapters:
             return [("", children["modules_to_save"][active[-1]])]
         return [("", children["original_module"])]
-    wraps = isinstance(module, (DataParallel, DistributedDataParallel))
+    wraps = isinstance(module, WRAPPERS)
     return [
         ("" if key in TRANSPARENT or (wraps and key == "module") else key, child) for key, child in children.items()
     ]
@@ -91,13 +95,18 @@ def crossbar_state(model: nn.Module) -> CrossbarState:
     return crossbar_states(model)[0]
 
 
-def chip_names(model: nn.Module) -> dict[str, CrossbarLayer]:
-    """The crossbar layers by the names that their chips' seeds are made of: a Hugging Face encoder has the same alone
-    and inside a model with a head, where it stands under its ``base_model_prefix``."""
+def chip_names(model: nn.Module) -> dict[CrossbarLayer, str]:
+    """The names that chips' seeds are made of: a Hugging Face encoder has the same alone and inside a model with a
+    head, where it stands under its ``base_model_prefix``. Copies that PEFT has beside the one in use are on the chip
+    too, and in its place if they are switched to."""
     base = unwrapped(model)
     prefix = getattr(base, "base_model_prefix", "")
     alone = prefix and getattr(base, "base_model", None) is base
-    return {f"{prefix}.{name}" if alone else name: layer for name, layer in crossbar_layers(model).items()}
+    names = {layer: name for name, layer in crossbar_layers(model).items()}
+    for module in base.modules():
+        if isinstance(module, CrossbarLayer):
+            names.setdefault(module, module.crossbar_name)
+    return {layer: f"{prefix}.{name}" if alone else name for layer, name in names.items()}
 
 
 def is_digital(model: nn.Module) -> bool:
@@ -110,9 +119,23 @@ def is_chip(model: nn.Module) -> bool:
     return any(layer.chip is not None for layer in crossbar_layers(model).values())
 
 
-def uncalled(model: nn.Module) -> list[str]:
-    """Names of the crossbar layers that have not run since :func:`reset_calls`."""
-    return [name for name, layer in crossbar_layers(model).items() if not layer.calls]
+def uncalled(model: nn.Module, digitally: bool = False) -> list[str]:
+    """Names of the crossbar layers that have not run on their cells since :func:`reset_calls`, or ``digitally``, and of
+    those that are none any more."""
+    layers = crossbar_layers(model)
+    silent = [name for name, layer in layers.items() if not (layer.counter.digital_calls if digitally else layer.calls)]
+    return silent + replaced(model)
+
+
+def replaced(model: nn.Module) -> list[str]:
+    """Names of layers that were put on crossbars and have a digital layer in their place now."""
+    inside = set(model.modules())
+    found: list[str] = []
+    for state in crossbar_states(model):
+        if state.root in inside:
+            own = {layer.crossbar_name for layer in crossbar_layers(model).values() if layer.crossbar is state}
+            found += sorted(state.names - own)
+    return found
 
 
 def reset_calls(model: nn.Module) -> None:
@@ -123,4 +146,6 @@ def reset_calls(model: nn.Module) -> None:
 
 def ran(model: nn.Module) -> bool:
     """Whether the model, or any of its crossbar layers, has run since :func:`reset_calls`."""
-    return any(layer.calls or layer.crossbar.calls for layer in crossbar_layers(model).values())
+    return any(
+        layer.calls or layer.counter.digital_calls or layer.crossbar.calls for layer in crossbar_layers(model).values()
+    )

@@ -1,9 +1,11 @@
 """Models are called and answer in many shapes; what they predict is in their logits."""
 
 import inspect
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+import torch
 from torch import Tensor, nn
 
 
@@ -32,6 +34,13 @@ def call_model(model: nn.Module, batch):
     if isinstance(batch, (tuple, list)):
         return model(*(value.to(device) if isinstance(value, Tensor) else value for value in batch))
     return model(batch.to(device))
+
+
+def uncompiled() -> AbstractContextManager:
+    """Models and parts that torch.compile has compiled run as they are written, with their hooks."""
+    if "torch._dynamo" not in sys.modules:  # whose import takes seconds
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 @contextmanager

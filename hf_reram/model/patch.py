@@ -16,7 +16,7 @@ from ..nn.mapping import layer_scales
 from ..nn.registry import crossbar_class
 from ..nn.state import BeginForward, CrossbarState, EndForward, argument_names, is_given_tokens
 from .bypass import call_layers, read_layers, renew_methods
-from .find import crossbar_layers, crossbar_states, unwrapped, walk
+from .find import crossbar_layers, crossbar_states, is_chip, unwrapped, walk
 from .hooks import ON_PATCH, ON_UNPATCH
 from .select import select_layers
 from .summary import summarize
@@ -71,6 +71,7 @@ def swap_layers(model: Any, config: ReRAMConfig) -> CrossbarState:
             module.init_crossbar(state, name)
             renew_methods(module, digital)
             _check_tiles(name, module)
+        state.names = frozenset(selected)
         call_layers(model)
         for module in model.modules():
             if getattr(module, "inplace", False) is True:  # would overwrite what a retention term still needs
@@ -144,13 +145,15 @@ def unpatch_model(model: Any) -> nn.Module:
     """Take all layers off the crossbars: gives back the digital model, bit for bit, in place.
 
     Raises:
-        ValueError: the model is not patched, or weights of crossbars are computed from other tensors since.
+        ValueError: the model is not patched, deployed here, or has parametrizations on crossbars since.
     """
+    if is_chip(model):
+        raise ValueError("the model is deployed as a chip here: unpatch it outside of hf_reram.deploy")
     crossbar_states(model)
     base = unwrapped(model)
     if computed := [name for name, layer in crossbar_layers(base).items() if is_parametrized(layer)]:
         raise ValueError(
-            f"unpatch_model: parametrizations (weight norm, spectral norm, pruning, ...) stand on crossbar layers "
+            f"unpatch_model: parametrizations (weight norm, spectral norm, ...) stand on crossbar layers "
             f"{', '.join(computed)}: take them off first, as by torch.nn.utils.parametrize.remove_parametrizations"
         )
     _take_off(base)

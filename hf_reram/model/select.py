@@ -71,8 +71,9 @@ def unsupported(model: nn.Module) -> list[str]:
 
 
 def _stacked(module: nn.Module) -> bool:
-    """Whether it holds matrices in one tensor. Positions, alike for all examples, have a first dimension of 1."""
-    return any(p.dim() > 2 and p.shape[0] > 1 for p in module.parameters(recurse=False))
+    """Whether it holds matrices in one tensor. Positions, alike for all examples, have a first dimension of 1, and
+    scales of attention heads have numbers for matrices."""
+    return any(p.dim() > 2 and p.shape[0] > 1 and p[0].numel() > 1 for p in module.parameters(recurse=False))
 
 
 def _targets(able: dict[str, nn.Module], unable: dict[str, str], target) -> set[str]:

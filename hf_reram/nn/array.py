@@ -2,7 +2,8 @@
 chip's."""
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+import weakref
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,11 +32,31 @@ class Held(NamedTuple):
 
 
 class Chip(NamedTuple):
-    """A layer's cells on a chip: ``weight`` as they are found, of the weight's shape; ``offset``, W o of what was
-    programmed, (output channels,), None where the layer is not centered."""
+    """A layer's cells on a chip.
+
+    Attributes:
+        weight: as they are found, of the weight's shape. offset: W o of what was programmed, (output channels,), None
+            where the layer is not centered.
+        source: the layer's weight that was programmed, by a weak reference; version: that it had.
+    """
 
     weight: Tensor
     offset: Tensor | None
+    source: Any = None
+    version: int = 0
+
+    def applied(self, fn: Any, source: Tensor) -> "Chip":
+        """In another dtype or on another device, as the model is moved while it is deployed."""
+        return self.of(fn(self.weight), None if self.offset is None else fn(self.offset), source)
+
+    @classmethod
+    def of(cls, weight: Tensor, offset: Tensor | None, source: Tensor) -> "Chip":
+        """Programmed from the layer's weight as it is now."""
+        return cls(weight, offset, weakref.ref(source), -1 if source.is_inference() else source._version)
+
+    def is_stale(self, source: Tensor) -> bool:
+        """Whether the layer's weight has changed since; one that is another tensor, as FSDP's, cannot be compared."""
+        return self.source() is source and self.version not in (-1, source._version)
 
 
 def hold(layer: "CrossbarLayer", now: Scalars) -> Held:
@@ -79,9 +100,17 @@ def looked_at(error: WeightError) -> WeightError:
 
 
 def deployed(layer: "CrossbarLayer", chip: Chip) -> Held:
-    """A chip's cells as they are found."""
+    """A chip's cells as they are found.
+
+    Raises:
+        RuntimeError: the layer's weight has changed since it was programmed.
+    """
+    if not torch.compiler.is_compiling() and chip.is_stale(layer.weight):
+        raise RuntimeError(
+            f"the weight of layer {layer.crossbar_name!r} has changed since it was programmed: deploy the model anew"
+        )
     if chip.weight.device != layer.weight.device:  # a replica of nn.DataParallel
-        chip = Chip(*(None if t is None else t.to(layer.weight.device) for t in chip))  # type: ignore[arg-type]
+        chip = chip.applied(lambda t: t.to(layer.weight.device), layer.weight)
     bias = layer.bias if chip.offset is None else chip.offset if layer.bias is None else layer.bias + chip.offset
     return Held(chip.weight, chip.weight, bias)
 

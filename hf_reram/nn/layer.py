@@ -44,9 +44,10 @@ _PASSING: dict[str, Any] = {
 
 
 class Counter:
-    """How often a layer ran: one object for the layer and the replicas that nn.DataParallel makes of it."""
+    """How often a layer ran, on its cells and digitally: one object for the layer and the replicas that
+    nn.DataParallel makes of it."""
 
-    calls = 0
+    calls = digital_calls = 0
 
 
 class CrossbarLayer(nn.Module):
@@ -125,8 +126,12 @@ class CrossbarLayer(nn.Module):
 
     def begin(self) -> Scalars | None:
         """Count the call; what calibration has left, or None where the layer is to be digital."""
-        self.counter.calls = 1 if torch.compiler.is_compiling() else self.counter.calls + 1
-        return None if self.crossbar.digital else self.scalars()
+        compiled, counter = torch.compiler.is_compiling(), self.counter
+        if self.crossbar.digital:
+            counter.digital_calls = 1 if compiled else counter.digital_calls + 1
+            return None
+        counter.calls = 1 if compiled else counter.calls + 1
+        return self.scalars()
 
     # How its weight lies on the array
 
@@ -249,12 +254,13 @@ class CrossbarLayer(nn.Module):
 
     @property
     def calls(self) -> int:
-        """How often the layer ran since it was last set to 0; under ``torch.compile`` 1 if it ran."""
+        """How often the layer ran on its cells, and not inside :func:`hf_reram.digital`, since it was last set to 0;
+        under ``torch.compile`` 1 if it ran."""
         return self.counter.calls
 
     @calls.setter
     def calls(self, number: int) -> None:
-        self.counter.calls = number
+        self.counter.calls, self.counter.digital_calls = number, 0
 
     @property
     def calibrated(self) -> bool:
@@ -296,6 +302,11 @@ class CrossbarLayer(nn.Module):
             self._scalars_of, self._scalars, self._offset = key, read_scalars(self), None
             self._constants = to_text(self._scalars)
         return self._scalars
+
+    def look_again(self) -> Scalars:
+        """The same read anew, also where ``.data`` of a buffer was written to, of which PyTorch keeps no count."""
+        self._scalars_of = None
+        return self.scalars()
 
     def driven_offset(self) -> Tensor:
         """``o / a``, (input channels,)."""
@@ -360,6 +371,8 @@ class CrossbarLayer(nn.Module):
         """``.to``, ``.half()`` and the like: numbers of calibration go along to another device, but stay float32."""
         before = {name: t.detach() for name in BUFFERS if (t := getattr(self, name, None)) is not None}
         super()._apply(fn, recurse)
+        for context, chip in list((self._chips or {}).items()):
+            self.put(context, chip.applied(fn, self.weight))
         for name, old in before.items():
             new = getattr(self, name)
             if new.is_inference() and name in self._buffers:  # calibration and training may follow
@@ -378,7 +391,8 @@ class CrossbarLayer(nn.Module):
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         if self.chip is not None:
             raise RuntimeError(
-                f"layer {self.crossbar_name!r} is deployed as a chip, whose cells are programmed: load outside of deploy"
+                f"layer {self.crossbar_name!r} is deployed as a chip, whose cells are programmed: load outside of "
+                "deploy"
             )
         super()._load_from_state_dict(*args, **kwargs)
         for name in BUFFERS:

@@ -2,7 +2,7 @@
 
 import inspect
 import weakref
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from ..device.seeds import derived_seed
 from ..device.time import parse_time
 from .ops.random import seeded_normal, white_noise_like
 from .sharing import forget_shared
+from .tensors import tensors_of
+from .untrained import refuse_backward
 
 # Arguments with which a model, or an encoder or decoder inside it, is given its tokens.
 INPUTS = frozenset(
@@ -222,6 +224,7 @@ class CrossbarState:
         forward: the last one. ratios: (noise, signal) by layer name of the last loss or measurement.
         calls: forwards of the model; running: whether one is under way.
         report: its last robustness report, whose weights it may have left since. warned: of what there was a warning.
+        names: of the layers that were put on crossbars. chips: contexts that deploy it now; deployments: so far.
     """
 
     report: Any = None
@@ -235,6 +238,8 @@ class CrossbarState:
         self.ratios: dict[str, Tensor] = {}
         self.calls, self.running = 0, False
         self.warned: set[Any] = set()
+        self.names: frozenset[str] = frozenset()
+        self.chips = self.deployments = 0
         self._root = _reference(root)
         self._waiting: list[Any] = []  # references to forwards whose terms may still join a loss
 
@@ -242,6 +247,11 @@ class CrossbarState:
     def config(self) -> ReRAMConfig:
         """The config that the layers were patched with."""
         return self.physics.config
+
+    @property
+    def root(self) -> nn.Module | None:
+        """The model that was patched, while it is there."""
+        return self._root()
 
     @property
     def term(self) -> str | None:
@@ -329,7 +339,7 @@ class CrossbarState:
         if root is not None and id(root) not in memo:
             return self
         copy = CrossbarState(self.config)
-        copy.physics, copy.report = self.physics, self.report
+        copy.physics, copy.report, copy.names = self.physics, self.report, self.names
         if root is not None:
             copy.adopt(memo[id(root)])
         memo[id(self)] = copy
@@ -340,10 +350,11 @@ class CrossbarState:
         self._root = _reference(root)
 
     def __getstate__(self):
-        return {"config": self.config}
+        return {"config": self.config, "names": self.names}
 
     def __setstate__(self, saved):
         CrossbarState.__init__(self, saved["config"])
+        self.names = saved["names"]
 
 
 # Hooks of the model, classes so that it can be pickled and deep-copied
@@ -414,6 +425,8 @@ class EndForward:
             forget_shared()
             if module.training:
                 state.end(outputs)
+                if state.chips:
+                    refuse_backward(outputs)
 
 
 def runs_again() -> bool:
@@ -437,17 +450,6 @@ def argument_names(module: nn.Module) -> tuple[str, ...]:
 def is_given_tokens(module: nn.Module) -> bool:
     """Whether a module inside the model is given tokens of its own."""
     return not INPUTS.isdisjoint(argument_names(module))
-
-
-def tensors_of(value: Any) -> list[Tensor]:
-    """All tensors in a model's outputs or inputs."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    if not isinstance(value, (list, tuple)):
-        value = list(vars(value).values()) if is_dataclass(value) else []
-    return [t for item in value for t in tensors_of(item)]
 
 
 def _reference(module: nn.Module | None) -> Any:

@@ -1,8 +1,12 @@
 """A chip is programmed: it gets no gradient."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import Function
+
+from .tensors import tensors_of
 
 
 def refuse_training(y: Tensor, weight: Tensor) -> Tensor:
@@ -16,6 +20,13 @@ def refuse_training(y: Tensor, weight: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         _refuse()
     return _Untrained.apply(y, weight)
+
+
+def refuse_backward(outputs: Any) -> None:
+    """Of a model in training mode that is deployed: also where no crossbar is on the way to what would be trained."""
+    for tensor in tensors_of(outputs):
+        if tensor.requires_grad:
+            tensor.register_hook(lambda grad: _refuse())
 
 
 class _Untrained(Function):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.state import tensors_of
+from ..nn.tensors import tensors_of
 from .losses import noise_to_signal
 
 

@@ -170,3 +170,55 @@ def test_a_digital_model_or_a_chip_is_not_evaluated_as_a_chip(tiny_bert):
 def test_bad_chips_are_refused_before_anything_runs(bypassed, seeds):
     with pytest.raises(ValueError, match="seeds="):
         evaluate_robustness(bypassed, lambda model: pytest.fail("ran"), ["1d"], seeds=seeds, progress=False)
+
+
+def whole() -> nn.Module:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2)).eval()
+    return calibrate(patch_model(model, ReRAMConfig()), [torch.randn(16, 6)])
+
+
+def test_digital_calls_are_none_of_a_chip():
+    model = whole()
+
+    def digitally(model):
+        with digital(model):
+            return score(model)
+
+    for references in (False, True):
+        with pytest.raises(RuntimeError, match="not on their cells"):
+            evaluate_robustness(model, digitally, ["1d"], seeds=1, references=references, progress=False)
+
+    def both(model):
+        return score(model) - digitally(model)
+
+    report = evaluate_robustness(model, both, ["10y"], seeds=1, progress=False)
+    assert report.digital == {"metric": 0.0} and report.measurements[0].metrics["metric"] != 0.0
+
+
+def test_an_evaluation_that_deploys_is_refused():
+    def elsewhere(model):
+        with deploy(model, "1s", seed=77):
+            return score(model)
+
+    with pytest.raises(RuntimeError, match="a chip of its own"):
+        evaluate_robustness(whole(), elsewhere, ["10y"], seeds=1, references=False, progress=False)
+
+
+def test_a_layer_that_was_replaced_is_named():
+    model = whole()
+    model[1] = nn.Linear(6, 2)
+    with pytest.raises(RuntimeError, match=r"1 of 2 crossbar layers .*: 1\. Keep"):
+        evaluate_robustness(model, score, ["1d"], seeds=1, progress=False)
+    report = evaluate_robustness(model, score, ["1d"], seeds=1, progress=False, allow_uncalled=True)
+    assert report.uncalled == ["1"]
+    part = model[:1]  # by itself it lacks nothing
+    assert evaluate_robustness(part, score, ["1d"], seeds=1, progress=False).uncalled == []
+
+
+def test_each_model_is_warned_of(caplog):
+    for _ in range(2):
+        model = Bypassed().eval()
+        patch_model(model, ReRAMConfig())
+        with deploy(model, "1d"):
+            score(model)
+    assert [record.message.endswith(": past") for record in caplog.records].count(True) == 2

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_reram import ReRAMConfig, calibrate, crossbar_layers, deploy, digital, patch_model
+from hf_reram import ReRAMConfig, calibrate, crossbar_layers, deploy, digital, patch_model, unpatch_model
+from hf_reram.nn import CrossbarLayer
 from tests.samples.devices import SILENT, device
 from tests.samples.models import bert_batch
 
@@ -186,3 +187,81 @@ def test_deploying_under_inference_mode_leaves_a_model_that_trains(chip):
         chip(**bert_batch())
     chip.train()(**bert_batch()).loss.backward()
     assert all(float(layer.weight.grad.abs().sum()) > 0 for layer in crossbar_layers(chip).values())
+
+
+def test_a_chip_whose_weights_have_changed_is_not_read(chip):
+    layer = crossbar_layers(chip)["classifier"]
+    weights = {name: tensor.clone() for name, tensor in chip.state_dict().items()}
+    with deploy(chip, "1d"):
+        with pytest.raises(RuntimeError, match="'classifier' is deployed as a chip"):
+            layer.load_state_dict(layer.state_dict())
+        with torch.no_grad():
+            layer.weight.mul_(2)
+        with pytest.raises(RuntimeError, match="'classifier' has changed since it was programmed"):
+            chip(**bert_batch())
+    chip.load_state_dict(weights)
+    with deploy(chip, "1d"):
+        chip(**bert_batch())
+
+
+def test_a_chip_moves_with_its_model(chip):
+    with deploy(chip, "1d"), torch.no_grad():
+        expected = chip(**bert_batch()).logits
+        chip.to(torch.bfloat16)
+        torch.testing.assert_close(chip(**bert_batch()).logits.float(), expected, rtol=0.05, atol=0.02)
+
+
+def test_a_chip_is_not_unpatched(chip):
+    with deploy(chip, "1d"), pytest.raises(ValueError, match=r"unpatch it outside of hf_reram\.deploy"):
+        unpatch_model(chip)
+    assert isinstance(chip.classifier, CrossbarLayer)
+
+
+def test_weights_that_hooks_compute_are_no_chip(chip):
+    """They are made anew in a forward, after the chip was programmed."""
+    nn.utils.prune.l1_unstructured(chip.classifier, "weight", 0.5)
+    with pytest.raises(ValueError, match=r"computed by hooks in each forward.*: classifier"), deploy(chip, "1d"):
+        pass
+    nn.utils.prune.remove(chip.classifier, "weight")
+    with deploy(chip, "1d"):
+        chip(**bert_batch())
+
+
+def test_numbers_that_were_written_past_pytorch_count(chip):
+    layer = crossbar_layers(chip)["classifier"]
+    layer.input_range.data.mul_(0.1)
+    with deploy(chip, "1d"):
+        assert layer.scalars().input_range == pytest.approx(float(layer.input_range))
+
+
+def test_a_replica_is_counted_and_is_the_chip(chip):
+    """nn.DataParallel makes replicas on each further GPU."""
+    layer = crossbar_layers(chip)["classifier"]
+    x = torch.randn(3, layer.in_features)
+    with deploy(chip, "1d"), torch.no_grad():
+        replica = layer._replicate_for_data_parallel()
+        replica.weight, replica.bias = layer.weight.clone(), layer.bias.clone()
+        for name, buffer in layer._buffers.items():
+            setattr(replica, name, buffer.clone())
+        expected = layer(x)
+        layer.calls = 0
+        assert replica.chip is layer.chip and torch.equal(replica(x), expected) and layer.calls == 1
+
+
+def test_what_stands_beside_a_chip_is_not_trained(chip):
+    """No crossbar is on the way to the head."""
+    unpatch_model(chip)
+    patch_model(chip.train(), ReRAMConfig(modules_to_not_convert=["classifier"]))
+    chip.bert.requires_grad_(False)
+    with deploy(chip, "1d"), pytest.raises(RuntimeError, match="train outside of deploy"):
+        chip(**bert_batch()).loss.backward()
+
+
+def test_a_chip_in_training_mode_may_be_changed_in_place():
+    model = nn.Sequential(nn.Linear(4, 3, bias=False)).train()
+    patch_model(model, ReRAMConfig())
+    with deploy(model, "1d"):
+        y = model(torch.randn(2, 4))
+        y += 1
+        with pytest.raises(RuntimeError, match="train outside of deploy"):
+            y.sum().backward()

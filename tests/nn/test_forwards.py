@@ -22,6 +22,7 @@ from hf_reram import (
 )
 from hf_reram.model.find import crossbar_state
 from tests.samples import models
+from tests.samples.layers import KINDS, layer_of
 from tests.samples.models import bert_batch
 
 
@@ -157,13 +158,13 @@ def test_an_encoders_mask_is_not_the_decoders():
     for name in crossbar_layers(model):
         cross = "EncDecAttention.k" in name or "EncDecAttention.v" in name
         if name.startswith("encoder") or cross:
-            assert len(kept[name]) == 1 and torch.equal(kept[name][0], mask), name
+            assert torch.equal(kept[name][0][0], mask) and torch.equal(kept[name][1][0], mask.flatten()), name
         else:
-            assert kept[name] == [None], name
+            assert kept[name] == ([None], [None]), name
     model(**batch, decoder_attention_mask=mask.flip(1))
     kept = crossbar_state(model).forward.kept
-    assert torch.equal(kept["decoder.block.0.layer.0.SelfAttention.q"][0], mask.flip(1))
-    assert torch.equal(kept["encoder.block.0.layer.0.SelfAttention.q"][0], mask)
+    assert torch.equal(kept["decoder.block.0.layer.0.SelfAttention.q"][0][0], mask.flip(1))
+    assert torch.equal(kept["encoder.block.0.layer.0.SelfAttention.q"][0][0], mask)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -209,7 +210,7 @@ def test_a_compiled_chip_is_not_trained(loss, whole):
     torch._dynamo.reset()
     compiled = torch.compile(model.train(), fullgraph=whole, backend="eager")
     with deploy(model, "1d"):
-        with pytest.raises(torch._dynamo.exc.Unsupported if whole else RuntimeError, match=r"exception|train outside"):
+        with pytest.raises(torch._dynamo.exc.Unsupported if whole else RuntimeError, match="train outside"):
             compiled(x).sum().backward()
         model.eval()
         with torch.no_grad():
@@ -229,7 +230,6 @@ def test_what_stands_on_a_chip_is_not_trained_either():
     calibrate(model, [x])
     with deploy(model.train(), "1d"), pytest.raises(RuntimeError, match="train outside of deploy"):
         model(x).sum().backward()
-    assert model[1].weight.grad is None or not model[1].weight.grad.any()
 
 
 def test_a_forward_that_fails_is_over(tiny_bert):
@@ -303,10 +303,10 @@ def test_a_head_on_a_decoder_reads_decoder_tokens():
     ids, mask = torch.randint(4, 40, (2, 5)), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
     model(ids, mask, decoder_input_ids=ids)
     kept = crossbar_state(model).forward.kept
-    assert kept["lm_head"] == kept["model.decoder.layers.0.fc1"] == [None]
-    assert torch.equal(kept["model.encoder.layers.0.fc1"][0], mask)
+    assert kept["lm_head"] == kept["model.decoder.layers.0.fc1"] == ([None], [None])
+    assert torch.equal(kept["model.encoder.layers.0.fc1"][0][0], mask)
     model(ids, mask, decoder_input_ids=ids, decoder_attention_mask=mask.flip(0))
-    assert torch.equal(crossbar_state(model).forward.kept["lm_head"][0], mask.flip(0))
+    assert torch.equal(crossbar_state(model).forward.kept["lm_head"][0][0], mask.flip(0))
 
 
 def test_a_last_forward_that_nobody_keeps_does_not_join_the_loss_of_another(tiny_bert):
@@ -333,3 +333,74 @@ def test_memory_that_changes_under_a_tensor_is_read_anew():
         before = model(x)
         values[:] = -values
         assert not torch.equal(model(x), before) and torch.equal(model(x), model(x.clone()))
+
+
+def test_memory_that_changes_under_the_input_of_a_part_is_read_anew():
+    model = nn.Sequential(nn.Linear(4, 3))
+    x = np.ones((2, 4), dtype=np.float32)
+    patch_model(model, ReRAMConfig())
+    calibrate(model, [torch.from_numpy(x)])
+    shared = torch.from_numpy(x)
+    with torch.no_grad():
+        first = model[0](shared)
+        x[:] = -0.5
+        assert torch.equal(model[0](shared), model[0](shared.clone())) and not torch.equal(model[0](shared), first)
+
+
+def test_one_input_under_two_masks_has_the_power_of_each():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Inner()
+
+        def forward(self, x, masks):
+            return sum(self.inner(inputs_embeds=x, attention_mask=mask).square().mean() for mask in masks)
+
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, inputs_embeds, attention_mask):
+            return self.layer(inputs_embeds)
+
+    model = patch_model(Twice().train(), ReRAMConfig(retention_loss="output"))
+    x, whole = torch.randn(2, 5, 4), torch.ones(2, 5, dtype=torch.long)
+    few = whole.clone()
+    few[:, 1:] = 0
+    calibrate(model, [(x, [whole])])
+    terms = []
+    for masks in ([whole], [few], [whole, few]):
+        model.train()(x, masks)
+        terms.append(crossbar_state(model).forward.terms["inner.layer"].detach())
+    torch.testing.assert_close(terms[2], terms[0] + terms[1])
+
+
+@pytest.mark.parametrize("options", [{}, {"adc_bits": 8}, {"tile_size": 2, "dac_bits": 6, "adc_bits": 8}])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_makes_nothing(kind, options):
+    """As experts get that no token is routed to."""
+    layer, x = layer_of(kind)
+    model = patch_model(nn.Sequential(layer).train(), ReRAMConfig(**options))
+    expected = model(x)[:0]
+    assert model(x[:0]).shape == expected.shape
+    with deploy(model.eval(), "1d"):
+        assert model(x[:0]).shape == expected.shape
+
+
+def test_buffers_that_are_moved_under_inference_mode_are_ordinary():
+    model = patch_model(nn.Sequential(nn.Linear(4, 3)), ReRAMConfig())
+    with torch.inference_mode():
+        model._apply(lambda t: t.clone())
+    assert not model[0].input_range.is_inference()
+    calibrate(model, [torch.randn(3, 4)])
+
+
+def test_a_buffer_that_is_replaced_is_seen():
+    layer = patch_model(nn.Linear(4, 3), ReRAMConfig())
+    for _ in range(50):
+        for value in (0.3, 0.7):
+            layer.gain = torch.full((1,), value)
+        assert layer.scalars().gain == pytest.approx(0.7)
+        layer.gain = torch.full((1,), 0.1)
+        assert layer.scalars().gain == pytest.approx(0.1)

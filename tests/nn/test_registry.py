@@ -141,11 +141,12 @@ def test_by_name_and_for_subclasses():
     patch_model(model, straight())
     assert list(crossbar_layers(model)) == ["1"]  # the other computes something else
     norm, y = 3 * model[1].weight.norm(), model(torch.ones(2, 4))
-    for same in (model, copy.deepcopy(model[1:]), pickle.loads(pickle.dumps(model[1:]))):
+    for same in (model, copy.deepcopy(model), copy.deepcopy(model[1:]), pickle.loads(pickle.dumps(model[1:]))):
         assert isinstance(same[-1], Plain) and same[-1].norm == norm
-        assert torch.equal(same[-1](model[0](torch.ones(2, 4))), y)
-        with deploy(model, "10y"):
-            assert not torch.equal(model(torch.ones(2, 4)), y)
+        x = model[0](torch.ones(2, 4))
+        assert torch.equal(same[-1](x), y)
+        with deploy(same, "10y"):
+            assert not torch.equal(same[-1](x), y)
     unpatch_model(model)
     assert type(model[1]) is Plain
 
@@ -174,3 +175,57 @@ def test_the_example_in_the_documentation():
     calibrate(model, [x])
     assert list(crossbar_layers(model)) == ["0", "2"]
     torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-4)
+
+
+class Standardized(nn.Conv2d):
+    """Overrides what its forward calls."""
+
+    def _conv_forward(self, input, weight, bias):
+        return super()._conv_forward(input, weight - weight.mean(), bias)
+
+
+class Splits(nn.Linear):
+    """Has a method of a name that a crossbar layer needs."""
+
+    def split(self):
+        return self.weight.chunk(2)
+
+
+class Wide(nn.Linear):
+    """Has an attribute of such a name."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.width = 3
+
+
+def test_what_computes_otherwise_or_needs_names_of_a_crossbar_stays_digital(caplog):
+    model = nn.Sequential(Standardized(3, 3, 1), nn.Flatten(), Splits(3, 3), Wide(3, 3), nn.Linear(3, 2))
+    patch_model(model, straight())
+    assert list(crossbar_layers(model)) == ["4"]
+    for text in ("0 (Standardized has a forward, or a part of it, of its own)", "2 (", ": split)", "3 (", ": width)"):
+        assert text in caplog.text
+    assert model[3].width == 3 and len(model[2].split()) == 2
+
+
+def test_the_closest_registered_class_counts():
+    class Doubling(nn.Linear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    class Further(Doubling):
+        pass
+
+    @register_crossbar(Doubling)
+    class CrossbarDoubling(CrossbarLayer, Doubling):
+        output_dim, input_dim, channel_dim = 0, 1, -1
+
+        def multiply(self, x, weight, bias, padded=False):
+            return 2 * F.linear(x, weight, bias)
+
+    model = nn.Sequential(Further(4, 3))
+    x = torch.randn(5, 4)
+    expected = model(x)
+    patch_model(model, straight())
+    assert isinstance(model[0], CrossbarDoubling)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
