@@ -14,8 +14,8 @@ from ..model.deploy import refuse_modes, warn_uncalled
 from ..model.find import crossbar_layers, crossbar_states, reset_calls
 from ..model.inputs import call_model, evaluating
 from ..nn.array import cell_weight, ideal
+from ..nn.forward import add_term
 from ..nn.scalars import read_scalars
-from ..nn.state import add_term
 from ..nn.terms import weight_term
 
 

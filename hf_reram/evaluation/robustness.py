@@ -108,6 +108,25 @@ def evaluate_robustness(
             silent |= silent_of
     if silent and not allow_uncalled:  # in a log from before
         raise RuntimeError(_complaint(model, silent))
+    report = RobustnessReport(
+        measurements=[
+            Measurement(run.time, run.temperature, run.seed, found[run]) for run in runs if run.kind == "chip"
+        ],
+        digital=found.get(Run("digital")) if references else None,
+        ideal=found.get(Run("ideal")) if references else None,
+        config=state.config.to_dict(),
+        summary=str(summarize(model)),
+        notes=_notes(model, seconds, kelvins),
+        weights=weights_digest(model),
+        uncalled=[name for name in [*crossbar_layers(model), *replaced(model)] if name in silent],
+    )
+    state.report = report  # for push_to_hub
+    return report
+
+
+def _notes(model: nn.Module, seconds: list[float], kelvins: list[float | None]) -> list[str]:
+    """What a reader of the numbers has to know of the devices."""
+    states = crossbar_states(model)
     notes = []
     for part in states:
         device, of = part.config.device, f" ({part.config.device.name})" if len(states) > 1 else ""
@@ -120,20 +139,7 @@ def evaluate_robustness(
             notes.append(f"assumed, not measured: {', '.join(device.assumed)}{of}")
     if len(states) > 1:
         notes.append(f"parts of the model are on devices of their own: {_devices(model)}")
-    report = RobustnessReport(
-        measurements=[
-            Measurement(run.time, run.temperature, run.seed, found[run]) for run in runs if run.kind == "chip"
-        ],
-        digital=found.get(Run("digital")) if references else None,
-        ideal=found.get(Run("ideal")) if references else None,
-        config=state.config.to_dict(),
-        summary=str(summarize(model)),
-        notes=notes,
-        weights=weights_digest(model),
-        uncalled=[name for name in [*crossbar_layers(model), *replaced(model)] if name in silent],
-    )
-    state.report = report  # for push_to_hub
-    return report
+    return notes
 
 
 def _chips(seeds: int | Iterable[int]) -> list[int]:

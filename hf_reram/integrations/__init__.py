@@ -1,1 +1,1 @@
-"""Where hf_reram reaches into other libraries: transformers' quantizers and pipelines, PEFT, DeepSpeed."""
+"""What of transformers, accelerate and DeepSpeed is needed beyond their public names."""

@@ -109,7 +109,8 @@ def _own_reason(module: Any, offloads: bool) -> str:
 @cache
 def names_of_crossbars() -> frozenset[str]:
     """What a crossbar layer has beside a digital one."""
-    names = {*vars(CrossbarLayer), *CrossbarLayer.__annotations__}
+    classes = CrossbarLayer.__mro__[: CrossbarLayer.__mro__.index(nn.Module)]
+    names = {name for cls in classes for name in (*vars(cls), *cls.__annotations__)}
     return frozenset(name for name in names if not name.startswith("__") and not hasattr(nn.Module, name)) - {
         *("weight", "bias", "groups")
     }

@@ -1,5 +1,5 @@
 """What other rooms do to a model when it goes on crossbars and comes off, and what they know of other packages' private
-names; they add theirs when imported."""
+names; ``import hf_reram`` has them add theirs."""
 
 from collections.abc import Callable
 from typing import Any

@@ -11,10 +11,11 @@ from ..config import ReRAMConfig
 from ..device.iv import full_scale_gain, uniform_gain
 from ..nn import CrossbarLayer
 from ..nn.array import cell_weight
+from ..nn.hooks import BeginForward, EndForward, argument_names, is_given_tokens
 from ..nn.layer import FILLS
 from ..nn.mapping import layer_scales
 from ..nn.registry import crossbar_class
-from ..nn.state import BeginForward, CrossbarState, EndForward, argument_names, is_given_tokens
+from ..nn.state import CrossbarState
 from .bypass import call_layers, read_layers, renew_methods
 from .find import crossbar_layers, crossbar_states, is_chip, unwrapped, walk
 from .hooks import ON_PATCH, ON_UNPATCH

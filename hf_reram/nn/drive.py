@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from ..config import dac_grid
 from ..device.iv import LINEAR_B
+from .forward import rows_kept, runs_again, same_mask
 from .ops import reference
 from .ops.functions import ShrunkSinh
 from .scalars import Scalars
 from .sharing import shared
-from .state import rows_kept, runs_again, same_mask
 
 if TYPE_CHECKING:
     from .layer import CrossbarLayer

@@ -1,15 +1,16 @@
-"""A layer on a simulated crossbar: its numbers, how its weight lies on the array, and a forward in the order of the
-signal: drive (:mod:`.drive`), array (:mod:`.array`), read-out (:mod:`.readout`), account (:mod:`.terms`)."""
+"""A layer on a simulated crossbar: its numbers, and a forward in the order of the signal: drive (:mod:`.drive`), array
+(:mod:`.array`), read-out (:mod:`.readout`), account (:mod:`.terms`)."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..device.moments import WeightError
 from .array import Chip, hold, white_noise_std
 from .drive import drive
 from .joined import new_joined
+from .layout import Layout
 from .readout import read
 from .scalars import Scalars, from_text, read_scalars, same_versions, to_text, versions
 from .state import CrossbarState
@@ -50,7 +51,7 @@ class Counter:
     calls = digital_calls = 0
 
 
-class CrossbarLayer(nn.Module):
+class CrossbarLayer(Layout):
     """A layer on a simulated ReRAM crossbar, in place of a digital layer of the same parameters.
 
     ``y = V phi((x - o) / a) + (bias + W o)``, ``V = W · a`` held within ``±weight_scale`` and ``phi`` as in
@@ -59,13 +60,8 @@ class CrossbarLayer(nn.Module):
     rows (as SmoothQuant does for integers, Xiao et al., arXiv 2211.10438).
 
     A kind of layer is a subclass of this class and of the digital layer, registered by
-    :func:`~hf_reram.nn.register_crossbar`. It says how its weight lies on the array, and nothing of devices:
-
-    - :attr:`output_dim`, :attr:`input_dim`: the weight's dimensions of output channels and of (a group's) input
-      channels; all others are the kernel's. :attr:`channel_dim`: of channels in inputs and outputs, counted from the
-      end. ``groups``, 1 unless the layer has some.
-    - :meth:`multiply`: the layer's product.
-    - :meth:`pad` and :meth:`windows`, where an array reads windows of the input instead of its channels.
+    :func:`~hf_reram.nn.register_crossbar`. It says how its weight lies on the array (:class:`.layout.Layout`), and
+    nothing of devices.
 
     Buffers:
         input_range: of the DAC, in units of the input.
@@ -84,12 +80,6 @@ class CrossbarLayer(nn.Module):
         copies_output: whether the model may change the output in place, which a retention term still needs.
     """
 
-    output_dim: ClassVar[int]
-    input_dim: ClassVar[int]
-    channel_dim: ClassVar[int]
-    groups: Any = 1
-
-    weight: Any
     bias: Any
     input_range: Tensor
     range_shrink: Tensor
@@ -97,10 +87,8 @@ class CrossbarLayer(nn.Module):
     adc_range: Tensor
     input_floor: Tensor
     pairs_per_weight: Tensor
-    weight_scale: Tensor
     input_offset: Tensor
     input_scale: Tensor
-    crossbar: CrossbarState
     crossbar_name: str
     counter: "Counter"
     sensitivity: Tensor | None
@@ -132,123 +120,6 @@ class CrossbarLayer(nn.Module):
             return None
         counter.calls = 1 if compiled else counter.calls + 1
         return self.scalars()
-
-    # How its weight lies on the array
-
-    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, padded: bool = False) -> Tensor:
-        """The layer's product, as of the digital layer.
-
-        Args:
-            x: input, or some of its channels, the same of each group. weight: for these, else of the layer's shape.
-            bias: (output channels,) or None. padded: x went through :meth:`pad` before.
-        """
-        raise NotImplementedError
-
-    def pad(self, x: Tensor) -> Tensor:
-        """The input with what the layer pads it with."""
-        return x
-
-    def windows(self, x: Tensor) -> Tensor:
-        """All vectors that meet the array, (vectors, groups · crossbar rows), of a padded input."""
-        return x.reshape(-1, x.shape[-1])
-
-    def geometry(self) -> tuple:
-        """What a padded input depends on beside the input."""
-        return ()
-
-    @classmethod
-    def missing_of_contract(cls) -> list[str]:
-        """What a kind of layer does not say."""
-        missing = [name for name in ("output_dim", "input_dim", "channel_dim") if not hasattr(cls, name)]
-        return missing + (["multiply"] if cls.multiply is CrossbarLayer.multiply else [])
-
-    # What follows from that
-
-    @property
-    def outputs(self) -> int:
-        """Output channels."""
-        return self.weight.shape[self.output_dim]
-
-    @property
-    def inputs(self) -> int:
-        """Input channels."""
-        return self.weight.shape[self.input_dim] * self.groups
-
-    @property
-    def reads_windows(self) -> bool:
-        """Whether a vector that meets the array is a window of the input, as in a convolution."""
-        return self.channel_dim < -1
-
-    @property
-    def width(self) -> int:
-        """Crossbar rows of an output channel."""
-        return self.weight.numel() // max(self.outputs, 1)
-
-    @property
-    def area(self) -> int:
-        """Crossbar rows of an input channel: the kernel's elements."""
-        return self.width // max(self.weight.shape[self.input_dim], 1)
-
-    def to_rows(self, weight: Tensor) -> Tensor:
-        """A weight-shaped tensor as (groups, output channels of a group, crossbar rows)."""
-        rows = weight.movedim(self.output_dim, 0)
-        return rows.reshape(self.groups, len(rows) // self.groups, -1)
-
-    def from_rows(self, rows: Tensor) -> Tensor:
-        """The inverse of :meth:`to_rows`; groups and their output channels may be one dimension."""
-        shape = self.weight.movedim(self.output_dim, 0).shape
-        return rows.reshape(shape).movedim(0, self.output_dim)
-
-    def along_outputs(self, per_channel: Tensor) -> Tensor:
-        """A vector over output channels shaped to broadcast against the weight."""
-        return _along(per_channel, self.output_dim, self.weight.dim())
-
-    def along_inputs(self, per_channel: Tensor) -> Tensor:
-        """A vector over input channels shaped to broadcast against the weight."""
-        if self.groups == 1:
-            return _along(per_channel, self.input_dim, self.weight.dim())
-        own = per_channel.view(self.groups, 1, -1, 1).expand(-1, self.outputs // self.groups, -1, self.area)
-        return self.from_rows(own)
-
-    def over_channels(self, per_channel: Tensor) -> Tensor:
-        """A vector over input or output channels shaped to broadcast against an input or an output."""
-        return per_channel.view(-1, *[1] * (-1 - self.channel_dim))
-
-    def examples(self, x: Tensor) -> Tensor:
-        """An input or output as (tokens, channels), or (images, channels, height, width), or the like."""
-        return x if x.dim() == 1 - self.channel_dim else x.reshape(-1, *x.shape[self.channel_dim :])
-
-    def tile_rows(self) -> int:
-        """Crossbar rows of a tile, which holds whole input channels."""
-        rows = max(1, min(self.crossbar.config.tile_size or self.width, self.width))
-        return max(rows // self.area, 1) * self.area
-
-    def tiles(self) -> int:
-        """Tiles that an output channel's rows are spread over."""
-        return -(-self.width // self.tile_rows())
-
-    def split(self, x: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Pairs of input and weight, a tile each, whose products add up."""
-        channels, size = weight.shape[self.input_dim], self.tile_rows() // self.area
-        if size >= channels:  # splitting costs a copy in the backward
-            return [(x, weight)]
-        grouped = x.unflatten(self.channel_dim, (self.groups, channels)) if self.groups > 1 else x
-        parts = list(zip(grouped.split(size, self.channel_dim), weight.split(size, self.input_dim)))
-        if self.groups > 1:
-            parts = [(part.flatten(self.channel_dim - 1, self.channel_dim), w) for part, w in parts]
-        return parts
-
-    def along_rows(self, scale: Tensor) -> Tensor:
-        """A tensor of weight_scale's shape so that it broadcasts against (groups, channels, crossbar rows)."""
-        if scale.dim() == 2:
-            scale = scale.repeat_interleave(self.tile_rows(), 1)[:, : self.width]
-        groups = self.groups if len(scale) > 1 else 1
-        return scale.view(groups, len(scale) // groups, -1)
-
-    def held_scale(self, dtype: torch.dtype | None = None) -> Tensor:
-        """weight_scale so that it broadcasts against the weight, in a dtype, None for the weight's."""
-        scale = self.weight_scale.to(self.weight.dtype if dtype is None else dtype)
-        return self.along_outputs(scale) if scale.dim() == 1 else self.from_rows(self.along_rows(scale))
 
     # Its numbers
 
@@ -420,8 +291,3 @@ class CrossbarLayer(nn.Module):
         r, b, *_ = read_scalars(self)
         span = f"{r:.4g}" if r > 0 else "not calibrated"
         return f"{super().extra_repr()}, crossbar={device.name}, input_range={span}, b={b:.3g}"
-
-
-def _along(vector: Tensor, dim: int, dims: int) -> Tensor:
-    """A vector along one of a tensor's dimensions."""
-    return vector.view([-1 if d == dim else 1 for d in range(dims)])

@@ -13,9 +13,9 @@ from ..device.moments import WeightError
 from .array import Held, looked_at, wide
 from .attach import Attach
 from .drive import Driven, row_power
+from .forward import add_term, runs_again
 from .ops.functions import OutputPower, WeightVariance
 from .ops.reference import total_power, weight_mean
-from .state import add_term, runs_again
 from .untrained import refuse_training
 
 if TYPE_CHECKING:

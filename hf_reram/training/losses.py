@@ -14,7 +14,9 @@ from ..model.find import crossbar_layers, crossbar_state, crossbar_states
 from ..model.hooks import MASTERS
 from ..nn import CrossbarLayer
 from ..nn.attach import Add
-from ..nn.state import CrossbarState, Forward, add_term, sampling
+from ..nn.forward import Forward, add_term
+from ..nn.physics import sampling
+from ..nn.state import CrossbarState
 
 
 def _collected(state: CrossbarState) -> tuple[list[Forward], dict[str, Tensor]]:

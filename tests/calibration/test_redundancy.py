@@ -22,7 +22,7 @@ from hf_reram import (
 from hf_reram.calibration.redundancy import MAX_PAIRS, allot_pairs
 from hf_reram.evaluation.inspect import inspect_layers
 from hf_reram.nn.array import hold
-from hf_reram.nn.state import sampling
+from hf_reram.nn.physics import sampling
 from tests.samples.devices import SILENT, device, straight
 from tests.samples.models import bert_batch
 

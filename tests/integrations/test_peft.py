@@ -188,3 +188,40 @@ def test_a_model_with_adapters_is_patched_around_them(tiny_bert):
     unpatch_model(model)
     assert not crossbar_layers(model)
     torch.testing.assert_close(model(**batch).logits, tiny_bert(**batch).logits)
+
+
+def heads(base: str, patched: bool):
+    model = BertForSequenceClassification.from_pretrained(base)
+    if not patched:
+        unpatch_model(model)
+    config = LoraConfig(r=4, target_modules=["query"], modules_to_save=["classifier"])
+    model = get_peft_model(model, config).eval()
+    if not patched:
+        patch_model(model, ReRAMConfig())
+    model.add_adapter("other", config)
+    return model
+
+
+def test_heads_are_chips_whichever_is_switched_to(base):
+    model, batch = heads(base, patched=True), bert_batch()
+    head = model.base_model.model.classifier
+    with deploy(model, "1d", seed=2):
+        cells = [layer.chip.weight for layer in (head.original_module, *head.modules_to_save.values())]
+        assert all(torch.equal(cells[0], one) for one in cells[1:])  # of one weight, on one chip
+        chip = logits(model, batch, chip=False)
+        model.set_adapter("other")
+        torch.testing.assert_close(logits(model, batch, chip=False), chip)
+    assert not any(layer.chip for layer in (head.original_module, *head.modules_to_save.values()))
+
+
+def test_a_head_that_is_digital_beside_one_on_a_crossbar_is_named(base):
+    model, batch = heads(base, patched=False), bert_batch()
+    evaluate = partial(evaluate_robustness, times=["1d"], seeds=1, progress=False)
+
+    def score(model) -> float:
+        return float(logits(model, batch, chip=False).sum())
+
+    assert evaluate(model, score).uncalled == []
+    model.set_adapter("other")
+    with pytest.raises(RuntimeError, match=r": classifier\. Keep"):
+        evaluate(model, score)

@@ -18,7 +18,7 @@ from hf_reram import (
     sampled_drift,
 )
 from hf_reram.nn.array import cell_weight
-from hf_reram.nn.state import Physics
+from hf_reram.nn.physics import Physics
 from hf_reram.training.distillation import divergence
 from tests.samples.devices import device
 from tests.samples.models import bert_batch

@@ -1,0 +1,113 @@
+"""What one forward of a patched model samples and collects, and which of its tokens are padding."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .physics import Sampling
+
+
+@dataclass
+class Padding:
+    """Which tokens are padding, where a model or an encoder or decoder inside it runs.
+
+    Attributes:
+        mask: (batch, tokens), 0 at padding, of its own tokens; None where unknown.
+        other: (batch, tokens, features), states of an encoder that it attends to; other_mask: of their tokens.
+        decoded: its own tokens are those of a decoder that ran inside it.
+    """
+
+    mask: Tensor | None = None
+    other: Tensor | None = None
+    other_mask: Tensor | None = None
+    decoded: bool = False
+
+    def keep(self, x: Tensor) -> Tensor | None:
+        """1 for each row of ``x`` (batch, tokens, features) that is no padding, 0 for the others; None if unknown."""
+        return rows_kept(self.mask_of(x), x)
+
+    def mask_of(self, x: Tensor) -> Tensor | None:
+        """(batch, tokens), 0 where a row of ``x`` (batch, tokens, features) is padding; None if unknown."""
+        mask = self.other_mask if self.other is not None and x is self.other else self.mask
+        return None if mask is None or x.dim() != 3 or x.shape[:2] != mask.shape else mask
+
+
+def rows_kept(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """A mask as 1 and 0 for each row of ``x``."""
+    return None if mask is None else mask.reshape(-1).to(device=x.device, dtype=torch.float32)
+
+
+def same_mask(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two masks, or their absence, say the same."""
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
+
+
+class Forward:
+    """What one forward of a patched model samples and collects; made anew for each.
+
+    Attributes:
+        sampling: see :class:`Sampling`; None outside of training. batch_size: examples.
+        padding: of the tokens that layers read now; around: what will be so again when an inner module ends.
+        kept: masks that a layer's term was computed with, by its name, and which tokens they keep: one unless it ran
+            with several.
+        terms: the loss's (noise, signal) by layer name, summed over the calls of a layer. ratios: the same of "output",
+            where they are only measured. scales: the gradients that terms will receive, see :mod:`.attach`.
+        kept_by: a reference to what the model's outputs hold on to. compiled: it ran under torch.compile.
+        consumed: the terms have joined a loss. attached: they travel attached to the layers' outputs.
+        before: the last forward, where both are compiled: nothing else holds on to it.
+        rerun: layers run once without gradients, and again in the backward (reentrant checkpointing).
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling | None = None,
+        batch_size: int = 1,
+        padding: Padding | None = None,
+        before: "Forward | None" = None,
+    ):
+        self.sampling, self.batch_size, self.before = sampling, batch_size, before
+        self.padding = Padding() if padding is None else padding
+        self.around: list[Padding] = []
+        self.kept: dict[str, tuple[list[Tensor | None], list[Tensor | None]]] = {}
+        self.terms: dict[str, Tensor] = {}
+        self.ratios: dict[str, Tensor] = {}
+        self.scales: dict[str, Tensor] = {}
+        self.consumed = self.rerun = False
+        self.attached = True
+        self.kept_by: Any = nobody
+        self.compiled = torch.compiler.is_compiling()
+        self.grad = torch.is_grad_enabled()
+
+    def note_kept(self, name: str, mask: Tensor | None, keep: Tensor | None) -> None:
+        """A layer ran with this mask. Values are compared where it matters only, which would wait for a GPU."""
+        masks, keeps = self.kept.setdefault(name, ([], []))
+        if not any(mask is known for known in masks):
+            masks.append(mask)
+            keeps.append(keep)
+
+    def scale(self, name: str, device: torch.device) -> Tensor:
+        """The gradient, (2,), that a layer's term will receive."""
+        if name not in self.scales:
+            self.scales[name] = torch.zeros(2, device=device)
+        return self.scales[name]
+
+    def like(self, other: "Forward") -> bool:
+        """Whether both sample the same and know of no padding: a layer that runs again may be taken for either's."""
+        alone = all(f.padding.mask is None and f.padding.other_mask is None for f in (self, other))
+        return alone and self.sampling is other.sampling and not self.rerun and not other.rerun
+
+
+def nobody() -> None:
+    return None
+
+
+def runs_again() -> bool:
+    """Whether this is within a backward: gradient checkpointing runs layers again there."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def add_term(into: dict[str, Tensor], name: str, term: Tensor) -> None:
+    """Add a term to those of its layer."""
+    into[name] = into[name] + term if name in into else term

@@ -1,0 +1,113 @@
+"""Hooks that tell a state when its model runs, and which tokens are padding in it."""
+
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .forward import Padding
+from .sharing import forget_shared
+from .state import CrossbarState, reference
+from .untrained import refuse_backward
+
+# Arguments with which a model, or an encoder or decoder inside it, is given its tokens.
+INPUTS = frozenset(
+    ("input_ids", "inputs_embeds", "decoder_inputs_embeds", "pixel_values", "input_values", "input_features")
+)
+
+
+class BeginForward:
+    """Forward pre-hook of a patched model, and of what in it is given tokens of its own: notes padding, and for the
+    model itself (``root``) begins a new :class:`Forward`; ``names`` are those of the module's arguments."""
+
+    def __init__(self, state: CrossbarState, module: nn.Module, root: bool, names: tuple[str, ...]):
+        self.state, self.module, self.root, self.names = state, reference(module), root, names
+
+    def __getstate__(self):
+        return {**self.__dict__, "module": self.module()}
+
+    def __setstate__(self, saved):
+        self.__dict__.update(saved, module=reference(saved["module"]))
+        if self.root:
+            self.state.adopt(saved["module"])
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        given = self._by_name(args, kwargs)
+        forward = self.state.current() if module.training and not self.root else self.state.forward
+        around = Padding() if self.root else forward.padding
+        padding = Padding(
+            _by_token(given.get("attention_mask"), around.mask),
+            given.get("encoder_hidden_states"),
+            _by_token(given.get("encoder_attention_mask"), around.other_mask),
+        )
+        if not self.root:
+            forward.around.append(forward.padding)
+            forward.padding = padding
+            return
+        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+        if not torch.compiler.is_compiling():
+            _refuse_nan(tensors)
+            if module.training and self.state.term is not None and getattr(module, "_is_replica", False):
+                raise RuntimeError(
+                    "nn.DataParallel trains copies of the model in threads, where its retention terms are lost: start "
+                    "a process for each GPU instead, as accelerate launch does"
+                )
+        self.state.calls = 1 if torch.compiler.is_compiling() else self.state.calls + 1
+        self.state.running = True
+        size = tensors[0].shape[0] if tensors and tensors[0].dim() else 1
+        self.state.begin(module.training and not self.state.digital, size, padding)
+
+    def _by_name(self, args: tuple, kwargs: dict) -> dict[str, Any]:
+        return {**dict(zip(self.names, args)), **kwargs} if args else kwargs
+
+
+class EndForward:
+    """Forward hook with the same: what it read before goes on, or its outputs are held on to."""
+
+    def __init__(self, begin: BeginForward):
+        self.begin = begin
+
+    def __call__(self, module: nn.Module, args: tuple, outputs: Any) -> None:
+        state = self.begin.state
+        if not self.begin.root:
+            forward, inside = state.forward, state.forward.padding
+            if forward.around:
+                forward.padding = forward.around.pop()
+            if inside.decoded or inside.other is not None:  # what follows a decoder reads its tokens
+                forward.padding = replace(forward.padding, mask=inside.mask, decoded=True)
+            return
+        state.running = False
+        if not torch.compiler.is_compiling():
+            forget_shared()
+            if module.training:
+                state.end(outputs)
+                if state.chips:
+                    refuse_backward(outputs)
+
+
+def argument_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of a module's forward, in their order."""
+    try:
+        return tuple(inspect.signature(module.forward).parameters)
+    except (TypeError, ValueError):  # a forward without a signature, such as a compiled one
+        return ()
+
+
+def is_given_tokens(module: nn.Module) -> bool:
+    """Whether a module inside the model is given tokens of its own."""
+    return not INPUTS.isdisjoint(argument_names(module))
+
+
+def _by_token(mask: Any, around: Tensor | None) -> Tensor | None:
+    """An attention mask by token; one that is by pair of tokens already was made of the mask around."""
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask
+    return None if mask is None else around
+
+
+def _refuse_nan(tensors: list[Tensor]) -> None:
+    for tensor in tensors:
+        if tensor.is_floating_point() and tensor.device.type == "cpu" and torch.isnan(tensor.detach().sum()):
+            raise ValueError("an input of the model contains NaN: a crossbar cannot be driven with it")
