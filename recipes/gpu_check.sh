@@ -102,12 +102,12 @@ part tests 150 "$folder/tests.log" "$python" -m pytest tests/gpu -m gpu -n "${WO
     --tb short -p no:cacheprovider --durations 5
 show "$folder/tests.log" '^(FAILED|ERROR|E  )|^[0-9]+ (passed|failed)|[0-9]+ (passed|failed|skipped|error).* in '
 
-benchmark MiniLM 110 minilm --model minilm --batch_size "$(batch 512)" --pairs 5 --parts training inference chip \
+benchmark MiniLM 110 minilm --model minilm --batch_size "$(batch 256)" --pairs 5 --parts training inference chip \
     --variants "crossbar, no retention loss" "retention loss: drift (default)" "drift, 8-bit DAC and ADC" \
     "bfloat16: digital" "bfloat16: drift" "fused kernels: drift" "bfloat16, fused kernels: drift" \
     "8-bit DAC and ADC" chip "bfloat16: crossbar" "aihwkit-lightning: input ranges, weight noise, 8-bit DAC and ADC"
 
-benchmark "MiniLM, compiled" 90 compiled --model minilm --batch_size "$(batch 512)" --pairs 5 --parts training \
+benchmark "MiniLM, compiled" 90 compiled --model minilm --batch_size "$(batch 256)" --pairs 5 --parts training \
     --memory False --variants "bfloat16 and torch.compile: digital" "bfloat16 and torch.compile: drift"
 
 benchmark SmolLM2-135M 100 smollm2 --model smollm2 --batch_size "$(batch 32)" --length 512 --pairs 5 \

@@ -167,6 +167,7 @@ def _take_off(model: Any) -> None:
     for module in list(model.modules()):  # PEFT's modules_to_save are copies
         if isinstance(module, CrossbarLayer):
             crossbar = type(module)
+            module.crossbar.names -= {module.crossbar_name}
             module.remove_crossbar()
             renew_methods(module, crossbar)
         if module.__dict__.pop("_was_inplace", False):

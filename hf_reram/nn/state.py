@@ -160,7 +160,7 @@ class CrossbarState:
 
     def __setstate__(self, saved):
         CrossbarState.__init__(self, saved["config"])
-        self.names = saved["names"]
+        self.names = saved.get("names", frozenset())
 
 
 def reference(module: nn.Module | None) -> Any:

@@ -18,6 +18,7 @@ from hf_reram import (
     evaluate_robustness,
     inspect_layers,
     patch_model,
+    unpatch_model,
 )
 from hf_reram.hub.about import about_model
 from hf_reram.hub.card import model_card
@@ -211,6 +212,9 @@ def test_a_layer_that_was_replaced_is_named():
         evaluate_robustness(model, score, ["1d"], seeds=1, progress=False)
     report = evaluate_robustness(model, score, ["1d"], seeds=1, progress=False, allow_uncalled=True)
     assert report.uncalled == ["1"]
+    unpatched = whole()
+    unpatch_model(unpatched[1])  # which is no replacement
+    assert evaluate_robustness(unpatched, score, ["1d"], seeds=1, progress=False).uncalled == []
     part = model[:1]  # by itself it lacks nothing
     assert evaluate_robustness(part, score, ["1d"], seeds=1, progress=False).uncalled == []
 
