@@ -157,6 +157,9 @@ def unpatch_model(model: Any) -> nn.Module:
             f"unpatch_model: parametrizations (weight norm, spectral norm, ...) stand on crossbar layers "
             f"{', '.join(computed)}: take them off first, as by torch.nn.utils.parametrize.remove_parametrizations"
         )
+    for module in base.modules():
+        if isinstance(module, CrossbarLayer):
+            module.crossbar.names -= {module.crossbar_name}
     _take_off(base)
     return model
 
@@ -167,7 +170,6 @@ def _take_off(model: Any) -> None:
     for module in list(model.modules()):  # PEFT's modules_to_save are copies
         if isinstance(module, CrossbarLayer):
             crossbar = type(module)
-            module.crossbar.names -= {module.crossbar_name}
             module.remove_crossbar()
             renew_methods(module, crossbar)
         if module.__dict__.pop("_was_inplace", False):
