@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from hf_reram import ReRAMConfig, calibrate, crossbar_layers, deploy, digital, patch_model, unpatch_model
 from hf_reram.nn import CrossbarLayer
@@ -219,10 +220,10 @@ def test_a_chip_is_not_unpatched(chip):
 
 def test_weights_that_hooks_compute_are_no_chip(chip):
     """They are made anew in a forward, after the chip was programmed."""
-    nn.utils.prune.l1_unstructured(chip.classifier, "weight", 0.5)
+    prune.l1_unstructured(chip.classifier, "weight", 0.5)
     with pytest.raises(ValueError, match=r"computed by hooks in each forward.*: classifier"), deploy(chip, "1d"):
         pass
-    nn.utils.prune.remove(chip.classifier, "weight")
+    prune.remove(chip.classifier, "weight")
     with deploy(chip, "1d"):
         chip(**bert_batch())
 
