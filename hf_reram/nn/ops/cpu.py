@@ -20,7 +20,7 @@ ELEMENTS = 1 << 19  # of a piece
 
 def takes(*tensors: Tensor) -> bool:
     """Whether all are plain float32 CPU tensors in the same dense layout, in eager mode."""
-    return all(t.is_cpu and t.dtype == torch.float32 for t in tensors) and alike(*tensors)
+    return alike(*tensors) and all(t.is_cpu and t.dtype == torch.float32 for t in tensors)
 
 
 def alike(*tensors: Tensor) -> bool:

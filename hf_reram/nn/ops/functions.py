@@ -161,7 +161,7 @@ def clip_weight(weight: Tensor, scale: Tensor) -> Tensor:
     Args:
         weight: any shape. scale: w_scale, broadcastable to it.
     """
-    if weight.is_cpu and not torch.compiler.is_compiling() and cpu.all_within(weight.detach(), scale):
+    if not torch.compiler.is_compiling() and weight.is_cpu and cpu.all_within(weight.detach(), scale):
         return weight
     return _Clip.apply(weight, scale)
 

@@ -36,7 +36,7 @@ def shrunk_sinh(
         levels: of the DAC up to 1, an int; 0 for an ideal one. floor: lowest u, a float from -1 to 0.
     """
     bound = levels or 1
-    polynomial = LINEAR_B <= b <= POLYNOMIAL_B and x.is_cpu and x.dtype != torch.float64
+    polynomial = LINEAR_B <= b <= POLYNOMIAL_B and x.device.type == "cpu" and x.dtype != torch.float64
     coefficients = folded(b, b / bound, gain) if polynomial else None
     if coefficients is not None:
         return polynomial_sinh(x, offset, bound / span, floor * bound, bound, levels > 0, coefficients)
