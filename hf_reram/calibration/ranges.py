@@ -91,8 +91,7 @@ def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = No
                 own = {name: s for name, s in statistics.items() if s.layer.crossbar is state}
                 _settle_all(own, observation.leaders, state.config)
         if sensitivity:
-            with uncompiled():
-                measure_sensitivity(model, kept)
+            measure_sensitivity(model, kept)
     return model
 
 

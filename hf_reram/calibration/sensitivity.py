@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ..model.deploy import digital_eval
 from ..model.find import crossbar_layers
-from ..model.inputs import call_model, find_logits
+from ..model.inputs import call_model, find_logits, uncompiled
 from ..nn import CrossbarLayer
 from ..nn.tensors import tensors_of
 
@@ -42,7 +42,7 @@ def measure_sensitivity(model: nn.Module, batches: list) -> None:
     for p in parameters:
         p.requires_grad_(True)
     try:
-        with digital_eval(model), torch.enable_grad(), torch.random.fork_rng():
+        with uncompiled(), digital_eval(model), torch.enable_grad(), torch.random.fork_rng():
             torch.manual_seed(0)
             for batch in batches:
                 likelihood = sampled_log_likelihood(call_model(model, batch))

@@ -72,18 +72,26 @@ def crossbar_layers(model: nn.Module) -> dict[str, CrossbarLayer]:
     return {name: module for name, module in walk(model) if isinstance(module, CrossbarLayer)}
 
 
+def patched_layers(model: nn.Module) -> dict[str, CrossbarLayer]:
+    """:func:`crossbar_layers`, of which there must be some.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    if not (layers := crossbar_layers(model)):
+        raise ValueError(
+            f"{type(model).__name__} has no crossbar layers: call patch_model(model, ReRAMConfig(...)) first"
+        )
+    return layers
+
+
 def crossbar_states(model: nn.Module) -> list[CrossbarState]:
     """The states of the model's crossbar layers: one for each part that was patched by itself.
 
     Raises:
         ValueError: the model is not patched.
     """
-    states = list({id(layer.crossbar): layer.crossbar for layer in crossbar_layers(model).values()}.values())
-    if not states:
-        raise ValueError(
-            f"{type(model).__name__} has no crossbar layers: call patch_model(model, ReRAMConfig(...)) first"
-        )
-    return states
+    return list({id(layer.crossbar): layer.crossbar for layer in patched_layers(model).values()}.values())
 
 
 def crossbar_state(model: nn.Module) -> CrossbarState:
@@ -129,12 +137,11 @@ def uncalled(model: nn.Module, digitally: bool = False) -> list[str]:
 
 def replaced(model: nn.Module) -> list[str]:
     """Names of layers that were put on crossbars and have a digital layer in their place now."""
-    inside = set(model.modules())
+    inside, layers = set(model.modules()), crossbar_layers(model).values()
     found: list[str] = []
-    for state in crossbar_states(model):
+    for state in {layer.crossbar: None for layer in layers}:
         if state.root in inside:
-            own = {layer.crossbar_name for layer in crossbar_layers(model).values() if layer.crossbar is state}
-            found += sorted(state.names - own)
+            found += sorted(state.names - {layer.crossbar_name for layer in layers if layer.crossbar is state})
     return found
 
 

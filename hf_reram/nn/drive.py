@@ -55,12 +55,10 @@ def drive(layer: "CrossbarLayer", x: Tensor, now: Scalars) -> Driven:
     def compute():
         return _sinh(layer, x, span, levels, factor, floor, now, powered, keep)
 
-    if not state.running:  # a part of the model by itself: nothing says when its inputs' memory may change
-        s, power = compute()
-        return Driven(s, 1.0, span, now.centered, keep, power)
     geometry = (type(layer), *layer.geometry()) if now.mark else ()
     key = (span, now.b, levels, floor, factor, now.mark, geometry, layer.channel_dim)
-    s, power = shared(x, key, mask, powered, compute)
+    # Of a part of the model by itself nothing says when its inputs' memory may change.
+    s, power = shared(x, key, mask, powered, compute) if state.running else compute()
     return Driven(s, 1.0, span, now.centered, keep, power)
 
 

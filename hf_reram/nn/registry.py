@@ -57,8 +57,7 @@ def register_crossbar(digital: type[nn.Module] | str) -> Callable[[Kind], Kind]:
 def crossbar_class(module: nn.Module) -> Any:
     """The crossbar that stands in for a layer, or None."""
     cls: Any = type(module)
-    known = _NAMES.get((cls.__module__.partition(".")[0], cls.__name__)) or _CLASSES.get(cls)
-    if known is not None:
+    if (known := _registered(cls)) is not None:
         return known
     for parent in cls.__mro__:  # the closest one
         if parent in _CLASSES:
@@ -81,9 +80,13 @@ def _computes_as(cls: type, parent: type) -> bool:
     return all(getattr(cls, name) is getattr(parent, name) for name in methods)
 
 
+def _registered(cls: type) -> Any:
+    return _NAMES.get((cls.__module__.partition(".")[0], cls.__name__)) or _CLASSES.get(cls)
+
+
 def is_registered(cls: type) -> bool:
     """Whether a class of layers itself is registered, by whatever."""
-    return cls in _CLASSES or (cls.__module__.partition(".")[0], cls.__name__) in _NAMES
+    return _registered(cls) is not None
 
 
 def is_kind(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..device.seeds import checked_seed
-from ..model.find import crossbar_layers, crossbar_state, crossbar_states
+from ..model.find import crossbar_layers, crossbar_state, crossbar_states, patched_layers
 from ..model.hooks import MASTERS
 from ..nn import CrossbarLayer
 from ..nn.attach import Add
@@ -206,8 +206,7 @@ def hold_weights(model: nn.Module) -> None:
         ValueError: the model is not patched.
         NotImplementedError: ZeRO 3 has taken the weights apart.
     """
-    crossbar_states(model)
-    for layer in crossbar_layers(model).values():
+    for layer in patched_layers(model).values():
         if layer.weight.requires_grad:
             _clamp_to_scale(layer)
 
