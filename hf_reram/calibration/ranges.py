@@ -17,13 +17,14 @@ from transformers.utils import logging
 from ..config import ReRAMConfig, converter_levels
 from ..device.iv import LINEAR_B, full_scale_gain, least_squares_gain
 from ..device.read_noise import relative_read_noise
-from ..model.deploy import digital_eval, refuse_offloaded
+from ..model.deploy import digital_eval, refuse_offloaded, warn_uncalled
 from ..model.find import crossbar_layers, crossbar_states, is_chip
 from ..model.inputs import call_model, uncompiled
 from ..nn import CrossbarLayer
 from ..nn.array import cell_weight
 from ..nn.layer import BUFFERS
 from ..nn.mapping import expected_error, layer_scales, relative_weights
+from ..nn.ops import reference
 from ..nn.scalars import read_scalars
 from ..nn.tensors import tensors_of
 from .input_scales import TINY
@@ -81,7 +82,7 @@ def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = No
         raise ValueError("the calibration set is empty: calibrate needs at least one batch with at least one example")
     unseen = [name for name, s in statistics.items() if s.samples is None]
     if unseen:
-        logger.warning("calibration data reach %d layers not at all, which stay as they were: %s", len(unseen), unseen)
+        warn_uncalled(model, "are not reached by calibration data, and stay as they were", unseen)
     with _all_or_nothing(layers.values()):
         with torch.no_grad():
             for layer in layers.values():
@@ -254,8 +255,7 @@ def _sample_weights(layer: CrossbarLayer, rows: Tensor, inputs: Tensor) -> Tenso
 
 
 def _phi(x: Tensor, span: float, b: float, gain: float) -> Tensor:
-    u = (x / span).clamp(-1, 1)
-    return span * gain * (u if b < LINEAR_B else torch.sinh(b * u) / b)
+    return reference.shrunk_sinh(x, None, span, b, span * (gain if b < LINEAR_B else gain / b), 0, -1.0)
 
 
 def _gain(statistics: LayerStatistics, span: float, b: float, config: ReRAMConfig) -> float:

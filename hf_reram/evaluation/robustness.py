@@ -57,7 +57,7 @@ def evaluate_robustness(
 
     Raises:
         RuntimeError: crossbar layers did not run on their cells in an evaluation, or are none any more, and
-            ``allow_uncalled`` is False; names them. Or ``evaluate`` deploys the model itself.
+            ``allow_uncalled`` is False; names them. Or ``evaluate`` deploys the model itself, or changes its weights.
         ValueError: the model is not patched; no times, temperatures or seeds; a bad one of them; ``evaluate``
             returns no finite numbers; or ``resume`` holds runs of other weights or another config.
     """
@@ -79,6 +79,7 @@ def evaluate_robustness(
             part.config.device.equivalent_time(0.0, part.config.temperature if kelvin is None else kelvin)
     runs = [Run("digital"), Run("ideal")] if references else []
     runs += [Run("chip", s, k, chip) for k in kelvins for s in seconds for chip in chips]
+    weights = weights_digest(model)
     log = None if resume is None else RunLog(resume, model_digest(model))
     found: dict[Run, dict[str, float]] = log.read() if log else {}
     silent: set[str] = set(log.uncalled) if log else set()
@@ -96,6 +97,8 @@ def evaluate_robustness(
             found[run], missed = _measure(model, evaluate, run)
             if missed and not allow_uncalled:
                 raise RuntimeError(_complaint(model, missed))
+            if run.kind != "chip":  # deploy looks by itself
+                _refuse_changed(model, weights)
             silent |= set(missed)
             if log:
                 log.append(run, found[run], missed)
@@ -108,6 +111,7 @@ def evaluate_robustness(
             silent |= silent_of
     if silent and not allow_uncalled:  # in a log from before
         raise RuntimeError(_complaint(model, silent))
+    _refuse_changed(model, weights)
     report = RobustnessReport(
         measurements=[
             Measurement(run.time, run.temperature, run.seed, found[run]) for run in runs if run.kind == "chip"
@@ -117,11 +121,19 @@ def evaluate_robustness(
         config=state.config.to_dict(),
         summary=str(summarize(model)),
         notes=_notes(model, seconds, kelvins),
-        weights=weights_digest(model),
+        weights=weights,
         uncalled=[name for name in [*crossbar_layers(model), *replaced(model)] if name in silent],
     )
     state.report = report  # for push_to_hub
     return report
+
+
+def _refuse_changed(model: nn.Module, weights: str) -> None:
+    if weights_digest(model) != weights:
+        raise RuntimeError(
+            "the model's weights or numbers of calibration changed while it was evaluated, so that the figures are of "
+            "several models: have evaluate leave them as they are"
+        )
 
 
 def _notes(model: nn.Module, seconds: list[float], kelvins: list[float | None]) -> list[str]:

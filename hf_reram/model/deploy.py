@@ -52,6 +52,7 @@ def deploy(
 
     Raises:
         ValueError: the model is not patched or is digital here, or a bad time, temperature or seed.
+        RuntimeError: at the end, weights have changed in between, which were no longer the chip's.
     """
     seed = checked_seed(seed)
     seconds = None if time is None else parse_time(time)
@@ -75,6 +76,7 @@ def deploy(
                 layer.put(token, aged)
         reset_calls(model)
         yield model
+        refuse_changed(layers)
         warn_uncalled(model, "were not called while the model was deployed: what it computed is not a chip's there")
     finally:
         for state in states:
@@ -128,6 +130,26 @@ def refuse_computed(model: nn.Module) -> None:
         )
 
 
+def refuse_changed(layers: dict[CrossbarLayer, str]) -> None:
+    """
+    Raises:
+        RuntimeError: the weights of layers that are deployed have changed, by whatever.
+    """
+    changed = [
+        name
+        for layer, name in layers.items()
+        if isinstance(layer, CrossbarLayer)
+        and layer.chip is not None
+        and not layer.weight.is_meta
+        and layer.chip.source.has_changed(layer)
+    ]
+    if changed:
+        raise RuntimeError(
+            f"the weights of {len(changed)} layers changed while the model was deployed, whose outputs since are "
+            f"of no chip: change them outside of deploy: {', '.join(changed)}"
+        )
+
+
 def kelvin(configured: float | None, temperature: float | None) -> float | None:
     """The temperature [K] that was asked for, or the config's."""
     return configured if temperature is None else temperature
@@ -174,7 +196,7 @@ def realize(layer: CrossbarLayer, time: float | None, temperature: float | None,
         held = plus.sub_(minus) if held is None else held.add_(plus.sub_(minus))
     held = held.mul_(scale / (device.g_range * layer.pairs)).to(layer.weight.dtype)
     offset = cells_of.offset_output(layer, programmed)[1] if layer.centered else None
-    return Chip.of(held, offset, layer.weight)
+    return Chip.of(held, offset, layer)
 
 
 @contextmanager

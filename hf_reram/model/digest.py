@@ -12,7 +12,11 @@ from .find import WRAPPERS, crossbar_states
 
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 over names, dtypes, shapes and values of the state dict, in hexadecimal; whatever replicates or compiles
-    the model."""
+    the model.
+
+    Raises:
+        ValueError: weights are on the meta device, as where accelerate has offloaded them.
+    """
     digest = hashlib.sha256()
     whole: Any = model
     while isinstance(whole, WRAPPERS) or hasattr(whole, "_orig_mod"):
@@ -20,6 +24,11 @@ def weights_digest(model: nn.Module) -> str:
     for name, tensor in sorted(whole.state_dict().items()):
         if not isinstance(tensor, torch.Tensor):
             continue
+        if tensor.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device, as where accelerate has offloaded it: allowed is a model that is "
+                "loaded whole"
+            )
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

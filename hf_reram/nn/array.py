@@ -37,33 +37,90 @@ class Chip(NamedTuple):
     Attributes:
         weight: as they are found, of the weight's shape. offset: W o of what was programmed, (output channels,), None
             where the layer is not centered.
-        source: the layer's weight that was programmed, by a weak reference; version: that it had.
+        source: what was programmed.
     """
 
     weight: Tensor
     offset: Tensor | None
-    source: Any = None
-    version: int = 0
-
-    def applied(self, fn: Any, source: Tensor) -> "Chip":
-        """In another dtype or on another device, as the model is moved while it is deployed."""
-        return self.of(fn(self.weight), None if self.offset is None else fn(self.offset), source)
+    source: "Source"
 
     @classmethod
-    def of(cls, weight: Tensor, offset: Tensor | None, source: Tensor) -> "Chip":
+    def of(cls, weight: Tensor, offset: Tensor | None, layer: "CrossbarLayer") -> "Chip":
         """Programmed from the layer's weight as it is now."""
-        return cls(weight, offset, weakref.ref(source), -1 if source.is_inference() else source._version)
+        return cls(weight, offset, Source.of(layer))
 
-    def is_stale(self, source: Tensor) -> bool:
-        """Whether the layer's weight has changed since; one that is another tensor, as FSDP's, cannot be compared."""
-        return self.source() is source and self.version not in (-1, source._version)
+    def applied(self, fn: Any, layer: "CrossbarLayer", stale: bool) -> "Chip":
+        """In another dtype or on another device, as the model is moved while it is deployed; ``stale``: its weight had
+        changed before."""
+        source = self.source if stale else Source.of(layer)
+        return Chip(fn(self.weight), None if self.offset is None else fn(self.offset), source)
+
+
+class Source(NamedTuple):
+    """The tensors that a layer's weight is made of, as they were when it was programmed.
+
+    Attributes:
+        tensors: weak references. versions: PyTorch's counts of changes, -1 where there is none. sums: of their bits.
+        sharded: FSDP2 has other tensors in a forward.
+    """
+
+    tensors: tuple[Any, ...]
+    versions: tuple[int, ...]
+    sums: tuple[Tensor, ...]
+    sharded: bool
+
+    @classmethod
+    def of(cls, layer: "CrossbarLayer") -> "Source":
+        """Look at them."""
+        found = sources(layer)
+        return cls(
+            tuple(weakref.ref(t) for t in found),
+            tuple(-1 if t.is_inference() else t._version for t in found),
+            tuple(bit_sum(t) for t in found),
+            any(hasattr(t, "device_mesh") for t in found),
+        )
+
+    def is_other(self, layer: "CrossbarLayer") -> bool:
+        """Whether the layer has other tensors now, or PyTorch knows of a change. It does not know of those of
+        ``.data``."""
+        if self.sharded or getattr(layer, "_is_replica", False):
+            return False
+        now = sources(layer)
+        if len(now) != len(self.tensors) or any(ref() is not t for ref, t in zip(self.tensors, now)):
+            return True
+        return any(v != -1 and (t.is_inference() or t._version != v) for v, t in zip(self.versions, now))
+
+    def has_changed(self, layer: "CrossbarLayer") -> bool:
+        """The same by each bit of them, whatever changed it; a pass over the weight."""
+        if self.is_other(layer):
+            return True
+        if self.sharded:
+            return False
+        now = [bit_sum(t) for t in sources(layer)]
+        return any(not torch.equal(a.to(b.device), b) for a, b in zip(self.sums, now))
+
+
+def sources(layer: "CrossbarLayer") -> list[Tensor]:
+    """What a layer's weight is made of: itself, or what its parametrization computes it from."""
+    made = getattr(layer, "parametrizations", None)
+    return [layer.weight] if made is None or "weight" not in made else list(made["weight"].parameters())
+
+
+@torch.no_grad()
+def bit_sum(t: Tensor) -> Tensor:
+    """A number of a tensor's bits, which changes with any of its elements and with the order of its rows, (2,)."""
+    local: Any = t.to_local() if hasattr(t, "to_local") else t
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[local.element_size()]
+    rows = local.detach().contiguous().view(bits).reshape(max(local.shape[0], 1) if local.dim() else 1, -1)
+    sums = rows.sum(1, dtype=torch.int64)
+    return torch.stack((sums.sum(), (sums * torch.arange(1, len(sums) + 1, device=sums.device)).sum()))
 
 
 def hold(layer: "CrossbarLayer", now: Scalars) -> Held:
     """The cells of this forward."""
     if layer.chip is not None:
         return deployed(layer, layer.chip)
-    if layer.training and layer.crossbar.current().sampling is not None:
+    if layer.training and layer.crossbar.current(layer.crossbar_name).sampling is not None:
         return sampled(layer, now)
     return ideal(layer, now)
 
@@ -78,7 +135,7 @@ def sampled(layer: "CrossbarLayer", now: Scalars) -> Held:
     """``V + m(V) + s(V) ε``: a draw of the device's retention error, or white noise of its power."""
     programmed, bias = with_bias(layer, program(layer, layer.weight), now)
     state = layer.crossbar
-    sampling = state.current().sampling
+    sampling = state.current(layer.crossbar_name).sampling
     assert sampling is not None
     drifts = sampling.kind == "drift"
     error = sampling.error.averaged(now.pairs) if drifts else white_error(layer.white_noise_std())
@@ -105,12 +162,13 @@ def deployed(layer: "CrossbarLayer", chip: Chip) -> Held:
     Raises:
         RuntimeError: the layer's weight has changed since it was programmed.
     """
-    if not torch.compiler.is_compiling() and chip.is_stale(layer.weight):
+    if not torch.compiler.is_compiling() and chip.source.is_other(layer):
         raise RuntimeError(
-            f"the weight of layer {layer.crossbar_name!r} has changed since it was programmed: deploy the model anew"
+            f"the weight of layer {layer.crossbar_name!r} has changed since it was programmed, or is another tensor: "
+            "deploy the model anew"
         )
     if chip.weight.device != layer.weight.device:  # a replica of nn.DataParallel
-        chip = chip.applied(lambda t: t.to(layer.weight.device), layer.weight)
+        chip = chip.applied(lambda t: t.to(layer.weight.device), layer, True)
     bias = layer.bias if chip.offset is None else chip.offset if layer.bias is None else layer.bias + chip.offset
     return Held(chip.weight, chip.weight, bias)
 
@@ -121,7 +179,7 @@ def cell_weight(layer: "CrossbarLayer", weight: Tensor) -> Tensor:
 
 
 def program(layer: "CrossbarLayer", weight: Tensor) -> Tensor:
-    """``clamp(W · a, ±w_scale)``: what the cells can hold of a weight. The one place where weights are clipped."""
+    """``clamp(W · a, ±w_scale)``: what the cells can hold of a weight. The one place where a forward clips weights."""
     return clip_weight(cell_weight(layer, weight), layer.held_scale())
 
 

@@ -58,7 +58,7 @@ def drive(layer: "CrossbarLayer", x: Tensor, now: Scalars) -> Driven:
     geometry = (type(layer), *layer.geometry()) if now.mark else ()
     key = (span, now.b, levels, floor, factor, now.mark, geometry, layer.channel_dim)
     # Of a part of the model by itself nothing says when its inputs' memory may change.
-    s, power = shared(x, key, mask, powered, compute) if state.running else compute()
+    s, power = shared(x, key, mask, powered, compute) if state.running is not None else compute()
     return Driven(s, 1.0, span, now.centered, keep, power)
 
 
@@ -69,7 +69,8 @@ def tokens_kept(layer: "CrossbarLayer", x: Tensor) -> tuple[Tensor | None, Tenso
     Raises:
         RuntimeError: it runs again, and ran with several masks.
     """
-    forward, name = layer.crossbar.current(), layer.crossbar_name
+    name = layer.crossbar_name
+    forward = layer.crossbar.current(name)
     if not runs_again():
         mask = forward.padding.mask_of(x)
         keep = rows_kept(mask, x)
@@ -92,7 +93,7 @@ def input_range(layer: "CrossbarLayer", x: Tensor, now: Scalars) -> Any:
         ValueError: not calibrated and ``x`` holds NaN.
     """
     if isinstance(layer.input_range, nn.Parameter):
-        return layer.input_range.clamp(min=1e-12)
+        return layer.input_range.clamp(min=1e-12).reshape(())  # which leaves x its dtype
     span = now.input_range
     if span <= 0:
         span = float(x.detach().abs().max()) * (1 + 1e-5) if x.numel() else 1.0

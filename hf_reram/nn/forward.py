@@ -1,5 +1,6 @@
 """What one forward of a patched model samples and collects, and which of its tokens are padding."""
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,11 +51,13 @@ class Forward:
     Attributes:
         sampling: see :class:`Sampling`; None outside of training. batch_size: examples.
         padding: of the tokens that layers read now; around: what will be so again when an inner module ends.
+        ran: names of the layers that ran in it.
         kept: masks that a layer's term was computed with, by its name, and which tokens they keep: one unless it ran
             with several.
         terms: the loss's (noise, signal) by layer name, summed over the calls of a layer. ratios: the same of "output",
             where they are only measured. scales: the gradients that terms will receive, see :mod:`.attach`.
         kept_by: a reference to what the model's outputs hold on to. compiled: it ran under torch.compile.
+        alone: it is of one layer, called by itself.
         consumed: the terms have joined a loss. attached: they travel attached to the layers' outputs.
         before: the last forward, where both are compiled: nothing else holds on to it.
         rerun: layers run once without gradients, and again in the backward (reentrant checkpointing).
@@ -70,11 +73,12 @@ class Forward:
         self.sampling, self.batch_size, self.before = sampling, batch_size, before
         self.padding = Padding() if padding is None else padding
         self.around: list[Padding] = []
+        self.ran: set[str] = set()
         self.kept: dict[str, tuple[list[Tensor | None], list[Tensor | None]]] = {}
         self.terms: dict[str, Tensor] = {}
         self.ratios: dict[str, Tensor] = {}
         self.scales: dict[str, Tensor] = {}
-        self.consumed = self.rerun = False
+        self.consumed = self.rerun = self.alone = False
         self.attached = True
         self.kept_by: Any = nobody
         self.compiled = torch.compiler.is_compiling()
@@ -87,6 +91,16 @@ class Forward:
             masks.append(mask)
             keeps.append(keep)
 
+    def keep_while(self, y: Tensor) -> None:
+        """Wait for a loss as long as the graph of ``y`` is there."""
+        if y.grad_fn is None:
+            return
+        if (keeper := self.kept_by()) is None:
+            keeper = _Keeper(self)
+            self.kept_by = weakref.ref(keeper)
+        metadata: Any = y.grad_fn.metadata
+        metadata["hf_reram"] = keeper
+
     def scale(self, name: str, device: torch.device) -> Tensor:
         """The gradient, (2,), that a layer's term will receive."""
         if name not in self.scales:
@@ -97,6 +111,13 @@ class Forward:
         """Whether both sample the same and know of no padding: a layer that runs again may be taken for either's."""
         alone = all(f.padding.mask is None and f.padding.other_mask is None for f in (self, other))
         return alone and self.sampling is other.sampling and not self.rerun and not other.rerun
+
+
+class _Keeper:
+    """What the nodes of a graph hold on to, and so its forward."""
+
+    def __init__(self, forward: Forward):
+        self.forward = forward
 
 
 def nobody() -> None:

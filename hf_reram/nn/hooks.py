@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .forward import Padding
+from .forward import Padding, runs_again
 from .sharing import forget_shared
 from .state import CrossbarState, reference
 from .untrained import refuse_backward
@@ -18,9 +18,14 @@ INPUTS = frozenset(
 )
 
 
+# What the names of a decoder's tokens begin with, beside which the padding mask is that of an encoder's.
+DECODED = ("decoder_", "tgt", "target")
+
+
 class BeginForward:
-    """Forward pre-hook of a patched model, and of what in it is given tokens of its own: notes padding, and for the
-    model itself (``root``) begins a new :class:`Forward`; ``names`` are those of the module's arguments."""
+    """Forward pre-hook of a patched model, and of what in it is given tokens of its own: notes padding, and begins a
+    new :class:`Forward` for the model itself (``root``), and for a part that is called by itself; ``names`` are those
+    of the module's arguments."""
 
     def __init__(self, state: CrossbarState, module: nn.Module, root: bool, names: tuple[str, ...]):
         self.state, self.module, self.root, self.names = state, reference(module), root, names
@@ -35,27 +40,30 @@ class BeginForward:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         given = self._by_name(args, kwargs)
-        forward = self.state.current() if module.training and not self.root else self.state.forward
-        around = Padding() if self.root else forward.padding
+        inner = not self.root and (self.state.running is not None or runs_again())
+        forward = self.state.current() if inner and module.training else self.state.forward
+        around = forward.padding if inner else Padding()
+        decodes = self.root and any(name.startswith(DECODED) for name in self.names)
         padding = Padding(
-            _by_token(given.get("attention_mask"), around.mask),
+            None if decodes else _by_token(given.get("attention_mask"), around.mask),
             given.get("encoder_hidden_states"),
             _by_token(given.get("encoder_attention_mask"), around.other_mask),
         )
-        if not self.root:
+        if inner:
             forward.around.append(forward.padding)
             forward.padding = padding
             return
         tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
-        if not torch.compiler.is_compiling():
+        if self.root and not torch.compiler.is_compiling():
             _refuse_nan(tensors)
             if module.training and self.state.term is not None and getattr(module, "_is_replica", False):
                 raise RuntimeError(
                     "nn.DataParallel trains copies of the model in threads, where its retention terms are lost: start "
                     "a process for each GPU instead, as accelerate launch does"
                 )
-        self.state.calls = 1 if torch.compiler.is_compiling() else self.state.calls + 1
-        self.state.running = True
+        if self.root:
+            self.state.calls = 1 if torch.compiler.is_compiling() else self.state.calls + 1
+        self.state.running = self
         size = tensors[0].shape[0] if tensors and tensors[0].dim() else 1
         self.state.begin(module.training and not self.state.digital, size, padding)
 
@@ -71,14 +79,14 @@ class EndForward:
 
     def __call__(self, module: nn.Module, args: tuple, outputs: Any) -> None:
         state = self.begin.state
-        if not self.begin.root:
+        if state.running is not self.begin:
             forward, inside = state.forward, state.forward.padding
             if forward.around:
                 forward.padding = forward.around.pop()
             if inside.decoded or inside.other is not None:  # what follows a decoder reads its tokens
                 forward.padding = replace(forward.padding, mask=inside.mask, decoded=True)
             return
-        state.running = False
+        state.running = None
         if not torch.compiler.is_compiling():
             forget_shared()
             if module.training:

@@ -12,23 +12,9 @@ from .drive import drive
 from .joined import new_joined
 from .layout import Layout
 from .readout import read
-from .scalars import Scalars, from_text, read_scalars, same_versions, to_text, versions
+from .scalars import BUFFERS, Scalars, from_text, read_scalars, same_versions, to_text, versions
 from .state import CrossbarState
 from .terms import account
-
-# Results of calibration, kept beside the weight and saved with it, always in float32. All have one element except
-# weight_scale, input_offset and input_scale; input_range 0 means not calibrated, each batch then spans its own range.
-BUFFERS = (
-    "input_range",
-    "range_shrink",
-    "gain",
-    "adc_range",
-    "weight_scale",
-    "input_floor",
-    "pairs_per_weight",
-    "input_offset",
-    "input_scale",
-)
 
 # What they are before anything is known.
 FILLS = dict.fromkeys(BUFFERS, 0.0)
@@ -106,19 +92,21 @@ class CrossbarLayer(Layout):
 
     def forward(self, input: Tensor) -> Tensor:
         """The layer's usual shapes and dtypes."""
-        if (now := self.begin()) is None:
+        if (now := self.begin(input)) is None:
             return self._digital_class.forward(self, input)
         driven, held = drive(self, input, now), hold(self, now)
         y = read(self, driven, held, now)
         return account(self, driven, held, y)
 
-    def begin(self) -> Scalars | None:
+    def begin(self, input: Tensor) -> Scalars | None:
         """Count the call; what calibration has left, or None where the layer is to be digital."""
         compiled, counter = torch.compiler.is_compiling(), self.counter
         if self.crossbar.digital:
             counter.digital_calls = 1 if compiled else counter.digital_calls + 1
             return None
         counter.calls = 1 if compiled else counter.calls + 1
+        if self.training:
+            self.crossbar.enter(self.crossbar_name, input.shape[0] if input.dim() else 1)
         return self.scalars()
 
     # Its numbers
@@ -203,6 +191,8 @@ class CrossbarLayer(Layout):
 
     def init_crossbar(self, state: CrossbarState, name: str) -> None:
         """Add to a digital layer, whose class has just been swapped, what a crossbar has."""
+        if missing := [part for part in ("weight", "bias") if not hasattr(self, part)]:
+            raise TypeError(f"layer {name!r} of {type(self).__name__} has no {' and no '.join(missing)}")
         self.crossbar, self.crossbar_name = state, name
         self.counter, self.sensitivity, self.copies_output = Counter(), None, True
         self.__dict__.update(_PASSING, _scalars=None, _constants=None)
@@ -241,16 +231,19 @@ class CrossbarLayer(Layout):
     def _apply(self, fn, recurse: bool = True):
         """``.to``, ``.half()`` and the like: numbers of calibration go along to another device, but stay float32."""
         before = {name: t.detach() for name in BUFFERS if (t := getattr(self, name, None)) is not None}
+        chips = [(context, chip, chip.source.has_changed(self)) for context, chip in (self._chips or {}).items()]
         super()._apply(fn, recurse)
-        for context, chip in list((self._chips or {}).items()):
-            self.put(context, chip.applied(fn, self.weight))
+        for context, chip, stale in chips:
+            self.put(context, chip.applied(fn, self, stale))
         for name, old in before.items():
             new = getattr(self, name)
             if new.is_inference() and name in self._buffers:  # calibration and training may follow
                 with torch.inference_mode(False):
                     new = self._buffers[name] = new.clone()
-            if new.dtype == torch.float32 or new.device.type == "meta":
+            if new.dtype == torch.float32:
                 continue
+            if new.is_meta or old.is_meta:  # there are no numbers
+                old = torch.empty_like(old, device=new.device)
             if name in self._parameters:  # the same object, which an optimizer may know
                 new.data = old.to(new.device, torch.float32)
             else:
@@ -279,8 +272,8 @@ class CrossbarLayer(Layout):
         return super().__reduce_ex__(protocol) if joined is None else (new_joined, joined, self.__getstate__())
 
     def __getstate__(self):
-        """Copies and pickles are no chips."""
-        return {**self.__dict__, **_PASSING}
+        """Copies and pickles are no chips, and count for themselves."""
+        return {**self.__dict__, **_PASSING, "counter": Counter()}
 
     def extra_repr(self) -> str:
         if not hasattr(self, "crossbar"):

@@ -13,10 +13,12 @@ class Layout(nn.Module):
 
     - :attr:`output_dim`, :attr:`input_dim`: the weight's dimensions of output channels and of (a group's) input
       channels; all others are the kernel's. :attr:`channel_dim`: of channels in inputs and outputs, counted from the
-      end. ``groups``, 1 unless the layer has some.
-    - :meth:`multiply`: the layer's product.
+      end. ``weight`` and ``bias``, which may be None, and ``groups``, 1 unless the layer has some.
+    - :meth:`multiply`: the layer's product, in which each output reads every row of its group once, of an input that is
+      padded (so that a transposed convolution is none).
     - :meth:`pad`, :meth:`windows` and :meth:`geometry`, where an array reads windows of the input instead of its
       channels.
+    - ``forward``, calling :meth:`.layer.CrossbarLayer.forward`, where the digital layer's argument is not ``input``.
     """
 
     output_dim: ClassVar[int]
@@ -53,7 +55,8 @@ class Layout(nn.Module):
     def missing_of_contract(cls) -> list[str]:
         """What a kind of layer does not say."""
         missing = [name for name in ("output_dim", "input_dim", "channel_dim") if not hasattr(cls, name)]
-        return missing + (["multiply"] if cls.multiply is Layout.multiply else [])
+        needed = ["multiply"] if getattr(cls, "channel_dim", -1) == -1 else ["multiply", "windows"]
+        return missing + [name for name in needed if getattr(cls, name) is getattr(Layout, name)]
 
     # What follows from that
 

@@ -11,7 +11,7 @@ from ..device.moments import WeightError
 from .layer import CrossbarLayer
 from .ops.cpu import ELEMENTS
 from .ops.functions import WeightVariance
-from .ops.reference import weight_mean
+from .ops.reference import clip, weight_mean
 
 # Candidates for weight_clip="auto", in RMS of the channel; beyond comes no clipping at all.
 CLIPS = (1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
@@ -80,8 +80,8 @@ def least_error_scales(
 ) -> Tensor:
     """Of all :data:`CLIPS`, the scale with the least :func:`expected_error`, for each element of ``largest``."""
     best, least = largest, None
-    for clip in (None, *reversed(CLIPS)):
-        scale = largest if clip is None else torch.minimum(largest, clip * rms)
+    for multiple in (None, *reversed(CLIPS)):
+        scale = largest if multiple is None else torch.minimum(largest, multiple * rms)
         cost = expected_error(rows, scale, error, inputs, systematic)
         cost = cost if largest.numel() > 1 else cost.sum().reshape(1, 1, 1)
         if least is None:
@@ -120,7 +120,7 @@ def expected_error(
     shape = rows.shape
     wide = scale.expand(shape)
     spread = WeightVariance.apply(rows, wide, error)
-    held = torch.maximum(torch.minimum(rows, wide), -wide)
+    held = clip(rows, wide)
     total = torch.zeros(*shape[:2], 1, dtype=rows.dtype, device=rows.device)
     for mean in error.means:
         shift = held - rows

@@ -1,5 +1,6 @@
 """Which crossbar stands in for which digital layer."""
 
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -34,7 +35,8 @@ def register_crossbar(digital: type[nn.Module] | str) -> Callable[[Kind], Kind]:
     """
     from .layer import CrossbarLayer  # which says what the contract is
 
-    if not isinstance(digital, str) and not (isinstance(digital, type) and issubclass(digital, nn.Module)):
+    known = isinstance(digital, type) and issubclass(digital, nn.Module) and digital is not nn.Module
+    if not known and not (isinstance(digital, str) and re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", digital)):
         raise TypeError(f"register_crossbar({digital!r}): allowed is a class of layers, or 'package.ClassName'")
 
     def register(kind: Kind) -> Kind:
@@ -44,6 +46,12 @@ def register_crossbar(digital: type[nn.Module] | str) -> Callable[[Kind], Kind]:
             raise TypeError(f"register_crossbar: {kind!r}: allowed is a subclass of {needed}")
         if missing := kind.missing_of_contract():
             raise TypeError(f"register_crossbar: {kind.__name__} lacks {', '.join(missing)}")
+        owner = next(base for base in kind.__mro__ if "forward" in vars(base))
+        if not issubclass(owner, CrossbarLayer):
+            raise TypeError(
+                f"register_crossbar: {kind.__name__} has the forward of {owner.__name__}: derive it from CrossbarLayer "
+                "first"
+            )
         if isinstance(digital, str):
             package, _, name = digital.partition(".")
             _NAMES[package, name.rpartition(".")[2]] = kind

@@ -6,16 +6,22 @@ from typing import Any, NamedTuple
 
 import torch
 
-READ = (
+# Results of calibration, kept beside the weight and saved with it, always in float32. All have one element except
+# weight_scale, input_offset and input_scale; input_range 0 means not calibrated, each batch then spans its own range.
+BUFFERS = (
     "input_range",
     "range_shrink",
     "gain",
     "adc_range",
+    "weight_scale",
     "input_floor",
     "pairs_per_weight",
     "input_offset",
     "input_scale",
 )
+
+# Those that are read as numbers.
+READ = tuple(name for name in BUFFERS if name != "weight_scale")
 
 
 class Scalars(NamedTuple):

@@ -13,13 +13,6 @@ from .physics import Physics, Sampling
 from .tensors import tensors_of
 
 
-class _Keeper:
-    """What a model's outputs hold on to, and so its forward."""
-
-    def __init__(self, forward: Forward):
-        self.forward = forward
-
-
 class CrossbarState:
     """Shared by the crossbar layers that were patched together; never saved.
 
@@ -28,7 +21,7 @@ class CrossbarState:
         measure: collect noise-to-signal ratios even if the loss has no closed-form term.
         sampling: what the next training forward samples.
         forward: the last one. ratios: (noise, signal) by layer name of the last loss or measurement.
-        calls: forwards of the model; running: whether one is under way.
+        calls: forwards of the model; running: what began the one that is under way, None if none is.
         report: its last robustness report, whose weights it may have left since. warned: of what there was a warning.
         names: of the layers that were put on crossbars. chips: contexts that deploy it now; deployments: so far.
     """
@@ -42,7 +35,8 @@ class CrossbarState:
         self.sampling: Sampling | None = None
         self.forward = Forward()
         self.ratios: dict[str, Tensor] = {}
-        self.calls, self.running = 0, False
+        self.calls = 0
+        self.running: Any = None
         self.warned: set[Any] = set()
         self.names: frozenset[str] = frozenset()
         self.chips = self.deployments = 0
@@ -77,8 +71,8 @@ class CrossbarState:
     # Forwards
 
     def begin(self, training: bool, batch_size: int = 1, padding: Padding | None = None) -> Forward:
-        """A new forward of the model."""
-        waits = training and self.term is not None and torch.compiler.is_compiling() and torch.is_grad_enabled()
+        """A new forward of the model, or of a part of it that is called by itself."""
+        waits = training and self.term is not None and torch.compiler.is_compiling()
         before = self.forward if waits else None
         self.forward = Forward(self.sampling, batch_size, padding, before)
         if training and not torch.compiler.is_compiling():
@@ -88,33 +82,34 @@ class CrossbarState:
 
     def end(self, outputs: Any) -> None:
         """Let the forward wait for a loss as long as the outputs live that the loss is made of."""
-        keeper = _Keeper(self.forward)
-        self.forward.kept_by = weakref.ref(keeper)
         for tensor in tensors_of(outputs):
-            if tensor.grad_fn is not None:
-                metadata: Any = tensor.grad_fn.metadata
-                metadata["hf_reram"] = keeper
+            self.forward.keep_while(tensor)
 
-    def current(self) -> Forward:
-        """The forward that a layer runs in.
+    def enter(self, name: str, examples: int) -> None:
+        """A layer runs in training: within a forward, or by itself, which is one too."""
+        if runs_again():
+            return
+        if self.running is None:
+            self.begin(True, examples).alone = True
+        if not torch.compiler.is_compiling():
+            self.forward.ran.add(name)
+
+    def current(self, name: str | None = None) -> Forward:
+        """The forward that a layer runs in, or, without a name, a part of the model.
 
         Raises:
-            RuntimeError: a layer runs again within the backward, and several forwards could be meant.
+            RuntimeError: it runs again within the backward, and several forwards could be meant.
         """
-        forward = self.forward
-        if torch.compiler.is_compiling():
-            return forward
-        if runs_again():
-            others = [f for f in self._alive() if f is not forward]
-            if not all(forward.like(other) for other in others):
-                raise RuntimeError(
-                    "gradient checkpointing runs a crossbar layer again while several forwards wait for their "
-                    "backward, whose padding or sampled drift differ: call backward after each forward, or switch "
-                    "gradient checkpointing off"
-                )
-        elif not self.running and (forward.consumed or forward.sampling is not self.sampling):
-            return self.begin(True)  # a part of the model was called by itself
-        return forward
+        if not runs_again():
+            return self.forward
+        found = [f for f in self._alive() if name is None or name in f.ran] or [self.forward]
+        if not all(found[-1].like(other) for other in found[:-1]):
+            raise RuntimeError(
+                "gradient checkpointing runs a crossbar layer again while several forwards wait for their "
+                "backward, whose padding or sampled drift differ: call backward after each forward, or switch "
+                "gradient checkpointing off"
+            )
+        return found[-1]
 
     def waiting(self) -> list[Forward]:
         """The forwards whose terms no loss has taken yet and whose outputs are still there; where there are none, the
@@ -122,7 +117,8 @@ class CrossbarState:
         found = [f for f in self._alive() if f.grad and f.kept_by() is not None]
         last: Forward | None = self.forward
         while last is not None and last.compiled:  # nothing tells whether their outputs are gone
-            found.append(last)
+            if last.grad:
+                found.append(last)
             earlier, last.before = last.before, None
             last = earlier
         found = [f for f in found if f.terms and not f.consumed] or [self.forward]

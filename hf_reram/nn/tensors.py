@@ -1,17 +1,26 @@
 """The tensors in what models are given and give back."""
 
-from dataclasses import is_dataclass
+from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """All tensors in a model's outputs or inputs."""
+    """All tensors in a model's outputs or inputs: in lists, tuples, dicts, and attributes of other objects."""
+    return list(_tensors(value, set()))
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
-        return [value]
+        yield value
+        return
+    if id(value) in seen or isinstance(value, (type, nn.Module)):
+        return
+    seen.add(id(value))
     if isinstance(value, dict):
-        value = list(value.values())
-    if not isinstance(value, (list, tuple)):
-        value = list(vars(value).values()) if is_dataclass(value) else []
-    return [t for item in value for t in tensors_of(item)]
+        items = list(value.values())
+    else:
+        items = list(value) if isinstance(value, (list, tuple)) else list(getattr(value, "__dict__", {}).values())
+    for item in items:
+        yield from _tensors(item, seen)

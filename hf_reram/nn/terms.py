@@ -29,7 +29,8 @@ def account(layer: "CrossbarLayer", driven: Driven, held: Held, y: Tensor) -> Te
         return refuse_training(y, layer.weight)
     if layer.chip is not None or not layer.training or not (state.term or state.measure):
         return y
-    name, forward = layer.crossbar_name, state.current()
+    name = layer.crossbar_name
+    forward = state.current(name)
     with torch.autocast(y.device.type, enabled=False):
         if state.measure and state.term != "output" and not runs_again():
             with torch.no_grad():
@@ -53,6 +54,8 @@ def account(layer: "CrossbarLayer", driven: Driven, held: Held, y: Tensor) -> Te
             return y
         forward.rerun |= forward.grad and not torch.is_grad_enabled()
         y = Attach.apply(y, term, forward.scale(name, y.device))
+        if forward.alone and not runs_again():
+            forward.keep_while(y)
         return y.clone() if layer.copies_output else y
 
 

@@ -13,7 +13,8 @@ from ..calibration.ranges import calibrate
 from ..calibration.sensitivity import measure_sensitivity
 from ..config import ReRAMConfig
 from ..device.seeds import derived_seed
-from ..model.find import crossbar_layers, crossbar_state, crossbar_states, is_chip
+from ..model.deploy import refuse_modes
+from ..model.find import crossbar_layers, crossbar_state, crossbar_states
 from ..model.inputs import call_model
 from ..model.patch import patch_model, unpatch_model
 from .callbacks import HoldWeights, NameUncalled
@@ -125,10 +126,9 @@ class TrainingMixin(Base):
 
         Raises:
             FloatingPointError: the loss is NaN or infinite; says which layer made it so.
-            ValueError: the model is deployed as a chip.
+            ValueError: the model is deployed as a chip, or digital.
         """
-        if is_chip(self.model):
-            raise ValueError("the model is deployed as a chip, whose cells are programmed: train it outside of deploy")
+        refuse_modes(self.model, "train it")
         if self.is_world_process_zero():
             set_incomplete_aside(self.args.output_dir or ".")
         self.accelerator.wait_for_everyone()

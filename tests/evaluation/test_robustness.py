@@ -103,3 +103,24 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(tiny_bert, tmp_path):
         tiny_bert.classifier.weight.mul_(0.9)
     with pytest.raises(ValueError, match="other weights"):
         evaluate_robustness(tiny_bert, evaluate, **options)
+
+
+def test_an_evaluation_that_changes_the_weights_is_refused(model):
+    calls = []
+
+    def evaluate(model):
+        calls.append(1)
+        if len(calls) == 2:  # the ideal crossbar
+            with torch.no_grad():
+                model[0].weight.mul_(3)
+        return mean_square(model)
+
+    with pytest.raises(RuntimeError, match="changed while it was evaluated"):
+        evaluate_robustness(model, evaluate, times=["1d"], seeds=2, progress=False)
+    assert len(calls) == 2
+
+
+def test_offloaded_weights_are_refused_before_anything_is_measured(model):
+    model.append(nn.LayerNorm(4, device="meta"))
+    with pytest.raises(ValueError, match="on the meta device"):
+        evaluate_robustness(model, lambda model: pytest.fail("measured"), progress=False)

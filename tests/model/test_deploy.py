@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.utils import prune
 
@@ -193,7 +194,7 @@ def test_deploying_under_inference_mode_leaves_a_model_that_trains(chip):
 def test_a_chip_whose_weights_have_changed_is_not_read(chip):
     layer = crossbar_layers(chip)["classifier"]
     weights = {name: tensor.clone() for name, tensor in chip.state_dict().items()}
-    with deploy(chip, "1d"):
+    with pytest.raises(RuntimeError, match=r"of no chip.*classifier"), deploy(chip, "1d"):
         with pytest.raises(RuntimeError, match="'classifier' is deployed as a chip"):
             layer.load_state_dict(layer.state_dict())
         with torch.no_grad():
@@ -266,3 +267,74 @@ def test_a_chip_in_training_mode_may_be_changed_in_place():
         y += 1
         with pytest.raises(RuntimeError, match="train outside of deploy"):
             y.sum().backward()
+
+
+def _merge_adapter(model):
+    adapted = get_peft_model(model, LoraConfig(target_modules=["query"], r=2, init_lora_weights=False))
+    adapted.merge_adapter()
+
+
+CHANGES = {
+    "in place, and moved": lambda m: (m.classifier.weight.detach().mul_(5), m.to("cpu")),
+    "of .data": lambda m: m.classifier.weight.data.mul_(5),
+    "of .data, and moved": lambda m: (m.classifier.weight.data.mul_(5), m.float()),
+    "another tensor": lambda m: setattr(m.classifier, "weight", nn.Parameter(m.classifier.weight.detach() * 5)),
+    "rows swapped": lambda m: setattr(m.classifier.weight, "data", m.classifier.weight.data.flip(0).clone()),
+    "a merged adapter": _merge_adapter,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_weights_is_seen_at_the_end_at_the_latest(chip, change):
+    with pytest.raises(RuntimeError, match="of no chip"), deploy(chip, "1d"):
+        CHANGES[change](chip)
+
+
+def test_a_change_below_a_parametrization_is_seen(chip):
+    nn.utils.parametrizations.weight_norm(chip.classifier)
+    with pytest.raises(RuntimeError, match="of no chip"), deploy(chip, "1d"):
+        with torch.no_grad():
+            chip.classifier.parametrizations.weight.original0.mul_(5)
+        with pytest.raises(RuntimeError, match="'classifier' has changed"):
+            chip(**bert_batch())
+    with deploy(chip, "1d"):
+        chip(**bert_batch())
+
+
+def test_a_compiled_chip_with_other_weights_is_refused_at_the_end(chip):
+    compiled = torch.compile(chip, backend="eager")
+    with pytest.raises(RuntimeError, match="of no chip"), deploy(chip, "1d"):
+        compiled(**bert_batch())
+        with torch.no_grad():
+            chip.classifier.weight.mul_(5)
+        compiled(**bert_batch())
+
+
+def test_a_functional_call_with_other_weights_is_refused(chip):
+    weights = dict(chip.named_parameters())
+    with deploy(chip, "1d"), torch.no_grad():
+        expected = chip(**bert_batch()).logits
+        found = torch.func.functional_call(chip, weights, (), bert_batch()).logits
+        other = {"classifier.weight": 3 * weights["classifier.weight"].detach()}
+        with pytest.raises(RuntimeError, match="'classifier' has changed since it was programmed, or is another"):
+            torch.func.functional_call(chip, other, (), bert_batch())
+    torch.testing.assert_close(found, expected)
+
+
+def test_copies_of_a_layer_count_for_themselves(chip):
+    chip.classifier.calls = 0
+    with deploy(chip, "1d"):
+        copied = copy.copy(chip.classifier)
+        copied(torch.randn(3, copied.in_features))
+    assert copied.calls == 1 and chip.classifier.calls == 0 and copied.chip is None
+
+
+def test_a_model_made_under_inference_mode_is_a_chip():
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(6, 4))
+        patch_model(model, ReRAMConfig())
+        x = torch.randn(5, 6)
+        calibrate(model, [x])
+        with deploy(model, "1d"):
+            aged = model(x)
+    assert not torch.equal(aged, model(x))

@@ -147,7 +147,7 @@ def test_graphs_are_not_kept_across_steps(tiny_bert):
         del loss, total
         gc.collect()
         counts.append(sum(isinstance(o, torch.Tensor) and o.grad_fn is not None for o in gc.get_objects()))
-    assert counts[-1] == counts[-2]
+    assert counts[-1] <= counts[-2]
 
 
 @pytest.mark.parametrize("wrap", [DataParallel, lambda m: torch.compile(m, backend="eager")], ids=["DP", "compile"])

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -404,3 +405,132 @@ def test_a_buffer_that_is_replaced_is_seen():
         assert layer.scalars().gain == pytest.approx(0.7)
         layer.gain = torch.full((1,), 0.1)
         assert layer.scalars().gain == pytest.approx(0.1)
+
+
+def loss_beside(model, before, batch):
+    """The retention loss of a batch, after ``before`` has run something else."""
+    loss = model(**batch).loss
+    before()
+    return float(add_retention_loss(loss, model)[1])
+
+
+def test_parts_that_nobody_keeps_do_not_join_the_loss_of_a_forward(tiny_bert):
+    patched = calibrated(tiny_bert)
+    batch, other = halves()
+    alone = loss_beside(patched, lambda: None, batch)
+    part, head = copy.deepcopy(patched.bert), copy.deepcopy(patched.classifier)
+    x = torch.randn(4, head.in_features)
+
+    def without_gradients(call):
+        with torch.no_grad():
+            call()
+
+    for name, before in {
+        "an encoder": lambda: without_gradients(lambda: patched.bert(other["input_ids"])),
+        "a copy of the encoder": lambda: without_gradients(lambda: part(other["input_ids"])),
+        "a layer": lambda: patched.classifier(x),
+        "a copy of a layer": lambda: without_gradients(lambda: head(9 * x)),
+        "forward itself": lambda: patched.forward(**other),
+    }.items():
+        assert loss_beside(patched, before, batch) == pytest.approx(alone, rel=1e-6), name
+
+
+def calibrated(model):
+    patch_model(model, ReRAMConfig(retention_loss="output"))
+    return calibrate(model, halves()).train()
+
+
+class Encoding(nn.Module):
+    """Is called by its parts only."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def encode(self, x):
+        return self.last(torch.relu(self.first(x)))
+
+    def forward(self, x):
+        return self.encode(x)
+
+
+def test_parts_alone_have_the_loss_of_the_whole():
+    torch.manual_seed(0)
+    model, x, other = Encoding(), torch.randn(16, 6), 5 * torch.randn(16, 6)
+    patch_model(model, ReRAMConfig(retention_loss="output"))
+    calibrate(model, [x]).train()
+    y = model(x)
+    whole = add_retention_loss(y.sum(), model)
+    whole[0].backward()
+    expected = gradients(model)
+    model.zero_grad()
+    with torch.no_grad():
+        model.encode(other)
+    model(other)
+    model.encode(other)
+    y = model.encode(x)
+    parts = add_retention_loss(y.sum(), model)
+    assert float(parts[1]) == pytest.approx(float(whole[1]), rel=1e-6)
+    parts[0].backward()
+    close(gradients(model), expected)
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x):
+        return SimpleNamespace(y=self.layer(x))
+
+
+def test_outputs_of_any_kind_keep_their_forward():
+    torch.manual_seed(0)
+    model, a, b = Named(), torch.randn(8, 6), 3 * torch.randn(8, 6)
+    patch_model(model, ReRAMConfig(retention_loss="output"))
+    calibrate(model, [torch.cat((a, b))]).train()
+    both = add_retention_loss(sum(model(x).y.sum() for x in (a, b)), model)[1]
+    at_once = add_retention_loss(model(torch.cat((a, b))).y.sum(), model)[1]
+    assert float(both) == pytest.approx(float(at_once), rel=1e-5)
+
+
+class Translator(nn.Module):
+    """An encoder-decoder that transformers does not know."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(20, 8)
+        self.encoder, self.decoder, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 20)
+
+    def forward(self, input_ids, attention_mask, decoder_input_ids):
+        hidden = self.encoder(self.embed(input_ids)).mean(1, keepdim=True)
+        return self.head(self.decoder(self.embed(decoder_input_ids)) + hidden)
+
+
+def test_a_mask_beside_a_decoders_tokens_is_not_theirs():
+    model = Translator()
+    ids, mask = torch.randint(0, 20, (2, 6)), torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]])
+    patch_model(model, ReRAMConfig(retention_loss="output"))
+    calibrate(model, [(ids, mask, ids)]).train()
+    model(ids, mask, ids)
+    kept = crossbar_state(model).forward.kept
+    assert kept["decoder"][0] == kept["head"][0] == [None]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"dac_bits": 8, "adc_bits": 8}], ids=["ideal", "converters"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_learned_ranges_run_in_half_precision(kind, options, dtype):
+    torch.manual_seed(0)
+    layer, x = layer_of(kind)
+    model = nn.Sequential(layer)
+    patch_model(model, ReRAMConfig(learn_input_range=True, **options))
+    calibrate(model, [x])
+    expected = model.eval()(x).detach()
+    model.to(dtype)
+    off = model(x.to(dtype)).float() - expected  # single elements may be a step of a converter off
+    assert off.std() < 0.05 * expected.std()
+    y = model.train()(x.to(dtype))
+    assert y.dtype == dtype and model[0].input_range.dtype == torch.float32
+    y.float().square().sum().backward()
+    assert model[0].input_range.grad.dtype == torch.float32 and torch.isfinite(model[0].input_range.grad).all()

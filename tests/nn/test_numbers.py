@@ -101,3 +101,13 @@ def test_chips_of_a_half_precision_model_are_those_of_its_numbers(calibrated):
         for name, layer in crossbar_layers(calibrated).items():
             scale = float(layer.held_scale(torch.float32).max())
             torch.testing.assert_close(layer.chip.weight.float(), wanted[name], rtol=0.02, atol=0.02 * scale)
+
+
+def test_numbers_are_float32_on_the_meta_device_and_after_it():
+    model = nn.Sequential(nn.Linear(6, 5))
+    patch_model(model, ReRAMConfig())
+    model.to("meta").half()
+    assert all(getattr(model[0], name).dtype == torch.float32 for name in BUFFERS)
+    model.to_empty(device="cpu")
+    assert all(getattr(model[0], name).dtype == torch.float32 for name in BUFFERS)
+    assert model[0].weight.dtype == torch.float16

@@ -229,3 +229,49 @@ def test_the_closest_registered_class_counts():
     patch_model(model, straight())
     assert isinstance(model[0], CrossbarDoubling)
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("digital", ["Conv1d", "", "a.", "a.1b", nn.Module, 3])
+def test_what_no_layer_can_be_is_refused(digital):
+    with pytest.raises(TypeError, match=r"allowed is a class of layers, or 'package\.ClassName'"):
+        register_crossbar(digital)
+
+
+def test_a_kind_with_the_forward_of_the_digital_layer_is_refused():
+    class Backwards(nn.Conv1d, CrossbarLayer):
+        output_dim, input_dim, channel_dim = 0, 1, -2
+        multiply, windows = CrossbarConvTime.multiply, CrossbarConvTime.windows
+
+    with pytest.raises(TypeError, match="Backwards has the forward of Conv1d: derive it from CrossbarLayer first"):
+        register_crossbar(nn.Conv1d)(Backwards)
+
+
+def test_a_kind_that_reads_windows_must_say_which():
+    class Windowless(CrossbarLayer, nn.Conv1d):
+        output_dim, input_dim, channel_dim = 0, 1, -2
+        multiply = CrossbarConvTime.multiply
+
+    with pytest.raises(TypeError, match="Windowless lacks windows"):
+        register_crossbar(nn.Conv1d)(Windowless)
+
+
+def test_a_layer_without_a_bias_is_named():
+    class Scaling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 6))
+
+        def forward(self, x):
+            return x @ self.weight.T
+
+    class CrossbarScaling(CrossbarLayer, Scaling):
+        output_dim, input_dim, channel_dim = 0, 1, -1
+
+        def multiply(self, x, weight, bias, padded=False):
+            return F.linear(x, weight, bias)
+
+    register_crossbar(Scaling)(CrossbarScaling)
+    model = nn.Sequential(Scaling())
+    with pytest.raises(TypeError, match="layer '0' of CrossbarScaling has no bias"):
+        patch_model(model, ReRAMConfig())
+    assert type(model[0]) is Scaling

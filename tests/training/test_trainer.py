@@ -10,7 +10,16 @@ from transformers import (
     set_seed,
 )
 
-from hf_reram import ReRAMConfig, ReRAMTrainer, RobustnessReport, calibrate, crossbar_layers, digital, patch_model
+from hf_reram import (
+    ReRAMConfig,
+    ReRAMTrainer,
+    RobustnessReport,
+    calibrate,
+    crossbar_layers,
+    deploy,
+    digital,
+    patch_model,
+)
 from hf_reram.config import RETENTION_LOSSES
 from tests.samples import models
 from tests.samples.models import bert_batch
@@ -245,3 +254,10 @@ def test_accumulated_batches_are_averaged_though_the_model_ignores_how_many(tiny
         trainer.train()
         found.append({key: trainer.state.log_history[0][key] for key in ("loss", "grad_norm", "task_loss")})
     assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("mode, told", [(deploy, "deployed as a chip here"), (digital, "digital here")])
+def test_training_where_it_would_not_be_on_crossbars_is_refused(tmp_path, mode, told):
+    trainer = trainer_of(tmp_path)
+    with mode(trainer.model), pytest.raises(ValueError, match=f"the model is {told}: train it outside of"):
+        trainer.train()

@@ -93,7 +93,7 @@ class ShrunkSinh(Function):
         grad_span = None
         if ctx.needs_input_grad[1]:  # du/dspan = -u / span
             u = s / gain if b < reference.LINEAR_B else torch.asinh(s / gain)
-            grad_span = -((slope * u).sum() / span).reshape(learned.shape)
+            grad_span = -((slope * u).sum(dtype=torch.float32) / span).reshape(learned.shape)
         return grad_x, grad_span, *rest
 
 

@@ -170,7 +170,8 @@ def derivative(coefficients: tuple[float, ...]) -> tuple[float, ...]:
 
 
 def _magnitude(weight: Tensor, scale: Tensor) -> Tensor:
-    return (weight / scale.clamp(min=1e-30)).abs().clamp(max=1.0)
+    # Not to 1: that would take the gradient from weights at their very edge.
+    return (weight / scale.clamp(min=1e-30)).abs().clamp(max=1.0 + 4 * torch.finfo(weight.dtype).eps)
 
 
 def _square(error: WeightError, a: Tensor) -> Tensor:

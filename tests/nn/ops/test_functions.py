@@ -313,3 +313,12 @@ def test_frozen_weights_drift_alike():
     learned, _ = DriftedWeight.apply(weight.clone().requires_grad_(), scale, noise, error)
     frozen, _ = DriftedWeight.apply(weight, scale, noise, error)
     assert torch.equal(learned, frozen) and not frozen.requires_grad
+
+
+def test_a_mean_shift_has_a_gradient_at_the_edge_of_the_range():
+    torch.manual_seed(0)
+    scale = torch.rand(50, 1) + 0.5
+    weight = (scale * torch.linspace(-1, 1, 8)).requires_grad_()
+    reference.weight_mean(weight, scale, (0.0, 0.3, 0.1)).sum().backward()
+    a = (weight.detach() / scale).abs()
+    torch.testing.assert_close(weight.grad, 0.3 + 0.2 * a)
