@@ -337,4 +337,4 @@ def test_a_model_made_under_inference_mode_is_a_chip():
         calibrate(model, [x])
         with deploy(model, "1d"):
             aged = model(x)
-    assert not torch.equal(aged, model(x))
+        assert not torch.equal(aged, model(x))

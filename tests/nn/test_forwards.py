@@ -430,7 +430,7 @@ def test_parts_that_nobody_keeps_do_not_join_the_loss_of_a_forward(tiny_bert):
         "a copy of the encoder": lambda: without_gradients(lambda: part(other["input_ids"])),
         "a layer": lambda: patched.classifier(x),
         "a copy of a layer": lambda: without_gradients(lambda: head(9 * x)),
-        "forward itself": lambda: patched.forward(**other),
+        "forward itself": lambda: without_gradients(lambda: patched.forward(**other)),
     }.items():
         assert loss_beside(patched, before, batch) == pytest.approx(alone, rel=1e-6), name
 
