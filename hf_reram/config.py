@@ -11,10 +11,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .device import DeviceConfig, parse_time
 from .device.iv import GAINS
+from .device.temperature import parse_temperature
 
 CONFIG_VERSION = 1
 SMALLEST_SHRINK = 1e-9  # in units of the output, a current's noise grows with the inverse
 WEIGHT_SCALES = ("per_channel", "per_tensor", "per_tile")
+# Fields that can change while a model's weights lie on the cells as they do.
+TRAINING_FIELDS = ("retention_loss", "retention_weight", "retention_times", "temperature", "calibration_batches")
 RETENTION_LOSSES = (
     "output",
     "weight",
@@ -69,7 +72,8 @@ class ReRAMConfig(QuantizationConfigMixin):
             that nothing beat in the ablation (recipes/README.md).
         retention_weight: weight of a closed form or of "consistency", >= 0.
         retention_times: times since programming to be robust at; the loss is their average.
-        temperature: K, of deployment; None: the device's reference temperature.
+        temperature: of deployment, from 200 to 2000 K, or a text such as "85C"; None: the device's reference
+            temperature.
         calibration_batches: how many batches :func:`hf_reram.calibrate` reads at most.
 
     Raises:
@@ -95,7 +99,7 @@ class ReRAMConfig(QuantizationConfigMixin):
     retention_loss: str | None = "drift"
     retention_weight: float = 0.3
     retention_times: Any = field(default_factory=lambda: ["1d"])
-    temperature: float | None = None
+    temperature: Any = None
     calibration_batches: int = 32
 
     def __post_init__(self):
@@ -127,8 +131,8 @@ class ReRAMConfig(QuantizationConfigMixin):
         if not _is_number(self.retention_weight) or self.retention_weight < 0:
             self._refuse("retention_weight", "a finite number >= 0")
         self._times()
-        if self.temperature is not None and not (_is_number(self.temperature) and 0 < self.temperature <= 2000):
-            self._refuse("temperature", "a temperature in K in (0, 2000], or None")
+        if self.temperature is not None:
+            self.temperature = parse_temperature(self.temperature, "ReRAMConfig.temperature")
         self._integer("calibration_batches", 1, 1 << 20, optional=False)
 
     # Checks
@@ -220,6 +224,10 @@ class ReRAMConfig(QuantizationConfigMixin):
         """Every field as plain JSON values, the device's numbers in full."""
         data = {f.name: copy.deepcopy(getattr(self, f.name)) for f in fields(self) if f.init and f.name != "device"}
         return {"quant_method": "reram", "version": CONFIG_VERSION, "device": self.device.to_dict()} | data
+
+    def hardware(self) -> dict[str, Any]:
+        """The part of :meth:`to_dict` that says which weights lie on which cells, and how."""
+        return {key: value for key, value in self.to_dict().items() if key not in TRAINING_FIELDS}
 
 
 def converter_levels(bits: int | None) -> int:

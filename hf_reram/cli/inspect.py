@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from ..calibration.ranges import calibrate
+from ..device.temperature import parse_temperature
 from ..device.time import format_time, parse_time
 from ..evaluation.inspect import inspect_layers
 from ..hub.about import task_of
@@ -19,7 +20,7 @@ from .output import console, show_json, show_table
 def inspect(
     model: Annotated[str, typer.Argument(help="Hub id or folder, of a robust checkpoint or a plain one.")],
     time: Annotated[str, typer.Option(help="Since programming.")] = "10y",
-    temperature: Annotated[float | None, typer.Option(help="K; default the config's.")] = None,
+    temperature: Annotated[str | None, typer.Option(help="K, or such as 85C; default the config's.")] = None,
     device: Annotated[str | None, typer.Option(help="Cells of a plain checkpoint: preset or JSON file.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Weigh errors with the layers' inputs on these data.")] = None,
     task: Annotated[str | None, typer.Option(help="Of the data; default by the model.")] = None,
@@ -35,9 +36,10 @@ def inspect(
         work = load_task(task or task_of(found), found, model, dataset, split, samples)
         if fresh:
             calibrate(found, work.batches)
-    layers = inspect_layers(found, time, temperature, work.batches if work else None)[:top]
+    heat = None if temperature is None else parse_temperature(temperature)
+    layers = inspect_layers(found, time, heat, work.batches if work else None)[:top]
     config = crossbar_state(found).config
-    kelvin = temperature or config.temperature or config.device.reference_temperature
+    kelvin = heat or config.temperature or config.device.reference_temperature
     if as_json:
         summary = asdict(summarize(found))
         show_json(

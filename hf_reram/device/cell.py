@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from .checks import number, numbers
 from .retention import (
@@ -19,9 +20,17 @@ from .retention import (
     retention_from_dict,
     retention_to_dict,
 )
+from .temperature import parse_temperature
 from .time import parse_time
 
+logger = logging.get_logger(__name__)
+
 ABSURD = 1e4
+
+# Beyond these [µS] a conductance is taken to be in another unit, and beyond this share of the window an error for a
+# mistake: both with a warning.
+SMALLEST_G_MAX, LARGEST_G_MAX = 1e-2, 5e3
+MUCH = 0.5
 
 
 def preset_names() -> list[str]:
@@ -74,8 +83,12 @@ class DeviceConfig:
         put("g_max", number("device", "g_max", self.g_max, 0, exclusive=True))
         if self.g_max <= self.g_min:
             raise ValueError(f"device.g_max={self.g_max!r}: allowed is a conductance above g_min={self.g_min!r} µS")
-        for name in ("v0", "read_voltage", "reference_temperature"):
+        for name in ("v0", "read_voltage"):
             put(name, number("device", name, getattr(self, name), 0, exclusive=True))
+        put(
+            "reference_temperature",
+            parse_temperature(self.reference_temperature, "device.reference_temperature"),
+        )
         for name in ("read_noise", "activation_energy", "stuck_at_min", "stuck_at_max"):
             put(name, number("device", name, getattr(self, name), 0))
         if self.read_voltage / self.v0 > 20:
@@ -102,6 +115,22 @@ class DeviceConfig:
         if not named or not set(self.assumed) <= known:
             raise ValueError(f"device.assumed={self.assumed!r}: allowed is a list of names out of {sorted(known)}")
         put("assumed", tuple(self.assumed))
+        self._doubt()
+
+    def _doubt(self) -> None:
+        """Warn of values that are allowed, and hardly meant."""
+        if self.g_max < SMALLEST_G_MAX or self.g_max > LARGEST_G_MAX:
+            unit = "S" if self.g_max < SMALLEST_G_MAX else "nS"
+            logger.warning_once(
+                f"device {self.name!r}: g_max={self.g_max:g} µS: conductances are in µS; are these in {unit}?"
+            )
+        grid = [self.g_min + self.g_range * i / 16 for i in range(17)]
+        spread = max(abs(horner(self.programming, g)) for g in grid)
+        if spread > MUCH * self.g_range:
+            logger.warning_once(
+                f"device {self.name!r}: programming={list(self.programming)!r}: errors of up to {spread:g} µS, of a "
+                f"window of {self.g_range:g} µS"
+            )
 
     def _check_errors(self) -> None:
         """Errors of more than :data:`ABSURD` conductance windows would leave the range of float32 on their way."""
@@ -160,6 +189,11 @@ class DeviceConfig:
             raise ValueError(f"device has unknown fields {sorted(set(data) - known)}: allowed are {sorted(known)}")
         if not {"g_min", "g_max"} <= set(data):
             raise ValueError(f"device lacks the fields {sorted({'g_min', 'g_max'} - set(data))}")
+        if "retention" not in data:
+            logger.warning_once(
+                f"device {data.get('name', 'custom')!r} has no retention: it is taken to drift as the preset 'generic' "
+                "does, which is assumed and not measured"
+            )
         return cls(**data)
 
     def to_dict(self) -> dict:
@@ -191,14 +225,14 @@ class DeviceConfig:
         w = torch.as_tensor(w).clamp(-1, 1)
         return self.g_min + self.g_range * w.clamp(min=0), self.g_min + self.g_range * (-w).clamp(min=0)
 
-    def equivalent_time(self, time: str | float, temperature: float | None = None) -> float:
+    def equivalent_time(self, time: str | float, temperature: str | float | None = None) -> float:
         """Seconds at the reference temperature that age a cell like ``time`` at ``temperature`` [K] (default: the
         reference temperature)."""
         seconds = parse_time(time)
         if temperature is None:
             return seconds
-        temperature = number("deployment", "temperature", temperature, 0, exclusive=True)
-        return equivalent_time(seconds, temperature, self.activation_energy, self.reference_temperature)
+        kelvin = parse_temperature(temperature)
+        return equivalent_time(seconds, kelvin, self.activation_energy, self.reference_temperature)
 
     def retention_mean(self, g: Tensor | float, time: str | float, temperature: float | None = None) -> Tensor:
         """Mean shift ``μ(g, t, T)`` [µS] of cells programmed to ``g`` [µS]; shape of ``g``."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..device.temperature import parse_temperature
 from ..device.time import parse_time
 from ..model.deploy import refuse_modes, warn_uncalled
 from ..model.find import crossbar_layers, crossbar_states, reset_calls
@@ -64,7 +65,8 @@ def inspect_layers(
     """
     refuse_modes(model, "inspect its layers")
     layers = crossbar_layers(model)
-    with _aged(model, parse_time(time), temperature), torch.no_grad():
+    kelvin = None if temperature is None else parse_temperature(temperature)
+    with _aged(model, parse_time(time), kelvin), torch.no_grad():
         ratios = _by_weights(layers) if batches is None else _by_data(model, batches)
     found = []
     for name, layer in layers.items():

@@ -2,6 +2,7 @@ import pytest
 
 from hf_reram import DeviceConfig
 from hf_reram.device import preset_names
+from hf_reram.device.temperature import parse_temperature
 from tests.samples.devices import device
 
 
@@ -40,3 +41,34 @@ def test_wrong_device_values_name_field_value_and_what_is_allowed(wrong):
     with pytest.raises(ValueError, match=r"allowed|lacks") as error:
         device(**wrong)
     assert any(part in str(error.value) for part in (*wrong, "retention"))
+
+
+@pytest.mark.parametrize(
+    ("text", "kelvin"),
+    [("85C", 358.15), ("85 °C", 358.15), ("-40C", 233.15), ("300K", 300), ("300", 300), (330, 330)],
+)
+def test_temperatures_as_people_write_them(text, kelvin):
+    assert parse_temperature(text) == pytest.approx(kelvin)
+
+
+@pytest.mark.parametrize("wrong", [85, "85", "hot", "85F", None, True, float("nan"), 3000, "-100C"])
+def test_temperatures_that_are_none(wrong):
+    with pytest.raises(ValueError, match="allowed is 200 to 2000 K"):
+        parse_temperature(wrong)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"g_min": 1e-6, "g_max": 5e-5}, "are these in S?"),
+        ({"g_min": 1e3, "g_max": 5e4}, "are these in nS?"),
+        ({"g_min": 1.0, "g_max": 50.0, "programming": (40.0,)}, "errors of up to 40 µS, of a window of 49 µS"),
+        ({"g_min": 1.0, "g_max": 50.0}, "has no retention"),
+    ],
+)
+def test_what_is_hardly_meant_is_told(fields, told, caplog):
+    retention = {} if told == "has no retention" else {"retention": {"type": "generic"}}
+    name = f"doubted: {told}"  # each is told once
+    with caplog.at_level("WARNING", "hf_reram"):
+        DeviceConfig.from_dict({**fields, **retention, "name": name})
+    assert told in caplog.text and name in caplog.text
