@@ -1,5 +1,7 @@
 """How much the model's predictions depend on each output channel of each crossbar layer."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,15 +11,19 @@ from ..model.inputs import call_model, find_logits, uncompiled
 from ..nn import CrossbarLayer
 from ..nn.tensors import tensors_of
 
+# Probes of the model's predictions, over all examples and passes over them.
+DRAWN = 1024
+
 
 def measure_sensitivity(model: nn.Module, batches: list) -> None:
     """Set ``layer.sensitivity``, (output channels,): the Fisher information ``h_i = E δ_i²`` of output channel i, where
-    δ is the gradient, at one token or pixel, of an example's log-likelihood of labels drawn from the model itself.
+    δ is the gradient, at one token or pixel, of an example's log-likelihood of labels drawn from the model itself
+    (:func:`fisher_probe`).
 
     To second order an error Δy in a layer's output changes the prediction by ``KL ≈ ½ Σ_i h_i Δy_i²`` nats, so the
     layers' expected errors weighted by h add up to the KL divergence that ageing causes (diagonal approximation).
     """
-    layers = crossbar_layers(model)
+    layers, draws = crossbar_layers(model), max(1, -(-DRAWN // max(sum(map(_examples, batches)), 1)))
     sums: dict[CrossbarLayer, list] = {layer: [0.0, 0] for layer in layers.values()}
 
     def watch(layer: CrossbarLayer, args, kwargs, y):
@@ -44,9 +50,10 @@ def measure_sensitivity(model: nn.Module, batches: list) -> None:
     try:
         with uncompiled(), digital_eval(model), torch.enable_grad(), torch.random.fork_rng():
             torch.manual_seed(0)
-            for batch in batches:
-                likelihood = sampled_log_likelihood(call_model(model, batch))
-                torch.autograd.grad(likelihood.sum(), list(parameters), allow_unused=True)
+            for _ in range(draws):
+                for batch in batches:
+                    probe = fisher_probe(call_model(model, batch))
+                    torch.autograd.grad(probe.sum(), list(parameters), allow_unused=True)
     finally:
         for hook in hooks:
             hook.remove()
@@ -56,9 +63,17 @@ def measure_sensitivity(model: nn.Module, batches: list) -> None:
         layer.sensitivity = torch.zeros(layer.outputs) if count == 0 else (total / count)
 
 
-def sampled_log_likelihood(outputs) -> Tensor:
-    """Log-probability of predictions drawn from the model itself, one value per example: its gradients' second
-    moments are the Fisher information. A single regression value counts as the mean of a unit Gaussian.
+def _examples(batch: Any) -> int:
+    tensors = [t for t in tensors_of(batch) if t.dim()]
+    return len(tensors[0]) if tensors else 1
+
+
+def fisher_probe(outputs) -> Tensor:
+    """A number of each example whose gradients' second moments are the Fisher information: ``Σ z · logits`` with
+    ``z = √p ε - p Σ √p ε``, ε standard normal, whose covariance ``diag(p) - p pᵀ`` is that of the log-likelihood's
+    gradient for labels drawn from the model. Drawn labels would say next to nothing of a confident classifier, whose
+    information is all in the labels that it hardly ever draws. A single regression value counts as the mean of a unit
+    Gaussian.
 
     Returns:
         (batch,).
@@ -66,11 +81,10 @@ def sampled_log_likelihood(outputs) -> Tensor:
     parts = []
     for logits in find_logits(outputs):
         flat = logits.float().reshape(logits.shape[0], -1, logits.shape[-1])
-        if flat.shape[-1] == 1:
-            drawn = flat.detach() + torch.randn_like(flat)
-            parts.append(-0.5 * (drawn - flat).square().sum((1, 2)))
-            continue
-        log_p = flat.log_softmax(-1)
-        labels = torch.distributions.Categorical(logits=log_p.detach()).sample()
-        parts.append(log_p.gather(-1, labels[..., None]).sum((1, 2)))
+        z = torch.randn_like(flat)
+        if flat.shape[-1] > 1:
+            p = flat.detach().softmax(-1)
+            z = p.sqrt() * z
+            z = z - p * z.sum(-1, keepdim=True)
+        parts.append((z * flat).sum((1, 2)))
     return torch.stack(parts).sum(0)

@@ -2,18 +2,22 @@
 
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
+from .find import unwrapped
+
 
 def call_model(model: nn.Module, batch):
-    """Call the model with a batch, moved to its device, without arguments that its forward does not take.
+    """Call the model with a batch, moved to its device, without arguments that its forward does not take, such as the
+    labels that a DataLoader gives beside the inputs: of a tuple, what the forward has no place for, and vectors at its
+    end that the forward does not need.
 
     Raises:
-        TypeError: a batch that is none.
+        TypeError: a batch that is none, or that the model cannot be called with.
     """
     if not isinstance(batch, (Tensor, Mapping, tuple, list)):
         raise TypeError(
@@ -32,8 +36,28 @@ def call_model(model: nn.Module, batch):
         }
         return model(**known)
     if isinstance(batch, (tuple, list)):
+        batch = _inputs_of(model, batch)
         return model(*(value.to(device) if isinstance(value, Tensor) else value for value in batch))
     return model(batch.to(device))
+
+
+def _inputs_of(model: nn.Module, batch: Sequence) -> list:
+    """A tuple's values that are the model's arguments."""
+    parameters = inspect.signature(unwrapped(model).forward).parameters.values()
+    if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
+        return list(batch)
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = sum(p.default is inspect.Parameter.empty for p in positional)
+    found = list(batch)[: len(positional)]
+    while len(found) > max(needed, 1) and isinstance(found[-1], Tensor) and found[-1].dim() < 2 <= found[0].dim():
+        found.pop()
+    if len(found) < needed:
+        shapes = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in batch]
+        raise TypeError(
+            f"a batch of {shapes}: {type(model).__name__} needs {[p.name for p in positional[:needed]]}: allowed are a "
+            "dict of the model's arguments, a tuple or list of them, and a tensor"
+        )
+    return found
 
 
 def uncompiled() -> AbstractContextManager:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..device.moments import WeightError, white_error
 from .ops.functions import DriftedWeight, OffsetOutput, WeightVariance, clip_weight
+from .ops.reference import weight_mean
 from .scalars import Scalars
 
 if TYPE_CHECKING:
@@ -205,8 +206,10 @@ def white_noise_std(layer: "CrossbarLayer") -> float:
     # In units of w_scale, so that the result is right where a whole channel is zero.
     ratio = wide(program(layer, layer.weight)) / layer.held_scale(torch.float32).clamp(min=1e-30)
     error = layer.error
-    power = WeightVariance.apply(ratio, torch.ones_like(ratio[:1]), error)
-    return math.sqrt(max(float(power.mean()) + error.mean_square, 0.0))
+    ones = torch.ones_like(ratio[:1])
+    power = float(WeightVariance.apply(ratio, ones, error).mean())
+    shifts = [float(weight_mean(ratio, ones, mean).square().mean()) for mean in error.means if any(mean)]
+    return math.sqrt(max(power + sum(shifts) / len(error.means), 0.0))
 
 
 def wide(t: Tensor) -> Tensor:

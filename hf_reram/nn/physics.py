@@ -49,7 +49,7 @@ class Physics:
     @property
     def term_reads_output(self) -> bool:
         """Whether the term depends on a layer's output, of which its digital bias is no part."""
-        return self.term == "output" or (self.term == "sensitivity" and self.error.mean_square > 0)
+        return self.term == "output"
 
     def error_at(self, time: float, temperature: float | None = None) -> WeightError:
         """The moments at one time [s], at a temperature [K], None for the config's."""

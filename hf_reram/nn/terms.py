@@ -42,7 +42,7 @@ def account(layer: "CrossbarLayer", driven: Driven, held: Held, y: Tensor) -> Te
         if state.physics.term_reads_output:
             y, signal = _power(layer, y, held.bias, driven.keep)
         if state.term == "sensitivity":
-            term = sensitivity_term(layer, driven, held, signal, forward.batch_size)
+            term = sensitivity_term(layer, driven, held, forward.batch_size)
         elif state.term == "weight":
             term = weight_term(layer, held)
         else:
@@ -82,9 +82,7 @@ def weight_term(layer: "CrossbarLayer", held: Held) -> Tensor:
     return torch.stack((noise, programmed.square().sum()))
 
 
-def sensitivity_term(
-    layer: "CrossbarLayer", driven: Driven, held: Held, signal: Tensor | None, examples: int
-) -> Tensor:
+def sensitivity_term(layer: "CrossbarLayer", driven: Driven, held: Held, examples: int) -> Tensor:
     """``(½ Σ_i h_i Σ_n |Δy_i|², examples)``: their ratio is, to second order, the KL divergence [nats] per example
     that this layer's retention error causes in the model's prediction, with ``h_i`` the Fisher information of output
     channel i (:mod:`hf_reram.calibration.sensitivity`).
@@ -101,10 +99,8 @@ def sensitivity_term(
     variance = layer.to_rows(_variance(layer, held, error))
     h = layer.sensitivity.to(variance.device).reshape(variance.shape[:2])
     noise = (h * torch.einsum("gor,gr->go", variance, row_power(layer, driven))).sum() * driven.factor**2
-    if error.mean_is_linear and signal is not None:
-        noise = noise + h.mean() * error.mean_square * signal
-    elif not error.mean_is_linear:
-        noise = noise + h.mean() * _mean_power(layer, driven, held, error)
+    if any(any(mean) for mean in error.means):
+        noise = noise + _mean_power(layer, driven, held, error, h.reshape(-1).sqrt())
     return torch.stack((0.5 * noise.reshape(()), torch.full_like(noise.reshape(()), float(examples))))
 
 
@@ -122,13 +118,16 @@ def _power(layer: "CrossbarLayer", y: Tensor, bias: Tensor | None, keep: Tensor 
     return rows.view(y.shape), power
 
 
-def _mean_power(layer: "CrossbarLayer", driven: Driven, held: Held, error: WeightError) -> Tensor:
-    """``Σ_n |m phi_n|²``, averaged over the times."""
+def _mean_power(
+    layer: "CrossbarLayer", driven: Driven, held: Held, error: WeightError, weights: Tensor | None = None
+) -> Tensor:
+    """``Σ_n |m phi_n|²``, averaged over the times; output channels times ``weights`` before they are squared."""
     programmed, s = wide(held.programmed), wide(driven.s)
     scale = layer.held_scale(programmed.dtype)
     powers: list[Any] = []
     for mean in error.means:
         shifted = weight_mean(programmed, scale, mean) * driven.factor
         product = layer.multiply(s, shifted, None, driven.padded)
+        product = product if weights is None else product * layer.over_channels(weights).to(product.dtype)
         powers.append(total_power(layer.examples(product), None, driven.keep))
     return torch.stack(powers).mean(0)

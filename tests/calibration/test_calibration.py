@@ -271,3 +271,63 @@ def test_calibration_works_under_inference_mode(tiny_bert, sensitivity):
     loss = add_retention_loss(tiny_bert.train()(**bert_batch()).loss, tiny_bert)[0]
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in tiny_bert.parameters() if p.grad is not None)
+
+
+class Labelled(nn.Module):
+    """Takes labels by keyword, as models of transformers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, pixel_values=None, labels=None, mask=None):
+        assert labels is None or labels.shape == pixel_values.shape[:1]
+        return self.layer(pixel_values)
+
+
+@pytest.mark.parametrize("model", [Labelled(), nn.Sequential(nn.Linear(6, 3))], ids=["labels", "input alone"])
+def test_batches_of_a_data_loader(model):
+    x, labels = torch.randn(32, 6), torch.randint(3, (32,))
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, labels), 8)
+    patch_model(model, ReRAMConfig())
+    calibrate(model, loader)
+    found = crossbar_layers(model).popitem()[1].input_range.clone()
+    calibrate(model, [x[i : i + 8] for i in range(0, 32, 8)])
+    assert torch.equal(crossbar_layers(model).popitem()[1].input_range, found)
+
+
+class Timed(nn.Module):
+    """Needs a vector beside its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, sample, timestep, scale=1.0):
+        return self.layer(sample * timestep[:, None] * scale)
+
+
+def test_a_vector_that_the_model_needs_is_passed():
+    x = torch.randn(32, 6)
+    model = patch_model(Timed(), ReRAMConfig(center_inputs=False, input_percentile=100.0))
+    calibrate(model, [(x, torch.full((32,), 3.0), torch.zeros(32))])
+    assert float(model.layer.input_range) == pytest.approx(3 * float(x.abs().max()), rel=1e-5)
+    with pytest.raises(TypeError, match=r"a batch of \[\(32, 6\)\]: Timed needs \['sample', 'timestep'\]"):
+        calibrate(model, [(x,)])
+
+
+@pytest.mark.parametrize("seconds", [3600.0, 86400.0])
+@pytest.mark.parametrize("mean", [(0.0, 5.0), (0.3, 2.0, 3.0)])
+def test_noise_has_the_power_of_the_devices_error(mean, seconds):
+    torch.manual_seed(0)
+    table = {"type": "table", "g_ref": 50.0, "times": [1.0, 1e5], "std": [[0.5, 1.0]] * 2, "mean": [list(mean)] * 2}
+    cell = {"g_min": 1.0, "g_max": 50.0, "retention": table}
+    model = nn.Sequential(nn.Linear(64, 64))
+    patch_model(model, ReRAMConfig(device=cell, retention_loss="noise", retention_times=[seconds]))
+    layer = model[0]
+    power = []
+    for seed in range(60):
+        with deploy(model, seconds, seed=seed):
+            ideal = torch.minimum(layer.weight.abs(), layer.held_scale()) * layer.weight.sign()
+            power.append(float(((layer.chip.weight - ideal) / layer.held_scale()).square().mean()))
+    assert layer.white_noise_std() ** 2 == pytest.approx(sum(power) / len(power), rel=0.03)
