@@ -10,7 +10,7 @@ from ..calibration.ranges import calibrate
 from ..device.time import format_time
 from ..evaluation.files import write_whole
 from ..evaluation.report import RobustnessReport
-from ..evaluation.robustness import evaluate_robustness
+from ..evaluation.robustness import evaluate_robustness, owner_of
 from ..evaluation.tables import places
 from ..hub.about import about_model, task_of
 from ..tasks.flags import number_or_word
@@ -26,7 +26,7 @@ def evaluate(
     split: Annotated[str, typer.Option(help="Of a data set on the Hub.")] = "validation",
     samples: Annotated[int | None, typer.Option(min=1, help="How many examples, drawn by --seed; default all.")] = None,
     times: Annotated[list[str] | None, typer.Option(help="Since programming, such as 1s,1d,10y.")] = None,
-    temperature: Annotated[list[float] | None, typer.Option(help="K; several are evaluated one by one.")] = None,
+    temperature: Annotated[list[str] | None, typer.Option(help="K, or such as 85C; several one by one.")] = None,
     chips: Annotated[int, typer.Option(min=1, help="Chips, each with its own programming.")] = 10,
     device: Annotated[str | None, typer.Option(help="Cells of a plain checkpoint: preset or JSON file.")] = None,
     range_shrink: Annotated[str, typer.Option(help="auto, or a number in (0, 1].")] = "auto",
@@ -54,6 +54,7 @@ def evaluate(
     work = load_task(task or task_of(found), found, model, dataset, split, samples, batch_size, seed)
     if fresh:
         calibrate(found, work.batches)
+    key = [task or task_of(found), work.content, batch_size]
     report = evaluate_robustness(
         found,
         work.evaluate,
@@ -61,7 +62,8 @@ def evaluate(
         temperature or (None,),
         chips,
         progress=not as_json,
-        resume=output / "chips.jsonl",
+        resume=output / f"chips-{owner_of(found, key)[:12]}.jsonl",
+        key=key,
     )
     report.about = replace(
         about_model(found, report),

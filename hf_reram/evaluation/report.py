@@ -1,6 +1,7 @@
 """What a robustness evaluation found, as JSON, as a table and as a plot."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -78,7 +79,8 @@ class RobustnessReport:
         return list(dict.fromkeys(m.temperature for m in self.measurements))
 
     def statistic(self, metric: str, time: str | float, temperature: float | None = None) -> Statistic:
-        """The chips' statistic of one metric at one time.
+        """The chips' statistic of one metric at one time, over those where it is finite; :meth:`not_finite` names the
+        others.
 
         Args:
             temperature: K; None takes the first one evaluated.
@@ -102,9 +104,25 @@ class RobustnessReport:
                 f"metrics {self.metrics}, times {[format_time(t) for t in self.times]} "
                 f"and temperatures {self.temperatures}"
             )
+        values = [value for value in values if math.isfinite(value)]
+        if not values:
+            return Statistic(math.nan, math.nan, math.nan, 0)
         n, std = len(values), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
         half = float(stdtrit(n - 1, 0.975)) * std / n**0.5 if n > 1 else 0.0
         return Statistic(float(np.mean(values)), std, half, n)
+
+    def not_finite(self) -> list[str]:
+        """What was measured and is NaN or infinite, in words; statistics leave it out."""
+        runs = [("digital model", self.digital or {}), ("ideal crossbar", self.ideal or {})]
+        for m in self.measurements:
+            heat = "" if m.temperature is None else f" and {m.temperature:g} K"
+            runs.append((f"chip {m.seed} after {format_time(m.time)}{heat}", m.metrics))
+        return [
+            f"{name} is {value} on the {run}" if run[0] in "di" else f"{name} is {value} on {run}"
+            for run, metrics in runs
+            for name, value in metrics.items()
+            if not math.isfinite(value)
+        ]
 
     # Files
 
@@ -121,7 +139,7 @@ class RobustnessReport:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The report as JSON text, also written to ``path`` if given (whole or not at all)."""
-        text = json.dumps(self.to_dict(), indent=2) + "\n"
+        text = json.dumps(_without_nan(self.to_dict()), indent=2, allow_nan=False) + "\n"
         if path is not None:
             write_whole(path, text)
         return text
@@ -147,8 +165,9 @@ class RobustnessReport:
             ValueError: no such report.
         """
         try:
-            measurements = [Measurement(**m) for m in data["measurements"]]
+            measurements = [Measurement(**{**m, "metrics": _numbers(m["metrics"])}) for m in data["measurements"]]
             rest = {key: data[key] for key in ("digital", "ideal", "config", "summary", "notes")}
+            rest |= {key: _numbers(rest[key]) for key in ("digital", "ideal") if rest[key] is not None}
             rest |= {key: data[key] for key in ("weights", "about", "uncalled") if key in data}
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is no robustness report: {error!r}") from error
@@ -199,3 +218,16 @@ class RobustnessReport:
         from .plot import plot_reports
 
         return plot_reports(path, [self, *others], metric or self.metrics[0], labels, title, digital or self.digital)
+
+
+def _without_nan(value: Any) -> Any:
+    """For JSON, which has no NaN: null in its place."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {name: math.nan if value is None else value for name, value in metrics.items()}

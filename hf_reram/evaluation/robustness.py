@@ -1,6 +1,7 @@
 """How a model does as chips that age: one number per metric, time, temperature and chip, with its references."""
 
-import math
+import hashlib
+import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import nullcontext
@@ -11,16 +12,20 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from ..device.seeds import checked_seed, derived_seed
+from ..device.temperature import parse_temperature
 from ..device.time import parse_time
-from ..model.deploy import deploy, digital, refuse_modes
+from ..model.deploy import deploy, digital, refuse_modes, uncalibrated
 from ..model.digest import model_digest, weights_digest
 from ..model.find import crossbar_layers, crossbar_states, replaced, reset_calls, uncalled
 from ..model.inputs import evaluating
 from ..model.summary import summarize
 from .report import Measurement, RobustnessReport
 from .run_log import Run, RunLog
+
+logger = logging.get_logger(__name__)
 
 DEFAULT_TIMES = ("1s", "1d", "10y")
 
@@ -29,11 +34,12 @@ def evaluate_robustness(
     model: nn.Module,
     evaluate: Callable[[nn.Module], Mapping[str, float] | float],
     times: Sequence[str | float] = DEFAULT_TIMES,
-    temperatures: Sequence[float | None] = (None,),
+    temperatures: Sequence[str | float | None] = (None,),
     seeds: int | Iterable[int] = 10,
     references: bool = True,
     progress: bool = True,
     resume: str | Path | None = None,
+    key: Any = None,
     share_chips: bool = False,
     allow_uncalled: bool = False,
 ) -> RobustnessReport:
@@ -44,12 +50,14 @@ def evaluate_robustness(
         evaluate: called with the model in evaluation mode, returns metrics by name, or one number. It runs once per
             chip, time and temperature, and once for each reference.
         times: see :func:`hf_reram.deploy`.
-        temperatures: K; None takes the config's.
+        temperatures: K, or texts such as "85C"; None takes the config's.
         seeds: how many chips, or the chips' numbers. Chip ``n`` is the same chip at every time, and its read noise
             the same in every evaluation, whatever else is evaluated beside it.
         references: also evaluate the digital model and the ideal crossbar (I-V curve and converters, nothing else).
         progress: show a progress bar.
-        resume: a file that keeps each finished run; those of the same weights and config are not run again.
+        resume: a file that keeps each finished run; those of the same weights, config and ``key`` are not run again.
+        key: what ``evaluate`` depends on beside the model, such as its data set, split, samples and seed: any JSON
+            value. Nothing else tells ``resume`` whether it is the same evaluation.
         share_chips: with several processes, each runs its share of the chips, and all get the whole report;
             ``evaluate`` must then not talk to other processes.
         allow_uncalled: report also where some crossbar layers never ran in an evaluation, as experts that no token was
@@ -59,7 +67,8 @@ def evaluate_robustness(
         RuntimeError: crossbar layers did not run on their cells in an evaluation, or are none any more, and
             ``allow_uncalled`` is False; names them. Or ``evaluate`` deploys the model itself, or changes its weights.
         ValueError: the model is not patched; no times, temperatures or seeds; a bad one of them; ``evaluate``
-            returns no finite numbers; or ``resume`` holds runs of other weights or another config.
+            returns no numbers; ``resume`` holds runs of other weights, another config or key; or a key that is
+            no JSON value.
     """
     states = crossbar_states(model)
     state = states[0]
@@ -73,14 +82,14 @@ def evaluate_robustness(
     seconds = [parse_time(t) for t in times]
     own = {part.config.temperature for part in states}
     own_kelvin = own.pop() if len(own) == 1 else None  # None: each part its own
-    kelvins = [own_kelvin if t is None else t for t in temperatures]
+    kelvins = [own_kelvin if t is None else parse_temperature(t) for t in temperatures]
     for kelvin in kelvins:
         for part in states:
             part.config.device.equivalent_time(0.0, part.config.temperature if kelvin is None else kelvin)
     runs = [Run("digital"), Run("ideal")] if references else []
     runs += [Run("chip", s, k, chip) for k in kelvins for s in seconds for chip in chips]
     weights = weights_digest(model)
-    log = None if resume is None else RunLog(resume, model_digest(model))
+    log = None if resume is None else RunLog(resume, owner_of(model, key))
     found: dict[Run, dict[str, float]] = log.read() if log else {}
     silent: set[str] = set(log.uncalled) if log else set()
     several = share_chips and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -124,8 +133,27 @@ def evaluate_robustness(
         weights=weights,
         uncalled=[name for name in [*crossbar_layers(model), *replaced(model)] if name in silent],
     )
+    report.notes += report.not_finite()
+    for note in report.not_finite():
+        logger.warning("%s: it is no part of the means", note)
     state.report = report  # for push_to_hub
     return report
+
+
+def owner_of(model: nn.Module, key: Any = None) -> str:
+    """A fingerprint of the model, its config, and a JSON value that says what is measured.
+
+    Raises:
+        ValueError: ``key`` is no JSON value.
+    """
+    owner = model_digest(model)
+    if key is None:
+        return owner
+    try:
+        text = json.dumps(key, sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"key={key!r}: allowed is a JSON value: {error}") from None
+    return hashlib.sha256(f"{owner} {text}".encode()).hexdigest()
 
 
 def _refuse_changed(model: nn.Module, weights: str) -> None:
@@ -140,6 +168,11 @@ def _notes(model: nn.Module, seconds: list[float], kelvins: list[float | None]) 
     """What a reader of the numbers has to know of the devices."""
     states = crossbar_states(model)
     notes = []
+    if names := uncalibrated(model):
+        notes.append(
+            f"{len(names)} of {len(crossbar_layers(model))} crossbar layers are not calibrated, each batch spans an "
+            f"input range of its own: {', '.join(names)}"
+        )
     for part in states:
         device, of = part.config.device, f" ({part.config.device.name})" if len(states) > 1 else ""
         notes += [
@@ -211,8 +244,6 @@ def _metrics(result) -> dict[str, float]:
             metrics[str(key)] = float(value)
         except (TypeError, ValueError):
             raise ValueError(f"evaluate returned {key}={value!r}: allowed are numbers") from None
-        if not math.isfinite(metrics[str(key)]):
-            raise ValueError(f"evaluate returned {key}={value!r}: allowed are finite numbers")
     if not metrics:
         raise ValueError("evaluate returned no metrics")
     return metrics

@@ -45,8 +45,8 @@ class RunLog:
         entries = [entry for line in lines if (entry := _parse(line)) is not None]
         if any(entry.get("of") != self.owner for entry in entries):
             raise ValueError(
-                f"{self.path} holds runs of other weights or another config: allowed are those of this model; "
-                "delete it or name another file"
+                f"{self.path} holds runs of other weights, another config or another evaluation: allowed are those of "
+                "this model and this key; delete it or name another file"
             )
         self.uncalled = {name for entry in entries for name in entry.get("uncalled", ())}
         return {Run(**entry["run"]): entry["metrics"] for entry in entries}

@@ -1,5 +1,6 @@
 """Markdown tables of robustness reports."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def places(values: Iterable[float]) -> int:
     """Decimals that show a metric well: 1 for percentages, 3 for what lies within ±1."""
-    return 3 if max(map(abs, values), default=0.0) <= 1 else 1
+    return 3 if max((abs(value) for value in values if math.isfinite(value)), default=0.0) <= 1 else 1
 
 
 def metrics_table(

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..device.time import format_time, parse_time
 from ..model.deploy import deploy
+from .content import content_of
 from .report import RobustnessReport
 from .robustness import DEFAULT_TIMES, evaluate_robustness
 
@@ -61,16 +62,31 @@ class EvaluationMixin(Base):
         """The model as chips over time, on ``eval_dataset``; see :func:`hf_reram.evaluate_robustness`.
 
         Args:
+            eval_dataset: None takes the trainer's; of a dict of data sets each metric has the data set's name before
+                it, as in ``Trainer.evaluate``.
             metrics: which of the metrics to keep, with or without the prefix "eval_"; None keeps all.
+            kwargs: of :func:`hf_reram.evaluate_robustness`; the ``key`` of a ``resume`` file is made of the data sets'
+                content where none is given.
 
         Raises:
             ValueError: ``metrics`` names one that the evaluation does not give.
         """
-        dataloader, measure = self.get_eval_dataloader(eval_dataset), super().evaluation_loop
+        datasets = self.eval_dataset if eval_dataset is None else eval_dataset
+        several = isinstance(datasets, dict) and not hasattr(datasets, "column_names")
+        parts = {f"{name}_": part for name, part in datasets.items()} if several else {"": eval_dataset}
+        loaders = {name: self.get_eval_dataloader(part) for name, part in parts.items()}
+        measure = super().evaluation_loop
+        self.prepare_generation()
+        if kwargs.get("resume") is not None and kwargs.get("key") is None:
+            content = {name: content_of(loader.dataset) for name, loader in loaders.items()}
+            kwargs["key"] = [content, None if metrics is None else list(metrics), self.args.eval_batch_size]
 
         def evaluate(model) -> dict[str, float]:
-            output = measure(dataloader, "chips", metric_key_prefix="eval")
-            found = {k.removeprefix("eval_"): v for k, v in _numbers_of(output.metrics, "eval").items()}
+            found = {}
+            for name, loader in loaders.items():
+                output = measure(loader, "chips", metric_key_prefix="eval")
+                for metric, value in _numbers_of(output.metrics, "eval").items():
+                    found[name + metric.removeprefix("eval_")] = value
             if metrics is None:
                 return found
             wanted = [name.removeprefix("eval_") for name in metrics]

@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from ..device.programming import Draws, program
 from ..device.seeds import checked_seed, derived_seed
+from ..device.temperature import parse_temperature
 from ..device.time import parse_time
 from ..nn import CrossbarLayer
 from ..nn import array as cells_of
@@ -33,7 +34,7 @@ logger = logging.get_logger(__name__)
 
 @contextmanager
 def deploy(
-    model: nn.Module, time: str | float | None = None, temperature: float | None = None, seed: int = 0
+    model: nn.Module, time: str | float | None = None, temperature: str | float | None = None, seed: int = 0
 ) -> Iterator[nn.Module]:
     """The model as chip number ``seed``, ``time`` after programming, for as long as the context lasts.
 
@@ -47,7 +48,8 @@ def deploy(
     Args:
         model: patched by :func:`hf_reram.patch_model`, or of parts that were.
         time: since programming, such as "1s", "1d", "10y", or seconds; None: right after programming, not aged.
-        temperature: K; None takes ``config.temperature``, and the device's reference temperature if that is None.
+        temperature: K, or a text such as "85C"; None takes ``config.temperature``, and the device's reference
+            temperature if that is None.
         seed: number of the chip.
 
     Raises:
@@ -56,6 +58,7 @@ def deploy(
     """
     seed = checked_seed(seed)
     seconds = None if time is None else parse_time(time)
+    temperature = None if temperature is None else parse_temperature(temperature)
     refuse_offloaded(model)
     refuse_computed(model)
     if is_digital(model):
@@ -74,6 +77,7 @@ def deploy(
                     layer, seconds, kelvin(layer.crossbar.config.temperature, temperature), derived_seed(seed, name)
                 )
                 layer.put(token, aged)
+        warn_uncalibrated(model)
         reset_calls(model)
         yield model
         refuse_changed(layers)
@@ -172,6 +176,21 @@ def warn_uncalled(model: nn.Module, what: str, names: list[str] | None = None) -
         warned.add(key)
         shown = ", ".join(name or type(layers[name]).__name__ for name in names)
         logger.warning("%d of %d crossbar layers %s: %s", len(names), len(layers), what, shown)
+
+
+def uncalibrated(model: nn.Module) -> list[str]:
+    """Names of the crossbar layers that have no input range, so that each batch spans its own, as no chip does."""
+    return [name for name, layer in crossbar_layers(model).items() if not layer.calibrated]
+
+
+def warn_uncalibrated(model: nn.Module) -> None:
+    """Name crossbar layers that are not calibrated, once for each set of a model's layers."""
+    warn_uncalled(
+        model,
+        "are not calibrated: each batch spans an input range of its own, which no chip does; call "
+        "hf_reram.calibrate(model, batches)",
+        uncalibrated(model),
+    )
 
 
 @torch.no_grad()

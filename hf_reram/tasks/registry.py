@@ -1,13 +1,14 @@
 """The tasks that any checkpoint can be evaluated on: its data, its metrics and what it is calibrated with."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ..config import ReRAMConfig
+from ..evaluation.content import content_of
 from .data import KINDS, draw, load_rows
 from .image_classification import ImageClassification, check_labels, image_transforms
 from .question_answering import QuestionAnswering
@@ -19,13 +20,14 @@ class Task:
 
     Attributes:
         evaluate: see :func:`hf_reram.evaluate_robustness`. batches: of model inputs, without labels, for calibration.
-        metric: the one to judge by. examples: how many are evaluated.
+        metric: the one to judge by. examples: how many are evaluated. content: a fingerprint of them.
     """
 
     evaluate: Callable[[nn.Module], Mapping[str, float]]
     batches: list[Mapping[str, Any]]
     metric: str
     examples: int
+    content: str = ""
 
 
 def question_answering(model: Any, name: str, dataset: Any, batch_size: int = 32) -> Task:
@@ -80,7 +82,7 @@ def load_task(
     if task not in TASKS:
         raise ValueError(f"task={task!r}: allowed are {sorted(TASKS)}")
     rows = draw(load_rows(dataset, split, **_where(dataset)), samples, seed)
-    return TASKS[task](model, name, rows, batch_size)
+    return replace(TASKS[task](model, name, rows, batch_size), content=content_of(rows))
 
 
 def _where(dataset: str) -> dict[str, str]:

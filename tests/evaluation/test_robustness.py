@@ -67,7 +67,7 @@ def test_bad_arguments(model, wrong):
         evaluate_robustness(model, mean_square, progress=False, **wrong)
 
 
-@pytest.mark.parametrize("result", [{}, {"f1": float("nan")}, {"f1": "high"}, None])
+@pytest.mark.parametrize("result", [{}, {"f1": "high"}, None])
 def test_bad_metrics(model, result):
     with pytest.raises(ValueError, match="evaluate returned"):
         evaluate_robustness(model, lambda m: result, progress=False)
@@ -124,3 +124,42 @@ def test_offloaded_weights_are_refused_before_anything_is_measured(model):
     model.append(nn.LayerNorm(4, device="meta"))
     with pytest.raises(ValueError, match="on the meta device"):
         evaluate_robustness(model, lambda model: pytest.fail("measured"), progress=False)
+
+
+def test_runs_of_another_evaluation_are_not_taken_over(model, tmp_path):
+    options = {"times": ["1d"], "seeds": 2, "progress": False, "resume": tmp_path / "log.jsonl"}
+    first = evaluate_robustness(model, mean_square, key={"data": "A", "split": 1}, **options)
+    again = evaluate_robustness(model, lambda m: pytest.fail("not again"), key={"split": 1, "data": "A"}, **options)
+    assert again.measurements == first.measurements
+    for key in ({"data": "B", "split": 1}, None):
+        with pytest.raises(ValueError, match="another evaluation"):
+            evaluate_robustness(model, mean_square, key=key, **options)
+    with pytest.raises(ValueError, match="allowed is a JSON value"):
+        evaluate_robustness(model, mean_square, key=object(), **options)
+
+
+def test_one_metric_that_is_nan_is_shown_and_not_the_end(model, tmp_path, caplog):
+    runs = []
+
+    def evaluate(model):
+        runs.append(mean_square(model))
+        return {"loss": math.nan if len(runs) == 4 else float(len(runs)), "constant": 2.0}
+
+    with caplog.at_level("WARNING", "hf_reram"):
+        report = evaluate_robustness(model, evaluate, times=["1d"], seeds=3, progress=False)
+    assert len(runs) == 5 and report.statistic("loss", "1d").mean == 4.0 and report.statistic("loss", "1d").chips == 2
+    assert report.statistic("constant", "1d").chips == 3
+    told = "loss is nan on chip 1 after 1d"
+    assert told in report.notes and told in caplog.text and "Loss is nan on chip 1 after 1d." in report.to_markdown()
+    report.to_json(tmp_path / "r.json")
+    assert "NaN" not in (tmp_path / "r.json").read_text()
+    again = RobustnessReport.from_json(tmp_path / "r.json")
+    assert math.isnan(again.measurements[1].metrics["loss"]) and again.statistic("loss", "1d").mean == 4.0
+    report.plot(tmp_path / "r.png", metric="loss")
+
+
+def test_temperatures_may_be_texts(model):
+    report = evaluate_robustness(model, mean_square, ["1d"], ["85C", 300], seeds=1, progress=False)
+    assert report.temperatures == [358.15, 300.0]
+    with pytest.raises(ValueError, match=r"temperature=85: allowed is 200 to 2000 K.*; 85 °C\? write '85C'"):
+        evaluate_robustness(model, mean_square, ["1d"], [85], seeds=1, progress=False)
