@@ -8,13 +8,17 @@ from typing import Any
 
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
 
-from ..config import ReRAMConfig
+from ..config import TRAINING_FIELDS, ReRAMConfig
 from ..hub.report import attach_stored_report
-from ..model.find import crossbar_layers
-from ..model.patch import initialize_layers, make_range_trainable, swap_layers, unpatch_model
+from ..model.find import crossbar_layers, crossbar_state
+from ..model.patch import initialize_layers, make_range_trainable, patch_model, swap_layers, unpatch_model
+from ..model.reconfigure import reconfigure
 from ..nn.layer import BUFFERS, FILLS
 from .upload import UPLOAD, attach_upload
+
+logger = logging.get_logger(__name__)
 
 # Buffers that checkpoints from before do not have.
 ADDED_LATER = ("input_floor", "input_offset", "input_scale", "pairs_per_weight")
@@ -30,7 +34,7 @@ class ReRAMQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         self.files = checkpoint_files if self.pre_quantized else None
-        swap_layers(model, self.quantization_config)
+        swap_layers(model, self.quantization_config, stored=self.pre_quantized)
         if self.quantization_config.learn_input_range:
             for layer in crossbar_layers(model).values():
                 make_range_trainable(layer)
@@ -50,12 +54,22 @@ class ReRAMQuantizer(HfQuantizer):
                 if not _was_loaded(getattr(layer, buffer)):
                     getattr(layer, buffer).data.fill_(FILLS[buffer])
         initialize_layers(model, missing)
+        if missing and self.pre_quantized:
+            logger.warning(
+                "%d crossbar layers are not in the checkpoint and so not calibrated, call hf_reram.calibrate: %s",
+                len(missing),
+                ", ".join(sorted(missing)),
+            )
         for layer in crossbar_layers(model).values():
             if layer.weight.device.type != "meta":
                 layer.scalars()  # compiled code does not look
         # transformers refuses .half() and .float() for quantized models; here weights are ordinary parameters.
         model.is_quantized = False
-        attach_stored_report(model, self.files)
+        asked = getattr(self.quantization_config, "asked", None)
+        if asked is not None and crossbar_layers(model):
+            _put_on(model, asked)
+        if crossbar_layers(model):
+            attach_stored_report(model, self.files)
         attach_upload(model)
         return model
 
@@ -80,6 +94,39 @@ class ReRAMQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def merged(stored: Any, asked: ReRAMConfig) -> ReRAMConfig:
+    """Of a checkpoint's config and one that ``from_pretrained`` was given, the first, with which its numbers are
+    loaded; the model is put on the second's cells afterwards.
+
+    Raises:
+        ValueError: the checkpoint's weights are quantized by another method.
+    """
+    data = stored if isinstance(stored, dict) else stored.to_dict()
+    if data.get("quant_method") != ReRAMConfig.quant_method:
+        raise ValueError(
+            f"quantization_config={type(asked).__name__}: the checkpoint is quantized by "
+            f"{data.get('quant_method')!r}; crossbars hold weights that are not"
+        )
+    config = ReRAMConfig.from_dict(data)
+    config.asked = asked  # type: ignore[attr-defined]
+    return config
+
+
+def _put_on(model: Any, asked: ReRAMConfig) -> None:
+    """Put a loaded model on other cells; of those that it is on, only loss, times and temperature change."""
+    config = crossbar_state(model).config
+    if asked.hardware() == config.hardware():
+        reconfigure(model, **{name: getattr(asked, name) for name in TRAINING_FIELDS})
+        return
+    patch_model(unpatch_model(model), asked)
+    logger.warning(
+        "the checkpoint is of %s, and its calibration with it: put on %s as quantization_config says, the model is not "
+        "calibrated, call hf_reram.calibrate(model, batches)",
+        config.device.name,
+        asked.device.name,
+    )
 
 
 def _was_loaded(tensor) -> bool:

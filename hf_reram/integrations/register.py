@@ -70,6 +70,22 @@ def _tell_quantizers(auto: Any) -> None:
     ):
         if METHOD not in known or not known[METHOD].__module__.startswith("hf_reram."):
             register(METHOD)(ours)
+    _tell_of_two_configs(auto.AutoHfQuantizer)
+
+
+def _tell_of_two_configs(quantizers: Any) -> None:
+    """Have a ReRAMConfig heard that ``from_pretrained`` is given for a checkpoint with one, which transformers would
+    put aside with a warning; other methods' configs go transformers' way."""
+    theirs = quantizers.merge_quantization_configs
+    if theirs.__func__.__module__ == __name__:
+        return
+
+    def merge_quantization_configs(cls, quantization_config, quantization_config_from_args):
+        if type(quantization_config_from_args).__module__ != "hf_reram.config":
+            return theirs(quantization_config, quantization_config_from_args)
+        return load("hf_reram.integrations.quantizer", "merged")(quantization_config, quantization_config_from_args)
+
+    quantizers.merge_quantization_configs = classmethod(merge_quantization_configs)
 
 
 def register_pipelines() -> None:

@@ -56,11 +56,14 @@ def patch_model(model: nn.Module, config: ReRAMConfig) -> nn.Module:
 
 
 @torch.inference_mode(False)  # training may follow
-def swap_layers(model: Any, config: ReRAMConfig) -> CrossbarState:
-    """Swap the classes of the selected layers and register their buffers, also on the meta device: all or none."""
+def swap_layers(model: Any, config: ReRAMConfig, stored: bool = False) -> None:
+    """Swap the classes of the selected layers and register their buffers, also on the meta device: all or none.
+    ``stored``: see :func:`.select.select_layers`."""
     if crossbar_layers(model):
         raise ValueError(f"{type(model).__name__} is patched already: call unpatch_model(model) first")
-    selected: dict[str, Any] = select_layers(model, config)
+    selected: dict[str, Any] = select_layers(model, config, stored)
+    if not selected:
+        return
     for name, module in selected.items():
         if module.weight.device.type != "meta" and not torch.isfinite(module.weight.detach()).all():
             raise ValueError(f"the weight of layer {name!r} holds NaN or infinite values")
@@ -81,7 +84,6 @@ def swap_layers(model: Any, config: ReRAMConfig) -> CrossbarState:
     except BaseException:
         _take_off(model)
         raise
-    return state
 
 
 def _check_tiles(name: str, layer: CrossbarLayer) -> None:

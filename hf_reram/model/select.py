@@ -1,5 +1,6 @@
 """Which layers of a model go on crossbars, and which stay digital and why."""
 
+from collections.abc import Callable
 from typing import Any
 
 import regex
@@ -24,8 +25,9 @@ _UNSUPPORTED: Any = (
 _TABLES: Any = (nn.Embedding, nn.utils.parametrize.ParametrizationList)
 
 
-def select_layers(model: nn.Module, config: ReRAMConfig) -> dict[str, nn.Module]:
-    """The layers that ``config`` puts on crossbars, by qualified name; see :func:`patch_model`."""
+def select_layers(model: nn.Module, config: ReRAMConfig, stored: bool = False) -> dict[str, nn.Module]:
+    """The layers that ``config`` puts on crossbars, by qualified name; see :func:`patch_model`. ``stored``: the config
+    is a checkpoint's, whose names may be those of a model with another head, or of one without."""
     tied, adapters, bypassed = _tied_names(model), _adapters(model), left_digital(model)
     able: dict[str, nn.Module] = {}
     unable: dict[str, str] = {}  # and why
@@ -40,14 +42,18 @@ def select_layers(model: nn.Module, config: ReRAMConfig) -> dict[str, nn.Module]
             able[name] = module
     if left := unsupported(model):
         logger.warning("%s multiply by weights of kinds that are not put on crossbars, and stay digital", _some(left))
-    chosen = _targets(able, unable, config.target_modules)
+    spelled = _spelled(model) if stored else _as_it_is
+    chosen = _targets(able, unable, config.target_modules, spelled, stored)
     for pattern in config.modules_to_not_convert or ():
-        hit = {name for name in (*able, *unable) if f".{pattern}." in f".{name}."}
-        if not hit and not any(f".{pattern}." in f".{name}." for name, _ in walk(model)):
+        hit = {name for name in (*able, *unable) if any(f".{pattern}." in f".{form}." for form in spelled(name))}
+        if not hit and not stored and not any(f".{pattern}." in f".{name}." for name, _ in walk(model)):
             raise ValueError(f"modules_to_not_convert={pattern!r} matches no module of {type(model).__name__}")
         chosen -= hit
     reasons = _grouped({name: why for name, why in unable.items() if name in chosen})
     chosen -= unable.keys()
+    if not chosen and stored:
+        logger.warning("none of the checkpoint's crossbar layers are in %s, which is digital", type(model).__name__)
+        return {}
     if not chosen:
         raise ValueError(
             f"nothing to patch in {type(model).__name__}: of {len(able)} layers that could go on crossbars "
@@ -76,20 +82,39 @@ def _stacked(module: nn.Module) -> bool:
     return any(p.dim() > 2 and p.shape[0] > 1 and p[0].numel() > 1 for p in module.parameters(recurse=False))
 
 
-def _targets(able: dict[str, nn.Module], unable: dict[str, str], target) -> set[str]:
+def _as_it_is(name: str) -> list[str]:
+    return [name]
+
+
+def _spelled(model: Any) -> Callable[[str], list[str]]:
+    """What a layer may be called in a checkpoint of transformers: with the encoder's name before it, and without."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return lambda name: [name] if not prefix else [name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")]
+
+
+def _targets(
+    able: dict[str, nn.Module], unable: dict[str, str], target, spelled: Callable[[str], list[str]], stored: bool
+) -> set[str]:
     names = [*able, *unable]
     if target is None or target == "all-linear":
         return set(names)
     if isinstance(target, str):
         try:  # a config may come from anyone, and some expressions take forever
-            hits = {target: {name for name in names if regex.fullmatch(target, name, timeout=1.0)}}
+            hits = {
+                target: {
+                    name for name in names if any(regex.fullmatch(target, form, timeout=1.0) for form in spelled(name))
+                }
+            }
         except regex.error as error:
             raise ValueError(f"target_modules={target!r} is no regular expression: {error}") from error
         except TimeoutError as error:
             raise ValueError(f"target_modules={target!r} took too long to match: allowed is a second a name") from error
     else:
-        hits = {key: {name for name in names if name == key or name.endswith(f".{key}")} for key in target}
-    for key, hit in hits.items():
+        hits = {
+            key: {name for name in names if any(f".{form}".endswith(f".{key}") for form in spelled(name))}
+            for key in target
+        }
+    for key, hit in hits.items() if not stored else ():
         if not hit:
             raise ValueError(f"target_modules={key!r} matches no layer; layers are {_some(able)}")
         if hit <= unable.keys():

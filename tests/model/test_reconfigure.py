@@ -1,0 +1,99 @@
+"""Loss, times and temperature change without a new mapping."""
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+from hf_reram import ReRAMConfig, calibrate, crossbar_layers, deploy, evaluate_robustness, patch_model, reconfigure
+from hf_reram.model.find import crossbar_state
+from hf_reram.nn.layer import BUFFERS
+from tests.samples.models import bert_batch
+
+
+@pytest.fixture
+def robust(tiny_bert):
+    patch_model(tiny_bert, ReRAMConfig(retention_loss="output"))
+    return calibrate(tiny_bert, [bert_batch()])
+
+
+def numbers(model):
+    return {f"{n}.{b}": getattr(m, b).clone() for n, m in crossbar_layers(model).items() for b in BUFFERS}
+
+
+def test_what_is_no_hardware_changes_and_calibration_stays(robust):
+    before = numbers(robust)
+    assert reconfigure(robust, retention_loss="drift", retention_times=["10y"], temperature="85C") is robust
+    config = crossbar_state(robust).config
+    assert (config.retention_loss, config.retention_times, config.temperature) == ("drift", ["10y"], 358.15)
+    assert robust.config.quantization_config.to_dict() == config.to_dict()
+    assert crossbar_state(robust).physics.term is None
+    after = numbers(robust)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("wrong", [{"device": "generic"}, {"weight_clip": None}, {"retention_times": []}])
+def test_hardware_and_wrong_values_are_refused(robust, wrong):
+    before = crossbar_state(robust).config.to_dict()
+    with pytest.raises(ValueError, match="allowed"):
+        reconfigure(robust, **wrong)
+    assert crossbar_state(robust).config.to_dict() == before
+
+
+def test_loading_for_another_loss_keeps_the_calibration(robust, tmp_path):
+    robust.save_pretrained(tmp_path)
+    asked = ReRAMConfig(retention_loss="none", temperature=330)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, quantization_config=asked)
+    before, after = numbers(robust), numbers(loaded)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert loaded.config.quantization_config.to_dict() == asked.to_dict()
+
+
+def test_loading_for_other_cells_puts_the_model_on_them(robust, tmp_path, caplog):
+    robust.save_pretrained(tmp_path)
+    asked = ReRAMConfig(device="cmo-hfox-ibm", weight_scale="per_tensor")
+    with caplog.at_level("WARNING", "hf_reram"):
+        loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, quantization_config=asked)
+    assert "put on cmo-hfox-ibm as quantization_config says, the model is not calibrated" in caplog.text
+    layers = crossbar_layers(loaded)
+    assert all(
+        layer.crossbar.config.device.name == "cmo-hfox-ibm" and not layer.calibrated for layer in layers.values()
+    )
+    for name, value in robust.state_dict().items():
+        if name.rpartition(".")[2] not in BUFFERS:
+            assert torch.equal(loaded.state_dict()[name], value), name
+    with caplog.at_level("WARNING", "hf_reram"), deploy(loaded, "1d"):
+        loaded(**bert_batch())
+    assert "are not calibrated: each batch spans an input range of its own" in caplog.text
+    report = evaluate_robustness(loaded, lambda m: float(m(**bert_batch()).loss), ["1d"], seeds=1, progress=False)
+    assert any("are not calibrated" in note for note in report.notes)
+    loaded.save_pretrained(tmp_path / "again")
+    assert AutoModel.from_pretrained(tmp_path / "again").config.quantization_config.device.name == "cmo-hfox-ibm"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"modules_to_not_convert": ["classifier"]},
+        {"target_modules": r"bert\.encoder\..*(query|key)"},
+        {"target_modules": ["query", "classifier"]},
+    ],
+)
+def test_checkpoints_open_with_another_head_or_none(tiny_bert, tmp_path, options):
+    patch_model(tiny_bert, ReRAMConfig(**options))
+    calibrate(tiny_bert, [bert_batch()])
+    tiny_bert.save_pretrained(tmp_path)
+    encoder = {name: m for name, m in crossbar_layers(tiny_bert).items() if name.startswith("bert.")}
+    bare = AutoModel.from_pretrained(tmp_path)
+    assert set(crossbar_layers(bare)) == {name.removeprefix("bert.") for name in encoder}
+    assert all(layer.calibrated for layer in crossbar_layers(bare).values())
+    other = AutoModelForTokenClassification.from_pretrained(tmp_path)
+    assert {n for n in crossbar_layers(other) if n.startswith("bert.")} == set(encoder) - {"bert.pooler.dense"}
+    assert all(layer.calibrated for n, layer in crossbar_layers(other).items() if n.startswith("bert."))
+
+
+def test_a_head_alone_on_crossbars_leaves_the_encoder_digital(tiny_bert, tmp_path, caplog):
+    patch_model(tiny_bert, ReRAMConfig(target_modules=["classifier"]))
+    calibrate(tiny_bert, [bert_batch()]).save_pretrained(tmp_path)
+    with caplog.at_level("WARNING", "hf_reram"):
+        bare = AutoModel.from_pretrained(tmp_path)
+    assert crossbar_layers(bare) == {} and "none of the checkpoint's crossbar layers are in BertModel" in caplog.text
