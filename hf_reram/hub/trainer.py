@@ -5,10 +5,11 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
+from ..model.find import crossbar_layers
 from .about import about_model
 from .publish import publish
 from .push import push
-from .report import report_of, unmeasured
+from .report import REPORT, report_of, unmeasured
 
 # Of Trainer, beside which the mixin stands.
 Base: Any = object
@@ -17,6 +18,15 @@ Base: Any = object
 class HubMixin(Base):
     """What :class:`hf_reram.ReRAMTrainerMixin` does for the Hub: a card of the model's robustness, and an upload of all
     files at once."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As ``Trainer.save_model``, and beside the weights the report of :meth:`evaluate_robustness`, where it is of
+        these weights."""
+        super().save_model(output_dir, _internal_call)
+        if _internal_call or not self.is_world_process_zero() or not crossbar_layers(self.model):
+            return
+        if (report := report_of(self.model)) is not None:
+            report.to_json(Path(output_dir or self.args.output_dir or ".") / REPORT)
 
     def create_model_card(
         self,

@@ -1,12 +1,16 @@
 """Trainers whose models train on simulated ReRAM crossbars, and what they need of Trainer's private names."""
 
+import os
+from contextlib import nullcontext
 from typing import Any
 
-from transformers import Trainer
+from torch.utils.data import IterableDataset
+from transformers import Seq2SeqTrainer, Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..evaluation.trainer import EvaluationMixin
 from ..hub.trainer import HubMixin
-from ..training.checkpoints import staged
+from ..training.checkpoints import marked, staged
 from ..training.mixin import TrainingMixin
 
 
@@ -29,6 +33,8 @@ class ReRAMTrainerMixin(TrainingMixin, EvaluationMixin, HubMixin):
             such as ``eval_1d_loss`` and ``eval_1d_accuracy``, means over chips; ``metric_for_best_model`` may name one.
         eval_chips: how many chips for ``eval_times``.
         calibration_dataset: what to calibrate on instead of ``train_dataset``.
+        follow_training: let input ranges, offsets, gains, the ADCs' ranges and weight scales follow the activations and
+            weights of the first nine tenths of the training (:func:`hf_reram.follow_training`).
         freeze_batch_norm: train with batch norm's running statistics and leave them as they are, for small batches and
             after :func:`hf_reram.calibration.batch_norm.fold_batch_norm`.
 
@@ -43,9 +49,25 @@ class ReRAMTrainerMixin(TrainingMixin, EvaluationMixin, HubMixin):
     def calibration_data(self) -> Any:
         """As :class:`TrainingMixin`'s, without the columns that the model does not take."""
         dataset = super().calibration_data()
-        if hasattr(dataset, "column_names"):
+        if hasattr(dataset, "column_names") and not isinstance(dataset, IterableDataset):
             return self._remove_unused_columns(dataset, description="calibration")
         return dataset
+
+    def calibration_collator(self) -> Any:
+        """As :class:`TrainingMixin`'s; of streamed data and other kinds, whose columns cannot be removed before,
+        without what the model does not take."""
+        dataset = super().calibration_data()
+        if hasattr(dataset, "column_names") and not isinstance(dataset, IterableDataset):
+            return self.data_collator
+        return self._get_collator_with_removed_columns(self.data_collator, description="calibration")
+
+    def prepare_generation(self) -> None:
+        """Have a Seq2SeqTrainer generate as its ``evaluate`` does, with the arguments' lengths and beams."""
+        if not isinstance(self, Seq2SeqTrainer):
+            return
+        given = {"max_length": self.args.generation_max_length, "num_beams": self.args.generation_num_beams}
+        self._gen_kwargs = {name: value for name, value in given.items() if value is not None}
+        self.gather_function = self.accelerator.gather
 
     def _run_epoch(self, *args, **kwargs) -> None:
         """As Trainer's, but a training that was finished before it was resumed gets no step more, which would make
@@ -54,6 +76,11 @@ class ReRAMTrainerMixin(TrainingMixin, EvaluationMixin, HubMixin):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        with marked(folder) if self.args.should_save else nullcontext():
+            super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         output_dir = output_dir if output_dir is not None else self.args.output_dir or "."

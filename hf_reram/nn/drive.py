@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..config import dac_grid
 from ..device.iv import LINEAR_B
 from .forward import rows_kept, runs_again, same_mask
+from .observe import looks, observe
 from .ops import reference
 from .ops.functions import ShrunkSinh
 from .scalars import Scalars
@@ -43,6 +44,8 @@ def drive(layer: "CrossbarLayer", x: Tensor, now: Scalars) -> Driven:
     """Center, scale, clamp to the input range, convert, and bend: ``phi = span · gain/b · sinh(b u)``."""
     span = input_range(layer, x, now)
     levels, floor = dac_grid(layer.crossbar.config.dac_bits, now.input_floor)
+    if looks(layer):
+        observe(layer, x, now)
     factor: Any = span * (now.gain if now.b < LINEAR_B else now.gain / now.b)
     state = layer.crossbar
     accounts = layer.training and bool(state.term or state.measure)

@@ -9,6 +9,7 @@ from ..config import converter_levels
 from ..device.read_noise import relative_read_noise
 from .array import Held
 from .drive import Driven
+from .observe import looks, observe_current
 from .ops.functions import Quantize
 from .ops.random import white_noise_like
 from .scalars import Scalars
@@ -28,15 +29,17 @@ def read(layer: "CrossbarLayer", driven: Driven, held: Held, now: Scalars) -> Te
     if not config.adc_bits and not noisy:
         return layer.multiply(driven.s, weight, bias, driven.padded)
     units = current_units(layer, driven, now)
+    std = relative_read_noise(config.device, now.pairs) if noisy else 0.0
     if levels := converter_levels(config.adc_bits):
-        y = _converted(layer, driven, weight, bias, units, levels, now)
-    else:
-        y = layer.multiply(driven.s, weight, bias, driven.padded)
-    if noisy:
-        std = relative_read_noise(config.device, now.pairs)
-        square: Any = sum(unit.square() for unit in units)
-        y = y.addcmul_(white_noise_like(y), square.sqrt() * std)  # of its own making
-    return y
+        return _converted(layer, driven, weight, bias, units, levels, now, std)
+    y = layer.multiply(driven.s, weight, bias, driven.padded)
+    square: Any = sum(unit.square() for unit in units)
+    return _with_noise(y, square.sqrt() * std)
+
+
+def _with_noise(current: Tensor, std: Tensor) -> Tensor:
+    """Of its own making, so that it may be written into."""
+    return current.addcmul_(white_noise_like(current), std)
 
 
 def current_units(layer: "CrossbarLayer", driven: Driven, now: Scalars) -> list[Tensor]:
@@ -55,10 +58,15 @@ def _converted(
     units: list[Tensor],
     levels: int,
     now: Scalars,
+    std: float,
 ) -> Tensor:
+    """The tiles' currents, with their read noise, as their ADCs convert them; ``std`` of the noise in units."""
     y: Any = None
     for (s, part), unit in zip(layer.split(driven.s, weight), units):
         current = layer.multiply(s, part, None, driven.padded)
+        current = _with_noise(current, unit * std) if std else current
+        if looks(layer):
+            observe_current(layer, current, unit)
         step = _full_scale(layer, current, unit, now) * unit / levels
         added = layer.over_channels(bias) if y is None and bias is not None else None
         in_place = not torch.compiler.is_compiling() and not current._is_view()  # nothing else refers to it

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..config import ReRAMConfig
 from ..device.moments import WeightError
 from .forward import Forward, Padding, nobody, runs_again
+from .observe import Following
 from .physics import Physics, Sampling
 from .tensors import tensors_of
 
@@ -24,6 +25,7 @@ class CrossbarState:
         calls: forwards of the model; running: what began the one that is under way, None if none is.
         report: its last robustness report, whose weights it may have left since. warned: of what there was a warning.
         names: of the layers that were put on crossbars. chips: contexts that deploy it now; deployments: so far.
+        following: of the training that the numbers of calibration follow now, None where they stay.
     """
 
     report: Any = None
@@ -40,6 +42,7 @@ class CrossbarState:
         self.warned: set[Any] = set()
         self.names: frozenset[str] = frozenset()
         self.chips = self.deployments = 0
+        self.following: Following | None = None
         self._root = reference(root)
         self._waiting: list[Any] = []  # references to forwards whose terms may still join a loss
 

@@ -5,12 +5,16 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..model.deploy import warn_uncalled
-from ..model.find import crossbar_layers, reset_calls, uncalled
+from ..model.find import crossbar_layers, crossbar_states, reset_calls, uncalled
+from .following import begin_following, follow_training, stop_following
 from .losses import hold_weights
+
+# Share of the training after which the numbers of calibration stay.
+SETTLED = 0.9
 
 
 class HoldWeights(TrainerCallback):
-    """After each optimizer step, back into the cells' range."""
+    """After each optimizer step, the numbers of calibration follow, and weights go back into the cells' range."""
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
@@ -19,9 +23,24 @@ class HoldWeights(TrainerCallback):
         self.trainer._sums.clear()
         self.trainer._logged_step = state.global_step
         hold_weights(self.trainer.model)
+        begin_following(self.trainer.model, state.global_step, self._settled(state))
 
     def on_optimizer_step(self, args, state, control, **kwargs):
+        follow_training(self.trainer.model)
         hold_weights(self.trainer.model)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        for part in crossbar_states(self.trainer.model):
+            if part.following is not None:
+                part.following.settled = self._settled(state)
+        if control.should_save:  # as a training that is resumed there does
+            begin_following(self.trainer.model, state.global_step, self._settled(state))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        stop_following(self.trainer.model)
+
+    def _settled(self, state) -> bool:
+        return not self.trainer.follow_training or state.global_step >= SETTLED * state.max_steps
 
 
 class NameUncalled(TrainerCallback):

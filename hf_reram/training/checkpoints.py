@@ -1,6 +1,5 @@
 """Checkpoints that are there whole or not at all, whatever interrupts the saving."""
 
-import json
 import os
 import re
 import shutil
@@ -14,6 +13,7 @@ logger = logging.get_logger(__name__)
 
 STATE = "trainer_state.json"  # Trainer writes it last
 STAGING = ".incomplete"
+MARK = ".hf_reram-saving"
 CARD = "README.md"  # PEFT writes one with every save
 
 
@@ -37,6 +37,16 @@ def staged(folder: str | os.PathLike) -> Iterator[str]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+@contextmanager
+def marked(checkpoint: str | os.PathLike) -> Iterator[None]:
+    """A mark in a checkpoint's folder for as long as it is being saved: it is left where that is interrupted."""
+    folder = Path(checkpoint)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).touch()
+    yield
+    (folder / MARK).unlink(missing_ok=True)
+
+
 def last_checkpoint(folder: str | os.PathLike) -> str | None:
     """The last of a Trainer's checkpoints in ``folder`` that was saved to its end, None if there is none."""
     whole = [path for path in _checkpoints(folder) if is_whole(path)]
@@ -44,30 +54,22 @@ def last_checkpoint(folder: str | os.PathLike) -> str | None:
 
 
 def set_incomplete_aside(folder: str | os.PathLike) -> None:
-    """Rename checkpoints whose saving was interrupted to ``incomplete-checkpoint-N``, or delete them if they hold no
-    weights: to Trainer they would be the newest, so that it would resume from them, and delete whole ones before."""
+    """Rename checkpoints whose saving was interrupted, as our own mark in them says, to ``incomplete-checkpoint-N``: to
+    Trainer they would be the newest, so that it would resume from them. Nothing is deleted, and what has no mark stays
+    as it is."""
     for path in _checkpoints(folder):
-        if is_whole(path):
+        if not (path / MARK).exists():
             continue
-        if (path / STAGING).exists() or not any(path.glob("*.safetensors")):
-            logger.warning("%s was not saved to its end and is deleted", path)
-            shutil.rmtree(path)
-        else:
-            aside = path.with_name(f"incomplete-{path.name}")
-            logger.warning("%s was not saved to its end and is now %s; it can be deleted", path, aside)
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
+        aside, number = path.with_name(f"incomplete-{path.name}"), 1
+        while aside.exists():
+            aside, number = path.with_name(f"incomplete-{path.name}-{number}"), number + 1
+        logger.warning("%s was not saved to its end and is now %s; it can be deleted", path, aside)
+        path.rename(aside)
 
 
 def is_whole(checkpoint: str | os.PathLike) -> bool:
     """Whether a checkpoint was saved to its end."""
-    from transformers.trainer_callback import TrainerState
-
-    try:
-        TrainerState.load_from_json(str(Path(checkpoint) / STATE))
-    except (OSError, json.JSONDecodeError, TypeError):  # not there, cut off, or of other fields
-        return False
-    return True
+    return not (Path(checkpoint) / MARK).exists() and (Path(checkpoint) / STATE).exists()
 
 
 def _checkpoints(folder: str | os.PathLike) -> list[Path]:

@@ -112,18 +112,36 @@ def join_terms(
     return task_loss, alone
 
 
+def _of_all_processes(state: CrossbarState, own: dict[str, Tensor], processes: int) -> tuple[Tensor, Tensor]:
+    """The loss of the terms of all processes, whose layers need not be the same, as where some are dropped at random or
+    tokens are routed; and its gradient with respect to this process's terms, (layers, 2)."""
+    if processes == 1:
+        return _value_and_gradients(state, _stacked(own))
+    names = sorted(state.names | own.keys())
+    rows = [names.index(name) for name in own]
+    every = _stacked(own).new_zeros(len(names), 2)
+    every[rows] = _stacked(own)
+    dist.all_reduce(every)
+    called = (every[:, 1] > 0).nonzero()[:, 0]
+    value, found = _value_and_gradients(state, every[called])
+    gradients = torch.zeros_like(every)
+    gradients[called] = found
+    return value, gradients[rows] * processes  # which are averaged over processes later
+
+
+def _value_and_gradients(state: CrossbarState, terms: Tensor) -> tuple[Tensor, Tensor]:
+    terms = terms.clone().requires_grad_(True)
+    with torch.enable_grad():
+        value = _reduce(state, terms)
+    (gradients,) = torch.autograd.grad(value, terms)
+    return value, gradients
+
+
 def _add(task_loss: Tensor, state: CrossbarState, weight: float) -> tuple[Tensor, Tensor]:
     forwards, collected = _collected(state)
     own = _stacked(collected)
     processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    terms = own.detach().clone()
-    if processes > 1:
-        dist.all_reduce(terms)
-    terms.requires_grad_(True)
-    with torch.enable_grad():
-        value = _reduce(state, terms)
-    (gradients,) = torch.autograd.grad(value, terms)
-    gradients = gradients * processes  # which are averaged over processes later
+    value, gradients = _of_all_processes(state, dict(zip(collected, own.detach())), processes)
     if state.term == "output":
         state.ratios = {name: term.detach() for name, term in collected.items()}
     value = value.detach()

@@ -1,30 +1,41 @@
 """The part of a Trainer that trains a model on simulated ReRAM crossbars."""
 
+import json
 from collections.abc import Iterable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers.trainer_utils import IntervalStrategy, has_length
+from transformers.utils import logging
 
 from ..calibration.batch_norm import freeze_batch_norm
 from ..calibration.ranges import calibrate
 from ..calibration.sensitivity import measure_sensitivity
-from ..config import ReRAMConfig
+from ..config import TRAINING_FIELDS, ReRAMConfig
 from ..device.seeds import derived_seed
-from ..model.deploy import refuse_modes
+from ..model.deploy import refuse_modes, warn_uncalibrated
 from ..model.find import crossbar_layers, crossbar_state, crossbar_states
-from ..model.inputs import call_model
+from ..model.inputs import call_model, evaluating
 from ..model.patch import patch_model, unpatch_model
+from ..model.reconfigure import reconfigure
 from .callbacks import HoldWeights, NameUncalled
-from .checkpoints import set_incomplete_aside
+from .checkpoints import last_checkpoint, set_incomplete_aside
 from .diagnosis import explain
 from .distillation import check_temperature, divergence
+from .following import clamped_shares
 from .losses import join_terms, measured_ratios, sampled_drift
+
+logger = logging.get_logger(__name__)
 
 # Of Trainer, beside which the mixin stands.
 Base: Any = object
+
+# Share of a layer's inputs beyond its range from which on there is a warning.
+MUCH_CLAMPED = 0.05
 
 
 class TrainingMixin(Base):
@@ -42,18 +53,27 @@ class TrainingMixin(Base):
         teacher_temperature: float = 1.0,
         calibration_dataset=None,
         freeze_batch_norm: bool = False,
+        follow_training: bool = True,
         **kwargs,
     ):
         if not 0 <= teacher_weight <= 1:
             raise ValueError(f"teacher_weight={teacher_weight!r}: allowed is a number from 0 to 1")
         check_temperature("teacher_temperature", teacher_temperature)
         self.reram_config: Any = reram_config
+        self._given_config = reram_config
         self.teacher, self.teacher_weight, self.teacher_temperature = None, teacher_weight, teacher_temperature
         self.calibration_dataset, self.freeze_batch_norm = calibration_dataset, freeze_batch_norm
+        self.follow_training = follow_training
         self._sums: dict[str, Tensor] = {}
         self._logged_step = 0
-        self._looked_at_loss = False
+        self._looked_at_loss = self._told_of_clamped = self._joined = False
         super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{type(self).__name__} in one process on {self.args.n_gpu} GPUs would train copies of the model with "
+                "nn.DataParallel, where drift and retention terms are lost: start a process for each GPU, as "
+                "accelerate launch does, or set CUDA_VISIBLE_DEVICES to one"
+            )
         self._prepare_crossbars(self.model)
         if teacher is not None:
             self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
@@ -71,16 +91,17 @@ class TrainingMixin(Base):
         return model
 
     def _prepare_crossbars(self, model: nn.Module) -> None:
-        patched = bool(crossbar_layers(model))
-        if patched and self.reram_config is not None:
-            configs = [state.config.to_dict() for state in crossbar_states(model)]
-            if any(config != self.reram_config.to_dict() for config in configs):
+        patched, wanted = bool(crossbar_layers(model)), self._given_config  # not an earlier trial's
+        if patched and wanted is not None:
+            if any(state.config.hardware() != wanted.hardware() for state in crossbar_states(model)):
                 unpatch_model(model)
                 patched = False
+            else:
+                reconfigure(model, **{name: getattr(wanted, name) for name in TRAINING_FIELDS})
         if not patched:
-            if self.reram_config is None:
+            if wanted is None:
                 raise ValueError(f"the model is not patched: {type(self).__name__} needs reram_config=ReRAMConfig(...)")
-            patch_model(model, self.reram_config)
+            patch_model(model, wanted)
         state = crossbar_state(model)
         self.reram_config = state.config
         calibrated = all(layer.calibrated for layer in crossbar_layers(model).values())
@@ -89,7 +110,8 @@ class TrainingMixin(Base):
             return
         batches = self._calibration_batches()
         if batches is None:
-            return  # evaluated only: layers then span each batch's own range, or were calibrated by hand
+            warn_uncalibrated(model)
+            return
         with torch.random.fork_rng():  # so that training does not depend on whether calibration was needed
             if calibrated:
                 measure_sensitivity(model, list(batches))
@@ -99,6 +121,10 @@ class TrainingMixin(Base):
     def calibration_data(self) -> Any:
         """The data set that the model is calibrated on, or None."""
         return self.calibration_dataset if self.calibration_dataset is not None else self.train_dataset
+
+    def calibration_collator(self) -> Any:
+        """What makes batches of the data set that the model is calibrated on."""
+        return self.data_collator
 
     def _calibration_batches(self) -> Iterable | None:
         dataset = self.calibration_data()
@@ -111,7 +137,7 @@ class TrainingMixin(Base):
             batch_size=self.args.per_device_train_batch_size,
             shuffle=shuffle,
             generator=torch.Generator().manual_seed(self.args.seed) if shuffle else None,
-            collate_fn=self.data_collator,
+            collate_fn=self.calibration_collator(),
         )
         return (batch for batch, _ in zip(loader, range(self.reram_config.calibration_batches)))
 
@@ -121,27 +147,68 @@ class TrainingMixin(Base):
     # Training
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """As ``Trainer.train``. Checkpoints whose saving was interrupted are set aside, so that ``True`` resumes from
-        the last whole one; :func:`hf_reram.training.checkpoints.last_checkpoint` finds it.
+        """As ``Trainer.train``. Where it resumes, checkpoints whose saving was interrupted are set aside, so that
+        ``True`` resumes from the last whole one; :func:`hf_reram.training.checkpoints.last_checkpoint` finds it.
 
         Raises:
             FloatingPointError: the loss is NaN or infinite; says which layer made it so.
+            ValueError: the checkpoint was calibrated for other hardware than the model's config says.
             ValueError: the model is deployed as a chip, or digital.
         """
         refuse_modes(self.model, "train it")
-        if self.is_world_process_zero():
-            set_incomplete_aside(self.args.output_dir or ".")
-        self.accelerator.wait_for_everyone()
+        if resume_from_checkpoint:
+            if self.is_world_process_zero():
+                set_incomplete_aside(self.args.output_dir or ".")
+            self.accelerator.wait_for_everyone()
+            self._refuse_other_hardware(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _refuse_other_hardware(self, checkpoint: str | bool) -> None:
+        folder = last_checkpoint(self.args.output_dir or ".") if checkpoint is True else checkpoint
+        file = Path(folder or ".") / "config.json"
+        stored = json.loads(file.read_text(encoding="utf-8")).get("quantization_config") if file.exists() else None
+        if not stored or stored.get("quant_method") != ReRAMConfig.quant_method:
+            return
+        before, now = ReRAMConfig.from_dict(stored).hardware(), crossbar_state(self.model).config.hardware()
+        if other := [name for name in now if before[name] != now[name]]:
+            raise ValueError(
+                f"{folder} was calibrated with another {', '.join(other)}: resume with the same ReRAMConfig, or start "
+                "from its weights with hf_reram.patch_model and calibrate"
+            )
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         kept = dict(inputs)
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):  # Trainer reads the loss here too, to keep it out of its log
-            with self.compute_loss_context_manager(), sampled_drift(self.model):
-                why = explain(self.model, lambda: call_model(self.model, kept))
-            raise FloatingPointError(f"the loss of step {self.state.global_step + 1} is {float(loss)}: {why}")
+        overridden = type(self).compute_loss is not TrainingMixin.compute_loss
+        self._joined = False
+        with sampled_drift(self.model, seed=self._seed_of_step()) if overridden else nullcontext():
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if overridden and not self._joined and self._left_terms():
+            raise RuntimeError(
+                f"{type(self).__name__}.compute_loss calls neither super().compute_loss nor "
+                f"hf_reram.add_retention_loss, so that retention_loss={self.reram_config.retention_loss!r} joins no "
+                "loss: call one of them"
+            )
+        finite = torch.isfinite(loss)
+        several = self.args.world_size > 1
+        if several and not bool(self.accelerator.gather(finite.reshape(1)).all()) and finite:
+            raise FloatingPointError(f"the loss of step {self.state.global_step + 1} is not finite in another process")
+        if not finite:  # Trainer reads the loss here too, to keep it out of its log
+            why = "" if several else ": " + self._why(kept)  # to run the model again, all would have to
+            raise FloatingPointError(f"the loss of step {self.state.global_step + 1} is {float(loss)}{why}")
         return loss
+
+    def _left_terms(self) -> bool:
+        """Whether the step's forwards hold a retention loss that was not taken."""
+        states = crossbar_states(self.model)
+        closed = any(state.term is not None and state.forward.terms for state in states)
+        return closed or any(state.config.retention_loss == "consistency" for state in states)
+
+    def _seed_of_step(self) -> int:
+        return derived_seed(self.args.seed, f"step {self.state.global_step}")
+
+    def _why(self, inputs: dict[str, Any]) -> str:
+        with self.compute_loss_context_manager(), sampled_drift(self.model):
+            return explain(self.model, lambda: call_model(self.model, inputs))
 
     # Loss
 
@@ -160,7 +227,7 @@ class TrainingMixin(Base):
         if num_items_in_batch is not None and self.model_accepts_loss_kwargs and not self._looked_at_loss:
             self._look_at_loss(model, inputs, num_items_in_batch)
         state = crossbar_state(self.model)
-        seed = derived_seed(self.args.seed, f"step {self.state.global_step}")
+        self._joined, seed = True, self._seed_of_step()
         for part in crossbar_states(self.model):
             part.measure = part.term != "output" and self._measures_next()
         consistency = state.config.retention_loss == "consistency"
@@ -197,15 +264,17 @@ class TrainingMixin(Base):
         """See whether the model divides its loss by ``num_items_in_batch``. Trainer believes that of every model that
         takes ``**kwargs``; where one averages over the batch nevertheless (BertForSequenceClassification), processes
         and accumulated batches would add up instead of being averaged, and the retention loss would weigh less."""
-        self._looked_at_loss = True
         if self.args.world_size * self.args.gradient_accumulation_steps == 1:
+            self._looked_at_loss = True
             return
-        model.eval()
-        try:
+        with evaluating(model):
             one, half = (getattr(model(**inputs, num_items_in_batch=count * times), "loss", None) for times in (1, 2))
-        finally:
-            model.train()
-        if one is not None and half is not None and torch.allclose(one.float(), half.float(), rtol=1e-3):
+        told = torch.zeros((), device=self.args.device)  # 1: it divides, 2: it does not
+        if one is not None and half is not None and torch.isfinite(one) and one != 0:  # else without labels
+            told += 2 if torch.allclose(one.float(), half.float(), rtol=1e-3) else 1
+        told = self.accelerator.gather(told[None]).max()
+        self._looked_at_loss = bool(told > 0)
+        if told == 2:
             self.model_accepts_loss_kwargs = False
 
     def _task_loss(self, model, inputs, kept, num_items_in_batch):
@@ -255,4 +324,21 @@ class TrainingMixin(Base):
                 logs[name] = float(total[0] / total[1]) if total.dim() else float(total) / steps
             self._sums.clear()
             self._logged_step = self.state.global_step
+            self._log_clamped(logs)
         super().log(logs, *args, **kwargs)
+
+    def _log_clamped(self, logs: dict[str, float]) -> None:
+        shares = {name: float(share) for name, share in clamped_shares(self.model).items()}
+        if not shares:
+            return
+        logs["clamped"] = sum(shares.values()) / len(shares)
+        high = [f"{name} ({share:.0%})" for name, share in shares.items() if share > MUCH_CLAMPED]
+        if high and self.state.global_step > 0 and not self._told_of_clamped:
+            self._told_of_clamped = True
+            logger.warning(
+                "step %d: much of the inputs of %d crossbar layers lies beyond their input range, is clamped and gets "
+                "no gradient: %s. Let numbers follow the training (follow_training=True), or calibrate the model anew",
+                self.state.global_step,
+                len(high),
+                ", ".join(high),
+            )

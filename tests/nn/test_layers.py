@@ -4,7 +4,16 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_reram import ReRAMConfig, calibrate, crossbar_layers, digital, patch_model, retention_loss, unpatch_model
+from hf_reram import (
+    ReRAMConfig,
+    calibrate,
+    crossbar_layers,
+    deploy,
+    digital,
+    patch_model,
+    retention_loss,
+    unpatch_model,
+)
 from hf_reram.nn.array import cell_weight
 from hf_reram.nn.drive import drive
 from tests.samples.devices import device, straight
@@ -228,3 +237,21 @@ def test_a_square_conv1d_larger_than_a_piece_agrees_with_the_linear_form():
         model(x)
         found.append(retention_loss(model))
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("tile", [None, 4])
+def test_read_noise_is_converted_with_the_current(tile):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 6)), torch.randn(40, 8)
+    cell = device(read_noise=0.5)
+    patch_model(model, ReRAMConfig(device=cell, adc_bits=5, tile_size=tile, center_inputs=False))
+    calibrate(model, [x])
+    layer = model[0]
+    with deploy(model, "1s"), torch.no_grad():
+        first, second, silent = model(x), model(x), model(torch.zeros_like(x))
+    now = layer.scalars()
+    unit = layer.weight_scale * now.input_range * now.gain * cell.b() / now.b
+    steps = (first - layer.bias) / (layer.adc_range * unit / 15)
+    torch.testing.assert_close(steps, steps.round(), atol=1e-3, rtol=0)
+    assert not torch.equal(first, second)
+    assert (silent == layer.bias).float().mean() > 0.5  # noise below half a step is not read

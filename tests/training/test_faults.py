@@ -12,10 +12,8 @@ from torch import nn
 from transformers import TrainingArguments
 
 from hf_reram import ReRAMConfig, ReRAMTrainer
-from hf_reram.training.checkpoints import last_checkpoint, set_incomplete_aside, staged
+from hf_reram.training.checkpoints import MARK, last_checkpoint, set_incomplete_aside, staged
 from tests.samples.models import bert_batch
-
-WITH_WEIGHTS = ("kill while the optimizer is saved", "kill while the state is saved")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +48,7 @@ def test_a_resumed_training_has_the_losses_of_an_uninterrupted_one(train, tmp_pa
     assert all(torch.isfinite(t).all() for t in load_file(checkpoint / "model.safetensors").values())
     again = train(tmp_path)
     assert len(uninterrupted) == 6 and json.loads(again.stdout.splitlines()[-1]) == uninterrupted
-    aside = ["incomplete-checkpoint-4"] if fault in WITH_WEIGHTS else []
+    aside = [] if fault == "kill in training" else ["incomplete-checkpoint-4"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-6", *aside]
     assert not (tmp_path / "checkpoint-6" / ".incomplete").exists()
 
@@ -70,17 +68,25 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
     assert found == {"weights": "new", "README.md": "a person's", "part/of": "new"}
 
 
-def test_only_incomplete_checkpoints_are_set_aside(tmp_path):
-    states = {"checkpoint-5": '{"global_step": 5}', "checkpoint-10": '{"global', "checkpoint-20": None, "other": None}
-    for name, state in states.items():
-        (tmp_path / name).mkdir()
-        if state:
-            (tmp_path / name / "trainer_state.json").write_text(state)
-    (tmp_path / "checkpoint-10" / "model.safetensors").write_text("weights")
-    assert Path(last_checkpoint(tmp_path)).name == "checkpoint-5"
+def test_only_what_carries_our_mark_is_set_aside_and_nothing_is_deleted(tmp_path):
+    files = {
+        "checkpoint-5": {"trainer_state.json": '{"global_step": 5}', "model.safetensors": "weights"},
+        "checkpoint-10": {"trainer_state.json": '{"global', MARK: "", "model.safetensors": "weights"},
+        "checkpoint-15": {"trainer_state.json": '{"global_step": 15, "of_another_transformers": 1}'},
+        "checkpoint-20": {"__0_0.distcp": "shards"},
+        "checkpoint-25": {"mp_rank_00_model_states.pt": "DeepSpeed"},
+        "incomplete-checkpoint-10": {"model.safetensors": "older"},
+        "other": {MARK: ""},
+    }
+    for folder, contents in files.items():
+        (tmp_path / folder).mkdir()
+        for name, text in contents.items():
+            (tmp_path / folder / name).write_text(text)
+    assert Path(last_checkpoint(tmp_path)).name == "checkpoint-15"
     for _ in range(2):
         set_incomplete_aside(tmp_path)
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5", "incomplete-checkpoint-10", "other"]
+        found = {path.name: {f.name: f.read_text() for f in path.iterdir()} for path in tmp_path.iterdir()}
+        assert found == {"incomplete-checkpoint-10-1" if n == "checkpoint-10" else n: c for n, c in files.items()}
     assert last_checkpoint(tmp_path / "nowhere") is None
 
 

@@ -3,6 +3,8 @@ import copy
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
+from torch import nn
 from transformers import (
     EarlyStoppingCallback,
     TrainerCallback,
@@ -14,6 +16,7 @@ from hf_reram import (
     ReRAMConfig,
     ReRAMTrainer,
     RobustnessReport,
+    add_retention_loss,
     calibrate,
     crossbar_layers,
     deploy,
@@ -261,3 +264,149 @@ def test_training_where_it_would_not_be_on_crossbars_is_refused(tmp_path, mode, 
     trainer = trainer_of(tmp_path)
     with mode(trainer.model), pytest.raises(ValueError, match=f"the model is {told}: train it outside of"):
         trainer.train()
+
+
+class OwnLoss(ReRAMTrainer):
+    """As transformers' documentation shows it."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        loss = nn.functional.cross_entropy(outputs.logits, inputs["labels"])
+        return (loss, outputs) if return_outputs else loss
+
+
+class AddedLoss(ReRAMTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        loss, _ = add_retention_loss(outputs.loss, self.model)
+        return (loss, outputs) if return_outputs else loss
+
+
+def trained(folder, kind, loss):
+    trainer = kind(
+        fresh_bert(), arguments(folder), train_dataset=examples(), reram_config=ReRAMConfig(retention_loss=loss)
+    )
+    trainer.train()
+    return trainer.model.classifier.weight.detach()
+
+
+def test_a_compute_loss_of_ones_own_trains_with_drift(tmp_path):
+    torch.testing.assert_close(trained(tmp_path, OwnLoss, "drift"), trained(tmp_path, ReRAMTrainer, "drift"))
+
+
+@pytest.mark.parametrize("loss", ["output", "consistency"])
+def test_a_compute_loss_that_loses_the_retention_loss_is_refused(tmp_path, loss):
+    with pytest.raises(RuntimeError, match=r"OwnLoss\.compute_loss calls neither super\(\)\.compute_loss nor"):
+        trained(tmp_path, OwnLoss, loss)
+
+
+def test_a_compute_loss_may_add_the_retention_loss_itself(tmp_path):
+    torch.testing.assert_close(trained(tmp_path, AddedLoss, "output"), trained(tmp_path, ReRAMTrainer, "output"))
+
+
+def test_each_trial_has_the_config_that_it_patches_with(tmp_path):
+    weights = iter([0.1, 0.2])
+
+    def init():
+        model = patch_model(fresh_bert(), ReRAMConfig(retention_loss="output", retention_weight=next(weights)))
+        return calibrate(model, [bert_batch()])
+
+    trainer = ReRAMTrainer(None, arguments(tmp_path, max_steps=1), train_dataset=examples(), model_init=init)
+    assert trainer.reram_config.retention_weight == 0.1
+    trainer.train()
+    assert trainer.reram_config.retention_weight == 0.2
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_streamed_data_calibrate(tmp_path, named):
+    rows = [{key: value.tolist() for key, value in row.items()} | {"text": "unused"} for row in examples()]
+    stream = Dataset.from_list(rows).to_iterable_dataset()
+    if not named:
+        stream = stream.map(lambda row: row)  # of whose columns nothing is known
+    trainer = trainer_of(tmp_path, data=stream, arguments_={"max_steps": 2})
+    assert all(layer.calibrated for layer in crossbar_layers(trainer.model).values())
+    trainer.train()
+
+
+def test_several_evaluation_sets_have_their_metrics_each(tmp_path):
+    sets = {"easy": examples(8), "hard": examples(16)}
+    trainer = ReRAMTrainer(
+        fresh_bert(),
+        arguments(tmp_path),
+        train_dataset=examples(),
+        eval_dataset=sets,
+        compute_metrics=accuracy,
+        reram_config=ReRAMConfig(),
+    )
+    report = trainer.evaluate_robustness(["1d"], seeds=2, progress=False)
+    assert {"easy_accuracy", "hard_accuracy", "easy_loss", "hard_loss"} <= set(report.metrics)
+    alone = trainer.evaluate_robustness(["1d"], seeds=2, eval_dataset=sets["hard"], progress=False)
+    for chip, other in zip(report.measurements, alone.measurements):
+        assert chip.metrics["hard_accuracy"] == other.metrics["accuracy"]
+
+
+def test_a_resumed_evaluation_knows_its_data(tmp_path):
+    trainer = trainer_of(tmp_path)
+    options = {"times": ["1d"], "seeds": 1, "progress": False, "resume": tmp_path / "log.jsonl"}
+    first = trainer.evaluate_robustness(eval_dataset=examples(8), **options)
+    assert trainer.evaluate_robustness(eval_dataset=examples(8), **options).measurements == first.measurements
+    with pytest.raises(ValueError, match="another evaluation"):
+        trainer.evaluate_robustness(eval_dataset=examples(16), **options)
+
+
+def test_a_saved_model_has_its_report_beside_it(tmp_path):
+    trainer = trainer_of(tmp_path)
+    report = trainer.evaluate_robustness(["1d"], seeds=1, eval_dataset=examples(8), progress=False)
+    trainer.save_model(str(tmp_path / "model"))
+    assert RobustnessReport.from_json(tmp_path / "model" / "robustness.json").measurements == report.measurements
+    trainer.train()
+    trainer.save_model(str(tmp_path / "later"))
+    assert not (tmp_path / "later" / "robustness.json").exists()
+
+
+def test_another_loss_keeps_the_calibration_of_a_model_without_training_data(tmp_path):
+    model = patch_model(fresh_bert(), ReRAMConfig(retention_loss="output"))
+    calibrate(model, [bert_batch()])
+    trainer = ReRAMTrainer(model, arguments(tmp_path), reram_config=ReRAMConfig(retention_loss="drift"))
+    assert all(layer.calibrated for layer in crossbar_layers(trainer.model).values())
+    assert trainer.reram_config.retention_loss == "drift"
+
+
+def test_resuming_on_other_hardware_is_refused(tmp_path):
+    saved = {"save_strategy": "steps", "save_steps": 2}
+    trainer_of(tmp_path, arguments_=saved).train()
+    other = trainer_of(tmp_path, ReRAMConfig(retention_loss="output", weight_clip=None), arguments_=saved)
+    with pytest.raises(ValueError, match="calibrated with another weight_clip: resume with the same ReRAMConfig"):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_labels_that_are_all_ignored_say_nothing_of_a_models_loss(tmp_path):
+    first = [{**row, "labels": torch.tensor(-100)} for row in examples(8)]
+    trainer = trainer_of(tmp_path, data=first + examples(24), arguments_={"gradient_accumulation_steps": 2})
+    batch = {key: torch.stack([row[key] for row in first]) for key in first[0]}
+    trainer.model.train()
+    trainer._look_at_loss(trainer.model, batch, torch.tensor(8))
+    assert not trainer._looked_at_loss and trainer.model.training
+
+
+def test_frozen_batch_norm_stays_so_with_accumulated_batches(tmp_path):
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+        def forward(self, x, labels=None, **kwargs):
+            logits = self.last(self.norm(self.first(x)))
+            return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    data = [{"x": torch.randn(6), "labels": torch.tensor(i % 3)} for i in range(32)]
+    trainer = ReRAMTrainer(
+        Normed(),
+        arguments(tmp_path, gradient_accumulation_steps=2, max_steps=2),
+        train_dataset=data,
+        reram_config=ReRAMConfig(),
+        freeze_batch_norm=True,
+    )
+    before = trainer.model.norm.running_mean.clone()
+    trainer.train()
+    assert torch.equal(trainer.model.norm.running_mean, before)

@@ -1,0 +1,188 @@
+"""Numbers of calibration that follow the training, as batch norm's statistics do.
+
+A layer is calibrated for the inputs and weights that it has before the training. A new head, or a small model at a high
+learning rate, leaves these within a few steps: inputs beyond the range are clamped and get no gradient, and weights
+cannot grow out of what their cells hold. So training forwards look at some of each layer's inputs
+(:mod:`hf_reram.nn.observe`), and after the optimizer's step input range, offset, gain, the ADC's range and weight scale
+move towards what was seen. Looks are many at first and rare later.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..calibration.input_scales import TINY, TYPICAL_CLIP
+from ..device.iv import LINEAR_B
+from ..model.find import crossbar_states, patched_layers
+from ..nn import CrossbarLayer
+from ..nn.array import cell_weight
+from ..nn.observe import Following, Seen
+
+# Share of the way to what was seen that numbers take at once, and how far beyond the range an input takes it there.
+MOMENTUM = 0.2
+JUMP = 1.25
+
+# Of the largest current that was seen, the ADC's range.
+HEADROOM = 1.1
+
+# Every step is looked at until this one, then every second, and half as many with each doubling of the steps done.
+ALL_UNTIL = 16
+LONGEST = 64
+
+
+def is_due(step: int) -> bool:
+    """Whether the forwards before optimizer step number ``step``, from 0, are looked at."""
+    every = 1
+    while every < LONGEST and step >= ALL_UNTIL * every:
+        every *= 2
+    return step % every == 0
+
+
+@torch.no_grad()
+def follow_training(model: nn.Module) -> None:
+    """Let the numbers of calibration follow a training: to be called before the first step and after each step of the
+    optimizer, before :func:`hf_reram.hold_weights`, by all processes. :class:`hf_reram.ReRAMTrainer` does so itself.
+    The last steps are best done without, so that the weights settle.
+
+    Layers whose weights are not trained, as beside adapters, keep their numbers, and all do under ``torch.compile``;
+    learned input ranges are left to the optimizer.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    states, layers = crossbar_states(model), _trained_layers(model)
+    if states[0].following is None:
+        begin_following(model)
+        return
+    following: Any = states[0].following
+    if is_due(following.steps):
+        _follow_inputs(layers)
+        for layer in layers.values() if not following.settled else ():
+            _follow_weights(layer)
+            layer.forget_white_noise()
+    for state in states:
+        following = state.following
+        following.seen.clear()
+        following.currents.clear()
+        following.steps += 1
+        following.looks = is_due(following.steps)
+
+
+@torch.no_grad()
+def begin_following(model: nn.Module, steps: int = 0, settled: bool = False) -> None:
+    """Begin, or begin anew from the weights as they are, after ``steps`` steps of the optimizer; ``settled``: only
+    look, for :func:`clamped_shares`."""
+    for state in crossbar_states(model):
+        state.following = Following(steps, is_due(steps), settled)
+    for layer in _trained_layers(model).values():
+        layer.crossbar.following.rms[layer.crossbar_name] = _weight_rms(layer)
+
+
+def stop_following(model: nn.Module) -> None:
+    """Leave the numbers of calibration as they are now, and look at inputs no more."""
+    for state in crossbar_states(model):
+        state.following = None
+
+
+def clamped_shares(model: nn.Module) -> dict[str, Tensor]:
+    """The share of each layer's inputs that lay beyond its range when it was last looked at, by layer name."""
+    found = {}
+    for name, layer in patched_layers(model).items():
+        following = layer.crossbar.following
+        if following is not None and layer.crossbar_name in following.clamped:
+            found[name] = following.clamped[layer.crossbar_name]
+    return found
+
+
+def _trained_layers(model: nn.Module) -> dict[str, Any]:
+    return {name: layer for name, layer in patched_layers(model).items() if layer.weight.requires_grad}
+
+
+def _follow_inputs(layers: dict[str, Any]) -> None:
+    seen = {name: layer.crossbar.following.seen.get(layer.crossbar_name) for name, layer in layers.items()}
+    currents = {name: layer.crossbar.following.currents.get(layer.crossbar_name) for name, layer in layers.items()}
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        _exchange(layers, seen, currents)
+    for name, layer in layers.items():
+        if (found := seen[name]) is not None:
+            _follow_input(layer, found)
+        following = layer.crossbar.following
+        if (current := currents[name]) is not None and not following.settled:
+            target = HEADROOM * current.float()
+            layer.adc_range.copy_(_moved(layer.adc_range, target, current > layer.adc_range))
+
+
+def _exchange(layers: dict[str, Any], seen: dict[str, Any], currents: dict[str, Any]) -> None:
+    """What all processes have seen, of layers that some of them did not call too."""
+    sizes = [3 + layer.inputs for layer in layers.values()]
+    device = next(iter(layers.values())).weight.device
+    sums = torch.cat(
+        [
+            torch.zeros(size, dtype=torch.float64, device=device) if s is None else s.sums.to(device)
+            for s, size in zip(seen.values(), sizes)
+        ]
+    )
+    largest = torch.full((len(layers), 4), -1.0, device=device)
+    for row, s, current in zip(largest, seen.values(), currents.values()):
+        if s is not None:
+            row[:3] = s.largest
+        if current is not None:
+            row[3] = current
+    dist.all_reduce(sums)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    for name, part, row in zip(layers, sums.split(sizes), largest):
+        seen[name] = Seen(part, row[:3]) if part[0] > 0 else None
+        currents[name] = row[3] if row[3] >= 0 else None
+
+
+def _follow_input(layer: CrossbarLayer, seen: Seen) -> None:
+    now, config, state = layer.scalars(), layer.crossbar.config, layer.crossbar
+    (top, lowest, beyond), sums = seen.largest.unbind(), seen.sums
+    following: Any = state.following
+    following.clamped[layer.crossbar_name] = beyond
+    if following.settled:
+        return
+    if now.centered:
+        layer.input_offset.lerp_((sums[3:] / sums[0].clamp(min=1)).float(), MOMENTUM)
+    before = layer.input_range.clone()
+    span = _moved(before, top, top > JUMP * before)
+    layer.input_range.copy_(torch.where(top > TINY, span, before))
+    if config.dac_bits:
+        below = -layer.input_floor * before
+        below = _moved(below, lowest, lowest > below)
+        layer.input_floor.copy_(-(below / layer.input_range).clamp(0, 1))
+    if config.gain == "calibrated" and now.b >= LINEAR_B:
+        gain = (now.b * sums[1] / sums[2].clamp(min=TINY)).float()
+        layer.gain.copy_(torch.where(sums[2] > TINY, _moved(layer.gain, gain), layer.gain))
+
+
+def _moved(number: Tensor, target: Tensor, at_once: Any = False) -> Tensor:
+    """A number on its way to what was seen."""
+    moved = number.lerp(target.expand_as(number), MOMENTUM)
+    return moved if at_once is False else torch.where(at_once, target, moved)
+
+
+def _follow_weights(layer: CrossbarLayer) -> None:
+    """The scale grows and shrinks with the weights, so that as many of them as before are clipped."""
+    following: Any = layer.crossbar.following
+    before, rms = following.rms.get(layer.crossbar_name), _weight_rms(layer)
+    following.rms[layer.crossbar_name] = rms
+    if before is None:
+        return
+    scale = torch.where(before > TINY, layer.weight_scale * (rms / before.clamp(min=TINY)), TYPICAL_CLIP * rms)
+    layer.weight_scale.copy_(scale)
+
+
+def _weight_rms(layer: Any) -> Tensor:
+    """Root mean square of the weights that share a scale, of weight_scale's shape."""
+    weight: Any = layer.weight.detach()
+    if hasattr(weight, "full_tensor"):  # FSDP2 holds a shard of it
+        weight = weight.full_tensor()
+    rows, sharing = layer.to_rows(cell_weight(layer, weight)).float(), layer.crossbar.config.weight_scale
+    if sharing == "per_tensor":
+        return rows.square().mean().sqrt().reshape(1)
+    if sharing == "per_channel":
+        return rows.square().mean(2).sqrt().reshape(-1)
+    return torch.stack([part.square().mean(2).sqrt().reshape(-1) for part in rows.split(layer.tile_rows(), 2)], 1)

@@ -1,0 +1,148 @@
+"""Numbers of calibration follow the training."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import set_seed
+
+from hf_reram import (
+    ReRAMConfig,
+    ReRAMTrainer,
+    calibrate,
+    crossbar_layers,
+    follow_training,
+    hold_weights,
+    patch_model,
+    stop_following,
+)
+from hf_reram.calibration.ranges import calibrate as calibrate_again
+from hf_reram.nn.layer import BUFFERS
+from hf_reram.training.following import begin_following, clamped_shares, is_due
+from tests.samples import models
+from tests.samples.models import bert_batch
+from tests.training.test_trainer import arguments, examples
+
+
+def test_looks_are_many_at_first_and_rare_later():
+    looks = [step for step in range(4096) if is_due(step)]
+    assert looks[:17] == list(range(17)) and looks[17:19] == [18, 20]
+    assert all(b - a == 64 for a, b in zip(looks[-20:], looks[-19:]))
+    assert len([step for step in looks if step < 100]) < 40 and len(looks) < 180
+
+
+def layer_in_training(**options):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(16, 8)), torch.randn(64, 16)
+    patch_model(model, ReRAMConfig(**options))
+    calibrate(model, [x])
+    return model.train(), x
+
+
+@pytest.mark.parametrize("factor", [0.5, 3.0])
+def test_numbers_become_those_of_a_calibration_on_what_is_seen(factor):
+    model, x = layer_in_training(dac_bits=8, input_percentile=100.0)
+    moved = factor * x + 2.0
+    follow_training(model)
+    for _ in range(60):
+        model[0].crossbar.following.looks = True
+        model[0].crossbar.following.steps = 0
+        model(moved)
+        follow_training(model)
+    stop_following(model)
+    found = {name: getattr(model[0], name).clone() for name in BUFFERS}
+    calibrate_again(model, [moved])
+    if not bool(found["input_offset"].any()):  # that it is not centered stays
+        pytest.skip("not centered before")
+    for name in ("input_range", "input_floor", "gain"):
+        torch.testing.assert_close(found[name], getattr(model[0], name), rtol=0.1, atol=0.02)
+    torch.testing.assert_close(found["input_offset"], model[0].input_offset, rtol=1e-3, atol=1e-3)
+
+
+def test_weight_scales_grow_with_the_weights():
+    model, x = layer_in_training()
+    before = model[0].weight_scale.clone()
+    follow_training(model)
+    model(x)
+    with torch.no_grad():
+        model[0].weight.mul_(1.5)
+    weight = model[0].weight.detach().clone()
+    follow_training(model)
+    torch.testing.assert_close(model[0].weight_scale, 1.5 * before)
+    hold_weights(model)
+    held = torch.minimum(weight.abs(), model[0].weight_scale[:, None]) * weight.sign()
+    torch.testing.assert_close(model[0].weight.detach(), held)
+
+
+def test_a_channel_of_zeros_can_be_trained():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4))
+    nn.init.zeros_(model[0].weight)
+    patch_model(model, ReRAMConfig())
+    calibrate(model, [torch.randn(32, 6)]).train()
+    follow_training(model)
+    with torch.no_grad():
+        model[0].weight.normal_(0, 0.1)
+    follow_training(model)
+    hold_weights(model)
+    assert float(model[0].weight.detach().square().mean().sqrt()) > 0.08
+
+
+def test_frozen_layers_and_learned_ranges_keep_their_numbers():
+    for options in ({"learn_input_range": True}, {}):
+        model, x = layer_in_training(**options)
+        before = {name: getattr(model[0], name).detach().clone() for name in BUFFERS}
+        if not options:
+            model.requires_grad_(False)
+        follow_training(model)
+        model(10 * x)
+        follow_training(model)
+        for name in BUFFERS:
+            assert torch.equal(getattr(model[0], name), before[name]), name
+
+
+def test_padding_does_not_count(tiny_bert):
+    patch_model(tiny_bert, ReRAMConfig(retention_loss="none"))
+    batch = bert_batch()
+    batch["attention_mask"][:, 5:] = 0
+    calibrate(tiny_bert, [batch]).train()
+    layer = crossbar_layers(tiny_bert)["bert.encoder.layer.0.attention.self.query"]
+    seen = []
+    for fill in (1, 2):
+        batch["input_ids"] = torch.where(batch["attention_mask"] == 0, fill, batch["input_ids"])
+        begin_following(tiny_bert)
+        torch.manual_seed(0)
+        tiny_bert.eval()
+        layer.train()
+        tiny_bert(**batch)
+        seen.append(layer.crossbar.following.seen[layer.crossbar_name])
+    torch.testing.assert_close(seen[0].sums, seen[1].sums)
+    torch.testing.assert_close(seen[0].largest, seen[1].largest)
+
+
+def hot(folder, rate=1e-3, steps=40, **options):
+    """A small model with random weights at a high learning rate."""
+    set_seed(0)
+    model = models.tiny_bert(num_hidden_layers=2).train()
+    args = arguments(folder, max_steps=steps, learning_rate=rate, logging_steps=10)
+    config = ReRAMConfig(retention_loss="none")
+    trainer = ReRAMTrainer(model, args, train_dataset=examples(64), reram_config=config, **options)
+    trainer.train()
+    return trainer
+
+
+def test_the_trainer_follows_by_default_and_logs_what_is_clamped(tmp_path):
+    logged = {}
+    for follows in (True, False):
+        trainer = hot(tmp_path, follow_training=follows)
+        logged[follows] = [line["clamped"] for line in trainer.state.log_history if "clamped" in line]
+        assert crossbar_layers(trainer.model)["classifier"].crossbar.following is None
+    assert logged[True][-1] < 0.01 and logged[False][-1] > 3 * logged[True][-1]
+
+
+def test_much_that_is_clamped_is_told_once(caplog):
+    model, x = layer_in_training()
+    follow_training(model)
+    begin_following(model, settled=True)
+    model(20 * x)
+    follow_training(model)
+    assert float(clamped_shares(model)["0"]) > 0.5
