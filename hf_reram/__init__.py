@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from .model.deploy import deploy, digital
     from .model.find import crossbar_layers
     from .model.patch import patch_model, unpatch_model
+    from .model.reconfigure import reconfigure
     from .model.summary import summarize
     from .nn.ops.fused import use_fused_kernels
     from .nn.registry import register_crossbar
     from .training.distillation import divergence
+    from .training.following import follow_training, stop_following
     from .training.losses import add_retention_loss, hold_weights, noise_to_signal, retention_loss, sampled_drift
 
 # The same for Python, by module; tests/test_import.py compares the three lists.

@@ -10,6 +10,7 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .device import DeviceConfig, parse_time
+from .device.checks import plain
 from .device.iv import GAINS
 from .device.temperature import parse_temperature
 
@@ -103,6 +104,8 @@ class ReRAMConfig(QuantizationConfigMixin):
     calibration_batches: int = 32
 
     def __post_init__(self):
+        for f in fields(self):
+            setattr(self, f.name, plain(getattr(self, f.name)))
         if isinstance(self.device, str):
             self.device = DeviceConfig.from_preset(self.device)
         elif not isinstance(self.device, DeviceConfig):
@@ -180,6 +183,8 @@ class ReRAMConfig(QuantizationConfigMixin):
         value = self.retention_times
         if isinstance(value, (str, int, float)):
             value = [value]
+        if isinstance(value, (list, tuple)):
+            value = [plain(time) for time in value]
         if not isinstance(value, (list, tuple)) or not 0 < len(value) <= 64:
             self._refuse("retention_times", "a list of 1 to 64 times such as ['1d', '10y'] or seconds")
         for time in value:

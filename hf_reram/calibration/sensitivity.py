@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..model.deploy import digital_eval
 from ..model.find import crossbar_layers
-from ..model.inputs import call_model, find_logits, uncompiled
+from ..model.inputs import call_model, find_logits, forked_rng, uncompiled
 from ..nn import CrossbarLayer
 from ..nn.tensors import tensors_of
 
@@ -48,7 +48,7 @@ def measure_sensitivity(model: nn.Module, batches: list) -> None:
     for p in parameters:
         p.requires_grad_(True)
     try:
-        with uncompiled(), digital_eval(model), torch.enable_grad(), torch.random.fork_rng():
+        with uncompiled(), digital_eval(model), torch.enable_grad(), forked_rng(model):
             torch.manual_seed(0)
             for _ in range(draws):
                 for batch in batches:

@@ -1,6 +1,9 @@
 """Checks of numbers that come from a person or a file; each error names the field, the value and what is allowed."""
 
 import math
+from typing import Any
+
+import numpy as np
 
 # No quantity of a cell is near it, in µS, V, s, K or eV.
 LARGEST = 1e12
@@ -9,11 +12,17 @@ LARGEST = 1e12
 def number(owner: str, name: str, value, minimum: float = -math.inf, exclusive: bool = False) -> float:
     """``value`` as a float if it is a finite number of at least (``exclusive``: above) ``minimum``, and of no absurd
     size."""
+    value = plain(value)
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
     if not good or value < minimum or (exclusive and value == minimum):
         bound = "" if minimum == -math.inf else f" {'>' if exclusive else '>='} {minimum:g}"
         raise ValueError(f"{owner}.{name}={value!r}: allowed is a finite number{bound}, at most {LARGEST:g} in size")
     return float(value)
+
+
+def plain(value: Any) -> Any:
+    """A NumPy number as Python's."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def numbers(owner: str, name: str, values, minimum: float = -math.inf) -> tuple[float, ...]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,7 +19,7 @@ from ..device.time import parse_time
 from ..model.deploy import deploy, digital, refuse_modes, uncalibrated
 from ..model.digest import model_digest, weights_digest
 from ..model.find import crossbar_layers, crossbar_states, replaced, reset_calls, uncalled
-from ..model.inputs import evaluating
+from ..model.inputs import evaluating, forked_rng
 from ..model.summary import summarize
 from .report import Measurement, RobustnessReport
 from .run_log import Run, RunLog
@@ -97,11 +96,7 @@ def evaluate_robustness(
         dist.barrier()  # all have read the same runs before the first one adds to them
     pending = [run for run in runs if run not in found]
     mine = pending[dist.get_rank() :: dist.get_world_size()] if several else pending
-    with (
-        tqdm(total=len(mine), desc="chips", disable=not progress, unit="run") as bar,
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("once")
+    with tqdm(total=len(mine), desc="chips", disable=not progress, unit="run") as bar:
         for run in mine:
             found[run], missed = _measure(model, evaluate, run)
             if missed and not allow_uncalled:
@@ -223,7 +218,7 @@ def _measure(model: nn.Module, evaluate: Callable, run: Run) -> tuple[dict[str, 
     if run.kind == "chip":
         context = deploy(model, run.time, run.temperature, run.seed)
     states = crossbar_states(model)
-    with context, evaluating(model), torch.random.fork_rng():
+    with context, evaluating(model), forked_rng(model):
         torch.manual_seed(derived_seed(run.seed, f"read noise at {run.time:g} s, {run.temperature} K"))
         reset_calls(model)
         before = [state.deployments for state in states]

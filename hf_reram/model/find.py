@@ -105,12 +105,17 @@ def crossbar_state(model: nn.Module) -> CrossbarState:
 
 def chip_names(model: nn.Module) -> dict[CrossbarLayer, str]:
     """The names that chips' seeds are made of: a Hugging Face encoder has the same alone and inside a model with a
-    head, where it stands under its ``base_model_prefix``. Copies that PEFT has beside the one in use are on the chip
-    too, and in its place if they are switched to."""
+    head, where it stands under its ``base_model_prefix``. Layers that share a weight share its cells, those of the
+    first of them. Copies that PEFT has beside the one in use are on the chip too, and in its place if they are switched
+    to."""
     base = unwrapped(model)
     prefix = getattr(base, "base_model_prefix", "")
     alone = prefix and getattr(base, "base_model", None) is base
-    names = {layer: name for name, layer in crossbar_layers(model).items()}
+    names: dict[CrossbarLayer, str] = {}
+    first: dict[int, str] = {}
+    for name, layer in crossbar_layers(model).items():
+        weight = layer._parameters.get("weight")
+        names[layer] = name if weight is None else first.setdefault(id(weight), name)
     for module in base.modules():
         if isinstance(module, CrossbarLayer):
             names.setdefault(module, module.crossbar_name)

@@ -79,6 +79,13 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
             module.training = mode
 
 
+def forked_rng(model: nn.Module) -> AbstractContextManager:
+    """Random numbers drawn inside leave those after it as they would be, on the CPU and the model's devices alone."""
+    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    kind = next(iter(devices)).type if devices else "cuda"
+    return torch.random.fork_rng([device.index or 0 for device in devices], device_type=kind)
+
+
 def find_logits(outputs) -> list[Tensor]:
     """The logits in a model's outputs: every tensor under a key that ends in "logits", or, where there is none, the
     last hidden state, or the output itself if it is a tensor.

@@ -14,7 +14,7 @@ class CrossbarSummary:
 
     Attributes:
         device: name of the cell technology, or of several.
-        layers: crossbar layers. cells: ReRAM cells, two a weight and pair.
+        layers: crossbar layers. cells: ReRAM cells, two a weight and pair; layers that share a weight share its cells.
         weights: weights on crossbars. parameters: all of the model's parameters.
         calibrated: layers that have an input range.
         digital: modules with matrices of their own that stay digital, by name and class.
@@ -47,7 +47,7 @@ def summarize(model: nn.Module) -> CrossbarSummary:
         ValueError: the model is not patched.
     """
     states, layers = crossbar_states(model), crossbar_layers(model)
-    weights = sum(layer.weight.numel() for layer in layers.values())
+    weights = sum({id(layer.weight): layer.weight.numel() for layer in layers.values()}.values())
     ranges = sum(p.numel() for name, p in model.named_parameters() if name.endswith("input_range"))
     digital = tuple(
         f"{name} ({type(m).__name__})"
@@ -57,7 +57,7 @@ def summarize(model: nn.Module) -> CrossbarSummary:
     return CrossbarSummary(
         device=", ".join(dict.fromkeys(state.config.device.name for state in states)),
         layers=len(layers),
-        cells=sum(layer.cells for layer in layers.values()),
+        cells=sum({id(layer.weight): layer.cells for layer in layers.values()}.values()),
         weights=weights,
         parameters=sum(p.numel() for p in model.parameters()) - ranges,
         calibrated=sum(layer.weight.device.type != "meta" and layer.calibrated for layer in layers.values()),

@@ -18,8 +18,8 @@ from ..calibration.sensitivity import measure_sensitivity
 from ..config import TRAINING_FIELDS, ReRAMConfig
 from ..device.seeds import derived_seed
 from ..model.deploy import refuse_modes, warn_uncalibrated
-from ..model.find import crossbar_layers, crossbar_state, crossbar_states
-from ..model.inputs import call_model, evaluating
+from ..model.find import crossbar_layers, crossbar_state, crossbar_states, unwrapped
+from ..model.inputs import call_model, evaluating, forked_rng
 from ..model.patch import patch_model, unpatch_model
 from ..model.reconfigure import reconfigure
 from .callbacks import HoldWeights, NameUncalled
@@ -68,6 +68,10 @@ class TrainingMixin(Base):
         self._logged_step = 0
         self._looked_at_loss = self._told_of_clamped = self._joined = False
         super().__init__(*args, **kwargs)
+        if teacher is not None and unwrapped(teacher) is unwrapped(self.model):
+            raise ValueError(
+                "teacher is the model that is trained: allowed is another one, such as a copy.deepcopy of it"
+            )
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{type(self).__name__} in one process on {self.args.n_gpu} GPUs would train copies of the model with "
@@ -112,7 +116,7 @@ class TrainingMixin(Base):
         if batches is None:
             warn_uncalibrated(model)
             return
-        with torch.random.fork_rng():  # so that training does not depend on whether calibration was needed
+        with forked_rng(model):  # so that training does not depend on whether calibration was needed
             if calibrated:
                 measure_sensitivity(model, list(batches))
             else:

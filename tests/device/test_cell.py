@@ -1,6 +1,9 @@
+import json
+
+import numpy as np
 import pytest
 
-from hf_reram import DeviceConfig
+from hf_reram import DeviceConfig, ReRAMConfig
 from hf_reram.device import preset_names
 from hf_reram.device.temperature import parse_temperature
 from tests.samples.devices import device
@@ -72,3 +75,13 @@ def test_what_is_hardly_meant_is_told(fields, told, caplog):
     with caplog.at_level("WARNING", "hf_reram"):
         DeviceConfig.from_dict({**fields, **retention, "name": name})
     assert told in caplog.text and name in caplog.text
+
+
+def test_numpy_numbers_are_numbers():
+    cell = DeviceConfig(g_min=np.float32(1), g_max=np.int64(50), programming=list(np.array([0.5, 0.01])))
+    assert (cell.g_min, cell.g_max, cell.programming) == (1.0, 50.0, (0.5, 0.01))
+    config = ReRAMConfig(
+        device=cell, retention_weight=np.float32(0.5), dac_bits=np.int64(8), retention_times=list(np.array([1, 60]))
+    )
+    assert (config.retention_weight, config.dac_bits, config.retention_times) == (0.5, 8, [1, 60])
+    assert ReRAMConfig.from_dict(json.loads(json.dumps(config.to_dict()))).to_dict() == config.to_dict()

@@ -99,7 +99,8 @@ def test_deploy_and_inspect_warn_once_with_the_names(bypassed, caplog):
             pass  # nothing ran, so nothing was bypassed
         layers = inspect_layers(bypassed, "1d", batches=[torch.randn(4, 6)])
     found = [record.getMessage() for record in caplog.records]
-    assert len(found) == 2 and all(message.endswith(": past") for message in found)
+    assert len(found) == 3 and all(message.endswith(": past") for message in found)
+    assert sum("are not calibrated" in message for message in found) == 1
     assert {layer.name: layer.noise_to_signal is None for layer in layers} == {
         "first": False,
         "last": False,

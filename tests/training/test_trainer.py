@@ -410,3 +410,9 @@ def test_frozen_batch_norm_stays_so_with_accumulated_batches(tmp_path):
     before = trainer.model.norm.running_mean.clone()
     trainer.train()
     assert torch.equal(trainer.model.norm.running_mean, before)
+
+
+def test_a_teacher_is_another_model(tmp_path):
+    model = fresh_bert()
+    with pytest.raises(ValueError, match="teacher is the model that is trained"):
+        trainer_of(tmp_path, model=model, teacher=model)
