@@ -53,14 +53,11 @@ class Following:
 
 def looks(layer: "CrossbarLayer") -> bool:
     """Whether a layer's forward looks: one in training, of a layer that is trained itself, in eager mode."""
+    if torch.compiler.is_compiling():  # first, so that no graph depends on the rest
+        return False
     following = layer.crossbar.following
     return (
-        following is not None
-        and following.looks
-        and layer.training
-        and layer.weight.requires_grad
-        and not torch.compiler.is_compiling()
-        and not runs_again()
+        following is not None and following.looks and layer.training and layer.weight.requires_grad and not runs_again()
     )
 
 

@@ -97,7 +97,12 @@ def clamped_shares(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _trained_layers(model: nn.Module) -> dict[str, Any]:
-    return {name: layer for name, layer in patched_layers(model).items() if layer.weight.requires_grad}
+    """Those that follow; a change of a compiled one's numbers would compile it anew."""
+    return {
+        name: layer
+        for name, layer in patched_layers(model).items()
+        if layer.weight.requires_grad and not layer.crossbar.forward.compiled
+    }
 
 
 def _follow_inputs(layers: dict[str, Any]) -> None:

@@ -146,3 +146,17 @@ def test_much_that_is_clamped_is_told_once(caplog):
     model(20 * x)
     follow_training(model)
     assert float(clamped_shares(model)["0"]) > 0.5
+
+
+def test_compiled_layers_keep_their_numbers():
+    model, x = layer_in_training()
+    before = {name: getattr(model[0], name).clone() for name in BUFFERS}
+    compiled = torch.compile(model, backend="eager")
+    follow_training(model)
+    for _ in range(3):
+        compiled(5 * x)
+        with torch.no_grad():
+            model[0].weight.mul_(1.5)
+        follow_training(model)
+    for name in BUFFERS:
+        assert torch.equal(getattr(model[0], name), before[name]), name
