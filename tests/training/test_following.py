@@ -32,7 +32,7 @@ def test_looks_are_many_at_first_and_rare_later():
 
 def layer_in_training(**options):
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(16, 8)), torch.randn(64, 16)
+    model, x = nn.Sequential(nn.Linear(16, 8)), torch.randn(64, 16) + 1.0
     patch_model(model, ReRAMConfig(**options))
     calibrate(model, [x])
     return model.train(), x
@@ -51,8 +51,7 @@ def test_numbers_become_those_of_a_calibration_on_what_is_seen(factor):
     stop_following(model)
     found = {name: getattr(model[0], name).clone() for name in BUFFERS}
     calibrate_again(model, [moved])
-    if not bool(found["input_offset"].any()):  # that it is not centered stays
-        pytest.skip("not centered before")
+    assert bool(found["input_offset"].any())
     for name in ("input_range", "input_floor", "gain"):
         torch.testing.assert_close(found[name], getattr(model[0], name), rtol=0.1, atol=0.02)
     torch.testing.assert_close(found["input_offset"], model[0].input_offset, rtol=1e-3, atol=1e-3)
