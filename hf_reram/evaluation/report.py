@@ -113,12 +113,12 @@ class RobustnessReport:
 
     def not_finite(self) -> list[str]:
         """What was measured and is NaN or infinite, in words; statistics leave it out."""
-        runs = [("digital model", self.digital or {}), ("ideal crossbar", self.ideal or {})]
+        runs = [("the digital model", self.digital or {}), ("the ideal crossbar", self.ideal or {})]
         for m in self.measurements:
             heat = "" if m.temperature is None else f" and {m.temperature:g} K"
             runs.append((f"chip {m.seed} after {format_time(m.time)}{heat}", m.metrics))
         return [
-            f"{name} is {value} on the {run}" if run[0] in "di" else f"{name} is {value} on {run}"
+            f"{name} is {value} on {run}"
             for run, metrics in runs
             for name, value in metrics.items()
             if not math.isfinite(value)

@@ -128,8 +128,8 @@ def evaluate_robustness(
         weights=weights,
         uncalled=[name for name in [*crossbar_layers(model), *replaced(model)] if name in silent],
     )
-    report.notes += report.not_finite()
-    for note in report.not_finite():
+    report.notes += (missing := report.not_finite())
+    for note in missing:
         logger.warning("%s: it is no part of the means", note)
     state.report = report  # for push_to_hub
     return report

@@ -112,15 +112,15 @@ def join_terms(
     return task_loss, alone
 
 
-def _of_all_processes(state: CrossbarState, own: dict[str, Tensor], processes: int) -> tuple[Tensor, Tensor]:
+def _of_all_processes(state: CrossbarState, layers: list[str], own: Tensor, processes: int) -> tuple[Tensor, Tensor]:
     """The loss of the terms of all processes, whose layers need not be the same, as where some are dropped at random or
     tokens are routed; and its gradient with respect to this process's terms, (layers, 2)."""
     if processes == 1:
-        return _value_and_gradients(state, _stacked(own))
-    names = sorted(state.names | own.keys())
-    rows = [names.index(name) for name in own]
-    every = _stacked(own).new_zeros(len(names), 2)
-    every[rows] = _stacked(own)
+        return _value_and_gradients(state, own)
+    names = sorted(state.names | set(layers))
+    rows = [names.index(name) for name in layers]
+    every = own.new_zeros(len(names), 2)
+    every[rows] = own
     dist.all_reduce(every)
     called = (every[:, 1] > 0).nonzero()[:, 0]
     value, found = _value_and_gradients(state, every[called])
@@ -141,7 +141,7 @@ def _add(task_loss: Tensor, state: CrossbarState, weight: float) -> tuple[Tensor
     forwards, collected = _collected(state)
     own = _stacked(collected)
     processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    value, gradients = _of_all_processes(state, dict(zip(collected, own.detach())), processes)
+    value, gradients = _of_all_processes(state, list(collected), own.detach(), processes)
     if state.term == "output":
         state.ratios = {name: term.detach() for name, term in collected.items()}
     value = value.detach()
