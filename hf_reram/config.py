@@ -14,7 +14,7 @@ from .device.checks import plain
 from .device.iv import GAINS
 from .device.temperature import parse_temperature
 
-CONFIG_VERSION = 1
+CONFIG_VERSION = 2  # of version 1, cells were found below 0 µS too: device.floor_at_zero
 SMALLEST_SHRINK = 1e-9  # in units of the output, a current's noise grows with the inverse
 WEIGHT_SCALES = ("per_channel", "per_tensor", "per_tile")
 # Fields that can change while a model's weights lie on the cells as they do.
@@ -213,6 +213,8 @@ class ReRAMConfig(QuantizationConfigMixin):
                 f"ReRAMConfig.version={version!r}: this hf_reram reads versions 1 to {CONFIG_VERSION}; "
                 "a newer checkpoint needs a newer hf_reram"
             )
+        if version == 1 and isinstance(data.get("device"), dict):
+            data["device"] = {"floor_at_zero": False} | data["device"]
         known = {f.name for f in fields(cls) if f.init}
         unknown = sorted(set(data) - known)
         if unknown and not return_unused_kwargs:

@@ -58,7 +58,7 @@ def input_scale(x: Tensor, layer: CrossbarLayer) -> Tensor:
         along = scale.repeat_interleave(width * groups // len(power), 1)[:, None]
         cells = rows * along
         held = layer_scales(layer, cells, clip)
-        spread = WeightVariance.apply(cells, layer.along_rows(held).expand(cells.shape), error).sum(1)
+        spread = WeightVariance.apply(cells, layer.along_rows(held).expand(cells.shape), error.spread(cells)).sum(1)
         spread = spread / along[:, 0].square()
         total = float((spread.view(groups, scale.shape[1], -1).sum(2) * power.view(groups, -1)).sum())
         noise = float(held.square().mean()) * groups * columns * layer.tiles() * current**2

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from .checks import number, numbers
+from .checks import number, numbers, plain
 from .retention import (
     LONGEST,
     GenericRetention,
@@ -52,6 +52,9 @@ class DeviceConfig:
             conductance, lowest power first.
         read_noise: standard deviation of a column's current, drawn anew at each read.
         stuck_at_min, stuck_at_max: share of cells that stay at g_min or g_max whatever is programmed.
+        levels: how many conductances, evenly spaced from g_min to g_max, a cell is programmed to; None: any.
+        floor_at_zero: a cell below 0 µS, where a Gaussian error puts some, is at 0 µS. False: below, as the fits say
+            and as version 1 of the config had it.
         activation_energy: eV, for temperature as equivalent time (Arrhenius).
         reference_temperature: the temperature of the retention data.
         name, source, assumed: what it is, where its numbers come from, and which of them are not measured.
@@ -69,6 +72,8 @@ class DeviceConfig:
     read_noise: float = 0.0
     stuck_at_min: float = 0.0
     stuck_at_max: float = 0.0
+    levels: int | None = None
+    floor_at_zero: bool = True
     activation_energy: float = 1.0
     reference_temperature: float = 298.15
     name: str = "custom"
@@ -101,6 +106,15 @@ class DeviceConfig:
                 f"device.stuck_at_min={self.stuck_at_min!r}, stuck_at_max={self.stuck_at_max!r}: "
                 "allowed are shares that sum to at most 1"
             )
+        levels = plain(self.levels)
+        if levels is not None and (
+            isinstance(levels, bool) or not isinstance(levels, int) or not 2 <= levels <= 1 << 16
+        ):
+            raise ValueError(f"device.levels={self.levels!r}: allowed is an integer from 2 to {1 << 16}, or None")
+        put("levels", levels)
+        if not isinstance(plain(self.floor_at_zero), bool):
+            raise ValueError(f"device.floor_at_zero={self.floor_at_zero!r}: allowed is True or False")
+        put("floor_at_zero", plain(self.floor_at_zero))
         put("programming", numbers("device", "programming", self.programming))
         retention = retention_from_dict(self.retention)
         if isinstance(retention, GenericRetention):
@@ -234,19 +248,25 @@ class DeviceConfig:
         kelvin = parse_temperature(temperature)
         return equivalent_time(seconds, kelvin, self.activation_energy, self.reference_temperature)
 
+    def retention_moments(
+        self, g: Tensor | float, time: str | float, temperature: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Mean shift ``μ(g, t, T)`` and standard deviation ``σ(g, t, T) >= 0`` [µS] of cells programmed to ``g`` [µS],
+        each of the shape of ``g``."""
+        mean, std = self.retention.polynomials(self.equivalent_time(time, temperature))
+        return _exactly(mean, g), _exactly(std, g).clamp_(min=0)
+
     def retention_mean(self, g: Tensor | float, time: str | float, temperature: float | None = None) -> Tensor:
-        """Mean shift ``μ(g, t, T)`` [µS] of cells programmed to ``g`` [µS]; shape of ``g``."""
-        mean, _ = self.retention.polynomials(self.equivalent_time(time, temperature))
-        return horner(mean, torch.as_tensor(g))
+        """The first of :meth:`retention_moments`."""
+        return self.retention_moments(g, time, temperature)[0]
 
     def retention_std(self, g: Tensor | float, time: str | float, temperature: float | None = None) -> Tensor:
-        """Standard deviation ``σ(g, t, T) >= 0`` [µS] of cells programmed to ``g`` [µS]; shape of ``g``."""
-        _, std = self.retention.polynomials(self.equivalent_time(time, temperature))
-        return torch.clamp(horner(std, torch.as_tensor(g)), min=0)
+        """The second of :meth:`retention_moments`."""
+        return self.retention_moments(g, time, temperature)[1]
 
     def programming_std(self, g: Tensor | float) -> Tensor:
         """Standard deviation [µS] of the programming error of cells programmed to ``g`` [µS]; shape of ``g``."""
-        return torch.clamp(horner(self.programming, torch.as_tensor(g)), min=0)
+        return _exactly(self.programming, g).clamp_(min=0)
 
     def b(self, range_shrink: float = 1.0) -> float:
         """``b = read_voltage · range_shrink / v0``: how far into the sinh a full-scale input goes."""
@@ -255,3 +275,9 @@ class DeviceConfig:
     def holds_at(self, time: str | float, temperature: float | None = None) -> bool:
         """Whether retention at this time is the last measured value, held."""
         return self.retention.holds_at(self.equivalent_time(time, temperature))
+
+
+def _exactly(coefficients: tuple[float, ...], g: Tensor | float) -> Tensor:
+    """A polynomial of conductances, in their dtype: powers of a conductance cancel to more than float32 has."""
+    g = g if isinstance(g, Tensor) else torch.tensor(float(g))
+    return horner(coefficients, g.double()).to(g.dtype if g.is_floating_point() else torch.get_default_dtype())

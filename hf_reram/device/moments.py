@@ -1,62 +1,104 @@
-"""The retention error of a cell pair in units of its weight, as polynomials of |w|.
+"""The error of a weight on a pair of cells: mean and spread of all that befalls a cell between its target and its read.
 
-One cell of each pair is always at g_min, so mean and variance of ``W(t) - W`` depend on ``a = |w|`` alone:
+One cell of each pair is always at g_min, so mean and variance of ``W(t) - W`` depend on ``a = |w|`` alone. With
+``M(g)`` and ``V(g)`` the mean and variance of the conductance that is found where ``g`` was aimed at,
 
-    m  = w_scale/Δg · (μ(g_min + Δg a) - μ(g_min)) · sign(w)
-    s² = (w_scale/Δg)² · (σ²(g_min + Δg a) + σ²(g_min))
+    m(a)  = w_scale/Δg · (M(g_min + Δg a) - M(g_min) - Δg a) · sign(w)
+    s²(a) = (w_scale/Δg)² · (V(g_min + Δg a) + V(g_min))
+
+Both are integrals (:func:`cell_moments`), taken at evenly spaced a once and interpolated: whatever a device does to its
+cells, float32 gives them to a few parts in 10⁴ of their largest value, and no spread is negative.
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from .cell import DeviceConfig
-from .retention import Polynomial, horner
 
-# Degree of the fit where σ is clamped at zero somewhere and σ² is therefore no polynomial.
-_CLAMPED_DEGREE = 12
+INTERVALS = 4096  # of a curve
+INVISIBLE = 1e-9  # of w_scale: float32 weights do not know such a shift
+_NODES, _WIDTH = 64, 8.0  # of the quadrature over programming errors, and how many of their spreads it reaches
 
 
-@dataclass(frozen=True)
+class Curve:
+    """A function of a in [0, 1]: its values at evenly spaced points, and straight lines between them.
+
+    Attributes:
+        values: (points,), float64; a single one for a constant.
+        is_constant, is_zero, is_line: whether it is the same everywhere, 0 everywhere, a multiple of a. end: its last
+            value. Python's own, since compiled code cannot ask a tensor.
+    """
+
+    def __init__(self, values: Tensor):
+        values = values.double()
+        largest, places = values.abs().max(), torch.arange(len(values), dtype=values.dtype, device=values.device)
+        line = values[-1] * places / max(len(values) - 1, 1)
+        self.is_constant = bool((values - values[0]).abs().max() <= 1e-7 * largest)
+        self.is_zero = bool(largest == 0)
+        self.is_line = bool((values - line).abs().max() <= 1e-6 * largest)
+        self.end = float(values[-1])
+        self.values = values[:1] if self.is_constant else values
+        self._tables: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def table(self, like: Tensor) -> Tensor:
+        """What is looked up, (2, points), in dtype and on the device of ``like``: at each point the value, and the step
+        to the next."""
+        key = (str(like.device), like.dtype)
+        found = self._tables.get(key)
+        if found is None:
+            steps = torch.diff(self.values, append=self.values[-1:])
+            steps[-1:] = steps[-2:-1] if len(steps) > 1 else 0.0
+            found = torch.stack((self.values, steps)).to(like.device, like.dtype)
+            if not torch.compiler.is_compiling():
+                with torch.inference_mode(False):  # training may follow
+                    found = self._tables[key] = found.clone()
+        return found
+
+
+@dataclass(frozen=True, eq=False)
 class WeightError:
     """Moments of the error of a weight ``a = |w| in [0, 1]`` with ``w_scale = 1``.
 
     Attributes:
-        variance: coefficients in ``a`` of s², averaged over the times, lowest power first.
-        variance_slope: coefficients of its derivative.
-        means: for each time, coefficients in ``a`` of m.
-        std, floor: for one time where σ is a polynomial throughout, ``s² = std(a)² + floor``, at half the degree;
-            otherwise std is None.
+        std: the root of s², which is averaged over the times. means: m at each time.
+        levels: that the weight is rounded to before; None for any. Not an error of which moments are taken: it is known
+            when the weight is programmed, and the ideal crossbar has it too.
+        pairs: of cells, whose errors are independent and whose average the weight is; ``std`` is that of one.
     """
 
-    variance: Polynomial
-    variance_slope: Polynomial
-    means: tuple[Polynomial, ...]
-    std: Polynomial | None = None
-    floor: float = 0.0
+    std: Curve
+    means: tuple[Curve, ...]
+    levels: int | None = None
+    pairs: int = 1
+
+    @property
+    def shifts(self) -> tuple[Curve, ...]:
+        """The means that are not 0 throughout."""
+        return tuple(mean for mean in self.means if not mean.is_zero)
 
     @property
     def mean_is_linear(self) -> bool:
         """Whether every m is proportional to the weight, so that its output error is a multiple of the output."""
-        return all(abs(c) < 1e-12 for mean in self.means for c in (mean[0], *mean[2:]))
+        return all(mean.is_line for mean in self.means)
 
     @property
     def mean_square(self) -> float:
         """Mean over the times of the squared factor by which a linear m scales the weights."""
-        return sum(mean[1] ** 2 for mean in self.means) / len(self.means)
+        return sum(mean.end**2 for mean in self.means) / len(self.means)
 
     def averaged(self, pairs: int) -> "WeightError":
-        """The moments where each weight is the average of several cell pairs, whose spreads are independent."""
-        if pairs == 1:
-            return self
-        return replace(
-            self,
-            variance=tuple(c / pairs for c in self.variance),
-            variance_slope=tuple(c / pairs for c in self.variance_slope),
-            std=None if self.std is None else tuple(c / pairs**0.5 for c in self.std),
-            floor=self.floor / pairs,
-        )
+        """The moments where each weight is the average of several cell pairs."""
+        return self if pairs == 1 else replace(self, pairs=pairs)
+
+    def spread(self, like: Tensor) -> Tensor:
+        """Table of s, see :meth:`Curve.table`."""
+        table = self.std.table(like)
+        return table if self.pairs == 1 else table * self.pairs**-0.5
 
 
 @lru_cache(maxsize=256)
@@ -66,47 +108,63 @@ def weight_error(device: DeviceConfig, times: tuple[float, ...], temperature: fl
     Args:
         times: s. temperature: K, None for the device's reference temperature.
     """
-    pairs = [device.retention.polynomials(device.equivalent_time(t, temperature)) for t in times]
-    degree = 2 * max(len(std) - 1 for _, std in pairs)
-    a = (1 - np.cos(np.linspace(0, np.pi, 201))) / 2  # Chebyshev points resolve both ends
-    clamped = any(np.min(horner(std, device.g_min + device.g_range * a)) < 0 for _, std in pairs)
-    if clamped:
-        degree = max(degree, _CLAMPED_DEGREE)
-    square = np.mean([_pair_variance(device, std, a) for _, std in pairs], axis=0)
-    fit = np.polynomial.Chebyshev.fit(a, square, degree, domain=[0, 1])
-    variance = fit.convert(kind=np.polynomial.Polynomial, domain=[-1, 1])
-    means = tuple(_pair_mean(device, mean) for mean, _ in pairs)
-    slope = _plain(variance.deriv()) if degree else (0.0,)
-    if clamped or len(pairs) > 1:
-        return WeightError(_plain(variance), slope, means)
-    std = _composed(device, pairs[0][1]) / device.g_range
-    return WeightError(_plain(variance), slope, means, tuple(std.tolist()), float(std[0]) ** 2)
+    a = torch.linspace(0, 1, INTERVALS + 1, dtype=torch.float64, device="cpu")  # models are also made on meta
+    means, variances = [], []
+    for time in times:
+        mean, variance = cell_moments(device, device.g_min + device.g_range * a, time, temperature)
+        mean = (mean - mean[0]) / device.g_range
+        means.append(Curve(torch.zeros(1, device="cpu") if mean.abs().max() < INVISIBLE else mean))
+        variances.append((variance + variance[0]) / device.g_range**2)
+    return WeightError(Curve(torch.stack(variances).mean(0).sqrt()), tuple(means), device.levels)
 
 
-@lru_cache(maxsize=4096)
-def white_error(std: float) -> WeightError:
-    """The moments of an error that does not depend on the weight, with standard deviation ``std · w_scale``."""
-    return WeightError((std**2,), (0.0,), ((0.0, 0.0),), (std,), 0.0)
+def cell_moments(
+    device: DeviceConfig, g: Tensor, time: float | None, temperature: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Of cells whose target was ``g``: the mean of what is found less g [µS], and its variance [µS²], over programming
+    error, retention, the floor at 0 µS and stuck cells; what :class:`hf_reram.device.programming.Cells` draw.
+
+    Args:
+        g: µS, any shape. time: s, None for right after programming. temperature: K, None for the reference temperature.
+
+    Returns:
+        Both of the shape of ``g``, float64.
+    """
+    g = g.double()
+    moved, spread = torch.zeros_like(g), torch.zeros_like(g)
+    if time is not None:
+        moved, spread = device.retention_moments(g, time, temperature)
+    programmed = device.programming_std(g)
+    if not device.floor_at_zero:
+        mean, square = moved, moved**2 + spread**2 + programmed**2
+    elif not programmed.any():
+        mean, square = _floored(moved, spread, g)
+    else:
+        # What was programmed is floored before it moves: at 0 with a chance of its own, above with Gaussian density.
+        nodes, weights = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(_NODES))
+        low = (-g / programmed.clamp(min=1e-300)).clamp(-_WIDTH, _WIDTH)
+        z = low[..., None] + (nodes + 1) / 2 * (_WIDTH - low)[..., None]
+        density = weights / 2 * (_WIDTH - low)[..., None] * torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
+        offset = (programmed[..., None] * z).clamp(min=-g[..., None])
+        first, second = _floored(offset + moved[..., None], spread[..., None], g[..., None])
+        empty = 1 - density.sum(-1)
+        at_zero = _floored(moved - g, spread, g)
+        mean = (density * first).sum(-1) + empty * at_zero[0]
+        square = (density * second).sum(-1) + empty * at_zero[1]
+    stuck = ((device.stuck_at_min, device.g_min), (device.stuck_at_max, device.g_max))
+    free = 1 - device.stuck_at_min - device.stuck_at_max
+    mean = free * mean + sum(share * (at - g) for share, at in stuck)
+    square = free * square + sum(share * (at - g) ** 2 for share, at in stuck)
+    return mean, (square - mean**2).clamp(min=0)
 
 
-def _pair_variance(device: DeviceConfig, std: Polynomial, a: np.ndarray) -> np.ndarray:
-    high, low = (np.maximum(horner(std, device.g_min + device.g_range * x), 0.0) for x in (a, np.zeros(1)))
-    return np.asarray(high**2 + low**2, dtype=float) / device.g_range**2
-
-
-def _pair_mean(device: DeviceConfig, mean: Polynomial) -> Polynomial:
-    shifted = _composed(device, mean) / device.g_range
-    coefficients = np.zeros(max(2, len(shifted)))
-    coefficients[: len(shifted)] = shifted
-    coefficients[0] = 0.0  # minus the g_min cell's own shift
-    return tuple(float(c) for c in coefficients)
-
-
-def _composed(device: DeviceConfig, polynomial: Polynomial) -> np.ndarray:
-    """Coefficients in ``a`` of a polynomial in the conductance ``g_min + Δg a``."""
-    in_a = np.polynomial.Polynomial(polynomial)(np.polynomial.Polynomial([device.g_min, device.g_range]))
-    return np.atleast_1d(np.asarray(getattr(in_a, "coef", in_a), dtype=float))
-
-
-def _plain(polynomial) -> Polynomial:
-    return tuple(float(c) for c in polynomial.coef)
+def _floored(mean: Tensor, std: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """First and second moment of ``max(X, -g)``, X normal: ``E max(X + g, 0) = (mean + g) Φ(z) + std φ(z)`` with
+    ``z = (mean + g) / std``."""
+    level = mean + g
+    z = level / std.clamp(min=1e-300)
+    below, density = torch.special.ndtr(-z), torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
+    # As what the floor adds, so that far above it nothing cancels.
+    lift = std * density - level * below
+    added = level * std * density - (level**2 + std**2) * below
+    return mean + lift, mean**2 + std**2 + added - 2 * g * lift

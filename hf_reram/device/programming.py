@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .cell import DeviceConfig
-from .retention import horner
 from .seeds import derived_seed
 
 
@@ -34,15 +33,13 @@ class Cells:
     def after(self, device: DeviceConfig, time: float | None, temperature: float | None) -> Tensor:
         """Conductances [µS] at ``time`` [s] after programming; None: right after programming, no relaxation.
 
-        Spread and shift are those of the target, as published. As in the published fits the relaxed conductance is
-        Gaussian: near g_min it may come out slightly negative, which the differential pair reads as what it is.
+        Spread and shift are those of the target, as published, and Gaussian. Their mean and variance are in closed form
+        in :func:`hf_reram.device.moments.cell_moments`.
         """
         if time is None:
             return self.programmed
-        mean, std = device.retention.polynomials(device.equivalent_time(time, temperature))
-        moved = horner(std, self.target).clamp_(min=0).mul_(self.variate).add_(self.programmed)
-        if any(mean):
-            moved += horner(mean, self.target)
+        mean, std = device.retention_moments(self.target, time, temperature)
+        moved = _floored(device, std.mul_(self.variate).add_(self.programmed).add_(mean))
         return moved if self.stuck is None else torch.where(self.stuck, self.programmed, moved)
 
 
@@ -74,7 +71,7 @@ def program(device: DeviceConfig, target: Tensor, draws: Draws) -> Cells:
     variate = draws.retention(target)
     programmed = target
     if any(device.programming):
-        programmed = target + device.programming_std(target) * draws.programming(target)
+        programmed = _floored(device, target + device.programming_std(target) * draws.programming(target))
     stuck = None
     if device.stuck_at_min or device.stuck_at_max:
         lot = draws.stuck(target)
@@ -82,3 +79,8 @@ def program(device: DeviceConfig, target: Tensor, draws: Draws) -> Cells:
         programmed = programmed.masked_fill(at_min, device.g_min).masked_fill(at_max, device.g_max)
         stuck = at_min | at_max
     return Cells(target, programmed, variate, stuck)
+
+
+def _floored(device: DeviceConfig, g: Tensor) -> Tensor:
+    """No conductance is negative; in place."""
+    return g.clamp_(min=0) if device.floor_at_zero else g

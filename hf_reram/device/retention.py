@@ -131,10 +131,11 @@ class LogRetention:
 
 @dataclass(frozen=True)
 class GenericRetention:
-    """``mean = -A (g - g_min) ln(1 + t/tau)``, ``std = s0 + (s1 + s2 g) ln(1 + t/tau)``: every number the user's.
+    """``mean = -min(A ln(1 + t/tau), 1) (g - g_min)``, ``std = s0 + (s1 + s2 g) ln(1 + t/tau)``: every number the
+    user's.
 
     Args:
-        A: relative drift of the conductance above g_min per e-fold of time.
+        A: relative drift of the conductance above g_min per e-fold of time, until all of it is gone.
         tau: s.
         s0, s1: µS. s2: dimensionless.
         g_min: µS, where the mean shift vanishes; filled in from the device.
@@ -158,7 +159,8 @@ class GenericRetention:
 
     def polynomials(self, time: float) -> tuple[Polynomial, Polynomial]:
         log = math.log1p(time / self.tau)
-        mean = (self.A * self.g_min * log, -self.A * log)
+        gone = min(self.A * log, 1.0)
+        mean = (gone * self.g_min, -gone)
         return mean, (self.s0 + self.s1 * log, self.s2 * log)
 
 

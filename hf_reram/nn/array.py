@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..device.moments import WeightError, white_error
-from .ops.functions import DriftedWeight, OffsetOutput, WeightVariance, clip_weight
+from .ops.functions import DriftedWeight, OffsetOutput, Quantize, WeightVariance, clip_weight
 from .ops.reference import weight_mean
 from .scalars import Scalars
 
@@ -139,22 +138,18 @@ def sampled(layer: "CrossbarLayer", now: Scalars) -> Held:
     sampling = state.current(layer.crossbar_name).sampling
     assert sampling is not None
     drifts = sampling.kind == "drift"
-    error = sampling.error.averaged(now.pairs) if drifts else white_error(layer.white_noise_std())
     weight = wide(programmed)
     noise = sampling.normal(weight, layer.crossbar_name)
-    needed = drifts and state.term is not None and sampling.error == state.error
+    needed = drifts and state.term is not None and sampling.error is state.error
     scale = layer.held_scale(weight.dtype)
-    drifted, variance = DriftedWeight.apply(weight, scale, noise, looked_at(error), needed)
+    if drifts:
+        error = sampling.error.averaged(now.pairs)
+        mean = error.means[0]
+        tables = error.spread(weight), None if mean.is_zero else mean.table(weight)
+    else:
+        tables = torch.eye(2, 1, dtype=weight.dtype, device=weight.device) * layer.white_noise_std(), None
+    drifted, variance = DriftedWeight.apply(weight, scale, noise, *tables, needed)
     return Held(drifted.to(programmed.dtype), programmed, bias, variance)
-
-
-def looked_at(error: WeightError) -> WeightError:
-    """For autograd functions: torch.compile must have seen each number before, or takes it for the function's own."""
-    if not torch.compiler.is_compiling():
-        return error
-    numbers = [tuple(1.0 * c for c in p) for p in (error.variance, error.variance_slope, *error.means)]
-    std = None if error.std is None else tuple(1.0 * c for c in error.std)
-    return WeightError(numbers[0], numbers[1], tuple(numbers[2:]), std, 1.0 * error.floor)
 
 
 def deployed(layer: "CrossbarLayer", chip: Chip) -> Held:
@@ -180,8 +175,10 @@ def cell_weight(layer: "CrossbarLayer", weight: Tensor) -> Tensor:
 
 
 def program(layer: "CrossbarLayer", weight: Tensor) -> Tensor:
-    """``clamp(W · a, ±w_scale)``: what the cells can hold of a weight. The one place where a forward clips weights."""
-    return clip_weight(cell_weight(layer, weight), layer.held_scale())
+    """``clamp(W · a, ±w_scale)``, at the nearest of the cells' levels: what they can hold of a weight. The one place
+    where a forward clips weights."""
+    held, levels = clip_weight(cell_weight(layer, weight), layer.held_scale()), layer.error.levels
+    return Quantize.apply(held, layer.held_scale() / (levels - 1), levels - 1, None, False) if levels else held
 
 
 def with_bias(layer: "CrossbarLayer", programmed: Tensor, now: Scalars) -> tuple[Tensor, Tensor | None]:
@@ -202,13 +199,13 @@ def offset_output(layer: "CrossbarLayer", programmed: Tensor) -> tuple[Tensor, T
 
 @torch.no_grad()
 def white_noise_std(layer: "CrossbarLayer") -> float:
-    """Spread, in units of weight_scale, of white noise with the power of the device's retention error."""
+    """Spread, in units of weight_scale, of white noise with the power of the device's error."""
     # In units of w_scale, so that the result is right where a whole channel is zero.
     ratio = wide(program(layer, layer.weight)) / layer.held_scale(torch.float32).clamp(min=1e-30)
     error = layer.error
     ones = torch.ones_like(ratio[:1])
-    power = float(WeightVariance.apply(ratio, ones, error).mean())
-    shifts = [float(weight_mean(ratio, ones, mean).square().mean()) for mean in error.means if any(mean)]
+    power = float(WeightVariance.apply(ratio, ones, error.spread(ratio)).mean())
+    shifts = [float(weight_mean(ratio, ones, mean.table(ratio)).square().mean()) for mean in error.shifts]
     return math.sqrt(max(power + sum(shifts) / len(error.means), 0.0))
 
 

@@ -11,7 +11,7 @@ from ..device.moments import WeightError
 from .layer import CrossbarLayer
 from .ops.cpu import ELEMENTS
 from .ops.functions import WeightVariance
-from .ops.reference import clip, weight_mean
+from .ops.reference import clip, quantize, weight_mean
 
 # Candidates for weight_clip="auto", in RMS of the channel; beyond comes no clipping at all.
 CLIPS = (1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
@@ -119,13 +119,15 @@ def expected_error(
     """
     shape = rows.shape
     wide = scale.expand(shape)
-    spread = WeightVariance.apply(rows, wide, error)
     held = clip(rows, wide)
+    if error.levels:
+        held = quantize(held, wide / (error.levels - 1), error.levels - 1, None)
+    spread = WeightVariance.apply(held, wide, error.spread(rows))
     total = torch.zeros(*shape[:2], 1, dtype=rows.dtype, device=rows.device)
     for mean in error.means:
         shift = held - rows
-        if any(mean):
-            shift = shift + weight_mean(held, wide, mean)
+        if not mean.is_zero:
+            shift = shift + weight_mean(held, wide, mean.table(held))
         if inputs is None:
             total += shift.square().sum(2, keepdim=True)
         else:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..device.moments import WeightError
-from .array import Held, looked_at, wide
+from .array import Held, wide
 from .attach import Attach
 from .drive import Driven, row_power
 from .forward import add_term, runs_again
@@ -75,10 +75,9 @@ def weight_term(layer: "CrossbarLayer", held: Held) -> Tensor:
     """``(E|ΔW|², |W|²)``: the same without activations."""
     error, programmed = layer.error, wide(held.programmed)
     noise = _variance(layer, held, error).sum()
-    for mean in error.means:
-        if any(mean):
-            scale = layer.held_scale(programmed.dtype)
-            noise = noise + weight_mean(programmed, scale, mean).square().sum() / len(error.means)
+    for mean in error.shifts:
+        shift = weight_mean(programmed, layer.held_scale(programmed.dtype), mean.table(programmed))
+        noise = noise + shift.square().sum() / len(error.means)
     return torch.stack((noise, programmed.square().sum()))
 
 
@@ -99,7 +98,7 @@ def sensitivity_term(layer: "CrossbarLayer", driven: Driven, held: Held, example
     variance = layer.to_rows(_variance(layer, held, error))
     h = layer.sensitivity.to(variance.device).reshape(variance.shape[:2])
     noise = (h * torch.einsum("gor,gr->go", variance, row_power(layer, driven))).sum() * driven.factor**2
-    if any(any(mean) for mean in error.means):
+    if error.shifts:
         noise = noise + _mean_power(layer, driven, held, error, h.reshape(-1).sqrt())
     return torch.stack((0.5 * noise.reshape(()), torch.full_like(noise.reshape(()), float(examples))))
 
@@ -109,7 +108,7 @@ def _variance(layer: "CrossbarLayer", held: Held, error: WeightError) -> Tensor:
     if held.variance is not None:
         return held.variance
     programmed = wide(held.programmed)
-    return WeightVariance.apply(programmed, layer.held_scale(programmed.dtype), looked_at(error))
+    return WeightVariance.apply(programmed, layer.held_scale(programmed.dtype), error.spread(programmed))
 
 
 def _power(layer: "CrossbarLayer", y: Tensor, bias: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -125,9 +124,9 @@ def _mean_power(
     programmed, s = wide(held.programmed), wide(driven.s)
     scale = layer.held_scale(programmed.dtype)
     powers: list[Any] = []
-    for mean in error.means:
-        shifted = weight_mean(programmed, scale, mean) * driven.factor
+    for mean in error.shifts:
+        shifted = weight_mean(programmed, scale, mean.table(programmed)) * driven.factor
         product = layer.multiply(s, shifted, None, driven.padded)
         product = product if weights is None else product * layer.over_channels(weights).to(product.dtype)
         powers.append(total_power(layer.examples(product), None, driven.keep))
-    return torch.stack(powers).mean(0)
+    return torch.stack(powers).sum(0) / len(error.means)

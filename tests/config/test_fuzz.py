@@ -120,7 +120,7 @@ def test_any_checkpoint_loads_or_is_refused(tiny_bert, tmp_path_factory, data):
         ({"tile_size": 1}, "tiles"),
         ({"target_modules": "(a|aa)+X"}, "took too long"),
         ({"retention_times": ["1d"] * 100_000}, "retention_times"),
-        ({"version": 2}, "newer hf_reram"),
+        ({"version": 3}, "newer hf_reram"),
     ],
     ids=lambda value: str(value)[:40],
 )

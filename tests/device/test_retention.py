@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from hf_reram import DeviceConfig
 from hf_reram.device import format_time, parse_time
-from hf_reram.device.moments import weight_error
 from tests.samples.devices import device
 
 # Wan et al., Nature 608, 504 (2022): coefficients in g/g_max of the spread [µS].
@@ -80,25 +79,3 @@ def test_times_survive_formatting(unit, count):
 def test_bad_times_are_named(bad):
     with pytest.raises(ValueError, match="is not a time"):
         parse_time(bad)
-
-
-@pytest.mark.parametrize("preset", ["hfox-neurram", "cmo-hfox-ibm", "generic"])
-@pytest.mark.parametrize("time", [1.0, 86400.0])
-def test_weight_error_is_that_of_the_cell_pair(preset, time):
-    cell = DeviceConfig.from_preset(preset)
-    error = weight_error(cell, (time,), None)
-    w = torch.linspace(-1, 1, 21, dtype=torch.float64)
-    plus, minus = cell.conductance(w)
-    variance = (cell.retention_std(plus, time) ** 2 + cell.retention_std(minus, time) ** 2) / cell.g_range**2
-    mean = (cell.retention_mean(plus, time) - cell.retention_mean(minus, time)) / cell.g_range
-    a = w.abs().numpy()
-    np.testing.assert_allclose(np.polyval(error.variance[::-1], a), variance.numpy(), rtol=1e-6, atol=1e-12)
-    np.testing.assert_allclose(np.polyval(error.means[0][::-1], a) * w.sign().numpy(), mean.numpy(), atol=1e-12)
-
-
-def test_weight_error_where_the_spread_is_clamped_at_zero():
-    cell = device(retention={"type": "log", "std_offset": [1.0, -0.05], "std_slope": [0.0]})
-    error = weight_error(cell, (1.0,), None)
-    a = np.linspace(0, 1, 50)
-    exact = (np.maximum(1 - 0.05 * 40 * a, 0) ** 2 + 1) / 1600
-    np.testing.assert_allclose(np.polyval(error.variance[::-1], a), exact, rtol=2e-2)

@@ -57,7 +57,7 @@ def test_a_chip_ages_along_one_continuous_curve(chip):
 
 def test_layer_spread_is_the_published_one():
     model = nn.Sequential(nn.Linear(400, 300, bias=False))
-    cell = device(read_noise=0.0)
+    cell = device(read_noise=0.0, floor_at_zero=False)
     with torch.no_grad():
         model[0].weight.fill_(0.5)
         model[0].weight[:, 0] = 1.0
@@ -102,7 +102,8 @@ def test_digital_is_the_digital_model(tiny_bert):
 
 def test_read_noise_is_drawn_anew_and_stuck_cells_do_not_move():
     model = nn.Sequential(nn.Linear(64, 64))
-    patch_model(model, ReRAMConfig(device=device(stuck_at_min=0.3, stuck_at_max=0.1), weight_clip=None))
+    cell = device(stuck_at_min=0.3, stuck_at_max=0.1, floor_at_zero=False)
+    patch_model(model, ReRAMConfig(device=cell, weight_clip=None))
     x = torch.randn(50, 64)
     calibrate(model, [x])
     with torch.no_grad(), deploy(model, "1d", seed=1):
@@ -170,7 +171,7 @@ def test_retention_does_not_depend_on_other_errors():
     }.items():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(40, 30))
-        patch_model(model, ReRAMConfig(device=device(**changes), redundancy=0.0))
+        patch_model(model, ReRAMConfig(device=device(floor_at_zero=False, **changes), weight_clip=None))
         fresh, aged = deploy(model, None, seed=3), deploy(model, "1d", seed=3)
         with fresh:
             before = model[0].chip.weight.clone()

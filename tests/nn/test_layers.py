@@ -113,7 +113,10 @@ def test_term_is_that_of_the_linear_form(kind):
     """R of any layer equals that of the matrix that its unfolded inputs meet."""
     layer, x = layer_of(kind)
     model = nn.Sequential(layer).train()
-    patch_model(model, ReRAMConfig(device=device(v0=0.25), range_shrink=1.0, weight_clip=2.0, retention_loss="output"))
+    patch_model(
+        model,
+        ReRAMConfig(device=device(floor_at_zero=False), range_shrink=1.0, weight_clip=2.0, retention_loss="output"),
+    )
     calibrate(model, [x])
     model(x)
     found = retention_loss(model)

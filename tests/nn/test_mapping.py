@@ -65,9 +65,10 @@ def test_expected_error_is_what_sampling_shows():
     device, draws = DeviceConfig.from_preset("hfox-neurram"), []
     held = torch.maximum(torch.minimum(rows, scale), -scale)
     plus, minus = device.conductance(held / scale)
-    std = (device.retention_std(plus, "1d") ** 2 + device.retention_std(minus, "1d") ** 2).sqrt() / device.g_range
+    std = [device.retention_std(g, "1d") for g in (plus, minus)]
     for _ in range(300):
-        aged = held + scale * std * torch.randn_like(rows)
+        found_at = [(g + s * torch.randn_like(g)).clamp(min=0) for g, s in zip((plus, minus), std)]
+        aged = scale * (found_at[0] - found_at[1]) / device.g_range
         draws.append(torch.bmm(aged - rows, inputs.transpose(1, 2)).square().mean(2)[0])
     torch.testing.assert_close(found, torch.stack(draws).mean(0), rtol=0.15, atol=0.0)
 

@@ -56,7 +56,7 @@ def test_ideal_cells_are_the_digital_layer(kind, converters):
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d", CONVS[1], CONVS[4]], ids=str)
 def test_chips_err_by_the_scale_of_their_tile(kind):
-    cell = device(read_noise=0.0)
+    cell = device(read_noise=0.0, floor_at_zero=False)
     model, layer, _ = patched(kind, device=cell)
     chips = []
     for seed in range(400):

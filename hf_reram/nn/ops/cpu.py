@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from ...device.iv import LINEAR_B, sinh_coefficients
-from ...device.moments import WeightError
 from . import reference
-from .reference import POLYNOMIAL_B, derivative
+from .reference import POLYNOMIAL_B
 
 ELEMENTS = 1 << 19  # of a piece
 
@@ -187,57 +186,58 @@ def all_within(weight: Tensor, scale: Tensor) -> bool:
     return bool((weight.amax(dims, True) <= scale).all() and (weight.amin(dims, True) >= -scale).all())
 
 
-def weight_variance(weight: Tensor, scale: Tensor, error: WeightError) -> Tensor:
+def weight_variance(weight: Tensor, scale: Tensor, std: Tensor) -> Tensor:
     """:func:`.reference.weight_variance`."""
     result = torch.empty_like(weight)
     for w, k, out, a in _weight_pieces(weight, scale, result):
-        _square(error, _magnitude(w, k, a), out).mul_(k * k)
+        spread, _ = _looked_up(std, _magnitude(w, k, a), False)
+        torch.mul(spread, k, out=out).square_()
     return result
 
 
-def weight_variance_gradient(grad: Tensor, weight: Tensor, scale: Tensor, error: WeightError) -> Tensor:
+def weight_variance_gradient(grad: Tensor, weight: Tensor, scale: Tensor, std: Tensor) -> Tensor:
     """:func:`.reference.weight_variance_gradient`."""
     result = torch.empty_like(weight)
     for w, k, g, out, a in _weight_pieces(weight, scale, grad, result):
-        _square(error, _magnitude(w, k, a), torch.empty_like(a), half=out)
-        out.mul_(w.sign()).mul_(2 * k).mul_(g)
+        spread, slope = _looked_up(std, _magnitude(w, k, a), True)
+        torch.mul(spread, slope, out=out).mul_(w.sign()).mul_(2 * k).mul_(g)
     return result
 
 
 def drifted_weight(
-    weight: Tensor, scale: Tensor, noise: Tensor, error: WeightError, slope: bool, variance: bool
+    weight: Tensor, scale: Tensor, noise: Tensor, std: Tensor, mean: Tensor | None, slope: bool, variance: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """:func:`.reference.drifted_weight`."""
     drifted = torch.empty_like(weight)
     slopes = torch.empty_like(weight) if slope else drifted
     squares = torch.empty_like(weight) if variance else drifted
-    mean = error.means[0]
     for w, k, n, d, square, out, a in _weight_pieces(weight, scale, noise, slopes, squares, drifted):
-        _magnitude(w, k, a)
-        _square(error, a, out, d if slope else None)
+        spread, steepness = _looked_up(std, _magnitude(w, k, a), slope)
         if variance:
-            torch.mul(out, k * k, out=square)
-        std, sign = out.clamp_(min=1e-30).sqrt_(), w.sign()
+            torch.mul(spread, k, out=square).square_()
+        sign = w.sign()
         if slope:
-            d.div_(std).mul_(n).mul_(sign).add_(1.0)
-            if any(mean):
-                d.add_(_polynomial(derivative(mean), a, torch.empty_like(a)))
-        if any(mean):
-            a.add_(_polynomial(mean, a, torch.empty_like(a)))
-        out.mul_(n).add_(a.mul_(sign)).mul_(k)
+            torch.mul(n, steepness, out=d).mul_(sign).add_(1.0)
+        torch.mul(n, spread, out=out)
+        if mean is not None:
+            shift, shift_slope = _looked_up(mean, a, slope)
+            out.addcmul_(shift, sign)
+            if slope:
+                d.add_(shift_slope)
+        out.mul_(k).add_(w)
     return drifted, slopes if slope else None, squares if variance else None
 
 
-def _square(error: WeightError, a: Tensor, square: Tensor, half: Tensor | None = None) -> Tensor:
-    """P(a) into ``square``, and P'(a)/2 into ``half`` where it is wanted."""
-    if error.std is None:
-        if half is not None:
-            _polynomial(error.variance_slope, a, half).mul_(0.5)
-        return _polynomial(error.variance, a, square)
-    std = _polynomial(error.std, a, square)
-    if half is not None:
-        _polynomial(derivative(error.std), a, half).mul_(std)
-    return square.mul_(std).add_(error.floor)
+def _looked_up(table: Tensor, a: Tensor, slope: bool) -> tuple[Tensor, Tensor]:
+    """:func:`.reference.looked_up` of tensors in one piece; without ``slope`` the second is anything."""
+    intervals = table.shape[1] - 1
+    if not intervals:
+        return table[0].expand(a.shape), table[1].expand(a.shape)
+    place = (a * intervals).view(-1)
+    index = place.to(torch.int32).clamp_(0, intervals)
+    step = torch.index_select(table[1], 0, index)
+    value = torch.index_select(table[0], 0, index).addcmul_(step, place.frac_())
+    return value.view(a.shape), step.mul_(intervals).view(a.shape) if slope else step
 
 
 def _weight_pieces(weight: Tensor, scale: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:

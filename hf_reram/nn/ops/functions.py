@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ...device.moments import WeightError
 from . import cpu, fused, reference
 
 
@@ -167,25 +166,23 @@ def clip_weight(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 class WeightVariance(Function):
-    """``s²(W) = w_scale² P(|W| / w_scale)``, the retention variance of each weight.
+    """``s²(W) = w_scale² S(|W| / w_scale)²``, the variance of each weight.
 
     Args:
         weight: within its range, any shape. scale: w_scale, broadcastable to it; where it is 0 the result is 0.
-        error: whose variance P is.
+        std: table of S, see :class:`hf_reram.device.moments.Curve`.
     """
 
     @staticmethod
-    def forward(ctx, weight: Tensor, scale: Tensor, error: WeightError) -> Tensor:
-        ctx.save_for_backward(weight, scale)
-        ctx.error = error
-        return _twin(weight).weight_variance(weight, scale, error)
+    def forward(ctx, weight: Tensor, scale: Tensor, std: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, scale, std)
+        return _twin(weight).weight_variance(weight, scale, std)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        weight, scale = ctx.saved_tensors
-        twin = _twin(weight)
-        return twin.weight_variance_gradient(grad, weight, scale, ctx.error), None, None
+        weight, scale, std = ctx.saved_tensors
+        return _twin(weight).weight_variance_gradient(grad, weight, scale, std), None, None
 
 
 class DriftedWeight(Function):
@@ -194,19 +191,19 @@ class DriftedWeight(Function):
 
     Args:
         weight: within its range, any shape, at least float32. scale: w_scale, broadcastable to it.
-        noise: ε, of the weight's shape. error: of one time. variance: whether it is wanted, else None in its place.
+        noise: ε, of the weight's shape. std, mean: tables of S and M, see :class:`hf_reram.device.moments.Curve`; the
+            latter None where it is 0. variance: whether it is wanted, else None in its place.
     """
 
     @staticmethod
     def forward(
-        ctx, weight: Tensor, scale: Tensor, noise: Tensor, error: WeightError, variance: bool = False
+        ctx, weight: Tensor, scale: Tensor, noise: Tensor, std: Tensor, mean: Tensor | None, variance: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         learned = ctx.needs_input_grad[0]  # beside an adapter the cells are frozen
         twin = _twin(weight)
-        drifted, slope, square = twin.drifted_weight(weight, scale, noise, error, learned, variance)
+        drifted, slope, square = twin.drifted_weight(weight, scale, noise, std, mean, learned, variance)
         # The slope instead of the noise: it costs the same memory.
-        ctx.save_for_backward(slope, *((weight, scale) if variance and learned else ()))
-        ctx.error = error
+        ctx.save_for_backward(slope, *((weight, scale, std) if variance and learned else ()))
         ctx.set_materialize_grads(False)
         return drifted, square
 
@@ -217,9 +214,9 @@ class DriftedWeight(Function):
         result = None if grad is None else grad * slope
         if grad_variance is not None:
             twin = _twin(slope)
-            added = twin.weight_variance_gradient(grad_variance, *of_variance, ctx.error)
+            added = twin.weight_variance_gradient(grad_variance, *of_variance)
             result = added if result is None else result.add_(added)
-        return result, None, None, None, None
+        return result, None, None, None, None, None
 
 
 class OutputPower(Function):

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ...device.iv import LINEAR_B, sinh_coefficients
-from ...device.moments import WeightError
 from ...device.retention import horner
 
 # Up to this b a polynomial stands for the sinh on a CPU, where PyTorch's is scalar code, 20 times slower.
@@ -127,65 +126,67 @@ def clip_gradient(grad: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return torch.where(weight.abs() <= scale * edge, grad, 0.0)
 
 
-def weight_variance(weight: Tensor, scale: Tensor, error: WeightError) -> Tensor:
-    """``s²(W) = w_scale² P(|W| / w_scale)``, the retention variance of each weight within its range."""
-    return scale.square() * _square(error, _magnitude(weight, scale))
+def looked_up(table: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """A curve's value at ``a``, and its slope there.
+
+    Args:
+        table: of a :class:`hf_reram.device.moments.Curve`, (2, points). a: any shape, from 0 to 1.
+    """
+    intervals = table.shape[1] - 1
+    values, steps = table.unbind()
+    if not intervals:
+        return values.expand(a.shape), steps.expand(a.shape)
+    place = a * intervals
+    index = place.detach().int().clamp(0, intervals)  # NaN as well, which is to stay NaN
+    value, step = (row.index_select(0, index.flatten()).view(a.shape) for row in (values, steps))
+    return value + step * (place - index), step * intervals
 
 
-def weight_variance_gradient(grad: Tensor, weight: Tensor, scale: Tensor, error: WeightError) -> Tensor:
-    """``grad · w_scale P'(|W| / w_scale) sign(W)``."""
-    return grad * scale * weight.sign() * _square_slope(error, _magnitude(weight, scale))
+def weight_variance(weight: Tensor, scale: Tensor, std: Tensor) -> Tensor:
+    """``s²(W) = w_scale² S(|W| / w_scale)²``, the variance of each weight within its range.
+
+    Args:
+        weight: within its range. scale: broadcastable to it. std: table of S, see :func:`looked_up`.
+    """
+    return (scale * looked_up(std, _magnitude(weight, scale))[0]).square()
+
+
+def weight_variance_gradient(grad: Tensor, weight: Tensor, scale: Tensor, std: Tensor) -> Tensor:
+    """``grad · 2 w_scale S S'(|W| / w_scale) sign(W)``."""
+    spread, slope = looked_up(std, _magnitude(weight, scale))
+    return grad * 2 * scale * weight.sign() * spread * slope
 
 
 def drifted_weight(
-    weight: Tensor, scale: Tensor, noise: Tensor, error: WeightError, slope: bool, variance: bool
+    weight: Tensor, scale: Tensor, noise: Tensor, std: Tensor, mean: Tensor | None, slope: bool, variance: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``W + m(W) + s(W) ε``: weights as they are found after the retention time, for given variates ε; and where wanted
     its derivative with respect to W, and the variance ``s²(W)``.
 
-    With ``a = |W| / w_scale`` the derivative is ``1 + M'(a) + sign(W) ε P'(a) / (2 sqrt(P(a)))``.
+    With ``a = |W| / w_scale`` the derivative is ``1 + M'(a) + sign(W) ε S'(a)``.
 
     Args:
-        weight: within its range. scale: broadcastable to it. noise: ε, of its shape. error: of one time.
+        weight: within its range. scale: broadcastable to it. noise: ε, of its shape. std, mean: tables of S and M, see
+            :func:`looked_up`; the latter None where it is 0.
     """
-    a, sign, mean = _magnitude(weight, scale), weight.sign(), error.means[0]
-    square = _square(error, a)
-    std = square.clamp(min=1e-30).sqrt()
-    shift = scale * (std * noise + horner(mean, a) * sign if any(mean) else std * noise)
-    gained = None
-    if slope:
-        gained = 1.0 + sign * noise * (0.5 * _square_slope(error, a) / std)
-        gained = gained + horner(derivative(mean), a) if any(mean) else gained
-    return weight + shift, gained, scale.square() * square if variance else None
+    a, sign = _magnitude(weight, scale), weight.sign()
+    spread, steepness = looked_up(std, a)
+    error, gained = spread * noise, 1.0 + sign * noise * steepness if slope else None
+    if mean is not None:
+        shift, shift_slope = looked_up(mean, a)
+        error = error + shift * sign
+        gained = None if gained is None else gained + shift_slope
+    return weight + scale * error, gained, (scale * spread).square() if variance else None
 
 
-def weight_mean(weight: Tensor, scale: Tensor, mean: tuple[float, ...]) -> Tensor:
-    """``m(W) = w_scale · M(|W| / w_scale) · sign(W)``, the retention shift of each weight; arguments as above."""
-    return horner(mean, _magnitude(weight, scale)) * scale * weight.sign()
-
-
-def derivative(coefficients: tuple[float, ...]) -> tuple[float, ...]:
-    """Coefficients of a polynomial's derivative, lowest power first."""
-    return tuple(i * c for i, c in enumerate(coefficients))[1:] or (0.0,)
+def weight_mean(weight: Tensor, scale: Tensor, mean: Tensor) -> Tensor:
+    """``m(W) = w_scale · M(|W| / w_scale) · sign(W)``, the mean shift of each weight; arguments as above."""
+    return looked_up(mean, _magnitude(weight, scale))[0] * scale * weight.sign()
 
 
 def _magnitude(weight: Tensor, scale: Tensor) -> Tensor:
     # Not to 1: that would take the gradient from weights at their very edge.
     return (weight / scale.clamp(min=1e-30)).abs().clamp(max=1.0 + 4 * torch.finfo(weight.dtype).eps)
-
-
-def _square(error: WeightError, a: Tensor) -> Tensor:
-    """P(a)."""
-    if error.std is None:
-        return horner(error.variance, a)
-    return horner(error.std, a).square() + error.floor
-
-
-def _square_slope(error: WeightError, a: Tensor) -> Tensor:
-    """P'(a)."""
-    if error.std is None:
-        return horner(error.variance_slope, a)
-    return 2 * horner(error.std, a) * horner(derivative(error.std), a)
 
 
 # Powers

@@ -10,7 +10,7 @@ from torch.autograd import gradcheck
 from hf_reram import DeviceConfig
 from hf_reram.config import dac_grid
 from hf_reram.device.iv import cell_current, full_scale_gain, least_squares_gain, sinh_coefficients, uniform_gain
-from hf_reram.device.moments import WeightError, weight_error
+from hf_reram.device.moments import Curve, weight_error
 from hf_reram.nn.ops import cpu, reference
 from hf_reram.nn.ops.functions import (
     DriftedWeight,
@@ -139,57 +139,79 @@ def test_gains(b):
     assert len(sinh_coefficients(b)) >= 2
 
 
-def test_weight_functions_have_right_gradients():
+def curve(*coefficients: float) -> Curve:
+    """A polynomial, lowest power first."""
+    return Curve(torch.from_numpy(np.polyval(coefficients[::-1], np.linspace(0, 1, 513))))
+
+
+SPREADS = [curve(0.2), curve(0.2, 0.3, -0.1)]
+MEANS = [None, curve(0.0, -0.1, 0.2)]
+
+
+def test_curves_are_looked_up():
+    a = torch.rand(50, 3, dtype=F64)
+    value, slope = reference.looked_up(SPREADS[1].table(a), a)
+    torch.testing.assert_close(value, 0.2 + 0.3 * a - 0.1 * a**2, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(slope, 0.3 - 0.2 * a, rtol=2e-3, atol=0.0)
+    edges = torch.tensor([0.0, 1.0, float("nan")])
+    for table_of in (lambda table: reference.looked_up(table, edges), lambda table: cpu._looked_up(table, edges, True)):
+        value, slope = table_of(SPREADS[1].table(edges))
+        torch.testing.assert_close(value, torch.tensor([0.2, 0.4, float("nan")]), equal_nan=True)
+        torch.testing.assert_close(slope[:2], torch.tensor([0.3, 0.1]), rtol=2e-3, atol=0.0)
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_weight_functions_have_right_gradients(spread):
     weight = torch.randn(6, 5, dtype=F64, requires_grad=True)
     scale = torch.rand(6, 1, dtype=F64) + 0.5
-    error = WeightError((0.1, 0.3, -0.2, 0.4), (0.3, -0.4, 1.2), ((0.0, 0.0),))
+    std = spread.table(scale)
     assert gradcheck(lambda w: clip_weight(w, scale), (weight,))
-    assert gradcheck(lambda w: WeightVariance.apply(clip_weight(w, scale), scale, error), (weight,))
+    assert gradcheck(lambda w: WeightVariance.apply(clip_weight(w, scale), scale, std), (weight,))
 
 
-@pytest.mark.parametrize("mean", [(0.0, 0.0), (0.0, -0.1, 0.2)])
-@pytest.mark.parametrize("std", [None, (0.2, 0.3, -0.1)])
-def test_drifted_weight_has_right_values_and_gradients(mean, std):
+@pytest.mark.parametrize("mean", MEANS)
+@pytest.mark.parametrize("spread", SPREADS)
+def test_drifted_weight_has_right_values_and_gradients(mean, spread):
     weight = torch.randn(6, 5, dtype=F64, requires_grad=True)
     noise = torch.randn(6, 5, dtype=F64)
     scale = torch.rand(6, 1, dtype=F64) + 0.5
-    error = WeightError((0.1, 0.3, -0.2, 0.4), (0.3, -0.4, 1.2), (mean,))
-    if std:
-        square = np.polynomial.Polynomial(std) ** 2 + 0.05
-        error = WeightError(tuple(square.coef), tuple(square.deriv().coef), (mean,), std, 0.05)
-    assert gradcheck(lambda w: DriftedWeight.apply(clip_weight(w, scale), scale, noise, error, True), (weight,))
-    assert gradcheck(lambda w: DriftedWeight.apply(clip_weight(w, scale), scale, noise, error)[0], (weight,))
+    tables = spread.table(scale), None if mean is None else mean.table(scale)
+    assert gradcheck(lambda w: DriftedWeight.apply(clip_weight(w, scale), scale, noise, *tables, True), (weight,))
+    assert gradcheck(lambda w: DriftedWeight.apply(clip_weight(w, scale), scale, noise, *tables)[0], (weight,))
     held = clip_weight(weight, scale)
-    variance = WeightVariance.apply(held, scale, error)
-    wanted = held + weight_mean(held, scale, mean) + variance.sqrt() * noise
-    drifted, found = DriftedWeight.apply(held, scale, noise, error, True)
+    variance = WeightVariance.apply(held, scale, tables[0])
+    wanted = held + variance.sqrt() * noise
+    wanted = wanted if mean is None else wanted + weight_mean(held, scale, tables[1])
+    drifted, found = DriftedWeight.apply(held, scale, noise, *tables, True)
     torch.testing.assert_close(drifted, wanted)
     torch.testing.assert_close(found, variance)
 
 
 @pytest.mark.parametrize("shape", [(6, 5), (700, 900), (3, 4, 5, 2)], ids=str)
 @pytest.mark.parametrize("per", ["row", "column", "all"])
-@pytest.mark.parametrize("std", [None, (0.2, 0.3, -0.1)])
-def test_cells_in_pieces_agree_with_the_definition(shape, per, std):
-    """As whole tensors in float64."""
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("mean", MEANS)
+def test_cells_in_pieces_agree_with_the_definition(shape, per, spread, mean):
+    """As whole tensors in float64; slopes are those of the interval, so that rounding may choose the next one's."""
     sizes = {"row": (shape[0], *[1] * (len(shape) - 1)), "column": (shape[-1],), "all": (1,) * len(shape)}
     scale, noise = torch.rand(sizes[per]) + 0.5, torch.randn(shape)
     weight, out = torch.randn(shape).clamp(-scale, scale), torch.randn(shape)
-    error = WeightError((0.1, 0.3, -0.2, 0.4), (0.3, -0.4, 1.2), ((0.0, -0.1, 0.2),), std, 0.05)
     wide = [t.double() for t in (weight, scale, noise, out)]
+    tables = [(spread.table(t), None if mean is None else mean.table(t)) for t in (weight, wide[0])]
     pairs = [
         *zip(
-            cpu.drifted_weight(weight, scale, noise, error, True, True),
-            reference.drifted_weight(*wide[:3], error, True, True),
+            cpu.drifted_weight(weight, scale, noise, *tables[0], True, True),
+            reference.drifted_weight(*wide[:3], *tables[1], True, True),
         ),
-        (cpu.weight_variance(weight, scale, error), reference.weight_variance(*wide[:2], error)),
+        (cpu.weight_variance(weight, scale, tables[0][0]), reference.weight_variance(*wide[:2], tables[1][0])),
         (
-            cpu.weight_variance_gradient(out, weight, scale, error),
-            reference.weight_variance_gradient(wide[3], *wide[:2], error),
+            cpu.weight_variance_gradient(out, weight, scale, tables[0][0]),
+            reference.weight_variance_gradient(wide[3], *wide[:2], tables[1][0]),
         ),
     ]
-    for found, wanted in pairs:
-        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+    for i, (found, wanted) in enumerate(pairs):
+        tolerance = {"rtol": 1e-5, "atol": 2e-3} if i in (1, 4) else {"rtol": 1e-5, "atol": 1e-6}
+        torch.testing.assert_close(found.double(), wanted, **tolerance)
 
 
 KEEPS = [None, torch.tensor([1, 1, 0, 1, 0, 1, 1.0], dtype=F64)]
@@ -310,8 +332,9 @@ def test_quantize_in_place(shape):
 def test_frozen_weights_drift_alike():
     weight, scale, noise = torch.randn(6, 5), torch.rand(6, 1) + 1, torch.randn(6, 5)
     error = weight_error(DeviceConfig.from_preset("hfox-neurram"), (86400.0,), None)
-    learned, _ = DriftedWeight.apply(weight.clone().requires_grad_(), scale, noise, error)
-    frozen, _ = DriftedWeight.apply(weight, scale, noise, error)
+    tables = error.std.table(weight), error.means[0].table(weight)
+    learned, _ = DriftedWeight.apply(weight.clone().requires_grad_(), scale, noise, *tables)
+    frozen, _ = DriftedWeight.apply(weight, scale, noise, *tables)
     assert torch.equal(learned, frozen) and not frozen.requires_grad
 
 
@@ -319,6 +342,6 @@ def test_a_mean_shift_has_a_gradient_at_the_edge_of_the_range():
     torch.manual_seed(0)
     scale = torch.rand(50, 1) + 0.5
     weight = (scale * torch.linspace(-1, 1, 8)).requires_grad_()
-    reference.weight_mean(weight, scale, (0.0, 0.3, 0.1)).sum().backward()
+    reference.weight_mean(weight, scale, curve(0.0, 0.3, 0.1).table(weight)).sum().backward()
     a = (weight.detach() / scale).abs()
-    torch.testing.assert_close(weight.grad, 0.3 + 0.2 * a)
+    torch.testing.assert_close(weight.grad, 0.3 + 0.2 * a, rtol=2e-3, atol=0.0)
