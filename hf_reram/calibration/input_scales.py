@@ -24,15 +24,17 @@ TYPICAL_CLIP = 3.0  # RMS, in place of "auto" while the scales are chosen
 LARGEST_SCALE = 30.0
 
 
-def input_offset(x: Tensor, layer: CrossbarLayer) -> Tensor:
-    """Mean of each input channel, or zeros where leaving them out takes less than :data:`WORTHWHILE` off the power,
-    as a whole and averaged over channels (those of a depthwise convolution do not mix)."""
-    channel = x.dim() + layer.channel_dim
-    flat = x.transpose(0, channel).flatten(1)
-    mean, power = flat.mean(1), flat.square().mean(1)
+def input_offset(mean: Tensor, power: Tensor) -> Tensor:
+    """The mean of each input channel, or zeros where leaving them out takes less than :data:`WORTHWHILE` off the power,
+    as a whole and averaged over channels (those of a depthwise convolution do not mix).
+
+    Args:
+        mean, power: E x and E x² of each channel, (channels,).
+    """
     share = mean.square() / power.clamp(min=1e-30)
     whole = mean.square().sum() / power.sum().clamp(min=1e-30)
-    return mean if max(float(whole), float(share.mean())) > WORTHWHILE else torch.zeros_like(mean)
+    worthwhile = max(float(whole), float(share.mean())) > WORTHWHILE
+    return mean.float() if worthwhile else torch.zeros_like(mean, dtype=torch.float32)
 
 
 def input_scale(x: Tensor, layer: CrossbarLayer) -> Tensor:

@@ -1,8 +1,8 @@
 """Choose each layer's input range, shrink, gain, weight scale and ADC range from a few batches.
 
-Statistics are taken of the digital model in one pass over the batches, in memory that does not grow with them: for
-each layer a histogram of |x| on a logarithmic scale, and a uniform random sample of the vectors that meet the array
-(reservoir sampling by random keys).
+Statistics are taken of the digital model in two passes over the batches, the first for what is subtracted from each
+input channel (and what it is divided by), the second for the rest: for each layer a histogram of |x| on a logarithmic
+scale, and a uniform random sample of the vectors that meet the array.
 """
 
 import itertools
@@ -21,21 +21,24 @@ from ..model.deploy import digital_eval, refuse_offloaded, warn_uncalled
 from ..model.find import crossbar_layers, crossbar_states, is_chip
 from ..model.inputs import call_model, uncompiled
 from ..nn import CrossbarLayer
-from ..nn.array import cell_weight
+from ..nn.array import cell_weight, program
+from ..nn.converter import conversion_errors
 from ..nn.layer import BUFFERS
-from ..nn.mapping import expected_error, layer_scales, relative_weights
+from ..nn.mapping import Inputs, expected_error, layer_scales, relative_weights
 from ..nn.ops import reference
 from ..nn.scalars import read_scalars
 from ..nn.tensors import tensors_of
-from .input_scales import TINY
+from .input_scales import TINY, TYPICAL_CLIP
 from .redundancy import allot_pairs
 from .sensitivity import measure_sensitivity
-from .statistics import LayerStatistics
+from .statistics import Channels, LayerStatistics
 
 logger = logging.get_logger(__name__)
 
-# Candidates for range_shrink="auto".
+# Candidates for range_shrink="auto", and for the ADC's full scale in largest sampled currents: more than 1, since they
+# are only samples.
 SHRINKS = tuple(0.02 * 50 ** (i / 31) for i in range(32))
+FULL_SCALES = tuple(1.25 * 2 ** (-i / 6) for i in range(49))
 
 
 @torch.inference_mode(False)  # training may follow
@@ -46,8 +49,8 @@ def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = No
     Args:
         model: patched by :func:`patch_model`, or of parts that were.
         batches: what the model is called with: dicts of its arguments, tuples or tensors; at most
-            ``config.calibration_batches`` of them are read. Where a batch has a 2-D ``attention_mask``, padding
-            tokens are left out.
+            ``config.calibration_batches`` of them are read, and kept while it runs. Where a batch has a 2-D
+            ``attention_mask``, padding tokens are left out.
         sensitivity: also measure each output channel's Fisher information, needed for ``retention_loss``
             "sensitivity"; None: where the config asks for it.
 
@@ -69,15 +72,15 @@ def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = No
     if sensitivity is None:
         sensitivity = any(state.term == "sensitivity" for state in states)
     statistics = {name: LayerStatistics(layer, name, seed) for seed, (name, layer) in enumerate(layers.items())}
-    observation = _Observation(statistics)
-    kept = []
+    kept = list(map(_ordinary, itertools.islice(batches, max(s.config.calibration_batches for s in states))))
+    observation = _Observation(layers)
     with uncompiled(), observation.watching(model):  # compiled code may have no hooks
-        for batch in itertools.islice(batches, max(state.config.calibration_batches for state in states)):
-            batch = _ordinary(batch)
-            call_model(model, batch)
-            observation.stop_holding()
-            if sensitivity:
-                kept.append(batch)
+        if any(state.config.center_inputs or state.config.equalize_inputs for state in states):
+            channels = {name: Channels(layer, name, seed) for seed, (name, layer) in enumerate(layers.items())}
+            observation.run(model, kept, channels, of_leaders=True)
+            for name, leader in observation.leaders.items():
+                channels[leader].give(statistics[name])
+        observation.run(model, kept, statistics)
     if all(s.samples is None for s in statistics.values()):
         raise ValueError("the calibration set is empty: calibrate needs at least one batch with at least one example")
     unseen = [name for name, s in statistics.items() if s.samples is None]
@@ -97,17 +100,19 @@ def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = No
 
 
 class _Observation:
-    """One pass of the digital model over the calibration data.
+    """Passes of the digital model over the calibration data.
 
     Attributes:
         leaders: of each layer that was seen, the first one that read the same input, by their names.
         changed: layers whose output the model has changed in place.
     """
 
-    def __init__(self, statistics: dict[str, LayerStatistics]):
-        self.statistics = statistics
-        self.names = {s.layer: name for name, s in statistics.items()}
+    def __init__(self, layers: dict[str, CrossbarLayer]):
+        self.layers = layers
+        self.names = {layer: name for name, layer in layers.items()}
         self.leaders: dict[str, str] = {}
+        self._takers: Any = {}  # of inputs, by layer name
+        self._of_leaders = False
         self.changed: set[nn.Module] = set()
         self._last: Any = (None, None)  # the input seen last and the layer that saw it first
         self._outputs: list[tuple[nn.Module, Tensor, int]] = []  # of the first batch, with their versions then
@@ -115,7 +120,7 @@ class _Observation:
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """The digital model in eval mode, each layer's input going to its statistics."""
+        """The digital model in eval mode, so that :meth:`run` sees each layer's input."""
         hooks = [layer.register_forward_pre_hook(self._see, with_kwargs=True) for layer in self.names]
         self._holds = [layer.register_forward_hook(self._hold) for layer in self.names]
         try:
@@ -126,15 +131,26 @@ class _Observation:
             for hook in hooks:
                 hook.remove()
 
+    def run(self, model: nn.Module, batches: list, takers: dict[str, Any], of_leaders: bool = False) -> None:
+        """One pass.
+
+        Args:
+            takers: get the inputs, by layer name. of_leaders: only those of layers that read an input first.
+        """
+        self._takers, self._of_leaders = takers, of_leaders
+        for batch in batches:
+            call_model(model, batch)
+            self.stop_holding()
+
     def _see(self, layer, args, kwargs) -> None:
         name, x = self.names[layer], tensors_of((args, kwargs))[0]
-        first = self.statistics[self._last[1]].layer if self._last[0] is x else None
+        first = self.layers[self._last[1]] if self._last[0] is x else None
         if first is None or first.crossbar is not layer.crossbar or first.channel_dim != layer.channel_dim:
             self._last = (x, name)
         leader = self.leaders.setdefault(name, self._last[1])
-        if self.statistics[name].offset is None and leader != name:
-            self.statistics[name].follow(self.statistics[leader])
-        self.statistics[name].update(x, layer.crossbar.forward.padding.keep(x) if layer.channel_dim == -1 else None)
+        if leader == name or not self._of_leaders:
+            keep = layer.crossbar.forward.padding.keep(x) if layer.channel_dim == -1 else None
+            self._takers[name].update(x, keep)
 
     def _hold(self, layer, args, y) -> None:
         self._outputs.append((layer, y, y._version))
@@ -211,11 +227,16 @@ def _settle(shared: list[LayerStatistics], config: ReRAMConfig) -> None:
         layer.input_floor.fill_(max(-1.0, first.smallest / span))
         layer.range_shrink.fill_(shrink)
         layer.gain.fill_(gain)
-        rows, inputs = _weighted_inputs(statistics)
-        layer.weight_scale.copy_(layer_scales(layer, rows, config.weight_clip, inputs))
-        layer.adc_range.fill_(_largest_current(statistics, span, config))
+        layer.weight_scale.copy_(_scales(statistics))
+        layer.adc_range.fill_(_best_full_scale(statistics))
         layer.forget_white_noise()
         layer.scalars()
+
+
+def _scales(statistics: LayerStatistics) -> Tensor:
+    layer = statistics.layer
+    rows, inputs = _weighted_inputs(statistics)
+    return layer_scales(layer, rows, layer.crossbar.config.weight_clip, inputs)
 
 
 def _spread_pairs(statistics: dict[str, LayerStatistics], config: ReRAMConfig) -> None:
@@ -227,7 +248,7 @@ def _spread_pairs(statistics: dict[str, LayerStatistics], config: ReRAMConfig) -
         if found.samples is not None:
             rows, inputs = _weighted_inputs(found)
             scale = layer.along_rows(layer.weight_scale)
-            error = float(expected_error(rows.float(), scale, layer.error, inputs, 0.0).sum())
+            error = float(expected_error(rows.float(), scale, layer.error, Inputs(inputs.phi), 0.0).sum())
         errors.append(error)
         cells.append(layer.weight.numel())
     for found, pairs in zip(statistics.values(), allot_pairs(errors, cells, config.redundancy * sum(cells))):
@@ -235,13 +256,28 @@ def _spread_pairs(statistics: dict[str, LayerStatistics], config: ReRAMConfig) -
         found.layer.forget_white_noise()
 
 
-def _weighted_inputs(statistics: LayerStatistics) -> tuple[Tensor, Tensor]:
-    """The layer's weights, and phi of the sampled inputs scaled by the root of :func:`_sample_weights`, both by rows
-    of the array."""
+def _weighted_inputs(statistics: LayerStatistics) -> tuple[Tensor, Inputs]:
+    """The layer's weights by rows of the array, and what meets them, scaled by the root of :func:`_sample_weights`."""
+    layer, config = statistics.layer, statistics.layer.crossbar.config
+    span, b, gain, *_ = read_scalars(layer)
+    rows, phi, weights = _sampled(statistics)
+    offset = (statistics.offset / statistics.scale).view(layer.groups, -1).repeat_interleave(layer.area, 1)
+    factor = weights.sqrt()[:, None]
+    read = relative_read_noise(config.device, layer.pairs) * _unit(config, span, b, gain)
+    return rows, Inputs(phi * factor, offset[:, None] * factor, float(weights.mean()) * read**2)
+
+
+def _sampled(statistics: LayerStatistics) -> tuple[Tensor, Tensor, Tensor]:
+    """The layer's weights by rows of the array, phi of the sampled inputs, and how much each of them counts."""
     layer = statistics.layer
     span, b, gain, *_ = read_scalars(layer)
-    rows, inputs = layer.to_rows(cell_weight(layer, layer.weight)), _phi(statistics.grouped_samples(), span, b, gain)
-    return rows, inputs * _sample_weights(layer, rows, inputs).sqrt()[:, None]
+    rows, phi = layer.to_rows(cell_weight(layer, layer.weight)), _phi(statistics.grouped_samples(), span, b, gain)
+    return rows, phi, _sample_weights(layer, rows, phi)
+
+
+def _unit(config: ReRAMConfig, span: float, b: float, gain: float) -> float:
+    """The current of a fully-on cell at read_voltage, in units of the output where w_scale is 1."""
+    return span * gain * config.device.b() / b
 
 
 def _sample_weights(layer: CrossbarLayer, rows: Tensor, inputs: Tensor) -> Tensor:
@@ -269,38 +305,45 @@ def _gain(statistics: LayerStatistics, span: float, b: float, config: ReRAMConfi
 
 
 def _best_shrink(shared: list[LayerStatistics], span: float, config: ReRAMConfig) -> float:
-    """The shrink with the least expected output error: non-linearity on sampled inputs + read noise + ADC step."""
+    """The shrink with the least expected output error: non-linearity on sampled inputs + read noise. An ADC has a full
+    scale for what is left of the currents, so that its step is the same share of them whatever the shrink."""
     errors = torch.zeros(len(SHRINKS), dtype=torch.float64)
     for statistics in shared:
         layer, inputs = statistics.layer, statistics.grouped_samples()
         rows = layer.to_rows(cell_weight(layer, layer.weight)).float()
         clipped = inputs.clamp(-span, span)
         weights = _sample_weights(layer, rows, clipped).double()
-        scale = layer_scales(layer, rows, None)
+        clip = TYPICAL_CLIP if config.weight_clip == "auto" else config.weight_clip
+        scale = layer_scales(layer, rows, clip)
         square = float(scale.double().square().mean()) * rows.shape[0] * rows.shape[1] * layer.tiles()
         noise = relative_read_noise(config.device, layer.pairs) ** 2
-        if levels := converter_levels(config.adc_bits):
-            step = _largest_current(statistics, span, config) / levels
-            noise += step**2 / 12
         for i, shrink in enumerate(SHRINKS):
             b = config.device.b(shrink)
             gain = _gain(statistics, span, b, config)
             bend = torch.bmm(rows, (_phi(inputs, span, b, gain) - clipped).transpose(1, 2))
-            unit = span * gain * config.device.b() / b
+            unit = _unit(config, span, b, gain)
             errors[i] += float(
                 (bend.double().square().sum((0, 1)) * weights).mean() + weights.mean() * (unit**2 * square * noise)
             )
     return SHRINKS[int(errors.argmin())]
 
 
-def _largest_current(statistics: LayerStatistics, span: float, config: ReRAMConfig) -> float:
-    """The full scale that the ADC was sized for: the largest column current on the samples at range_shrink = 1 and a
-    quarter more, since they are only samples; in currents of a fully-on cell at read_voltage."""
-    layer = statistics.layer
-    rows = layer.to_rows(cell_weight(layer, layer.weight)).float()
-    scale = layer.along_rows(layer_scales(layer, rows, None))
-    b = config.device.b()
-    drive = _phi(statistics.grouped_samples() / span, 1.0, b, 1.0)
-    cells = rows / scale.clamp(min=1e-30)
-    parts = zip(cells.split(layer.tile_rows(), 2), drive.split(layer.tile_rows(), 2))
-    return 1.25 * max(float(torch.bmm(w, s.transpose(1, 2)).abs().max()) for w, s in parts)
+def _best_full_scale(statistics: LayerStatistics) -> float:
+    """The ADC's full scale with the least expected output error, in currents of a fully-on cell at read_voltage: one
+    for the largest current leaves all others few codes where rare tokens are huge."""
+    layer, config = statistics.layer, statistics.layer.crossbar.config
+    span, b, gain, *_ = read_scalars(layer)
+    _, phi, weights = _sampled(statistics)
+    held = layer.to_rows(program(layer, layer.weight)).float()
+    units = layer.along_rows(layer.weight_scale).expand(held.shape) * _unit(config, span, b, gain)
+    currents, powers = [], []
+    for tile in zip(*(t.split(layer.tile_rows(), 2) for t in (held, units, phi))):
+        cells, unit, driven = tile[0], tile[1][..., :1], tile[2]
+        currents.append(torch.bmm(cells, driven.mT) / unit.clamp(min=TINY))
+        powers.append(unit.square() * weights)
+    largest = max(float(current.abs().max()) for current in currents)
+    levels, candidates = converter_levels(config.adc_bits), [largest * share for share in FULL_SCALES]
+    if not levels or not largest:
+        return candidates[0]
+    errors = sum(conversion_errors(current, power, candidates, levels) for current, power in zip(currents, powers))
+    return candidates[int(errors.argmin())]  # type: ignore[union-attr]

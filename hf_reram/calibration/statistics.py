@@ -17,6 +17,67 @@ _BINS = _BINS_PER_OCTAVE * _OCTAVES
 # Sampled vectors a layer, and a bound on their elements (8 MiB in float32).
 _SAMPLES, _SAMPLE_ELEMENTS = 256, 1 << 21
 
+# Sampled tokens or images from which input scales are chosen, within the same bound.
+_EXAMPLES = 4096
+
+
+class Reservoir:
+    """A uniform random sample of all examples, in memory that does not grow with them (by random keys)."""
+
+    def __init__(self, size: int, generator: torch.Generator):
+        self.size, self.generator = size, generator
+        self.samples: Any = None  # a tensor once data have come
+        self._keys: Any = None
+
+    def add(self, examples: Tensor) -> None:
+        """Take some of these, (examples, ...), and leave as many others."""
+        size = max(1, min(self.size, _SAMPLE_ELEMENTS // max(examples[0].numel(), 1)))
+        keys = torch.rand(len(examples), generator=self.generator)
+        if len(examples) > size:
+            keys, best = keys.topk(size)
+            examples = examples[best.to(examples.device)]
+        if self.samples is not None:
+            keys, examples = torch.cat([self._keys, keys]), torch.cat([self.samples, examples])
+            keys, best = keys.topk(min(size, len(keys)))
+            examples = examples[best.to(examples.device)]
+        self._keys, self.samples = keys, examples.clone()
+
+
+class Channels:
+    """What the first pass over the batches keeps of one layer's input channels: from all of them follows what is
+    subtracted and divided before the second, which measures what is left.
+
+    Attributes:
+        sums, squares: (input channels,) of x and x², in double precision. count: of x in each channel.
+    """
+
+    def __init__(self, layer: CrossbarLayer, name: str, seed: int):
+        self.layer, self.name = layer, name
+        self.sums: Any = 0.0
+        self.squares: Any = 0.0
+        self.count = 0
+        self._reservoir = Reservoir(_EXAMPLES, torch.Generator().manual_seed(seed))
+
+    @torch.no_grad()
+    def update(self, x: Tensor, keep: Tensor | None) -> None:
+        """Take in one batch; ``keep`` is 0 at padding tokens."""
+        x = _kept(x, keep)
+        if x.numel() == 0:
+            return
+        channels = x.movedim(self.layer.channel_dim, -1).flatten(0, -2).double()
+        self.sums, self.squares = self.sums + channels.sum(0), self.squares + channels.square().sum(0)
+        self.count += len(channels)
+        if self.layer.crossbar.config.equalize_inputs:
+            self._reservoir.add(self.layer.examples(x))
+
+    def give(self, other: "LayerStatistics") -> None:
+        """Set the offset and the scales of a layer that reads this input."""
+        config = self.layer.crossbar.config
+        if self.count and config.center_inputs:
+            other.offset = input_offset(self.sums / self.count, self.squares / self.count)
+        if self.count and config.equalize_inputs:
+            other.scale = input_scale(center(self.layer, self._reservoir.samples, other.offset), self.layer)
+
 
 class LayerStatistics:
     """What calibration keeps of one layer's inputs.
@@ -25,35 +86,25 @@ class LayerStatistics:
         counts: (bins,) histogram of |x|, in double precision. largest: max |x|. smallest: min x, at most 0.
         samples: (at most 256, groups · rows) vectors that met the array.
         offset, scale: (input channels,), subtracted from the input, zero where that does not help, and what it is
-            divided by then, one where that does not help; from the first batch.
+            divided by then, one where that does not help; those of :class:`Channels`.
     """
 
     def __init__(self, layer: CrossbarLayer, name: str, seed: int):
         self.layer, self.name = layer, name
-        self.offset: Any = None
-        self.scale: Any = None
         device = layer.weight.device
+        self.offset = torch.zeros(layer.inputs, device=device)
+        self.scale = torch.ones(layer.inputs, device=device)
         self.counts = torch.zeros(_BINS, dtype=torch.float64, device=device)
         self.largest = self.smallest = 0.0
-        self.samples: Any = None  # a tensor once data have come
-        self.keys: Any = None
         self.generator = torch.Generator().manual_seed(seed)
+        self._reservoir = Reservoir(_SAMPLES, self.generator)
 
     @torch.no_grad()
     def update(self, x: Tensor, keep: Tensor | None) -> None:
         """Take in one batch; ``keep`` is 0 at padding tokens."""
-        x = x.detach().float()
-        if keep is not None:
-            x = x.reshape(-1, x.shape[-1])[keep.bool()]
+        x = _kept(x, keep)
         if x.numel() == 0:
             return
-        if self.offset is None:
-            config = self.layer.crossbar.config
-            self.offset = (
-                input_offset(x, self.layer) if config.center_inputs else torch.zeros_like(input_offset(x, self.layer))
-            )
-            centered = center(self.layer, x, self.offset)
-            self.scale = input_scale(centered, self.layer) if config.equalize_inputs else torch.ones_like(self.offset)
         x = equalize(self.layer, center(self.layer, x, self.offset), self.scale)
         magnitude = x.abs().reshape(-1)
         largest = float(magnitude.max())
@@ -62,11 +113,12 @@ class LayerStatistics:
         self.largest, self.smallest = max(self.largest, largest), min(self.smallest, float(x.min()))
         index = (magnitude.clamp(min=1e-30).log2() + _OCTAVES // 2).mul_(_BINS_PER_OCTAVE).long().clamp_(0, _BINS - 1)
         self.counts += torch.bincount(index, minlength=_BINS)
-        self._sample(self.vectors(x))
+        self._reservoir.add(self.vectors(x))
 
-    def follow(self, leader: "LayerStatistics") -> None:
-        """Take over the offset and the scales of a layer that reads the same input."""
-        self.offset, self.scale = leader.offset, leader.scale
+    @property
+    def samples(self) -> Any:
+        """A tensor once data have come, else None."""
+        return self._reservoir.samples
 
     def vectors(self, x: Tensor) -> Tensor:
         examples = self.layer.examples(x)
@@ -74,18 +126,6 @@ class LayerStatistics:
             return examples
         pick = torch.randperm(len(examples), generator=self.generator)[:4]
         return torch.cat([self.layer.windows(examples[i : i + 1]) for i in pick.tolist()])
-
-    def _sample(self, vectors: Tensor) -> None:
-        size = max(1, min(_SAMPLES, _SAMPLE_ELEMENTS // vectors.shape[1]))
-        keys = torch.rand(len(vectors), generator=self.generator)
-        if len(vectors) > size:
-            keys, best = keys.topk(size)
-            vectors = vectors[best.to(vectors.device)]
-        if self.samples is not None:
-            keys, vectors = torch.cat([self.keys, keys]), torch.cat([self.samples, vectors])
-            keys, best = keys.topk(min(size, len(keys)))
-            vectors = vectors[best.to(vectors.device)]
-        self.keys, self.samples = keys, vectors.clone()
 
     # What follows from them
 
@@ -113,3 +153,9 @@ class LayerStatistics:
     def grouped(self, vectors: Tensor) -> Tensor:
         """Vectors that meet the array, group by group."""
         return vectors.view(len(vectors), self.layer.groups, -1).transpose(0, 1)
+
+
+def _kept(x: Tensor, keep: Tensor | None) -> Tensor:
+    """The input in float32, without padding."""
+    x = x.detach().float()
+    return x if keep is None else x.reshape(-1, x.shape[-1])[keep.bool()]

@@ -4,6 +4,8 @@ The retention noise of a weight grows with w_scale, so letting the largest weigh
 quiets all others. What is best is in closed form: clipping error + retention error of the output.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from .ops.functions import WeightVariance
 from .ops.reference import clip, quantize, weight_mean
 
 # Candidates for weight_clip="auto", in RMS of the channel; beyond comes no clipping at all.
-CLIPS = (1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
+CLIPS = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
 
 # How much the power of a convolution's clipping error counts against that of the spread, as `systematic` below: it is
 # the same at every pixel and on every chip, so it does not average out. Measured without finetuning, hfox-neurram after
@@ -23,12 +25,32 @@ CLIPS = (1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
 CONVOLUTION = 8.0
 
 
+class Inputs(NamedTuple):
+    """Samples of what meets an array, scaled by the root of :func:`relative_weights` where a relative error is meant.
+
+    Attributes:
+        phi: (groups, samples, crossbar rows). offset: what was subtracted before and is added digitally, through the
+            weights as they are held, so that clipping acts on it too; broadcastable to phi, None where there is none.
+        read_noise: the power of the read noise at a column's output where w_scale is 1.
+    """
+
+    phi: Tensor
+    offset: Tensor | None = None
+    read_noise: float = 0.0
+
+    def split(self, rows: int) -> "list[Inputs]":
+        """Tile by tile."""
+        offset = None if self.offset is None else self.offset.expand(self.phi.shape)
+        offsets = [None] * self.phi.shape[2] if offset is None else offset.split(rows, 2)
+        return [Inputs(x, o, self.read_noise) for x, o in zip(self.phi.split(rows, 2), offsets)]
+
+
 def weight_scales(
     rows: Tensor,
     clip: float | str | None,
     per_channel: bool,
     error: WeightError,
-    inputs: Tensor | None = None,
+    inputs: Inputs | None = None,
     tile: int | None = None,
     systematic: float = 1.0,
 ) -> Tensor:
@@ -39,8 +61,7 @@ def weight_scales(
         clip: RMS multiples, None for no clipping, or "auto".
         per_channel: one scale a channel, else one for all.
         error: moments of the retention error, for "auto".
-        inputs: samples of the array's input, (groups, samples, crossbar rows), scaled by the root of
-            :func:`relative_weights` where a relative error is meant; None takes white inputs.
+        inputs: samples of them; None takes white inputs.
         tile: crossbar rows of a tile, where each tile has scales of its own.
         systematic: see :func:`expected_error`.
 
@@ -49,7 +70,7 @@ def weight_scales(
     """
     rows = rows.detach().float()
     if tile is not None:
-        parts = zip(rows.split(tile, 2), [None] * rows.shape[2] if inputs is None else inputs.split(tile, 2))
+        parts = zip(rows.split(tile, 2), [None] * rows.shape[2] if inputs is None else inputs.split(tile))
         return torch.stack([weight_scales(w, clip, per_channel, error, x, systematic=systematic) for w, x in parts], 1)
     dims = (2,) if per_channel else (0, 1, 2)
     largest = rows.abs().amax(dims, keepdim=True)
@@ -67,16 +88,18 @@ def weight_scales(
     return best.reshape(-1)
 
 
-def layer_scales(layer: CrossbarLayer, rows: Tensor, clip: float | str | None, inputs: Tensor | None = None) -> Tensor:
+def layer_scales(layer: CrossbarLayer, rows: Tensor, clip: float | str | None, inputs: Inputs | None = None) -> Tensor:
     """:func:`weight_scales` as the layer's config shares them, of the shape of its ``weight_scale``."""
     sharing = layer.crossbar.config.weight_scale
     tile = layer.tile_rows() if sharing == "per_tile" else None
     systematic = CONVOLUTION if layer.reads_windows else 1.0
+    if inputs is not None and tile is None:  # each tile adds its own
+        inputs = inputs._replace(read_noise=inputs.read_noise * layer.tiles())
     return weight_scales(rows, clip, sharing != "per_tensor", layer.error, inputs, tile, systematic)
 
 
 def least_error_scales(
-    rows: Tensor, largest: Tensor, rms: Tensor, error: WeightError, inputs: Tensor | None, systematic: float = 1.0
+    rows: Tensor, largest: Tensor, rms: Tensor, error: WeightError, inputs: Inputs | None, systematic: float = 1.0
 ) -> Tensor:
     """Of all :data:`CLIPS`, the scale with the least :func:`expected_error`, for each element of ``largest``."""
     best, least = largest, None
@@ -107,9 +130,10 @@ def relative_weights(rows: Tensor, inputs: Tensor) -> Tensor:
 
 
 def expected_error(
-    rows: Tensor, scale: Tensor, error: WeightError, inputs: Tensor | None, systematic: float = 1.0
+    rows: Tensor, scale: Tensor, error: WeightError, inputs: Inputs | None, systematic: float = 1.0
 ) -> Tensor:
-    """``E|(W - W(t)) phi|²`` of each channel, (groups, channels, 1): clipping, mean shift and spread together.
+    """``E|W (phi + o) - W(t) phi - W_held o|²`` of each channel, (groups, channels, 1): clipping, mean shift, spread
+    and read noise together.
 
     Clipping and mean shift act alike on all chips and are taken with the input's correlations, spread without, since
     it is independent from cell to cell.
@@ -124,14 +148,17 @@ def expected_error(
         held = quantize(held, wide / (error.levels - 1), error.levels - 1, None)
     spread = WeightVariance.apply(held, wide, error.spread(rows))
     total = torch.zeros(*shape[:2], 1, dtype=rows.dtype, device=rows.device)
+    clipped: Any = held - rows
+    if inputs is not None:
+        clipped = torch.bmm(clipped, (inputs.phi if inputs.offset is None else inputs.phi + inputs.offset).mT)
     for mean in error.means:
-        shift = held - rows
+        shift = clipped
         if not mean.is_zero:
-            shift = shift + weight_mean(held, wide, mean.table(held))
-        if inputs is None:
-            total += shift.square().sum(2, keepdim=True)
-        else:
-            total += torch.bmm(shift, inputs.transpose(1, 2)).square().mean(2, keepdim=True)
-    power = None if inputs is None else inputs.square().mean(1)
-    noise = spread.sum(2, keepdim=True) if power is None else torch.einsum("gor,gr->go", spread, power)[..., None]
-    return total * (systematic / len(error.means)) + noise
+            shifted = weight_mean(held, wide, mean.table(held))
+            shift = shift + (shifted if inputs is None else torch.bmm(shifted, inputs.phi.mT))
+        total += shift.square().sum(2, keepdim=True) if inputs is None else shift.square().mean(2, keepdim=True)
+    total *= systematic / len(error.means)
+    if inputs is None:
+        return total + spread.sum(2, keepdim=True)
+    noise = torch.einsum("gor,gr->go", spread, inputs.phi.square().mean(1))[..., None]
+    return total + noise + scale.square().amax(2, keepdim=True) * inputs.read_noise

@@ -8,14 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from ..device.iv import LINEAR_B
+from .converter import conversion_errors
 from .forward import runs_again
 from .scalars import Scalars
 
 if TYPE_CHECKING:
     from .layer import CrossbarLayer
 
-# Elements of an input that are looked at: all of them would cost a tenth of a step, these a fortieth.
-ELEMENTS = 1 << 19
+# Elements of an input that are looked at: all of them would cost a tenth of a step, these a fortieth; and of a tile's
+# currents, for each of a few full scales around the ADC's.
+ELEMENTS, CURRENTS = 1 << 19, 1 << 16
+FULL_SCALES = (0.7, 0.84, 1.0, 1.19, 1.41, 2.0)
 
 
 class Seen(NamedTuple):
@@ -37,7 +40,8 @@ class Following:
 
     Attributes:
         steps: of the optimizer, done. looks: whether forwards look at inputs now. settled: numbers stay as they are.
-        seen: since the last step, by layer. currents: the largest of each layer's, in the unit of adc_range.
+        seen: since the last step, by layer. conversions: by layer, the errors of its ADCs with full scales that are
+            :data:`FULL_SCALES` times what they are.
         rms: of the weights when their scales last followed, by layer, of weight_scale's shape.
         clamped: share of the inputs beyond the range at the last look, by layer.
     """
@@ -46,7 +50,7 @@ class Following:
     looks: bool = True
     settled: bool = False
     seen: dict[str, Seen] = field(default_factory=dict)
-    currents: dict[str, Tensor] = field(default_factory=dict)
+    conversions: dict[str, Tensor] = field(default_factory=dict)
     rms: dict[str, Tensor] = field(default_factory=dict)
     clamped: dict[str, Tensor] = field(default_factory=dict)
 
@@ -87,13 +91,21 @@ def observe(layer: "CrossbarLayer", x: Tensor, now: Scalars) -> None:
 
 
 @torch.no_grad()
-def observe_current(layer: "CrossbarLayer", current: Tensor, unit: Tensor) -> None:
-    """Look at a tile's currents before they are converted."""
+def observe_conversion(layer: "CrossbarLayer", current: Tensor, unit: Tensor, levels: int) -> None:
+    """Look at some of a tile's currents before they are converted, each token's relative to its own power, as they
+    counted in calibration."""
     following, name = layer.crossbar.following, layer.crossbar_name
     assert following is not None
-    currents = following.currents
-    largest = (current.detach() / unit.clamp(min=1e-30)).abs().amax() if current.numel() else current.new_zeros(())
-    currents[name] = torch.maximum(currents[name], largest) if name in currents else largest
+    rows = layer.examples(current.detach())
+    step = max(1, rows.numel() // CURRENTS)
+    units = layer.examples(unit.detach().expand(current.shape))[following.steps % step :: step].float()
+    rows = rows[following.steps % step :: step].float() / units.clamp(min=1e-30)
+    weights = units.square()
+    if not layer.reads_windows:
+        weights = weights / (weights * rows.square()).sum(1, keepdim=True).clamp(min=1e-30)
+    full_scales = [layer.adc_range * share for share in FULL_SCALES]
+    errors = conversion_errors(rows, weights, full_scales, levels)
+    following.conversions[name] = following.conversions.get(name, 0.0) + errors
 
 
 def _look(layer: "CrossbarLayer", x: Tensor, now: Scalars, turn: int) -> Seen:

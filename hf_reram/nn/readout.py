@@ -9,7 +9,7 @@ from ..config import converter_levels
 from ..device.read_noise import relative_read_noise
 from .array import Held
 from .drive import Driven
-from .observe import looks, observe_current
+from .observe import looks, observe_conversion
 from .ops.functions import Quantize
 from .ops.random import white_noise_like
 from .scalars import Scalars
@@ -66,7 +66,7 @@ def _converted(
         current = layer.multiply(s, part, None, driven.padded)
         current = _with_noise(current, unit * std) if std else current
         if looks(layer):
-            observe_current(layer, current, unit)
+            observe_conversion(layer, current, unit, levels)
         step = _full_scale(layer, current, unit, now) * unit / levels
         added = layer.over_channels(bias) if y is None and bias is not None else None
         in_place = not torch.compiler.is_compiling() and not current._is_view()  # nothing else refers to it

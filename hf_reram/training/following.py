@@ -18,14 +18,11 @@ from ..device.iv import LINEAR_B
 from ..model.find import crossbar_states, patched_layers
 from ..nn import CrossbarLayer
 from ..nn.array import cell_weight
-from ..nn.observe import Following, Seen
+from ..nn.observe import FULL_SCALES, Following, Seen
 
 # Share of the way to what was seen that numbers take at once, and how far beyond the range an input takes it there.
 MOMENTUM = 0.2
 JUMP = 1.25
-
-# Of the largest current that was seen, the ADC's range.
-HEADROOM = 1.1
 
 # Every step is looked at until this one, then every second, and half as many with each doubling of the steps done.
 ALL_UNTIL = 16
@@ -65,7 +62,7 @@ def follow_training(model: nn.Module) -> None:
     for state in states:
         following = state.following
         following.seen.clear()
-        following.currents.clear()
+        following.conversions.clear()
         following.steps += 1
         following.looks = is_due(following.steps)
 
@@ -107,20 +104,21 @@ def _trained_layers(model: nn.Module) -> dict[str, Any]:
 
 def _follow_inputs(layers: dict[str, Any]) -> None:
     seen = {name: layer.crossbar.following.seen.get(layer.crossbar_name) for name, layer in layers.items()}
-    currents = {name: layer.crossbar.following.currents.get(layer.crossbar_name) for name, layer in layers.items()}
+    errors = {name: layer.crossbar.following.conversions.get(layer.crossbar_name) for name, layer in layers.items()}
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        _exchange(layers, seen, currents)
+        _exchange(layers, seen, errors)
     for name, layer in layers.items():
         if (found := seen[name]) is not None:
             _follow_input(layer, found)
         following = layer.crossbar.following
-        if (current := currents[name]) is not None and not following.settled:
-            target = HEADROOM * current.float()
-            layer.adc_range.copy_(_moved(layer.adc_range, target, current > layer.adc_range))
+        if (of_scales := errors[name]) is not None and not following.settled:
+            share = layer.adc_range.new_tensor(FULL_SCALES)[of_scales.argmin()]
+            layer.adc_range.copy_(_moved(layer.adc_range, layer.adc_range * share, share == FULL_SCALES[-1]))
 
 
-def _exchange(layers: dict[str, Any], seen: dict[str, Any], currents: dict[str, Any]) -> None:
+def _exchange(layers: dict[str, Any], seen: dict[str, Any], errors: dict[str, Any]) -> None:
     """What all processes have seen, of layers that some of them did not call too."""
+    scales = len(FULL_SCALES)
     sizes = [3 + layer.inputs for layer in layers.values()]
     device = next(iter(layers.values())).weight.device
     sums = torch.cat(
@@ -128,18 +126,18 @@ def _exchange(layers: dict[str, Any], seen: dict[str, Any], currents: dict[str, 
             torch.zeros(size, dtype=torch.float64, device=device) if s is None else s.sums.to(device)
             for s, size in zip(seen.values(), sizes)
         ]
+        + [torch.zeros(scales, dtype=torch.float64, device=device) if e is None else e for e in errors.values()]
     )
-    largest = torch.full((len(layers), 4), -1.0, device=device)
-    for row, s, current in zip(largest, seen.values(), currents.values()):
+    largest = torch.full((len(layers), 3), -1.0, device=device)
+    for row, s in zip(largest, seen.values()):
         if s is not None:
-            row[:3] = s.largest
-        if current is not None:
-            row[3] = current
+            row.copy_(s.largest)
     dist.all_reduce(sums)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
-    for name, part, row in zip(layers, sums.split(sizes), largest):
-        seen[name] = Seen(part, row[:3]) if part[0] > 0 else None
-        currents[name] = row[3] if row[3] >= 0 else None
+    parts = sums.split([*sizes, *[scales] * len(layers)])
+    for name, part, of_scales, row in zip(layers, parts, parts[len(layers) :], largest):
+        seen[name] = Seen(part, row) if part[0] > 0 else None
+        errors[name] = of_scales if of_scales.any() else None
 
 
 def _follow_input(layer: CrossbarLayer, seen: Seen) -> None:

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -13,10 +15,10 @@ from hf_reram import (
     unpatch_model,
 )
 from hf_reram.calibration import ranges
-from hf_reram.calibration.statistics import LayerStatistics
+from hf_reram.calibration.statistics import Channels, LayerStatistics
 from hf_reram.device.moments import weight_error
 from hf_reram.nn.layer import BUFFERS
-from hf_reram.nn.mapping import CLIPS, expected_error, weight_scales
+from hf_reram.nn.mapping import CLIPS, Inputs, expected_error, weight_scales
 from tests.samples.devices import device, straight
 from tests.samples.models import bert_batch
 
@@ -99,7 +101,7 @@ def test_nan_is_refused():
 def test_auto_clip_is_the_minimum_of_the_expected_error():
     rows = torch.randn(1, 5, 64)
     error = weight_error(device(), (86400.0,), None)
-    inputs = torch.randn(1, 200, 64)
+    inputs = Inputs(torch.randn(1, 200, 64))
     best = weight_scales(rows, "auto", True, error, inputs)
     rms = rows.square().mean(2, keepdim=True).sqrt()
     largest = rows.abs().amax(2, keepdim=True)
@@ -137,12 +139,43 @@ def test_inputs_around_zero_are_driven_as_they_are():
 def test_padding_does_not_count_in_the_offset():
     model = nn.Sequential(nn.Linear(4, 4))
     patch_model(model, ReRAMConfig())
-    statistics = LayerStatistics(model[0], "0", 0)
+    channels, statistics = Channels(model[0], "0", 0), LayerStatistics(model[0], "0", 0)
     x = torch.full((2, 6, 4), 3.0)
     x[:, 3:] = 100.0
     mask = torch.tensor([[1, 1, 1, 0, 0, 0]] * 2)
-    statistics.update(x, mask.reshape(-1))
+    channels.update(x, mask.reshape(-1))
+    channels.give(statistics)
     torch.testing.assert_close(statistics.offset, torch.full((4,), 3.0))
+
+
+@pytest.mark.parametrize("shape", [(6,), (3, 5, 5)], ids=str)
+def test_the_offset_is_that_of_all_batches(shape):
+    """Also of batches of one, whose means are all over the place, and of batches of different sizes."""
+    torch.manual_seed(0)
+    data = torch.randn(60, *shape) + torch.linspace(1, 3, shape[0]).view(-1, *[1] * (len(shape) - 1))
+    kind = nn.Linear(6, 4) if len(shape) == 1 else nn.Conv2d(3, 4, 3)
+    for sizes in ([1] * 30 + [30], [60]):
+        model = nn.Sequential(copy.deepcopy(kind))
+        patch_model(model, ReRAMConfig(calibration_batches=64))
+        calibrate(model, list(data.split(sizes)))
+        exact = data.mean(0) if len(shape) == 1 else data.mean((0, 2, 3))
+        torch.testing.assert_close(model[0].input_offset, exact)
+
+
+def test_input_scales_are_those_of_all_batches():
+    torch.manual_seed(0)
+    data = torch.randn(512, 24) * torch.linspace(0.05, 5, 24)
+    weight = torch.randn(8, 24)
+    scales = []
+    for batches in ([data[:1], data[1:]], [data]):
+        model = nn.Sequential(nn.Linear(24, 8))
+        with torch.no_grad():
+            model[0].weight.copy_(weight)
+        patch_model(model, ReRAMConfig(equalize_inputs=True))
+        calibrate(model, batches)
+        scales.append(model[0].input_scale.clone())
+    assert model[0].equalized
+    torch.testing.assert_close(*scales, rtol=1e-4, atol=0.0)
 
 
 def test_expected_error_is_what_chips_show():
@@ -159,7 +192,7 @@ def test_expected_error_is_what_chips_show():
             with deploy(model, "1d", seed=seed):
                 found.append((model(x) - clean).square().mean(0).sum())
     error = weight_error(device(), (86400.0,), None)
-    expected = expected_error(model[0].weight[None], model[0].weight_scale.view(1, -1, 1), error, x[None]).sum()
+    expected = expected_error(model[0].weight[None], model[0].weight_scale.view(1, -1, 1), error, Inputs(x[None])).sum()
     assert float(torch.stack(found).mean()) == pytest.approx(float(expected), rel=0.02)
 
 

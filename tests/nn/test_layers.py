@@ -246,7 +246,7 @@ def test_a_square_conv1d_larger_than_a_piece_agrees_with_the_linear_form():
 def test_read_noise_is_converted_with_the_current(tile):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(8, 6)), torch.randn(40, 8)
-    cell = device(read_noise=0.5)
+    cell = device(read_noise=0.2)
     patch_model(model, ReRAMConfig(device=cell, adc_bits=5, tile_size=tile, center_inputs=False))
     calibrate(model, [x])
     layer = model[0]

@@ -5,7 +5,7 @@ from torch import nn
 from hf_reram import DeviceConfig, ReRAMConfig, patch_model
 from hf_reram.device.moments import weight_error
 from hf_reram.nn import mapping
-from hf_reram.nn.mapping import expected_error, least_error_scales, relative_weights, weight_scales
+from hf_reram.nn.mapping import Inputs, expected_error, least_error_scales, relative_weights, weight_scales
 
 ERROR = weight_error(DeviceConfig.from_preset("hfox-neurram"), (86400.0,), None)
 
@@ -22,16 +22,16 @@ def setting():
 
 
 def relative(rows, inputs):
-    return inputs * relative_weights(rows, inputs).sqrt()[:, None]
+    return Inputs(inputs * relative_weights(rows, inputs).sqrt()[:, None])
 
 
 def test_one_massive_token_does_not_decide_for_all():
     rows, inputs = setting()
-    absolute = weight_scales(rows, "auto", True, ERROR, inputs)
+    absolute = weight_scales(rows, "auto", True, ERROR, Inputs(inputs))
     found = weight_scales(rows, "auto", True, ERROR, relative(rows, inputs))
     assert found.max() < 0.6 * absolute.min()
     # And the noise that the other tokens see is the smaller for it.
-    ordinary = torch.cat([inputs[:, :7], inputs[:, 8:]], 1)
+    ordinary = Inputs(torch.cat([inputs[:, :7], inputs[:, 8:]], 1))
     errors = [expected_error(rows, scale.view(1, 32, 1), ERROR, ordinary).sum() for scale in (found, absolute)]
     assert errors[0] < errors[1]
 
@@ -40,7 +40,7 @@ def test_one_massive_token_does_not_decide_for_all():
 @pytest.mark.parametrize("with_inputs", [True, False])
 def test_channels_in_pieces_get_the_same_scales(monkeypatch, groups, channels, with_inputs):
     rows = torch.randn(groups, channels, 20) * torch.rand(groups, channels, 1)
-    inputs = torch.randn(groups, 30, 20) if with_inputs else None
+    inputs = Inputs(torch.randn(groups, 30, 20)) if with_inputs else None
     whole = weight_scales(rows, "auto", True, ERROR, inputs, systematic=2.0)
     monkeypatch.setattr(mapping, "ELEMENTS", 4 * groups * 20)  # four channels a piece
     torch.testing.assert_close(weight_scales(rows, "auto", True, ERROR, inputs, systematic=2.0), whole)
@@ -61,7 +61,7 @@ def test_auto_is_the_best_of_its_candidates(per_channel):
 def test_expected_error_is_what_sampling_shows():
     rows, inputs = setting()
     scale = weight_scales(rows, 2.0, True, ERROR, None).view(1, 32, 1)
-    found = expected_error(rows, scale, ERROR, inputs)[0, :, 0]
+    found = expected_error(rows, scale, ERROR, Inputs(inputs))[0, :, 0]
     device, draws = DeviceConfig.from_preset("hfox-neurram"), []
     held = torch.maximum(torch.minimum(rows, scale), -scale)
     plus, minus = device.conductance(held / scale)
@@ -76,7 +76,7 @@ def test_expected_error_is_what_sampling_shows():
 def test_zero_channels_get_scale_zero():
     rows, inputs = setting()
     rows[0, 3] = 0
-    scales = weight_scales(rows, "auto", True, ERROR, inputs)
+    scales = weight_scales(rows, "auto", True, ERROR, Inputs(inputs))
     assert scales[3] == 0
     assert torch.isfinite(scales).all()
     assert least_error_scales(rows * 0, *[torch.zeros(1, 1, 1)] * 2, ERROR, None).item() == 0

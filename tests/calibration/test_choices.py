@@ -1,0 +1,68 @@
+"""What calibration chooses, against brute force over what chips show."""
+
+import pytest
+import torch
+from torch import nn
+
+from hf_reram import ReRAMConfig, calibrate, deploy, digital, patch_model
+from hf_reram.nn.mapping import CLIPS
+from tests.samples.devices import device
+
+
+def inputs_of(kind: str) -> torch.Tensor:
+    """Plain ones, some rare huge vectors among them, or a large mean."""
+    x = torch.randn(300, 192)
+    if kind == "rare":
+        x[::97] *= 40
+    return x + 3 if kind == "offset" else x
+
+
+def layer_on(x: torch.Tensor, **options) -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(x.shape[1], 48, bias=False)).eval()
+    patch_model(model, ReRAMConfig(retention_loss="none", **options))
+    return calibrate(model, [x])
+
+
+@torch.no_grad()
+def relative_error(model: nn.Module, x: torch.Tensor) -> float:
+    """Of three chips after a day, each vector's error relative to its exact output."""
+    with digital(model):
+        exact = model(x)
+    found = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        with deploy(model, "1d", seed=seed):
+            found.append(((model(x) - exact).square().sum(1) / exact.square().sum(1)).mean())
+    return float(torch.stack(found).mean())
+
+
+@pytest.mark.parametrize("clip", ["auto", 1.5, None])
+@pytest.mark.parametrize("kind", ["plain", "rare", "offset"])
+@pytest.mark.parametrize("bits", [4, 6])
+def test_no_other_full_scale_of_the_adc_is_much_better(bits, kind, clip):
+    torch.manual_seed(0)
+    x = inputs_of(kind)
+    model = layer_on(x, device=device(), adc_bits=bits, weight_clip=clip)
+    chosen, full_scale = relative_error(model, x), model[0].adc_range.clone()
+    others = []
+    for share in (1 / 16, 1 / 8, 1 / 4, 1 / 2, 0.7, 1.4, 2.0, 4.0):
+        model[0].adc_range.copy_(share * full_scale)
+        others.append(relative_error(model, x))
+    assert chosen < 1.1 * min(others)
+
+
+@pytest.mark.parametrize("tile", [None, 48])
+@pytest.mark.parametrize("noise", [0.0, 0.4])
+@pytest.mark.parametrize("kind", ["plain", "rare", "offset"])
+def test_no_other_clip_is_much_better(kind, noise, tile):
+    """The offset's part of a clipped weight is lost with it; read noise grows with the weight scale."""
+    torch.manual_seed(0)
+    x = inputs_of(kind)
+    model = layer_on(x, device=device(read_noise=noise), tile_size=tile)
+    chosen = relative_error(model, x)
+    weight, others = model[0].weight.detach(), []
+    for clip in (*CLIPS, 100.0):
+        scale = torch.minimum(weight.abs().amax(1), clip * weight.square().mean(1).sqrt())
+        model[0].weight_scale.copy_(scale)
+        others.append(relative_error(model, x))
+    assert chosen < 1.1 * min(others)
