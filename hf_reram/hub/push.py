@@ -1,12 +1,14 @@
 """A checkpoint on the Hub: weights, config, report, plot and card in one commit, or nothing of it."""
 
 import os
+import re
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
-from huggingface_hub.errors import RevisionNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from transformers.utils import logging
 
 from ..evaluation.files import write_whole
@@ -27,7 +29,13 @@ OTHERS = ("LICENSE", "NOTICE")
 FOLDERS = ("additional_chat_templates",)
 LEFT_OUT = ("trainer_state.json",)
 # Of the files before, these would speak of, or be read instead of, the new weights.
-REPLACED = (REPORT, COMPARISON, PLOT, "model.safetensors.index.json")
+REPLACED = (REPORT, COMPARISON, PLOT)
+WEIGHTS = re.compile(r"model([.-][^/]*)?\.safetensors(\.index\.json)?")
+OLDER_WEIGHTS = re.compile(r"(pytorch_model|tf_model|flax_model)([.-][^/]*)?\.(bin|h5|msgpack)")
+ADAPTER_WEIGHTS = re.compile(r"adapter_model([.-][^/]*)?\.safetensors(\.index\.json)?")
+CARD = "README.md"
+CONFLICTS = (409, 412)  # what the Hub answers where the parent of a commit is not its branch's last one
+TRIES = 5
 PROCESSORS = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
 
 
@@ -45,8 +53,10 @@ def push(
     """Upload a checkpoint's folder to the Hub, creating the repository if need be.
 
     All files go up in one commit: an upload that fails or is interrupted leaves the repository as it was, and can be
-    repeated. The card is written anew from the report in the folder; text that people have added to the card, here or
-    on the Hub, is kept. Files that have to be unpickled are left out.
+    repeated. Where somebody else commits meanwhile, the repository is read again, so that nothing of it is lost. Of the
+    files there only those go that the new ones replace: weights, and report and plot of other weights; adapters replace
+    adapters alone. The card is written anew from the report in the folder; text that people have added to the card, here
+    or on the Hub, is kept. Files that have to be unpickled are left out.
 
     Args:
         folder: with config.json and safetensors, as ``save_pretrained`` writes it.
@@ -55,7 +65,7 @@ def push(
 
     Raises:
         ValueError: no checkpoint of hf_reram, or its report was measured on other weights.
-        huggingface_hub.errors.HfHubHTTPError: what the Hub refuses.
+        huggingface_hub.errors.HfHubHTTPError: what the Hub refuses; others committed during each of five tries.
     """
     folder = Path(folder)
     if verify:
@@ -65,19 +75,39 @@ def push(
     name = api.create_repo(repo, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr") and not create_pr:
         api.create_branch(name, branch=revision, exist_ok=True)
-    there = _remote(api, name, revision)
-    if "README.md" in there:
-        _keep_remote_text(api, name, revision, folder / "README.md")
-    operations: list[Any] = [CommitOperationAdd(path, str(folder / path)) for path in files]
-    operations += [CommitOperationDelete(path) for path in there if _replaced(path) and path not in files]
-    return api.create_commit(
-        name,
-        operations,
-        commit_message=message or "Upload a model that is robust on ReRAM crossbars",
-        commit_description=description,
-        revision=revision,
-        create_pr=create_pr,
-    )
+    own_card = (folder / CARD).read_text(encoding="utf-8") if CARD in files else None
+    for left in reversed(range(TRIES)):
+        parent = _last_commit(api, name, revision)
+        there = [] if parent is None else api.list_repo_files(name, revision=parent)
+        mine = _own(files, there)
+        if mine != files:
+            kept = ", ".join(sorted(set(files) - set(mine)))
+            logger.warning("%s holds a whole model, whose files stay; the adapters' do not go up: %s", name, kept)
+        if own_card is not None:
+            write_whole(folder / CARD, own_card)  # without what an earlier try has taken over
+        if CARD in there and CARD in mine:
+            _keep_remote_text(api, name, parent, folder / CARD)
+        # Made anew for each try: they keep what they have seen on the Hub.
+        operations: list[Any] = [CommitOperationAdd(path, str(folder / path)) for path in mine]
+        operations += [CommitOperationDelete(path) for path in _stale(files, there)]
+        try:
+            return api.create_commit(
+                name,
+                operations,
+                commit_message=message or "Upload a model that is robust on ReRAM crossbars",
+                commit_description=description,
+                revision=revision,
+                create_pr=create_pr,
+                parent_commit=parent,
+            )
+        except HfHubHTTPError as error:
+            if error.response.status_code not in CONFLICTS:
+                raise
+            if not left:
+                error.append_to_message(f"\n{name} was changed in each of {TRIES} tries: nothing went up, push again")
+                raise
+            logger.warning("%s was changed while it was being pushed to: what is there now is read again", name)
+    raise AssertionError("the last try returns or raises")
 
 
 def prepare(folder: str | os.PathLike, model: Any, repo: str | None = None) -> None:
@@ -128,6 +158,11 @@ def save_processor(model: Any, folder: str | os.PathLike) -> None:
         logger.warning("the tokenizer or image processor of %s cannot be loaded and is not saved: %s", name, error)
 
 
+def is_safe(file: str) -> bool:
+    """Whether a file of this name is one that may go to the Hub: nobody has to unpickle or run it."""
+    return (Path(file).suffix in SUFFIXES or file in OTHERS) and not file.startswith((".", "_"))
+
+
 def _files(folder: Path) -> list[str]:
     """What goes to the Hub, relative to the folder.
 
@@ -136,13 +171,7 @@ def _files(folder: Path) -> list[str]:
     """
     paths = [path for path in folder.iterdir() if path.is_file()]
     paths += [path for name in FOLDERS for path in (folder / name).glob("*") if path.is_file()]
-    wanted = [
-        path
-        for path in sorted(paths)
-        if (path.suffix in SUFFIXES or path.name in OTHERS)
-        and path.name not in LEFT_OUT
-        and not path.name.startswith((".", "_"))
-    ]
+    wanted = [path for path in sorted(paths) if is_safe(path.name) and path.name not in LEFT_OUT]
     if left := sorted(path.name for path in set(paths) - set(wanted)):
         logger.info("not uploaded: %s", ", ".join(left))
     names = [path.relative_to(folder).as_posix() for path in wanted]
@@ -153,21 +182,49 @@ def _files(folder: Path) -> list[str]:
     return names
 
 
-def _remote(api: HfApi, repo: str, revision: str | None) -> list[str]:
+def _last_commit(api: HfApi, repo: str, revision: str | None) -> str | None:
     try:
-        return api.list_repo_files(repo, revision=revision)
+        return api.repo_info(repo, revision=revision).sha
     except RevisionNotFoundError:  # of a pull request to be
-        return []
+        return None
 
 
-def _replaced(path: str) -> bool:
-    return path in REPLACED or (path.endswith(".safetensors") and "/" not in path)
+def _is_model(files: Iterable[str]) -> bool:
+    """Whether the files hold a whole model: weights that are no adapters'."""
+    return any(WEIGHTS.fullmatch(path) or OLDER_WEIGHTS.fullmatch(path) for path in files)
+
+
+def _own(files: list[str], there: list[str]) -> list[str]:
+    """What goes up of ``files``: adapters that join a whole model leave its card, report and tokenizer as they are."""
+    if _is_model(files) or not _is_model(there):
+        return files
+    return [path for path in files if path not in there or path == ADAPTER or ADAPTER_WEIGHTS.fullmatch(path)]
+
+
+def _stale(files: list[str], there: list[str]) -> list[str]:
+    """Of the files ``there`` those that would speak of, or be read instead of, the new weights.
+
+    Adapters replace adapters alone. A whole model replaces the one before it, and adapters where these were all that
+    was there: they would be put on its weights.
+    """
+    if not _is_model(files):
+        replaced = [] if _is_model(there) else list(REPLACED)
+        weights = [ADAPTER_WEIGHTS]
+    else:
+        alone = not _is_model(there)
+        replaced = [*REPLACED, *([ADAPTER] if alone else [])]
+        weights = [WEIGHTS, *([ADAPTER_WEIGHTS] if alone else [])]
+    return [
+        path
+        for path in there
+        if path not in files and (path in replaced or any(pattern.fullmatch(path) for pattern in weights))
+    ]
 
 
 def _keep_remote_text(api: HfApi, repo: str, revision: str | None, card: Path) -> None:
     """Take what people have written into the card on the Hub over into the one to be uploaded."""
     with tempfile.TemporaryDirectory() as folder:  # not the cache, which may be read-only or stale
-        path = api.hf_hub_download(repo, "README.md", revision=revision, local_dir=folder)
+        path = api.hf_hub_download(repo, CARD, revision=revision, local_dir=folder)
         text = Path(path).read_text(encoding="utf-8")
     new = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True)
     write_whole(card, str(merge_cards(text, new, f"README.md of {repo}")).strip() + "\n")

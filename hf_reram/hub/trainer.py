@@ -1,15 +1,23 @@
 """The part of a Trainer that puts a model on the Hub."""
 
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitInfo, HfApi, run_as_future
+from transformers.utils import logging
 
 from ..model.find import crossbar_layers
 from .about import about_model
 from .publish import publish
-from .push import push
+from .push import is_safe, push
 from .report import REPORT, report_of, unmeasured
+
+logger = logging.get_logger(__name__)
 
 # Of Trainer, beside which the mixin stands.
 Base: Any = object
@@ -18,6 +26,8 @@ Base: Any = object
 class HubMixin(Base):
     """What :class:`hf_reram.ReRAMTrainerMixin` does for the Hub: a card of the model's robustness, and an upload of all
     files at once."""
+
+    _told_of_pickles = False
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As ``Trainer.save_model``, and beside the weights the report of :meth:`evaluate_robustness`, where it is of
@@ -47,18 +57,22 @@ class HubMixin(Base):
         """
         if not self.is_world_process_zero():
             return
-        folder = Path(self.args.output_dir or ".")
-        report = report_of(self.model)
-        if report is None:
-            report = unmeasured(self.model)
         known = {
             "name": model_name,
-            "repo": self.hub_model_id or self.args.hub_model_id,
             "base_model": finetuned_from,
             "task": tasks if isinstance(tasks, str) else None,
             "dataset": _first(dataset_tags) or _first(dataset),
             "dataset_split": _first(dataset_args),
         }
+        extra = {"language": language, "license": license, "tags": tags}
+        self._publish(Path(self.args.output_dir or "."), known, extra)
+
+    def _publish(self, folder: Path, known: dict[str, Any], metadata: dict[str, Any]) -> None:
+        """Card, report and plot into a folder with the model's weights; None is not known."""
+        report = report_of(self.model)
+        if report is None:
+            report = unmeasured(self.model)
+        known = {**known, "repo": self.hub_model_id or self.args.hub_model_id}
         known = {key: value for key, value in known.items() if value is not None}
         if report.about:
             report.about |= {key: value for key, value in known.items() if report.about.get(key) in (None, "")}
@@ -67,8 +81,7 @@ class HubMixin(Base):
         if not report.about.get("training"):
             report.about["training"] = [self._training_note()]
         report.about |= {key: known[key] for key in ("name", "repo") if key in known}
-        extra = {"language": language, "license": license, "tags": tags}
-        publish(folder, report, metadata={key: value for key, value in extra.items() if value is not None})
+        publish(folder, report, metadata={key: value for key, value in metadata.items() if value is not None})
 
     def _training_note(self) -> str:
         args = self.args
@@ -111,7 +124,69 @@ class HubMixin(Base):
         def upload():
             return push(folder, repo, None, token, revision, commit_message, verify=False)
 
-        return upload() if blocking else HfApi().run_as_future(upload)
+        return upload() if blocking else run_as_future(upload)
+
+    def push_checkpoint(self, checkpoint: str, message: str, path: str | None = None) -> Future:
+        """Upload a checkpoint's model with its card in the background, after the uploads before it.
+
+        What would have to be unpickled stays here: a training cannot be resumed from the Hub with its optimizer.
+
+        Args:
+            checkpoint: its folder, which may be gone before the upload ends. message: of the commit.
+            path: folder of the repository where the checkpoint's files go too, trainer_state.json among them; None:
+                the model alone goes up.
+        """
+        if path is not None and not self._told_of_pickles:
+            self._told_of_pickles = True
+            logger.warning(
+                "checkpoints go to %s without optimizer, scheduler and random state, which are pickles: a training is "
+                "resumed with them from %s alone",
+                self.hub_model_id,
+                self.args.output_dir,
+            )
+        kept = tempfile.TemporaryDirectory(prefix=".pushing-", dir=self.args.output_dir or ".")
+        for file in Path(checkpoint).iterdir():
+            if file.is_file() and is_safe(file.name) and file.name != REPORT:
+                _link(file, Path(kept.name) / file.name)
+        self._publish(Path(kept.name), {}, {})
+        repo, token, revision = str(self.hub_model_id), self.args.hub_token, self.args.hub_revision
+
+        def upload() -> CommitInfo:
+            with kept as folder:
+                done = push(folder, repo, None, token, revision, message, verify=False)
+                if path is not None:
+                    done = HfApi(token=token).upload_folder(
+                        repo_id=repo,
+                        folder_path=folder,
+                        path_in_repo=path,
+                        commit_message=f"{message}, checkpoint",
+                        revision=revision,
+                        ignore_patterns=["README.md"],
+                    )
+            return done
+
+        return run_as_future(_told(upload, message))
+
+
+def _link(file: Path, target: Path) -> None:
+    """The file under another name, which stays if the first one is replaced or deleted."""
+    try:
+        os.link(file, target)
+    except OSError:  # a file system without links
+        shutil.copy(file, target)
+
+
+def _told(upload: Callable[[], CommitInfo], message: str) -> Callable[[], CommitInfo]:
+    """An upload in the background, whose failure nobody would see."""
+
+    def run() -> CommitInfo:
+        try:
+            return upload()
+        except Exception as error:
+            logger.warning("an upload to the Hub has failed (%s): %s", message, error)
+            raise
+
+    return run
 
 
 def _first(value: str | list[str] | None) -> str | None:

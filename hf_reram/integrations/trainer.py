@@ -6,7 +6,8 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 from transformers import Seq2SeqTrainer, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
+from transformers.utils import PushInProgress
 
 from ..evaluation.trainer import EvaluationMixin
 from ..hub.trainer import HubMixin
@@ -95,6 +96,27 @@ class ReRAMTrainerMixin(TrainingMixin, EvaluationMixin, HubMixin):
         finally:
             if quantizer is not None:
                 quantizer.gathered = None
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As Trainer's, without what has to be unpickled, and with a card that is the new weights'."""
+        args = self.args
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+            return
+        under_way = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if under_way and not args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        steps = args.save_strategy == SaveStrategy.STEPS
+        when = f"step {self.state.global_step}" if steps else f"epoch {int(self.state.epoch or 0)}"
+        folders = {
+            HubStrategy.CHECKPOINT: "last-checkpoint",
+            HubStrategy.ALL_CHECKPOINTS: os.path.basename(checkpoint_folder),
+        }
+        job = self.push_checkpoint(checkpoint_folder, f"Training in progress, {when}", folders.get(args.hub_strategy))
+        if under_way:
+            self.push_in_progress.jobs.append(job)
+        else:
+            self.push_in_progress = PushInProgress([job])
 
     def save_without_push(self) -> None:
         """``save_model``, which would push by itself where ``args.push_to_hub`` says so."""

@@ -63,10 +63,28 @@ def push_adapter(output: str) -> None:
     print(json.dumps(weights_digest(trainer.model)))
 
 
-def _trained(model, repo: str, output: str) -> ReRAMTrainer:
+def push_adapter_to(repo: str, output: str) -> None:
+    """LoRA that was not evaluated, into a repository."""
+    model = AutoModelForQuestionAnswering.from_pretrained(REPO)
+    lora = LoraConfig(target_modules=["query", "value"], init_lora_weights=False)
+    _trained(get_peft_model(model, lora), repo, output).push_to_hub()
+
+
+def push_while_training(base: str, output: str, strategy: str) -> None:
+    """What ``push_to_hub=True`` uploads by itself."""
+    model = AutoModelForQuestionAnswering.from_pretrained(base)
+    wanted = {"push_to_hub": True, "hub_strategy": strategy, "save_strategy": "steps", "save_steps": 1}
+    trainer = _trained(model, REPO, output, hub_always_push=True, save_total_limit=1, **wanted)
+    trainer.wait_for_push()
+    trainer.save_model()
+    print(json.dumps(weights_digest(trainer.model)))
+
+
+def _trained(model, repo: str, output: str, **more) -> ReRAMTrainer:
     tokenizer = squad_sample.tokenizer()
     train = training_features(squad_sample.dataset(), tokenizer, 32, 8)
-    args = TrainingArguments(output, max_steps=2, report_to="none", use_cpu=True, hub_model_id=repo, disable_tqdm=True)
+    common = {"max_steps": 2, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    args = TrainingArguments(output, hub_model_id=repo, **common, **more)
     trainer = ReRAMTrainer(
         model,
         args,
@@ -121,7 +139,8 @@ def refused(token: str, action: str, *arguments: str) -> None:
 
 
 ACTIONS = {"model": push_model, "trainer": push_trainer, "adapter": push_adapter, "load": load, "ask": ask}
-ACTIONS |= {"load_adapter": load_adapter, "refused": refused}
+ACTIONS |= {"load_adapter": load_adapter, "refused": refused, "adapter_to": push_adapter_to}
+ACTIONS |= {"training": push_while_training}
 
 if __name__ == "__main__":
     for then, words in itertools.groupby(sys.argv[1:], key=lambda word: word == "then"):

@@ -8,6 +8,7 @@ import hashlib
 import json
 import threading
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,6 +70,7 @@ class Hub:
         users: user name by token. repos: by id. objects: LFS contents by SHA-256.
         hold: while set, an LFS upload that has begun never ends. begun: an upload has begun. requests: all that came.
         fail_commits: how many commits are answered with an internal error.
+        edits: what somebody else does to a repository just before a commit arrives, one a commit.
     """
 
     def __init__(self) -> None:
@@ -84,6 +86,7 @@ class Hub:
         self.begun.clear()
         self.requests: list[str] = []
         self.fail_commits = 0
+        self.edits: list[Callable[[Repo], None]] = []
 
     def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
         """What a repository holds."""
@@ -196,6 +199,8 @@ class Hub:
         if self.fail_commits:
             self.fail_commits -= 1
             return JSONResponse({"error": "Internal Error"}, 500)
+        if self.edits:
+            self.edits.pop(0)(repo)
         parent = self.revision(request, repo)
         files = dict(repo.commits[parent])
         for line in (await request.body()).splitlines():

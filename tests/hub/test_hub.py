@@ -10,8 +10,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from hf_reram.hub.card import BEGIN, END
+from hf_reram.hub.push import _stale
 from tests.hub.client import REPO
-from tests.hub.server import running
+from tests.hub.server import Blob, Repo, running
 from tests.samples import squad as squad_sample
 from tests.samples.interpreter import Interpreter, Process
 
@@ -192,6 +193,101 @@ def test_what_people_write_on_the_hub_stays(hub, base, pushed, person):
     person("ann").client("model", base, "1.5", "then", "model", base)
     text = hub.files(REPO)["README.md"].decode()
     assert text.count("Our lab's note.") == text.count("Ask Ann.") == 1 and "license: apache-2.0" in text
+
+
+def _edited(text: str) -> Callable[[Repo], None]:
+    """Somebody puts a line above the card on the Hub, and adds a file."""
+
+    def edit(repo: Repo) -> None:
+        files = dict(repo.commits[repo.branches["main"]])
+        card = files["README.md"].content.decode()
+        files["README.md"] = Blob(card.replace(BEGIN, f"{text}\n\n{BEGIN}").encode(), False)
+        files[f"{text}.txt"] = Blob(text.encode(), False)
+        repo.commit(files, "main")
+
+    return edit
+
+
+def test_what_is_written_on_the_hub_during_a_push_stays(hub, base, pushed, person):
+    hub.edits = [_edited("one"), _edited("two")]
+    (second, loaded), err = person("ann").client("model", base, "1.5", "then", "load")
+    files = hub.files(REPO)
+    text = files["README.md"].decode()
+    assert text.count("one\n") == text.count("two\n") == 1 and files["one.txt"] == b"one"
+    assert err.count("what is there now is read again") == 2
+    assert second != pushed and loaded == {"digest": second, "layers": 7, "report": True}
+
+
+def test_a_repository_that_never_rests_is_an_error_and_stays(hub, base, pushed, person):
+    hub.edits = [_edited(f"edit {i}") for i in range(5)]
+    (error,), _ = person("ann").client("refused", "hf_ann", "model", base, "1.5")
+    assert "412" in error and "changed in each of 5 tries" in error
+    files = hub.files(REPO)
+    assert all(f"edit {i}.txt" in files for i in range(5)) and "edit 4" in files["README.md"].decode()
+    assert files["model.safetensors"] in hub.objects.values()
+
+
+def test_adapters_leave_the_model_beside_them_alone(hub, pushed, person, tmp_path):
+    before = hub.files(REPO)
+    _, err = person("ann").client("adapter_to", REPO, str(tmp_path / "out"))
+    files = hub.files(REPO)
+    assert before.items() <= files.items()
+    assert files.keys() - before.keys() == {"adapter_config.json", "adapter_model.safetensors"}
+    assert "holds a whole model" in err
+
+
+@pytest.mark.parametrize(
+    ("files", "there", "gone"),
+    [
+        (["adapter_model.safetensors"], ["model.safetensors", "robustness.json", "unet.safetensors"], []),
+        (["adapter_model.safetensors"], ["pytorch_model.bin", "robustness.json"], []),
+        (
+            ["adapter_model-00001-of-00002.safetensors"],
+            ["adapter_model.safetensors", "robustness.json", "other.safetensors", "sub/adapter_model.safetensors"],
+            ["adapter_model.safetensors", "robustness.json"],
+        ),
+        (
+            ["model.safetensors"],
+            ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "comparison.json", "vae.safetensors"],
+            ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "comparison.json"],
+        ),
+        (
+            ["model.safetensors"],
+            ["model.safetensors", "adapter_model.safetensors", "adapter_config.json"],
+            [],
+        ),
+        (
+            ["model.safetensors"],
+            ["adapter_model.safetensors", "adapter_config.json", "notes.txt"],
+            ["adapter_model.safetensors", "adapter_config.json"],
+        ),
+    ],
+)
+def test_only_what_the_new_weights_replace_is_deleted(files, there, gone):
+    assert _stale(files, there) == gone
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
+def test_no_pickle_goes_up_during_training(hub, base, person, tmp_path, strategy):
+    hub.reset({}, {})
+    actions = ("training", base, str(tmp_path / "out"), strategy, "then", "load")
+    (digest, loaded), err = person("ann").client(*actions)
+    repo = hub.repos[REPO]
+    every = {path for files in repo.commits.values() for path in files}
+    assert not [path for path in every if path.endswith((".bin", ".pt", ".pth", ".pkl"))]
+    assert any((tmp_path / "out" / "checkpoint-2").glob("*.pt"))
+    folders = {
+        "every_save": set(),
+        "checkpoint": {"last-checkpoint"},
+        "all_checkpoints": {"checkpoint-1", "checkpoint-2"},
+    }
+    assert {path.split("/")[0] for path in every if "/" in path} == folders[strategy]
+    for folder in folders[strategy]:
+        assert {f"{folder}/model.safetensors", f"{folder}/trainer_state.json"} <= hub.files(REPO).keys()
+    assert ("without optimizer" in err) == bool(folders[strategy])
+    assert len(repo.commits) >= 3 and b"has not been measured" in hub.files(REPO)["README.md"]
+    assert loaded == {"digest": digest, "layers": 7, "report": None}
+    assert not list((tmp_path / "out").glob(".pushing-*"))
 
 
 def test_tokens_private_and_missing_repositories(hub, base, person):
