@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..device.time import parse_time
+from .escape import one_line
 
 if TYPE_CHECKING:
     from .report import RobustnessReport
@@ -44,7 +45,9 @@ def plot_reports(
         for j, kelvin in enumerate(report.temperatures):
             statistics = [report.statistic(metric, t, kelvin) for t in times]
             mean = [s.mean for s in statistics]
-            name = label if len(report.temperatures) == 1 or kelvin is None else f"{label}, {kelvin:g} K"
+            name = (
+                _plain(label) if len(report.temperatures) == 1 or kelvin is None else f"{_plain(label)}, {kelvin:g} K"
+            )
             axes.plot(times, mean, color=color, marker=MARKERS[i % 7], ms=5, ls=("-", "--", ":")[j % 3], label=name)
             low, high = ([s.mean + sign * s.std for s in statistics] for sign in (-1, 1))
             axes.fill_between(times, low, high, color=color, alpha=0.15, lw=0)
@@ -57,13 +60,18 @@ def plot_reports(
     axes.set_xticks([parse_time(tick) for tick in ticks], ticks)
     axes.minorticks_off()
     axes.set_xlabel("time since programming")
-    axes.set_ylabel(metric.removeprefix("eval_").replace("_", " "))
+    axes.set_ylabel(_plain(metric.removeprefix("eval_").replace("_", " ")))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
     if title:
-        axes.set_title(title, fontsize=11)
+        axes.set_title(_plain(title), fontsize=11)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, format="png")
     return path
+
+
+def _plain(text: str) -> str:
+    """A text in which matplotlib sees no formula."""
+    return one_line(text).replace("$", r"\$")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..device.time import format_time, parse_time
+from .escape import escaped
 from .files import write_whole
 from .tables import markdown, places
 
@@ -194,9 +195,13 @@ class RobustnessReport:
                 rows.append(row)
         table = markdown([*head, *(format_time(t) for t in self.times)], rows)
         chips = self.statistic(self.metrics[0], self.times[0]).chips
-        foot = [f"Mean ± standard deviation over {chips} chips.", *(f"{n[:1].upper()}{n[1:]}." for n in self.notes)]
+        foot = [
+            f"Mean ± standard deviation over {chips} chips.",
+            *(escaped(f"{n[:1].upper()}{n[1:]}.") for n in self.notes),
+        ]
         if self.uncalled:
-            foot.append(f"Crossbar layers that were not called, and so were no chip: {', '.join(self.uncalled)}.")
+            silent = escaped(", ".join(self.uncalled))
+            foot.append(f"Crossbar layers that were not called, and so were no chip: {silent}.")
         return table + "\n" + " ".join(foot) + "\n"
 
     def plot(

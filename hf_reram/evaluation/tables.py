@@ -5,14 +5,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..device.time import format_time
+from .escape import escaped
 
 if TYPE_CHECKING:
     from .report import RobustnessReport
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table with a header line."""
-    lines = [head, ["---"] * len(head), *rows]
+    """A table with a header line. Cells are texts, of which Markdown makes nothing else."""
+    lines = [[escaped(cell) for cell in line] for line in (head, ["---"] * len(head), *rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
@@ -32,7 +33,7 @@ def metrics_table(
     first = next(iter(reports.values()))
     rows = []
     for metric in metrics or first.metrics:
-        base = [digital[metric]] if digital else []
+        base = [digital.get(metric, math.nan)] if digital else []
         means = [report.statistic(metric, time).mean for report in reports.values()]
         n = places([*base, *means])
         rows.append([metric, *(f"{value:.{n}f}" for value in [*base, *means])])
@@ -51,9 +52,9 @@ def comparison_table(
     n = places(report.statistic(metric, t).mean for report in reports.values() for t in report.times)
     rows = []
     if digital:
-        rows.append(["digital base", "–", *[f"{digital[metric]:.{n}f}"] * len(first.times)])
+        rows.append(["digital base", "–", *[f"{digital.get(metric, math.nan):.{n}f}"] * len(first.times)])
     for label, report in reports.items():
         cells = [report.statistic(metric, t) for t in report.times]
-        ideal = f"{report.ideal[metric]:.{n}f}" if report.ideal else "–"
+        ideal = f"{report.ideal[metric]:.{n}f}" if report.ideal and metric in report.ideal else "–"
         rows.append([label, ideal, *(f"{s.mean:.{n}f} ± {s.std:.{n}f}" for s in cells)])
     return markdown(["", "ideal crossbar", *(format_time(t) for t in first.times)], rows)

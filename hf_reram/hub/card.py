@@ -1,13 +1,16 @@
 """The model card of a robust checkpoint, made from its robustness report alone."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from importlib import resources
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..config import ReRAMConfig
 from ..device.retention import retention_to_dict
 from ..device.time import format_time, parse_time
+from ..evaluation.escape import code_block, code_span, escaped, python_text
 from ..evaluation.report import RobustnessReport
 from ..evaluation.tables import comparison_table, metrics_table, places
 from .about import AUTO_CLASSES, About
@@ -45,16 +48,18 @@ def model_card(
         template_str=template.read_text(encoding="utf-8"),
         begin=BEGIN,
         end=END,
-        name=about.name,
+        name=escaped(about.name),
         base=_link(about.base_model),
-        adapter_of=about.base_model if about.relation == "adapter" else None,
-        device=config.device,
+        adapter_of=python_text(about.base_model) if about.relation == "adapter" else None,
+        device=escaped(config.device.name),
+        source=escaped(config.device.source),
         headline=_headline(about, report),
         auto_class=AUTO_CLASSES.get(about.task, "AutoModel"),
-        repo=about.repo or about.name,
+        repo=python_text(about.repo or about.name),
+        evaluate=code_span(f"hf-reram eval {shlex.quote(about.repo or about.name)}"),
         last_time=format_time(last),
-        metric=about.metric,
-        dataset=", ".join(part for part in (about.dataset, about.dataset_split) if part),
+        metric=escaped(about.metric),
+        dataset=", ".join(escaped(part) for part in (about.dataset, about.dataset_split) if part),
         examples=about.examples,
         chips=report.statistic(about.metric, last).chips if measured else 0,
         table=comparison_table(rows, about.metric, digital=about.base_metrics).strip() if measured else "",
@@ -63,9 +68,9 @@ def model_card(
         else "",
         plot=plot if measured else None,
         hardware=_hardware(config),
-        summary=report.summary.strip(),
+        summary=escaped(report.summary),
         training=_training(about, config),
-        command=about.command,
+        command=code_block(about.command, "bash") if about.command else None,
         limits=_limits(report),
     )
 
@@ -75,12 +80,18 @@ def _shown(about: About, report: RobustnessReport) -> list[str]:
 
 
 def _on_hub(name: str) -> bool:
-    return "/" in name and not name.startswith(("/", "."))
+    """Whether it is an id that the Hub allows, with its owner's name."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
 
 
 def _link(base_model: str) -> str:
-    hub = _on_hub(base_model)
-    return f"[{base_model}](https://huggingface.co/{base_model})" if hub else f"`{base_model}`"
+    if _on_hub(base_model):
+        return f"[{escaped(base_model)}](https://huggingface.co/{base_model})"
+    return code_span(base_model)
 
 
 def _metadata(about: About, report: RobustnessReport) -> ModelCardData:
@@ -115,7 +126,7 @@ def _metadata(about: About, report: RobustnessReport) -> ModelCardData:
         library_name="hf_reram",
         base_model=about.base_model if hub else None,
         base_model_relation=about.relation if hub else None,
-        datasets=[about.dataset] if "/" in about.dataset else None,
+        datasets=[about.dataset] if _on_hub(about.dataset) else None,
         metrics=[metric.lower() for metric in metrics] or None,
         pipeline_tag=about.task or None,
         tags=list(TAGS),
@@ -132,7 +143,7 @@ def _headline(about: About, report: RobustnessReport) -> str:
     base = about.base_metrics.get(about.metric)
     n = places([found.mean])
     aged = f"{found.mean:.{n}f} ± {found.std:.{n}f} on chips {format_time(last)} after programming"
-    return f"{about.metric}: {aged}" + (f", {base:.{n}f} of the digital base." if base is not None else ".")
+    return f"{escaped(about.metric)}: {aged}" + (f", {base:.{n}f} of the digital base." if base is not None else ".")
 
 
 def _hardware(config: ReRAMConfig) -> list[tuple[str, str]]:
@@ -170,11 +181,11 @@ def _training(about: About, config: ReRAMConfig) -> list[str]:
     times = ", ".join(format_time(parse_time(t)) for t in config.retention_times)
     lines = [f"retention loss “{config.retention_loss}”, for {times} at {kelvin:g} K"]
     lines += ["without labels: on the digital base's predictions"] if about.label_free else []
-    lines += about.training
+    lines += [escaped(line) for line in about.training]
     lines += [f"{about.co2_grams:g} g CO₂eq"] if about.co2_grams is not None else []
     if about.versions:
         made = ", ".join(f"{name} {version}" for name, version in about.versions.items())
-        lines.append(f"{about.date}, {made}" if about.date else made)
+        lines.append(escaped(f"{about.date}, {made}" if about.date else made))
     return lines
 
 
@@ -186,5 +197,6 @@ def _limits(report: RobustnessReport) -> list[str]:
         "wrong, this one cannot do either.",
     ]
     if report.uncalled:
-        lines.append(f"Crossbar layers that were not called, and so were no chip: {', '.join(report.uncalled)}.")
-    return lines + [f"{note[:1].upper()}{note[1:]}." for note in report.notes]
+        silent = escaped(", ".join(report.uncalled))
+        lines.append(f"Crossbar layers that were not called, and so were no chip: {silent}.")
+    return lines + [escaped(f"{note[:1].upper()}{note[1:]}.") for note in report.notes]

@@ -54,9 +54,9 @@ def push(
 
     All files go up in one commit: an upload that fails or is interrupted leaves the repository as it was, and can be
     repeated. Where somebody else commits meanwhile, the repository is read again, so that nothing of it is lost. Of the
-    files there only those go that the new ones replace: weights, and report and plot of other weights; adapters replace
-    adapters alone. The card is written anew from the report in the folder; text that people have added to the card, here
-    or on the Hub, is kept. Files that have to be unpickled are left out.
+    files there only those go that the new ones replace: weights, and report and plot of other weights; adapters
+    replace adapters alone. The card is written anew from the report in the folder; text that people have added to it,
+    here or on the Hub, is kept. Files that have to be unpickled are left out.
 
     Args:
         folder: with config.json and safetensors, as ``save_pretrained`` writes it.

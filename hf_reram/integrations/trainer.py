@@ -47,6 +47,8 @@ class ReRAMTrainerMixin(TrainingMixin, EvaluationMixin, HubMixin):
             outside [0, 1], or a temperature that is not above 0.
     """
 
+    push_in_progress: Any
+
     def calibration_data(self) -> Any:
         """As :class:`TrainingMixin`'s, without the columns that the model does not take."""
         dataset = super().calibration_data()
@@ -113,10 +115,8 @@ class ReRAMTrainerMixin(TrainingMixin, EvaluationMixin, HubMixin):
             HubStrategy.ALL_CHECKPOINTS: os.path.basename(checkpoint_folder),
         }
         job = self.push_checkpoint(checkpoint_folder, f"Training in progress, {when}", folders.get(args.hub_strategy))
-        if under_way:
-            self.push_in_progress.jobs.append(job)
-        else:
-            self.push_in_progress = PushInProgress([job])
+        jobs: Any = [*self.push_in_progress.jobs, job] if under_way else [job]
+        self.push_in_progress = PushInProgress(jobs)
 
     def save_without_push(self) -> None:
         """``save_model``, which would push by itself where ``args.push_to_hub`` says so."""

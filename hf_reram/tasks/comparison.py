@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from ..config import ReRAMConfig
 from ..device.time import format_time
+from ..evaluation.escape import code_block, escaped
 from ..evaluation.files import write_whole
 from ..evaluation.report import RobustnessReport
 from ..evaluation.robustness import evaluate_robustness
@@ -205,7 +206,7 @@ def write_comparison(
     first.plot(folder / "robustness.png", *others, metric=metric, labels=list(reports), title=title, digital=base)
     chips = first.statistic(metric, last).chips
     parts = [
-        f"{metric}, mean ± standard deviation over {chips} chips:",
+        f"{escaped(metric)}, mean ± standard deviation over {chips} chips:",
         comparison_table(reports, metric, digital=base),
     ]
     if len(first.metrics) > 1:
@@ -213,10 +214,10 @@ def write_comparison(
             f"Every metric after {format_time(last)}:",
             metrics_table(reports, last, digital=base, metrics=about.get("details", ())),
         ]
-    parts += ["\n".join(f"- {note}" for note in first.notes)] if first.notes else []
+    parts += ["\n".join(f"- {escaped(note)}" for note in first.notes)] if first.notes else []
     if about.get("command"):
         versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-        parts += [f"Measured on {about['date']} with {versions}:", f"```bash\n{about['command']}\n```"]
+        parts += [f"Measured on {about['date']} with {versions}:", code_block(about["command"], "bash")]
     write_whole(folder / "report.md", "\n\n".join(part.strip() for part in parts) + "\n")
     text = json.dumps({label: report.to_dict() for label, report in reports.items()}, indent=2)
     write_whole(folder / "report.json", text + "\n")

@@ -1,5 +1,7 @@
 """The model card: what it says, what the Hub makes of it, and what it keeps of a person's text."""
 
+import ast
+
 import pytest
 import yaml
 from huggingface_hub import ModelCard
@@ -103,3 +105,58 @@ def test_a_report_that_says_nothing_about_its_model_is_refused():
     bare.about = {"tsak": "x"}
     with pytest.raises(ValueError, match="tsak"):
         model_card(bare)
+
+
+EVIL = [
+    'x"); import os; os.system("id") #',
+    "[click](javascript:alert(1))",
+    "<script>alert(1)</script>",
+    "a\n\n# Heading\n\n```python\nimport os\n```",
+    END,
+    BEGIN,
+    "`; rm -rf ~ #",
+    "| a | b |\n| - | - |",
+    "---\nlicense: mit\n---",
+    "{{ config }} {% raw %}",
+    "$\\frac$",
+]
+
+
+@pytest.mark.parametrize("evil", EVIL)
+def test_names_and_notes_are_text_and_no_code(evil, tmp_path):
+    """Wherever a stranger's report has a text, the card has its own lines alone, and Python that calls nothing else."""
+    device = {**ReRAMConfig(device="cmo-hfox-ibm").device.to_dict(), "name": evil, "source": evil}
+    about: dict = dict.fromkeys(("name", "base_model", "repo", "dataset", "dataset_split", "command", "date"), evil)
+    about |= {"training": [evil], "versions": {evil: evil}, "metric": evil, "base_metrics": {evil: 1.0}}
+    for relation in ("finetune", "adapter"):
+        bad = report(**about, relation=relation)
+        bad.config = ReRAMConfig(device=device).to_dict()
+        bad.summary, bad.notes, bad.uncalled = evil, [evil], [evil]
+        bad.measurements = [Measurement(1.0, None, chip, {evil: 1.0, "f1": 2.0}) for chip in (0, 1)]
+        publish(tmp_path, bad, {evil: bad}, title=evil)
+        card = ModelCard.load(tmp_path / "README.md")
+        assert card.data.license is None
+        text = card.text
+        assert text.count(BEGIN) == text.count(END) == 1 and text.strip().endswith(END)
+        outside, fences = [], []
+        for part in text.split("\n"):
+            if fences and part == fences[-1]:
+                fences.pop()
+            elif not fences and part.startswith("```"):
+                fences.append("`" * (len(part) - len(part.lstrip("`"))))
+            elif not fences:
+                outside.append(part)
+        assert not fences
+        lines = [line for line in outside if line not in (BEGIN, END)]
+        assert not any("<" in line or "](javascript" in line for line in lines)
+        headings = [line for line in lines if line.startswith("#")]
+        assert len(headings) == 7 and headings[1:] == [
+            "## Use", "## Robustness", "## Hardware", "## Training", "## Limits", "## Citation"
+        ]  # fmt: skip
+        tree = ast.parse(text.split("```python\n")[1].split("\n```")[0])
+        calls = {ast.unparse(node.func).rpartition(".")[2] for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        assert calls == {"from_pretrained", "deploy", "model"}
+        assert evil in [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+        bare = report(**about)
+        bare.measurements, bare.config = [], bad.config
+        assert model_card(bare).text.count("\n## ") == 6
