@@ -1,7 +1,6 @@
 """The one config of hf_reram, in the form that transformers keeps in a model's config.json."""
 
 import copy
-import json
 import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .device import DeviceConfig, parse_time
-from .device.checks import plain
+from .device.checks import is_finite, plain, read_json, refuse_deep, shown
 from .device.iv import GAINS
 from .device.temperature import parse_temperature
 
@@ -105,6 +104,7 @@ class ReRAMConfig(QuantizationConfigMixin):
 
     def __post_init__(self):
         for f in fields(self):
+            refuse_deep(f"ReRAMConfig.{f.name}", getattr(self, f.name))
             setattr(self, f.name, plain(getattr(self, f.name)))
         if isinstance(self.device, str):
             self.device = DeviceConfig.from_preset(self.device)
@@ -123,7 +123,7 @@ class ReRAMConfig(QuantizationConfigMixin):
         self._integer("tile_size", 1, 1 << 20)
         if self.weight_scale == "per_tile" and self.tile_size is None:
             self._refuse("weight_scale", "'per_channel' or 'per_tensor' without a tile_size")
-        if not _is_number(self.redundancy) or not 0 <= self.redundancy <= 4:
+        if not is_finite(self.redundancy) or not 0 <= self.redundancy <= 4:
             self._refuse("redundancy", "a number from 0 to 4")
         self._integer("dac_bits", 2, 16)
         self._integer("adc_bits", 2, 16)
@@ -131,7 +131,7 @@ class ReRAMConfig(QuantizationConfigMixin):
         self._names("modules_to_not_convert")
         self.retention_loss = self.retention_loss or "none"
         self._one_of("retention_loss", RETENTION_LOSSES)
-        if not _is_number(self.retention_weight) or self.retention_weight < 0:
+        if not is_finite(self.retention_weight) or self.retention_weight < 0:
             self._refuse("retention_weight", "a finite number >= 0")
         self._times()
         if self.temperature is not None:
@@ -141,7 +141,7 @@ class ReRAMConfig(QuantizationConfigMixin):
     # Checks
 
     def _refuse(self, name: str, allowed: str):
-        raise ValueError(f"ReRAMConfig.{name}={getattr(self, name)!r}: allowed is {allowed}")
+        raise ValueError(f"ReRAMConfig.{name}={shown(getattr(self, name))}: allowed is {allowed}")
 
     def _one_of(self, name: str, allowed: tuple):
         value = getattr(self, name)
@@ -153,7 +153,7 @@ class ReRAMConfig(QuantizationConfigMixin):
         if value is None or isinstance(value, str):
             good = value in words
         else:
-            good = _is_number(value) and above < value <= at_most
+            good = is_finite(value) and above < value <= at_most
         if not good:
             bound = f"(0, {at_most:g}]" if math.isfinite(at_most) else "(0, inf)"
             self._refuse(name, f"a number in {bound}" + (f" or one of {list(words)}" if words else ""))
@@ -191,7 +191,7 @@ class ReRAMConfig(QuantizationConfigMixin):
             try:
                 parse_time(time)
             except ValueError as error:
-                raise ValueError(f"ReRAMConfig.retention_times={self.retention_times!r}: {error}") from error
+                raise ValueError(f"ReRAMConfig.retention_times={shown(self.retention_times)}: {error}") from error
         self.retention_times = list(value)
 
     # JSON
@@ -204,13 +204,14 @@ class ReRAMConfig(QuantizationConfigMixin):
             ValueError: an unknown field, a wrong value, or a form that a newer hf_reram wrote.
         """
         if not isinstance(config_dict, dict):
-            raise ValueError(f"ReRAMConfig from {config_dict!r}: allowed is a dict of fields")
+            raise ValueError(f"ReRAMConfig from {shown(config_dict)}: allowed is a dict of fields")
         data = {**config_dict, **kwargs}
+        refuse_deep("ReRAMConfig", data)
         data.pop("quant_method", None)
         version = data.pop("version", CONFIG_VERSION)
         if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= CONFIG_VERSION:
             raise ValueError(
-                f"ReRAMConfig.version={version!r}: this hf_reram reads versions 1 to {CONFIG_VERSION}; "
+                f"ReRAMConfig.version={shown(version)}: this hf_reram reads versions 1 to {CONFIG_VERSION}; "
                 "a newer checkpoint needs a newer hf_reram"
             )
         if version == 1 and isinstance(data.get("device"), dict):
@@ -218,14 +219,14 @@ class ReRAMConfig(QuantizationConfigMixin):
         known = {f.name for f in fields(cls) if f.init}
         unknown = sorted(set(data) - known)
         if unknown and not return_unused_kwargs:
-            raise ValueError(f"ReRAMConfig has no fields {unknown}: allowed are {sorted(known)}")
+            raise ValueError(f"ReRAMConfig has no fields {shown(unknown)}: allowed are {sorted(known)}")
         config = cls(**{k: copy.deepcopy(v) for k, v in data.items() if k in known})
         return (config, {k: data[k] for k in unknown}) if return_unused_kwargs else config
 
     @classmethod
     def from_json_file(cls, path: str | Path) -> "ReRAMConfig":
         """A config from a JSON file that :meth:`to_json_file` wrote."""
-        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        return cls.from_dict(read_json(path))
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as plain JSON values, the device's numbers in full."""
@@ -255,7 +256,3 @@ def dac_grid(bits: int | None, floor: float) -> tuple[int, float]:
         return 0, -1.0
     levels = int(((1 << bits) - 2) / (1 - floor) + 1e-9)
     return levels, -math.ceil(-floor * levels - 1e-9) / levels
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

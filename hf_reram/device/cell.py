@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from .checks import number, numbers, plain
+from .checks import number, plain, polynomial, read_json, refuse_deep, shown
 from .retention import (
     LONGEST,
     GenericRetention,
@@ -84,6 +84,8 @@ class DeviceConfig:
         def put(name, value):
             object.__setattr__(self, name, value)
 
+        for f in fields(self):
+            refuse_deep(f"device.{f.name}", getattr(self, f.name))
         put("g_min", number("device", "g_min", self.g_min, 0))
         put("g_max", number("device", "g_max", self.g_max, 0, exclusive=True))
         if self.g_max <= self.g_min:
@@ -107,15 +109,14 @@ class DeviceConfig:
                 "allowed are shares that sum to at most 1"
             )
         levels = plain(self.levels)
-        if levels is not None and (
-            isinstance(levels, bool) or not isinstance(levels, int) or not 2 <= levels <= 1 << 16
-        ):
-            raise ValueError(f"device.levels={self.levels!r}: allowed is an integer from 2 to {1 << 16}, or None")
+        whole = isinstance(levels, int) and not isinstance(levels, bool)
+        if levels is not None and not (whole and 2 <= levels <= 1 << 16):
+            raise ValueError(f"device.levels={shown(levels)}: allowed is an integer from 2 to {1 << 16}, or None")
         put("levels", levels)
         if not isinstance(plain(self.floor_at_zero), bool):
-            raise ValueError(f"device.floor_at_zero={self.floor_at_zero!r}: allowed is True or False")
+            raise ValueError(f"device.floor_at_zero={shown(self.floor_at_zero)}: allowed is True or False")
         put("floor_at_zero", plain(self.floor_at_zero))
-        put("programming", numbers("device", "programming", self.programming))
+        put("programming", polynomial("device", "programming", self.programming))
         retention = retention_from_dict(self.retention)
         if isinstance(retention, GenericRetention):
             retention = dataclasses.replace(retention, g_min=self.g_min)
@@ -123,11 +124,11 @@ class DeviceConfig:
         self._check_errors()
         for name in ("name", "source"):
             if not isinstance(getattr(self, name), str):
-                raise ValueError(f"device.{name}={getattr(self, name)!r}: allowed is a text")
+                raise ValueError(f"device.{name}={shown(getattr(self, name))}: allowed is a text")
         known = {f.name for f in fields(self)}
         named = isinstance(self.assumed, (list, tuple)) and all(isinstance(name, str) for name in self.assumed)
         if not named or not set(self.assumed) <= known:
-            raise ValueError(f"device.assumed={self.assumed!r}: allowed is a list of names out of {sorted(known)}")
+            raise ValueError(f"device.assumed={shown(self.assumed)}: allowed is a list of names out of {sorted(known)}")
         put("assumed", tuple(self.assumed))
         self._doubt()
 
@@ -153,12 +154,18 @@ class DeviceConfig:
         if getattr(self.retention, "extrapolate", False):
             times = (*times, LONGEST)
         curves = [("programming", self.programming)]
-        curves += [("retention", curve) for time in times for curve in self.retention.polynomials(time)]
+        try:
+            curves += [("retention", curve) for time in times for curve in self.retention.polynomials(time)]
+        except (OverflowError, ZeroDivisionError) as error:
+            raise ValueError(
+                f"device.retention={shown(self.retention)}: coefficients in µS that no float holds ({error}): allowed "
+                "are a g_ref and coefficients of the size of conductances"
+            ) from error
         for name, curve in curves:
-            largest = max(abs(horner(curve, g)) for g in grid)
-            if not largest <= ABSURD * self.g_range:
+            errors = [abs(horner(curve, g)) for g in grid]
+            if not all(error <= ABSURD * self.g_range for error in errors):  # NaN is none
                 raise ValueError(
-                    f"device.{name}={getattr(self, name)!r}: errors of up to {largest:g} µS, allowed are "
+                    f"device.{name}={shown(getattr(self, name))}: errors of up to {max(errors):g} µS, allowed are "
                     f"{ABSURD * self.g_range:g} µS ({ABSURD:g} times g_max - g_min)"
                 )
 
@@ -172,7 +179,9 @@ class DeviceConfig:
             ValueError: no such preset.
         """
         if not isinstance(name, str) or name not in preset_names():
-            raise ValueError(f"device={name!r} is no preset: allowed are {preset_names()}, a dict or a DeviceConfig")
+            raise ValueError(
+                f"device={shown(name)} is no preset: allowed are {preset_names()}, a dict or a DeviceConfig"
+            )
         text = (resources.files(__package__) / "presets" / f"{name}.json").read_text(encoding="utf-8")
         return cls.from_dict(json.loads(text))
 
@@ -183,11 +192,7 @@ class DeviceConfig:
         Raises:
             FileNotFoundError: no such file. ValueError: no valid JSON, or a field or value that is not allowed.
         """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from error
-        return cls.from_dict(data)
+        return cls.from_dict(read_json(path))
 
     @classmethod
     def from_dict(cls, data) -> "DeviceConfig":
@@ -197,10 +202,15 @@ class DeviceConfig:
             ValueError: not a dict, an unknown or missing field, or a value that is not allowed.
         """
         if not isinstance(data, dict):
-            raise ValueError(f"device={data!r}: allowed is a preset name out of {preset_names()}, a dict of fields")
+            raise ValueError(
+                f"device={shown(data)}: allowed is a preset name out of {preset_names()}, a dict of fields"
+            )
+        refuse_deep("device", data)
         known = {f.name for f in fields(cls)}
         if set(data) - known:
-            raise ValueError(f"device has unknown fields {sorted(set(data) - known)}: allowed are {sorted(known)}")
+            raise ValueError(
+                f"device has unknown fields {shown(sorted(set(data) - known))}: allowed are {sorted(known)}"
+            )
         if not {"g_min", "g_max"} <= set(data):
             raise ValueError(f"device lacks the fields {sorted({'g_min', 'g_max'} - set(data))}")
         if "retention" not in data:

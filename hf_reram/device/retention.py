@@ -11,7 +11,7 @@ import warnings
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .checks import number, numbers
+from .checks import number, numbers, polynomial, refuse_deep, shown
 
 LONGEST = 1e30  # s; equivalent times beyond are taken as this
 BOLTZMANN = 8.617333262e-5  # eV/K, CODATA 2018
@@ -61,7 +61,7 @@ class TableRetention:
     def __post_init__(self):
         times = numbers("retention", "times", self.times, 1e-6)
         if any(b <= a for a, b in itertools.pairwise(times)):
-            raise ValueError(f"retention.times={self.times!r}: allowed is a strictly ascending list of seconds")
+            raise ValueError(f"retention.times={shown(self.times)}: allowed is a strictly ascending list of seconds")
         object.__setattr__(self, "times", times)
         object.__setattr__(self, "g_ref", number("retention", "g_ref", self.g_ref, 0, exclusive=True))
         for name in ("std", "mean"):
@@ -69,12 +69,12 @@ class TableRetention:
             if table is None and name == "mean":
                 continue
             if not isinstance(table, (list, tuple)) or len(table) != len(times):
-                raise ValueError(f"retention.{name}={table!r}: allowed is one list of coefficients per time")
-            rows = tuple(numbers("retention", name, row) for row in table)
+                raise ValueError(f"retention.{name}={shown(table)}: allowed is one list of coefficients per time")
+            rows = tuple(polynomial("retention", name, row) for row in table)
             width = max(len(row) for row in rows)
             object.__setattr__(self, name, tuple(row + (0.0,) * (width - len(row)) for row in rows))
         if not isinstance(self.extrapolate, bool):
-            raise ValueError(f"retention.extrapolate={self.extrapolate!r}: allowed is true or false")
+            raise ValueError(f"retention.extrapolate={shown(self.extrapolate)}: allowed is true or false")
 
     def holds_at(self, time: float) -> bool:
         """Whether ``time`` lies past the last fit, so that the last value is held."""
@@ -119,7 +119,7 @@ class LogRetention:
 
     def __post_init__(self):
         for field in fields(self):
-            object.__setattr__(self, field.name, numbers("retention", field.name, getattr(self, field.name)))
+            object.__setattr__(self, field.name, polynomial("retention", field.name, getattr(self, field.name)))
 
     def holds_at(self, time: float) -> bool:
         return False
@@ -182,13 +182,16 @@ def retention_from_dict(data) -> RetentionModel:
     """
     if isinstance(data, RetentionModel):
         return data
+    refuse_deep("retention", data)
     if not isinstance(data, dict) or not isinstance(data.get("type"), str) or data["type"] not in RETENTION_TYPES:
-        raise ValueError(f"retention={data!r}: allowed is an object whose 'type' is one of {sorted(RETENTION_TYPES)}")
+        raise ValueError(
+            f"retention={shown(data)}: allowed is an object whose 'type' is one of {sorted(RETENTION_TYPES)}"
+        )
     cls: Any = RETENTION_TYPES[data["type"]]
     known = {f.name for f in fields(cls)}
     unknown = set(data) - known - {"type"}
     if unknown:
-        raise ValueError(f"retention has unknown fields {sorted(unknown)}: allowed are {sorted(known)}")
+        raise ValueError(f"retention has unknown fields {shown(sorted(unknown))}: allowed are {sorted(known)}")
     required = {f.name for f in fields(cls) if f.default is dataclasses.MISSING}
     if required - set(data):
         raise ValueError(f"retention of type {data['type']!r} lacks the fields {sorted(required - set(data))}")

@@ -3,6 +3,8 @@
 import math
 import re
 
+from .checks import is_finite, shown
+
 COLDEST, HOTTEST = 200.0, 2000.0  # K; colder ones are degrees Celsius that were meant
 ZERO_CELSIUS = 273.15
 _PATTERN = re.compile(r"\s*(-?[0-9]*\.?[0-9]+)\s*(K|°?C)?\s*")
@@ -23,9 +25,9 @@ def parse_temperature(temperature: str | float, name: str = "temperature") -> fl
         if match := _PATTERN.fullmatch(temperature):
             unit = match[2]
             kelvin = float(match[1]) + (ZERO_CELSIUS if unit in ("C", "°C") else 0.0)
-    elif isinstance(temperature, (int, float)) and not isinstance(temperature, bool):
+    elif is_finite(temperature):
         kelvin = float(temperature)
     if COLDEST <= kelvin <= HOTTEST:
         return kelvin
     celsius = f"; {kelvin:g} °C? write '{kelvin:g}C'" if unit is None and kelvin < COLDEST else ""
-    raise ValueError(f"{name}={temperature!r}: allowed is {allowed}{celsius}")
+    raise ValueError(f"{name}={shown(temperature)}: allowed is {allowed}{celsius}")

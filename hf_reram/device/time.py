@@ -3,6 +3,8 @@
 import math
 import re
 
+from .checks import is_finite, shown
+
 YEAR = 365.25 * 86400.0
 UNITS = {
     "s": 1.0,
@@ -29,14 +31,14 @@ def parse_time(time: str | float) -> float:
     if isinstance(time, str):
         match = _PATTERN.fullmatch(time)
         if match is None or (match[2] or "s") not in UNITS:
-            raise ValueError(f"time={time!r} is not a time: allowed is {allowed}")
+            raise ValueError(f"time={shown(time)} is not a time: allowed is {allowed}")
         seconds = float(match[1]) * UNITS[match[2] or "s"]
-    elif isinstance(time, bool) or not isinstance(time, (int, float)):
-        raise ValueError(f"time={time!r} is not a time: allowed is {allowed}")
+    elif not is_finite(time):
+        raise ValueError(f"time={shown(time)} is not a time: allowed is {allowed}")
     else:
         seconds = float(time)
     if not math.isfinite(seconds) or seconds < 0:
-        raise ValueError(f"time={time!r} is not a time: allowed is {allowed}")
+        raise ValueError(f"time={shown(time)} is not a time: allowed is {allowed}")
     return seconds
 
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from ..device.checks import read_json, refuse_deep
 from ..device.time import format_time, parse_time
 from .escape import escaped
+from .fields import HEAT, LIST, NUMBERS, OBJECT, SEED, TEXT, TEXTS, TIME, fields_of, optional
 from .files import write_whole
 from .tables import markdown, places
 
@@ -67,7 +69,7 @@ class RobustnessReport:
     @property
     def metrics(self) -> list[str]:
         """Names of the metrics, in the order in which ``evaluate`` gave them."""
-        return list(self.measurements[0].metrics)
+        return list(self.measurements[0].metrics) if self.measurements else []
 
     @property
     def times(self) -> list[float]:
@@ -91,7 +93,7 @@ class RobustnessReport:
         """
         from scipy.special import stdtrit
 
-        if temperature is None:
+        if temperature is None and self.measurements:
             temperature = self.temperatures[0]
         seconds = parse_time(time)
         values = [
@@ -153,9 +155,9 @@ class RobustnessReport:
             ValueError: no such report.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is no robustness report: {error!r}") from error
+            data = read_json(path)
+        except ValueError as error:
+            raise ValueError(f"{path} is no robustness report: {error}") from error
         return cls.from_dict(data, path)
 
     @classmethod
@@ -166,13 +168,12 @@ class RobustnessReport:
             ValueError: no such report.
         """
         try:
-            measurements = [Measurement(**{**m, "metrics": _numbers(m["metrics"])}) for m in data["measurements"]]
-            rest = {key: data[key] for key in ("digital", "ideal", "config", "summary", "notes")}
-            rest |= {key: _numbers(rest[key]) for key in ("digital", "ideal") if rest[key] is not None}
-            rest |= {key: data[key] for key in ("weights", "about", "uncalled") if key in data}
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no robustness report: {error!r}") from error
-        return cls(measurements, **rest)
+            refuse_deep("it", data)
+            found = fields_of(data, FIELDS, OPTIONAL)
+            measurements = [_measurement(i, m) for i, m in enumerate(found.pop("measurements"))]
+        except ValueError as error:
+            raise ValueError(f"{path} is no robustness report: {error}") from error
+        return cls(measurements, **found)
 
     def to_markdown(self, decimals: int | None = None) -> str:
         """A table: metrics by row, references and times by column, mean ± standard deviation over chips.
@@ -184,7 +185,8 @@ class RobustnessReport:
         head = ["metric", *(["temperature"] if hot else []), "digital", "ideal crossbar"]
         rows = []
         for metric in self.metrics:
-            n = places(m.metrics[metric] for m in self.measurements) if decimals is None else decimals
+            measured = [m.metrics[metric] for m in self.measurements if metric in m.metrics]
+            n = places(measured) if decimals is None else decimals
             for kelvin in self.temperatures:
                 row = [metric, *([f"{kelvin:g} K" if kelvin is not None else "reference"] if hot else [])]
                 for reference in (self.digital, self.ideal):
@@ -234,5 +236,20 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    return {name: math.nan if value is None else value for name, value in metrics.items()}
+def _measurement(index: int, data: Any) -> Measurement:
+    try:
+        found = fields_of(data, {"time": TIME, "temperature": HEAT, "seed": SEED, "metrics": NUMBERS})
+    except ValueError as error:
+        raise ValueError(f"measurements[{index}]: {error}") from None
+    return Measurement(**found)
+
+
+FIELDS = {
+    "measurements": LIST,
+    "digital": optional(NUMBERS),
+    "ideal": optional(NUMBERS),
+    "config": OBJECT,
+    "summary": TEXT,
+    "notes": TEXTS,
+}
+OPTIONAL = {"weights": TEXT, "about": OBJECT, "uncalled": TEXTS}

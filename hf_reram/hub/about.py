@@ -8,10 +8,28 @@ from typing import Any
 
 import transformers
 
+from ..device.checks import shown
+from ..evaluation.fields import COUNT, FLAG, NAMED_TEXTS, NUMBER, NUMBERS, TEXT, TEXTS, fields_of, optional
 from ..evaluation.report import RobustnessReport
 from ..model.adapters import has_adapters
 from ..model.find import unwrapped
 from ..version import __version__
+
+NEEDED = dict.fromkeys(("task", "metric", "dataset", "base_model", "name"), TEXT)
+OTHERS = {
+    "dataset_split": TEXT,
+    "relation": TEXT,
+    "repo": optional(TEXT),
+    "examples": optional(COUNT),
+    "base_metrics": NUMBERS,
+    "details": TEXTS,
+    "label_free": FLAG,
+    "command": optional(TEXT),
+    "training": TEXTS,
+    "co2_grams": optional(NUMBER),
+    "versions": NAMED_TEXTS,
+    "date": TEXT,
+}
 
 # By the Hub's pipeline tags.
 AUTO_CLASSES = {
@@ -72,12 +90,15 @@ class About:
         """The inverse of :meth:`to_dict`.
 
         Raises:
-            ValueError: fields are missing or unknown.
+            ValueError: fields are missing or unknown, or values of another kind.
         """
+        known = {*NEEDED, *OTHERS}
+        if isinstance(values, Mapping) and (unknown := sorted(map(str, values.keys() - known))):
+            raise ValueError(f"a report's 'about' has unknown fields {shown(unknown)}: allowed are {sorted(known)}")
         try:
-            return cls(**values)
-        except TypeError as error:
-            raise ValueError(f"a report's 'about' has the fields {sorted(values)}: {error}") from None
+            return cls(**fields_of(values, NEEDED, OTHERS))
+        except ValueError as error:
+            raise ValueError(f"a report's 'about': {error}") from None
 
 
 def about_model(model: Any, report: RobustnessReport | None, repo: str | None = None, **known: Any) -> About:

@@ -1,14 +1,19 @@
 """A checkpoint's model, from the Hub or a folder, whatever its class."""
 
 import os
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers.utils import cached_file
 
+from ..device.checks import read_json, shown
 from ..model.find import crossbar_layers
 from .report import attach_report, stored_report
 
-ADAPTER = "adapter_config.json"
+UNREADABLE = (SafetensorError, StrictDataclassError)
+ADAPTER, CONFIG = "adapter_config.json", "config.json"
 
 
 def load_model(name: str | os.PathLike, **where: Any) -> Any:
@@ -16,26 +21,59 @@ def load_model(name: str | os.PathLike, **where: Any) -> Any:
     checkpoint that they were trained on.
 
     Args:
-        name: folder or Hub id. where: as in ``from_pretrained``.
+        name: folder or Hub id, also of a timm model. where: as in ``from_pretrained``.
 
     Raises:
-        ValueError: the config names no such class.
+        ValueError: the config names no such class, or what stands there is no such checkpoint.
+        OSError: nothing is there, or it cannot be reached. ImportError: a package is missing that the model needs.
     """
-    if has_file(name, ADAPTER, **where):
-        from peft import PeftConfig, PeftModel
+    try:
+        return _load_adapted(name, where) if has_file(name, ADAPTER, **where) else _load_whole(name, where)
+    except RecursionError:
+        raise ValueError(f"{name} cannot be loaded: its config is nested too deeply") from None
+    except (RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError, *UNREADABLE) as error:
+        # What a stranger's config makes transformers and peft stumble over.
+        raise ValueError(f"{name} cannot be loaded: {type(error).__name__}: {error}") from error
 
-        base = load_model(PeftConfig.from_pretrained(str(name), **where).base_model_name_or_path)
-        model = PeftModel.from_pretrained(base, name, **where)
-        if crossbar_layers(model) and (report := stored_report(name, **where)) is not None:
-            attach_report(model, report, name)
-        return model
+
+def _load_adapted(name: str | os.PathLike, where: dict[str, Any]) -> Any:
+    from peft import PeftConfig, PeftModel
+
+    base_name = PeftConfig.from_pretrained(str(name), **where).base_model_name_or_path
+    if not isinstance(base_name, str) or not base_name:
+        raise ValueError(f"{name}: base_model_name_or_path={shown(base_name)}: allowed is a folder or Hub id")
+    if has_file(base_name, ADAPTER):
+        raise ValueError(f"{name}: base_model_name_or_path={base_name!r} has adapters itself: allowed is a whole model")
+    model = PeftModel.from_pretrained(load_model(base_name), name, **where)
+    if crossbar_layers(model) and (report := stored_report(name, **where)) is not None:
+        attach_report(model, report, name)
+    return model
+
+
+def _load_whole(name: str | os.PathLike, where: dict[str, Any]) -> Any:
     import transformers
 
+    if (Path(name) / CONFIG).is_file():
+        read_json(Path(name) / CONFIG)  # an error that says what is wrong
     config = transformers.AutoConfig.from_pretrained(name, **where)
-    for architecture in config.architectures or ():
-        if hasattr(transformers, architecture):
-            return getattr(transformers, architecture).from_pretrained(name, config=config, **where)
-    raise ValueError(f"{name}: architectures={config.architectures!r}: allowed is a class of transformers")
+    given = config.architectures
+    if given is None and isinstance(config, transformers.TimmWrapperConfig):  # timm names a model of its own there
+        given = [transformers.TimmWrapperForImageClassification.__name__]
+    for architecture in given if isinstance(given, (list, tuple)) else ():
+        cls: Any = getattr(transformers, architecture, None) if isinstance(architecture, str) else None
+        if _is_model_of(cls, config):
+            return cls.from_pretrained(name, config=config, **where)
+    kind = type(config).__name__
+    raise ValueError(f"{name}: architectures={shown(given)}: allowed is a list of transformers' classes for {kind}")
+
+
+def _is_model_of(cls: Any, config: Any) -> bool:
+    """Whether it is a class of models that have such a config."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(cls, type) or not issubclass(cls, PreTrainedModel):
+        return False
+    return cls.config_class is not None and isinstance(config, cls.config_class)
 
 
 def has_file(name: str | os.PathLike, file: str, **where: Any) -> bool:

@@ -5,15 +5,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import yaml_dump
 
+from ..device.checks import read_json, refuse_deep, shown
 from ..evaluation.files import write_whole
 from ..evaluation.report import RobustnessReport
 from .about import About
 from .card import BEGIN, END, model_card
 from .report import REPORT
 
+MOST_METADATA = 100_000  # values on one level: YAML's aliases can make millions of a few lines
 PLOT, COMPARISON = "robustness.png", "comparison.json"
 # Of the cards that transformers and peft write by themselves, which say nothing.
 BLANK = ("This model card has been automatically generated.", "# Model Card for Model ID")
@@ -30,10 +34,22 @@ def write_card(path: str | Path, card: ModelCard) -> ModelCard:
         ValueError: the file there is a card whose marks are damaged.
     """
     path = Path(path)
-    if path.exists() and (old := path.read_text(encoding="utf-8")).strip():
+    if path.exists() and (old := read_text(path)).strip():
         card = merge_cards(old, card, path)
     write_whole(path, str(card).strip() + "\n")
     return card
+
+
+def read_text(path: str | Path) -> str:
+    """A card's text.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
 
 
 def merge_cards(old: str, new: ModelCard, where: str | Path = "the card") -> ModelCard:
@@ -44,9 +60,9 @@ def merge_cards(old: str, new: ModelCard, where: str | Path = "the card") -> Mod
         old: text of a card; one without marks is kept whole, below. where: for the error.
 
     Raises:
-        ValueError: ``old`` has damaged marks.
+        ValueError: ``old`` has damaged marks, or metadata that cannot be read.
     """
-    card = ModelCard(old, ignore_metadata_errors=True)
+    card = read_card(old, where)
     text = "" if any(blank in card.text for blank in BLANK) else card.text
     if (BEGIN in text) != (END in text):
         raise ValueError(f"{where} holds only one of the marks {BEGIN!r} and {END!r}: allowed are both or none")
@@ -60,6 +76,22 @@ def merge_cards(old: str, new: ModelCard, where: str | Path = "the card") -> Mod
         if more:
             data[key] = [*_listed(data.get(key)), *more]
     return ModelCard(f"---\n{yaml_dump(data)}---\n{text}")
+
+
+def read_card(text: str, where: str | Path = "the card") -> ModelCard:
+    """A card that a stranger may have written.
+
+    Raises:
+        ValueError: its metadata are no YAML of names and values, or too deep or too many.
+    """
+    try:
+        found = REGEX_YAML_BLOCK.search(text)
+        refuse_deep("its metadata", yaml.safe_load(found[2]) if found else None, MOST_METADATA)
+        return ModelCard(text, ignore_metadata_errors=True)
+    except RecursionError:
+        raise ValueError(f"{where}: its metadata are nested too deeply") from None
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{where}: its metadata cannot be read, mend or delete them: {error}") from error
 
 
 def _split(text: str) -> tuple[str, str, str]:
@@ -119,6 +151,12 @@ def publish(
 
 
 def read_comparison(path: str | Path) -> dict[str, RobustnessReport]:
-    """What :func:`publish` wrote as ``comparison.json``: reports by label."""
-    data = json.loads(Path(path).read_text(encoding="utf-8"))
+    """What :func:`publish` wrote as ``comparison.json``: reports by label.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    data = read_json(path)
+    if not isinstance(data, dict) or not data:
+        raise ValueError(f"{path} holds {shown(data)}: allowed is an object of robustness reports by label")
     return {label: RobustnessReport.from_dict(row, path) for label, row in data.items()}

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from transformers.utils import logging
 
@@ -18,7 +18,7 @@ from ..model.digest import weights_digest
 from ..model.find import crossbar_layers, crossbar_state
 from .about import about_model
 from .load import ADAPTER, has_file, load_model
-from .publish import COMPARISON, PLOT, merge_cards, publish, read_comparison
+from .publish import COMPARISON, PLOT, merge_cards, publish, read_card, read_comparison, read_text
 from .report import REPORT, report_of, unmeasured
 
 logger = logging.get_logger(__name__)
@@ -225,6 +225,6 @@ def _keep_remote_text(api: HfApi, repo: str, revision: str | None, card: Path) -
     """Take what people have written into the card on the Hub over into the one to be uploaded."""
     with tempfile.TemporaryDirectory() as folder:  # not the cache, which may be read-only or stale
         path = api.hf_hub_download(repo, CARD, revision=revision, local_dir=folder)
-        text = Path(path).read_text(encoding="utf-8")
-    new = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+        text = read_text(path)
+    new = read_card(read_text(card), card)
     write_whole(card, str(merge_cards(text, new, f"README.md of {repo}")).strip() + "\n")

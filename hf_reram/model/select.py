@@ -1,6 +1,7 @@
 """Which layers of a model go on crossbars, and which stay digital and why."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import regex
@@ -8,6 +9,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..config import ReRAMConfig
+from ..device.checks import shown
 from ..nn.registry import crossbar_class, is_kind
 from .bypass import left_digital
 from .find import walk
@@ -22,6 +24,9 @@ _UNSUPPORTED: Any = (
     nn.RNNBase,
     nn.RNNCellBase,
 )
+MATCHING = 1.0  # s of computing that a config's regular expression may take in all
+LONGEST_PATTERN = 20_000  # characters
+
 _TABLES: Any = (nn.Embedding, nn.utils.parametrize.ParametrizationList)
 
 
@@ -44,10 +49,13 @@ def select_layers(model: nn.Module, config: ReRAMConfig, stored: bool = False) -
         logger.warning("%s multiply by weights of kinds that are not put on crossbars, and stay digital", _some(left))
     spelled = _spelled(model) if stored else _as_it_is
     chosen = _targets(able, unable, config.target_modules, spelled, stored)
-    for pattern in config.modules_to_not_convert or ():
-        hit = {name for name in (*able, *unable) if any(f".{pattern}." in f".{form}." for form in spelled(name))}
-        if not hit and not stored and not any(f".{pattern}." in f".{name}." for name, _ in walk(model)):
-            raise ValueError(f"modules_to_not_convert={pattern!r} matches no module of {type(model).__name__}")
+    excluded = config.modules_to_not_convert or ()
+    inside = _by_part((*able, *unable), spelled, _infixes) if excluded else {}
+    everything = _by_part((name for name, _ in walk(model)), _as_it_is, _infixes) if excluded and not stored else {}
+    for pattern in excluded:
+        hit = inside.get(pattern, set())
+        if not hit and not stored and pattern not in everything:
+            raise ValueError(f"modules_to_not_convert={shown(pattern)} matches no module of {type(model).__name__}")
         chosen -= hit
     reasons = _grouped({name: why for name, why in unable.items() if name in chosen})
     chosen -= unable.keys()
@@ -57,7 +65,8 @@ def select_layers(model: nn.Module, config: ReRAMConfig, stored: bool = False) -
     if not chosen:
         raise ValueError(
             f"nothing to patch in {type(model).__name__}: of {len(able)} layers that could go on crossbars "
-            f"target_modules={config.target_modules!r}, modules_to_not_convert={config.modules_to_not_convert!r} "
+            f"target_modules={shown(config.target_modules)}, "
+            f"modules_to_not_convert={shown(config.modules_to_not_convert)} "
             f"leave none{'; these stay digital: ' * bool(reasons)}{reasons}"
         )
     if reasons:
@@ -99,28 +108,66 @@ def _targets(
     if target is None or target == "all-linear":
         return set(names)
     if isinstance(target, str):
-        try:  # a config may come from anyone, and some expressions take forever
-            hits = {
-                target: {
-                    name for name in names if any(regex.fullmatch(target, form, timeout=1.0) for form in spelled(name))
-                }
-            }
-        except regex.error as error:
-            raise ValueError(f"target_modules={target!r} is no regular expression: {error}") from error
-        except TimeoutError as error:
-            raise ValueError(f"target_modules={target!r} took too long to match: allowed is a second a name") from error
+        hits = {target: _matched(target, {name: spelled(name) for name in names})}
     else:
-        hits = {
-            key: {name for name in names if any(f".{form}".endswith(f".{key}") for form in spelled(name))}
-            for key in target
-        }
+        ends = _by_part(names, spelled, _suffixes)
+        hits = {key: ends.get(key, set()) for key in target}
     for key, hit in hits.items() if not stored else ():
         if not hit:
-            raise ValueError(f"target_modules={key!r} matches no layer; layers are {_some(able)}")
+            raise ValueError(f"target_modules={shown(key)} matches no layer; layers are {_some(able)}")
         if hit <= unable.keys():
             reasons = _grouped({name: unable[name] for name in names if name in hit})
-            raise ValueError(f"target_modules={key!r} matches only layers that stay digital: {reasons}")
+            raise ValueError(f"target_modules={shown(key)} matches only layers that stay digital: {reasons}")
     return set().union(*hits.values())
+
+
+def _matched(pattern: str, forms: dict[str, list[str]]) -> set[str]:
+    """The names of which the pattern matches a form. A config may come from anyone, and some expressions take forever:
+    all matching together has :data:`MATCHING`.
+
+    Raises:
+        ValueError: the pattern is no regular expression, too long, or takes too long.
+    """
+    if len(pattern) > LONGEST_PATTERN:
+        raise ValueError(f"target_modules has {len(pattern)} characters: allowed are {LONGEST_PATTERN}")
+    end = time.process_time() + MATCHING
+    try:
+        compiled = regex.compile(pattern)
+        return {
+            name
+            for name, written in forms.items()
+            if any(compiled.fullmatch(form, timeout=max(end - time.process_time(), 1e-6)) for form in written)
+        }
+    except (regex.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"target_modules={shown(pattern)} is no regular expression: {error}") from error
+    except (TimeoutError, MemoryError) as error:
+        raise ValueError(
+            f"target_modules={shown(pattern)} took too long to match: allowed are {MATCHING:g} s for all {len(forms)} "
+            "layers together"
+        ) from error
+
+
+def _by_part(
+    names: Iterable[str], spelled: Callable[[str], list[str]], parts: Callable[[str], Iterable[str]]
+) -> dict[str, set[str]]:
+    """Names by the parts of their forms, so that many patterns need not be compared with each name."""
+    found: dict[str, set[str]] = {}
+    for name in names:
+        for part in {part for form in spelled(name) for part in parts(form)}:
+            found.setdefault(part, set()).add(name)
+    return found
+
+
+def _suffixes(name: str) -> Iterable[str]:
+    """``a.b.c``, ``b.c`` and ``c``."""
+    words = name.split(".")
+    return (".".join(words[i:]) for i in range(len(words)))
+
+
+def _infixes(name: str) -> Iterable[str]:
+    """What :func:`_suffixes` gives of ``a``, ``a.b`` and ``a.b.c``."""
+    words = name.split(".")
+    return (".".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1))
 
 
 def _grouped(unable: dict[str, str]) -> str:

@@ -1,6 +1,5 @@
 """The part of a Trainer that trains a model on simulated ReRAM crossbars."""
 
-import json
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,6 +15,7 @@ from ..calibration.batch_norm import freeze_batch_norm
 from ..calibration.ranges import calibrate
 from ..calibration.sensitivity import measure_sensitivity
 from ..config import TRAINING_FIELDS, ReRAMConfig
+from ..device.checks import read_json
 from ..device.seeds import derived_seed
 from ..model.deploy import refuse_modes, warn_uncalibrated
 from ..model.find import crossbar_layers, crossbar_state, crossbar_states, unwrapped
@@ -170,8 +170,9 @@ class TrainingMixin(Base):
     def _refuse_other_hardware(self, checkpoint: str | bool) -> None:
         folder = last_checkpoint(self.args.output_dir or ".") if checkpoint is True else checkpoint
         file = Path(folder or ".") / "config.json"
-        stored = json.loads(file.read_text(encoding="utf-8")).get("quantization_config") if file.exists() else None
-        if not stored or stored.get("quant_method") != ReRAMConfig.quant_method:
+        data = read_json(file) if file.exists() else {}
+        stored = data.get("quantization_config") if isinstance(data, dict) else None
+        if not isinstance(stored, dict) or stored.get("quant_method") != ReRAMConfig.quant_method:
             return
         before, now = ReRAMConfig.from_dict(stored).hardware(), crossbar_state(self.model).config.hardware()
         if other := [name for name in now if before[name] != now[name]]:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import time
 import warnings
 
 import pytest
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from hf_reram import ReRAMConfig, add_retention_loss, deploy, patch_model, sampled_drift
+from hf_reram import ReRAMConfig, add_retention_loss, crossbar_layers, deploy, patch_model, sampled_drift
 from hf_reram.device import DeviceConfig
+from hf_reram.model.select import _matched
 from tests.samples.models import bert_batch
 
 GENERIC = {"type": "generic", "A": 0.01, "tau": 1.0, "s0": 0.5, "s1": 0.05, "s2": 0.01}
@@ -29,9 +31,22 @@ words = st.sampled_from(
     ["", "auto", "none", "drift", "output", "../../etc/passwd", "hfox-neurram", "(a+)+$", "1d", "10y", "é\0"]
 )
 leaves = st.one_of(st.none(), numbers, words)
-values = st.recursive(
+nested = st.recursive(
     leaves, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(words, inner, max_size=3), max_leaves=8
 )
+repeated = st.builds(lambda value, count: [value] * count, leaves, st.integers(2, 500))
+ascending = st.builds(lambda count: [10.0**i for i in range(count)], st.integers(2, 60))
+
+
+def deep(value, levels, key=None):
+    """A value within so many lists, or objects."""
+    for _ in range(levels):
+        value = [value] if key is None else {key: value}
+    return value
+
+
+deeply = st.builds(deep, leaves, st.integers(5, 400), st.sampled_from([None, "device", "a"]))
+values = st.one_of(nested, repeated, ascending, st.lists(repeated, min_size=1, max_size=5), deeply)
 
 
 def places(data, path=()):
@@ -121,11 +136,60 @@ def test_any_checkpoint_loads_or_is_refused(tiny_bert, tmp_path_factory, data):
         ({"target_modules": "(a|aa)+X"}, "took too long"),
         ({"retention_times": ["1d"] * 100_000}, "retention_times"),
         ({"version": 3}, "newer hf_reram"),
+        ({"target_modules": "(" * 5000 + ")" * 5000}, "no regular expression"),
+        ({"target_modules": "a|" * 100_000}, "characters"),
+        ({"range_shrink": 10**400}, "range_shrink"),
+        ({"retention_weight": 10**400}, "retention_weight"),
+        ({"retention_times": [10**400]}, "retention_times"),
+        ({"temperature": 10**400}, "temperature"),
+        ({"device": {**CELLS[0], "programming": [1e-3] * 300}}, "300 coefficients"),
+        ({"device": {**CELLS[0], "programming": [0.0, *[1e12, -1e12] * 15]}}, "errors of up to"),
+        (
+            {"device": {**CELLS[0], "retention": {"type": "table", "times": [1], "std": [[1] * 31], "g_ref": 1e12}}},
+            "retention",
+        ),
+        (
+            {"device": {**CELLS[0], "retention": {"type": "table", "times": [1], "std": [[1] * 31], "g_ref": 1e-12}}},
+            "retention",
+        ),
+        ({"device": {**CELLS[0], "retention": deep({}, 3000, "retention")}}, "deep"),
+        ({"device": deep(1, 3000)}, "deep"),
+        ({"temperature": deep(1, 3000)}, "deep"),
+        ({"nothing": deep(1, 3000)}, "deep"),
     ],
-    ids=lambda value: str(value)[:40],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else value.replace(" ", "_"),
 )
 def test_what_a_hostile_config_might_try(changes, message):
     wide = nn.Sequential()
     wide.add_module("a" * 60, nn.Linear(5000, 2))
     with pytest.raises(ValueError, match=message):
         patch_model(wide, ReRAMConfig.from_dict({**CONFIGS[0], **changes}))
+
+
+def test_all_names_share_the_time_of_a_regular_expression():
+    names = nn.ModuleDict({f"{'a' * 40}{i}": nn.Linear(2, 2) for i in range(50)})
+    begin = time.process_time()
+    with pytest.raises(ValueError, match="took too long"):
+        patch_model(names, ReRAMConfig(target_modules="(a|aa|aaa)+X"))
+    assert time.process_time() - begin < 10
+    assert _matched("(a|aa)+X", {"one": ["a" * 26]}) == set()  # 0.1 s
+    begin = time.process_time()
+    with pytest.raises(ValueError, match="300 layers together"):
+        _matched("(a|aa)+X", {str(i): ["a" * 26] for i in range(300)})
+    assert time.process_time() - begin < 10
+
+
+def test_many_names_are_found_at_once():
+    model = nn.ModuleDict({f"layer{i}": nn.ModuleDict({"dense": nn.Linear(2, 2)}) for i in range(300)})
+    begin = time.process_time()
+    left = [f"layer{i}" for i in range(1, 300)] + ["dense", "layer0.dense"] * 50_000
+    with pytest.raises(ValueError, match="nothing to patch"):
+        patch_model(model, ReRAMConfig(modules_to_not_convert=left))
+    patched = patch_model(model, ReRAMConfig(target_modules=[f"layer{i}.dense" for i in range(300)] * 300))
+    assert len(crossbar_layers(patched)) == 300 and time.process_time() - begin < 30
+
+
+def test_an_error_shows_no_more_than_a_reader_wants():
+    with pytest.raises(ValueError) as error:
+        ReRAMConfig(device={**CELLS[0], "programming": [1e300] * 100_000, "name": "x" * 100_000})
+    assert len(str(error.value)) < 1000
