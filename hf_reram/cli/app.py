@@ -11,8 +11,13 @@ from .evaluate import evaluate
 from .inspect import inspect
 from .output import console, reported
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Pretrained models, robust on ReRAM crossbars.")
-app.command()(demo)
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Pretrained models, robust on ReRAM crossbars.",
+)
+app.command()(reported(demo))
 app.command("eval")(reported(evaluate))
 app.command()(reported(inspect))
 app.command()(reported(card))

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from ..hub.load import load_model
 from ..hub.push import prepare
 from ..hub.push import push as upload
-from .output import console, show_json
+from .output import say, show_json
 
 
 def card(
@@ -23,7 +23,7 @@ def card(
     if as_json:
         show_json(ModelCard.load(path).data.to_dict())
     else:
-        console.print(f"Written: {path}")
+        say(f"Written: {path}")
 
 
 def push(
@@ -40,10 +40,10 @@ def push(
     if as_json:
         show_json({"url": str(found.commit_url), "oid": found.oid, "pull_request": found.pr_url})
     else:
-        console.print(f"Pushed: {found.pr_url or found.commit_url}", soft_wrap=True)
+        say(f"Pushed: {found.pr_url or found.commit_url}")
 
 
 def _existing(folder: Path) -> Path:
     if not folder.is_dir():
-        raise FileNotFoundError(f"no such folder {folder}")
+        raise FileNotFoundError(f"no such folder: {folder}")
     return folder

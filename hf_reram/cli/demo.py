@@ -7,7 +7,7 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .output import console
+from .output import console, say, writable
 
 
 def demo(
@@ -25,6 +25,7 @@ def demo(
 
     from ..tasks.demo import CORNER, METHODS, TIMES, run_demo
 
+    writable(folder)
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=UserWarning)
     console.print(f"[bold]Device corner[/]: {CORNER.name} ({CORNER.source})")
@@ -52,4 +53,4 @@ def demo(
         cells = [report.statistic("accuracy", t) for t in TIMES]
         table.add_row(label, *(f"{s.mean:.1f} ± {s.std:.1f}" for s in cells))
     console.print(table)
-    console.print(f"Plot, report and checkpoint: {folder}/robustness.png, report.md, report.json, checkpoint/")
+    say(f"Plot, report and checkpoint: {folder}/robustness.png, report.md, report.json, checkpoint/")

@@ -13,10 +13,10 @@ from ..evaluation.report import RobustnessReport
 from ..evaluation.robustness import evaluate_robustness, owner_of
 from ..evaluation.tables import places
 from ..hub.about import about_model, task_of
-from ..tasks.flags import number_or_word
+from ..tasks.flags import mapping_flags
 from ..tasks.registry import TASKS, load_task
 from .model import patched, words
-from .output import console, show_json, show_table
+from .output import say, show_json, show_table, writable
 
 
 def evaluate(
@@ -29,9 +29,11 @@ def evaluate(
     temperature: Annotated[list[str] | None, typer.Option(help="K, or such as 85C; several one by one.")] = None,
     chips: Annotated[int, typer.Option(min=1, help="Chips, each with its own programming.")] = 10,
     device: Annotated[str | None, typer.Option(help="Cells of a plain checkpoint: preset or JSON file.")] = None,
-    range_shrink: Annotated[str, typer.Option(help="auto, or a number in (0, 1].")] = "auto",
-    weight_clip: Annotated[str, typer.Option(help="auto, none, or RMS multiples.")] = "auto",
-    redundancy: Annotated[float, typer.Option(min=0, max=4, help="Share of cells on top, where they do most.")] = 0.0,
+    range_shrink: Annotated[str | None, typer.Option(help="auto, or a number in (0, 1].")] = None,
+    weight_clip: Annotated[str | None, typer.Option(help="auto, none, or RMS multiples.")] = None,
+    redundancy: Annotated[
+        float | None, typer.Option(min=0, max=4, help="Share of cells on top, where they do most.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Of the examples drawn.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder for report, table and plot.")] = Path("reram-eval"),
@@ -40,17 +42,12 @@ def evaluate(
     """How a checkpoint does as chips that age: a table, a JSON report and a plot.
 
     A plain checkpoint is put on the cells of --device and calibrated for --times on the evaluated inputs, without their
-    labels. An evaluation that was interrupted goes on where it stopped.
+    labels; so is a robust one where --device, --range-shrink, --weight-clip or --redundancy differ from its own, which
+    it keeps where they are not given. An evaluation that was interrupted goes on where it stopped.
     """
     spoken = words(times) or ["1s", "1d", "10y"]
-    found, fresh = patched(
-        model,
-        device,
-        range_shrink=number_or_word(range_shrink, "range_shrink", {"auto": "auto"}),
-        weight_clip=number_or_word(weight_clip, "weight_clip", {"auto": "auto", "none": None}),
-        times=spoken,
-        redundancy=redundancy,
-    )
+    writable(output)
+    found, fresh = patched(model, device, spoken, **mapping_flags(range_shrink, weight_clip, redundancy))
     work = load_task(task or task_of(found), found, model, dataset, split, samples, batch_size, seed)
     if fresh:
         calibrate(found, work.batches)
@@ -83,7 +80,7 @@ def evaluate(
         show_json(report.to_dict())
         return
     _show(report, work.metric)
-    console.print(f"Report, table and plot: {output}/robustness.json, robustness.md, robustness.png")
+    say(f"Report, table and plot: {output}/robustness.json, robustness.md, robustness.png")
 
 
 def _show(report: RobustnessReport, metric: str) -> None:
@@ -99,6 +96,6 @@ def _show(report: RobustnessReport, metric: str) -> None:
             rows.append([f"after {format_time(time)}", heat, f"{s.mean:.{n}f} ± {s.std:.{n}f}", f"± {s.ci95:.{n}f}"])
     chips: Any = report.statistic(metric, report.times[0]).chips
     show_table(f"{metric}, {chips} chips", ["", "temperature", "mean ± std", "95 % of the mean"], rows)
-    console.print(report.summary)
+    say(report.summary)
     for note in report.notes:
-        console.print(f"- {note}")
+        say(f"- {note}")

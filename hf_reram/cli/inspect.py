@@ -14,7 +14,7 @@ from ..model.find import crossbar_state
 from ..model.summary import summarize
 from ..tasks.registry import load_task
 from .model import patched
-from .output import console, show_json, show_table
+from .output import say, show_json, show_table
 
 
 def inspect(
@@ -71,6 +71,6 @@ def inspect(
     of = "outputs" if work else "weights"
     head = ["layer", "class", "array", "cells", "input range", "b", "clipped", f"noise-to-signal of {of}"]
     show_table(f"{model}, {format_time(parse_time(time))} after programming at {kelvin:g} K", head, rows)
-    console.print(str(summarize(found)))
+    say(str(summarize(found)))
     if any(layer.centered for layer in layers):
-        console.print("◦ centered: the inputs' mean is subtracted digitally")
+        say("◦ centered: the inputs' mean is subtracted digitally")

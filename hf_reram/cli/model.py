@@ -15,7 +15,7 @@ def patched(name: str, device: str | None, times: list[str] | None = None, **opt
     Args:
         device: for a plain checkpoint, or to put a robust one on other cells. times: that a plain checkpoint is
             calibrated for, None for the config's own; a robust one keeps its own. options: more of
-            :class:`ReRAMConfig`.
+            :class:`ReRAMConfig`, those alone that the user gave: a robust checkpoint keeps its own of the others.
 
     Raises:
         ValueError: a plain checkpoint and no device.
@@ -28,7 +28,7 @@ def patched(name: str, device: str | None, times: list[str] | None = None, **opt
             options["retention_times"] = times
         return patch_model(model, ReRAMConfig(device=device_of(device), **options)), True
     before = crossbar_state(model).config.to_dict()
-    changes = {key: value for key, value in options.items() if value != getattr(ReRAMConfig, key)}
+    changes = {key: value for key, value in options.items() if value != before[key]}
     if device is not None:
         cell = ReRAMConfig(device=device_of(device)).device.to_dict()
         changes |= {"device": cell} if cell != before["device"] else {}

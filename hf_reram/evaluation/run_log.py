@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .fields import HEAT, NUMBERS, OBJECT, SEED, TEXT, TEXTS, TIME, fields_of
+
 
 @dataclass(frozen=True)
 class Run:
@@ -41,15 +43,19 @@ class RunLog:
         Raises:
             ValueError: some are of another owner.
         """
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        entries = [entry for line in lines if (entry := _parse(line)) is not None]
-        if any(entry.get("of") != self.owner for entry in entries):
+        lines = self.path.read_bytes().splitlines() if self.path.exists() else []
+        try:
+            parsed = [entry for line in lines if (entry := _parse(line)) is not None]
+            entries = [fields_of(entry, ENTRY, {"uncalled": TEXTS}) for entry in parsed]
+        except ValueError as error:
+            raise ValueError(f"{self.path} is no file of finished runs: {error}; delete it or name another") from error
+        if any(entry["of"] != self.owner for entry in entries):
             raise ValueError(
                 f"{self.path} holds runs of other weights, another config or another evaluation: allowed are those of "
                 "this model and this key; delete it or name another file"
             )
         self.uncalled = {name for entry in entries for name in entry.get("uncalled", ())}
-        return {Run(**entry["run"]): entry["metrics"] for entry in entries}
+        return {Run(**fields_of(entry["run"], RUN)): entry["metrics"] for entry in entries}
 
     def append(self, run: Run, metrics: dict[str, float], uncalled: Sequence[str] = ()) -> None:
         """Write one finished run, and the crossbar layers that were not called for it."""
@@ -62,9 +68,13 @@ class RunLog:
             os.fsync(file.fileno())
 
 
-def _parse(line: str) -> dict[str, Any] | None:
+RUN = {"kind": TEXT, "time": TIME, "temperature": HEAT, "seed": SEED}
+ENTRY = {"of": TEXT, "run": OBJECT, "metrics": NUMBERS}
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         entry = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None  # blank, or cut off by a kill
     return entry if isinstance(entry, dict) else None

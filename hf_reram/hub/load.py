@@ -57,14 +57,24 @@ def _load_whole(name: str | os.PathLike, where: dict[str, Any]) -> Any:
         read_json(Path(name) / CONFIG)  # an error that says what is wrong
     config = transformers.AutoConfig.from_pretrained(name, **where)
     given = config.architectures
-    if given is None and isinstance(config, transformers.TimmWrapperConfig):  # timm names a model of its own there
-        given = [transformers.TimmWrapperForImageClassification.__name__]
+    if isinstance(config, transformers.TimmWrapperConfig):
+        _need_timm(name)
+        given = given or [transformers.TimmWrapperForImageClassification.__name__]  # timm's own config has none
     for architecture in given if isinstance(given, (list, tuple)) else ():
         cls: Any = getattr(transformers, architecture, None) if isinstance(architecture, str) else None
         if _is_model_of(cls, config):
             return cls.from_pretrained(name, config=config, **where)
     kind = type(config).__name__
     raise ValueError(f"{name}: architectures={shown(given)}: allowed is a list of transformers' classes for {kind}")
+
+
+def _need_timm(name: str | os.PathLike) -> None:
+    try:
+        import timm  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"{name} is a model of timm, which is not installed: pip install 'hf_reram[vision]'"
+        ) from error
 
 
 def _is_model_of(cls: Any, config: Any) -> bool:

@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 from ..config import ReRAMConfig
 from ..device import parse_time
 from .comparison import METHODS, Method
-from .flags import device_of, number_or_word
+from .flags import device_of, mapping_flags
 
 
 @dataclass
@@ -69,12 +69,10 @@ class ReRAMArguments:
         """
         return ReRAMConfig(
             device=device_of(self.device),
-            range_shrink=number_or_word(self.range_shrink, "range_shrink", {"auto": "auto"}),
-            weight_clip=number_or_word(self.weight_clip, "weight_clip", {"auto": "auto", "none": None}),
+            **mapping_flags(self.range_shrink, self.weight_clip, self.redundancy),
             equalize_inputs=self.equalize_inputs,
             weight_scale=self.weight_scale,
             tile_size=self.tile_size,
-            redundancy=self.redundancy,
             dac_bits=self.dac_bits,
             adc_bits=self.adc_bits,
             retention_loss=self.retention_loss,
@@ -98,9 +96,11 @@ class ReRAMArguments:
 
 @dataclass
 class RecipeTrainingArguments(TrainingArguments):
-    """``TrainingArguments`` with the defaults of a short finetuning that can be resumed."""
+    """``TrainingArguments`` with the defaults of a short finetuning that can be resumed: 200 steps, unless
+    ``max_steps`` or ``num_train_epochs`` is given."""
 
-    max_steps: int = 200
+    max_steps: int | None = None  # type: ignore[assignment]
+    num_train_epochs: float | None = None  # type: ignore[assignment]
     learning_rate: float = 1e-4
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.1
@@ -108,3 +108,10 @@ class RecipeTrainingArguments(TrainingArguments):
     save_total_limit: int | None = 1
     logging_steps: float = 10
     report_to: str = "none"
+
+    def __post_init__(self):
+        if self.max_steps is None:
+            self.max_steps = 200 if self.num_train_epochs is None else -1
+        if self.num_train_epochs is None:
+            self.num_train_epochs = TrainingArguments.num_train_epochs
+        super().__post_init__()

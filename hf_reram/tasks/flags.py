@@ -1,5 +1,7 @@
 """What the text of a flag stands for."""
 
+from typing import Any
+
 from ..device import DeviceConfig
 
 
@@ -10,6 +12,23 @@ def device_of(name: str) -> str | DeviceConfig:
         FileNotFoundError: no such file. ValueError: no device in it.
     """
     return DeviceConfig.from_json(name) if name.endswith(".json") else name
+
+
+def mapping_flags(
+    range_shrink: str | None = None, weight_clip: str | None = None, redundancy: float | None = None
+) -> dict[str, Any]:
+    """How weights lie on the cells, as fields of :class:`hf_reram.ReRAMConfig`: those flags alone that were given, also
+    with the field's default.
+
+    Raises:
+        ValueError: as :func:`number_or_word`.
+    """
+    given: dict[str, Any] = {}
+    if range_shrink is not None:
+        given["range_shrink"] = number_or_word(range_shrink, "range_shrink", {"auto": "auto"})
+    if weight_clip is not None:
+        given["weight_clip"] = number_or_word(weight_clip, "weight_clip", {"auto": "auto", "none": None})
+    return given | ({} if redundancy is None else {"redundancy": redundancy})
 
 
 def number_or_word(text: str, name: str, words: dict[str, str | None]) -> float | str | None:

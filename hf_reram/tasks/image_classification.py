@@ -123,6 +123,7 @@ def image_transforms(model: Any, name: str | None, size: int | None = None) -> t
         ImportError: torchvision is missing.
         ValueError: nothing says how to preprocess.
     """
+    _need_vision()
     if hasattr(model, "timm_model"):
         from timm.data import create_transform, resolve_data_config
 
@@ -130,6 +131,13 @@ def image_transforms(model: Any, name: str | None, size: int | None = None) -> t
         mild: Any = {"auto_augment": None, "re_prob": 0, "color_jitter": None, "scale": CROPS}
         return create_transform(**wanted, is_training=True, **mild), create_transform(**wanted)
     return processor_transforms(image_processor(model, name, size))
+
+
+def _need_vision() -> None:
+    try:
+        import torchvision  # noqa: F401
+    except ImportError as error:
+        raise ImportError("image classification needs torchvision: pip install 'hf_reram[vision]'") from error
 
 
 def image_processor(model: Any, name: str | None, size: int | None = None) -> Any:

@@ -89,7 +89,7 @@ def _where(dataset: str) -> dict[str, str]:
     path = Path(dataset)
     if path.is_dir():
         return {"folder": dataset}
-    return {"file": dataset} if path.suffix in KINDS else {}
+    return {"file": dataset} if path.suffix in KINDS or path.is_file() else {}
 
 
 def _spread(batches: list) -> list:

@@ -1,9 +1,17 @@
 import json
 
 import pytest
+import torch
+import typer
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from hf_reram import ReRAMConfig, calibrate, patch_model
 from hf_reram.cli import app
+from hf_reram.cli.model import patched
+from hf_reram.hub.load import load_model
+from hf_reram.model.find import crossbar_state
+from hf_reram.tasks.flags import mapping_flags
 from hf_reram.version import __version__
 from tests.samples import images as image_sample
 
@@ -52,3 +60,110 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_1(tmp_path, command, capf
     done = CliRunner().invoke(app, [part.replace("{}", str(tmp_path)) for part in command])
     assert done.exit_code == 1
     assert capfd.readouterr().err.startswith("error: ") or "error: " in done.output
+
+
+def test_no_package_and_no_place_is_one_line(python, tmp_path):
+    """Each command without what it needs, in a process: one line on stderr, no traceback."""
+    image_sample.save_model(tmp_path / "base")
+    image_sample.dataset(8).to_parquet(tmp_path / "images.parquet")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "config.json").write_text("3")
+    (tmp_path / "timm").mkdir()
+    (tmp_path / "timm" / "config.json").write_text(json.dumps({"architecture": "resnet10t", "num_classes": 4}))
+    blocked = "import sys; sys.modules[{!r}] = None; from hf_reram.cli import main; main()"
+    images, out = str(tmp_path / "images.parquet"), ["--output", str(tmp_path / "out"), "--device", "cmo-hfox-ibm"]
+    base = str(tmp_path / "base")
+    for package, command, message in [
+        ("sklearn", ["demo", str(tmp_path / "demo")], "pip install 'hf_reram[demo]'"),
+        ("torchvision", ["eval", base, "--dataset", images, *out], "pip install 'hf_reram[vision]'"),
+        ("timm", ["inspect", str(tmp_path / "timm")], "pip install 'hf_reram[vision]'"),
+        ("nothing", ["demo", str(tmp_path / "file")], "no folder that can be written to"),
+        ("nothing", ["eval", base, "--dataset", images, "--output", str(tmp_path / "file")], "can be written to"),
+        ("nothing", ["eval", base, "--dataset", str(tmp_path / "file"), *out], ".parquet, .json"),
+        ("nothing", ["inspect", str(tmp_path / "foreign")], "cannot be loaded"),
+    ]:
+        done = python.run("-c", blocked.format(package), *command)
+        assert done.returncode == 1, (command, done.stderr)
+        lines = done.stderr.strip().splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], (command, done.stderr)
+
+
+def test_any_error_of_a_command_is_one_line(monkeypatch, capfd):
+    from hf_reram.cli import output
+
+    @output.reported
+    def command():
+        raise RuntimeError("two\nlines [/x]")
+
+    with pytest.raises(typer.Exit):
+        command()
+    assert capfd.readouterr().err == "error: RuntimeError: two lines [/x]\n"
+    monkeypatch.setenv(output.TRACEBACK, "1")
+    with pytest.raises(RuntimeError):
+        command()
+
+
+def test_names_are_no_markup(capsys):
+    from hf_reram.cli import output
+
+    output.say("a [/b] [red]c")
+    output.show_table("[/t]", ["[red]x", "y"], [["[/r]", "1"]])
+    shown = capsys.readouterr().out
+    assert "a [/b] [red]c" in shown and "[/t]" in shown and "[/r]" in shown
+
+
+@pytest.fixture(scope="module")
+def timm_folder(tmp_path_factory):
+    """A checkpoint as timm has them on the Hub: its own config.json and names."""
+    timm = pytest.importorskip("timm")
+    folder = tmp_path_factory.mktemp("timm")
+    model = timm.create_model("resnet10t", num_classes=4)
+    save_file(model.state_dict(), folder / "model.safetensors", {"format": "pt"})
+    seen = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "num_classes": 4, "classifier": "fc"}
+    config = {"architecture": "resnet10t", "num_classes": 4, "num_features": 512, "pretrained_cfg": seen}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_model_of_timm_is_evaluated(timm_folder, tmp_path):
+    weights = load_file(timm_folder / "model.safetensors")
+    image_sample.dataset(8).to_parquet(tmp_path / "images.parquet")
+    command = ["--dataset", str(tmp_path / "images.parquet"), "--chips", "1", "--times", "1d", "--json"]
+    command += ["--device", "cmo-hfox-ibm", "--output", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, ["eval", str(timm_folder), *command])
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "out" / "robustness.json").read_text())
+    assert report["about"]["task"] == "image-classification" and len(report["measurements"]) == 1
+    model = load_model(timm_folder)
+    assert type(model).__name__ == "TimmWrapperForImageClassification" and model.config.num_labels == 4
+    assert torch.equal(model.timm_model.fc.weight, weights["fc.weight"])
+    again = tmp_path / "again"
+    model.save_pretrained(again)
+    assert torch.equal(load_model(again).timm_model.fc.weight, weights["fc.weight"])
+
+
+def test_an_explicit_default_counts_as_given(tmp_path):
+    base = image_sample.save_model(tmp_path)
+    given = {"range_shrink": 0.5, "weight_clip": 3.0, "redundancy": 0.1}
+    patch_model(base, ReRAMConfig(device="cmo-hfox-ibm", **given))
+    calibrate(base, [{"pixel_values": torch.randn(2, 3, 32, 32)}])
+    base.save_pretrained(tmp_path)
+
+    def config(*flags):
+        model, fresh = patched(str(tmp_path), None, **mapping_flags(*flags))
+        return crossbar_state(model).config, fresh
+
+    kept, fresh = config()
+    assert (kept.range_shrink, kept.weight_clip, kept.redundancy, fresh) == (0.5, 3.0, 0.1, False)
+    assert not config("0.5", "3", 0.1)[1]
+    for flags, field, value in [
+        (("auto",), "range_shrink", "auto"),
+        ((None, "auto"), "weight_clip", "auto"),
+        ((None, "none"), "weight_clip", None),
+        ((None, None, 0.0), "redundancy", 0.0),
+    ]:
+        found, fresh = config(*flags)
+        assert getattr(found, field) == value and fresh
+        others = {name: getattr(found, name) for name in given if name != field}
+        assert others == {name: given[name] for name in given if name != field}

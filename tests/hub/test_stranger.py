@@ -4,9 +4,9 @@ import copy
 import json
 
 import pytest
+from huggingface_hub import ModelCard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from huggingface_hub import ModelCard
 
 from hf_reram import RobustnessReport
 from hf_reram.hub.about import About
@@ -122,8 +122,19 @@ def test_a_file_that_is_no_text_is_no_report(tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("task", 3), ("name", None), ("examples", "many"), ("examples", -1), ("base_metrics", [1]), ("training", "x")]
-    + [("versions", {"a": 1}), ("co2_grams", 10**400), ("label_free", 1), ("command", ["rm"]), ("repo", 3)],
+    [
+        ("task", 3),
+        ("name", None),
+        ("examples", "many"),
+        ("examples", -1),
+        ("base_metrics", [1]),
+        ("training", "x"),
+        ("versions", {"a": 1}),
+        ("co2_grams", 10**400),
+        ("label_free", 1),
+        ("command", ["rm"]),
+        ("repo", 3),
+    ],
 )
 def test_what_a_card_says_has_its_kinds(field, value):
     with pytest.raises(ValueError, match=f"'about': {field}="):
@@ -165,8 +176,24 @@ def test_any_metadata_are_merged_or_refused(tmp_path, metadata):
 
 @pytest.mark.parametrize(
     "architectures",
-    ["BertModel", [1], [None], {"a": 1}, 3, [], ["logging"], ["pipeline"], ["PreTrainedModel"], ["BertTokenizer"]]
-    + [["AutoModel"], ["GPT2LMHeadModel"], ["__doc__"], ["x"] * 500, [["BertModel"]], None],
+    [
+        "BertModel",
+        [1],
+        [None],
+        {"a": 1},
+        3,
+        [],
+        ["logging"],
+        ["pipeline"],
+        ["PreTrainedModel"],
+        ["BertTokenizer"],
+        ["AutoModel"],
+        ["GPT2LMHeadModel"],
+        ["__doc__"],
+        ["x"] * 500,
+        [["BertModel"]],
+        None,
+    ],
 )
 def test_wrong_architectures_say_so(tiny_bert, tmp_path, architectures):
     _write(tiny_bert, tmp_path, architectures=architectures)

@@ -1,10 +1,11 @@
 import json
+from dataclasses import replace
 
 import pytest
 from transformers import HfArgumentParser
 
 from hf_reram import DeviceConfig, ReRAMConfig
-from hf_reram.tasks.arguments import ReRAMArguments
+from hf_reram.tasks.arguments import RecipeTrainingArguments, ReRAMArguments
 from hf_reram.tasks.comparison import METHODS
 
 
@@ -61,3 +62,14 @@ def test_methods_by_parts_of_their_labels():
         parse("--methods", "magic").chosen_methods()
     with pytest.raises(FileNotFoundError):
         parse("--device", "nowhere.json").config()
+
+
+def test_epochs_that_are_given_count(tmp_path):
+    def training(*flags):
+        parser = HfArgumentParser((RecipeTrainingArguments,))
+        (found,) = parser.parse_args_into_dataclasses(args=["--output_dir", str(tmp_path), "--use_cpu", "True", *flags])
+        return found.max_steps, replace(found, seed=1).max_steps, found.num_train_epochs
+
+    assert training() == (200, 200, 3.0)
+    assert training("--num_train_epochs", "3") == (-1, -1, 3.0)
+    assert training("--max_steps", "200", "--num_train_epochs", "2") == (200, 200, 2.0)
