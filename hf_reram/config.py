@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,26 @@ class ReRAMConfig(QuantizationConfigMixin):
         if self.temperature is not None:
             self.temperature = parse_temperature(self.temperature, "ReRAMConfig.temperature")
         self._integer("calibration_batches", 1, 1 << 20, optional=False)
+
+    # Changes
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        changed = self.__dict__.get("_changed")
+        if changed is None or name not in self.__dataclass_fields__ or value == getattr(self, name):
+            super().__setattr__(name, value)
+        else:
+            changed(self, name, value)
+
+    def when_changed(self, changed: Callable[["ReRAMConfig", str, Any], None]) -> None:
+        """Call this in place of setting a field to another value, as a model does that was patched with the config."""
+        self.__dict__["_changed"] = changed
+
+    def put(self, name: str, value: Any) -> None:
+        """Set a field, whoever is to be told of changes."""
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_changed"}  # a copy is nobody's
 
     # Checks
 

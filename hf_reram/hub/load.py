@@ -1,7 +1,6 @@
 """A checkpoint's model, from the Hub or a folder, whatever its class."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -53,13 +52,14 @@ def _load_adapted(name: str | os.PathLike, where: dict[str, Any]) -> Any:
 def _load_whole(name: str | os.PathLike, where: dict[str, Any]) -> Any:
     import transformers
 
-    if (Path(name) / CONFIG).is_file():
-        read_json(Path(name) / CONFIG)  # an error that says what is wrong
+    file: Any = cached_file(name, CONFIG, **where) if has_file(name, CONFIG, **where) else None
+    data = {} if file is None else read_json(file)
+    if isinstance(data, dict) and "model_type" not in data and "architecture" in data:  # as timm writes it
+        _need_timm(name)
     config = transformers.AutoConfig.from_pretrained(name, **where)
     given = config.architectures
-    if isinstance(config, transformers.TimmWrapperConfig):
-        _need_timm(name)
-        given = given or [transformers.TimmWrapperForImageClassification.__name__]  # timm's own config has none
+    if given is None and isinstance(config, transformers.TimmWrapperConfig):  # timm names a model of its own there
+        given = [transformers.TimmWrapperForImageClassification.__name__]
     for architecture in given if isinstance(given, (list, tuple)) else ():
         cls: Any = getattr(transformers, architecture, None) if isinstance(architecture, str) else None
         if _is_model_of(cls, config):

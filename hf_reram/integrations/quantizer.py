@@ -66,6 +66,8 @@ class ReRAMQuantizer(HfQuantizer):
         # transformers refuses .half() and .float() for quantized models; here weights are ordinary parameters.
         model.is_quantized = False
         asked = getattr(self.quantization_config, "asked", None)
+        if crossbar_layers(model):  # the one whose changes it hears
+            model.config.quantization_config = self.quantization_config = crossbar_state(model).config
         if asked is not None and crossbar_layers(model):
             _put_on(model, asked)
         if crossbar_layers(model):

@@ -1,5 +1,6 @@
 """Put a model's layers on crossbars in place, and take them off again."""
 
+import copy
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from ..nn.mapping import layer_scales
 from ..nn.registry import crossbar_class
 from ..nn.state import CrossbarState
 from .bypass import call_layers, read_layers, renew_methods
-from .find import crossbar_layers, crossbar_states, is_chip, unwrapped, walk
+from .find import crossbar_layers, crossbar_state, crossbar_states, is_chip, unwrapped, walk
 from .hooks import ON_PATCH, ON_UNPATCH
+from .reconfigure import watch
 from .select import select_layers
 from .summary import summarize
 
@@ -33,7 +35,8 @@ def patch_model(model: nn.Module, config: ReRAMConfig) -> nn.Module:
     ``nn.Linear`` becomes :class:`CrossbarLinear`, ``nn.Conv2d`` :class:`CrossbarConv2d`, GPT-2's ``Conv1D``
     :class:`CrossbarConv1D`, by class swap: no weight is copied and every state-dict key stays. Embeddings and layers
     tied to them stay digital, and so do PEFT's adapters beside a crossbar. Input ranges are set by
-    :func:`hf_reram.calibrate`; until then each batch spans its own.
+    :func:`hf_reram.calibrate`; until then each batch spans its own. The model keeps a copy of ``config``: what changes
+    in it later has no effect, and says so; :func:`hf_reram.reconfigure` changes what can be changed.
 
     Raises:
         ValueError: the model is patched already, nothing is left to patch, a name in ``target_modules`` or
@@ -47,10 +50,11 @@ def patch_model(model: nn.Module, config: ReRAMConfig) -> nn.Module:
     try:
         initialize_layers(base)
         for attach in ON_PATCH:
-            attach(base, config)
+            attach(base, crossbar_state(base).config)
     except BaseException:
         _take_off(base)
         raise
+    watch(config, base)
     logger.info("%s", summarize(base))
     return model
 
@@ -67,7 +71,7 @@ def swap_layers(model: Any, config: ReRAMConfig, stored: bool = False) -> None:
     for name, module in selected.items():
         if module.weight.device.type != "meta" and not torch.isfinite(module.weight.detach()).all():
             raise ValueError(f"the weight of layer {name!r} holds NaN or infinite values")
-    state = CrossbarState(config, model)
+    state = CrossbarState(copy.deepcopy(config), model)
     try:
         for name, module in selected.items():
             module.__class__, digital = crossbar_class(module), type(module)

@@ -1,6 +1,8 @@
 """What the crossbar layers of a patched model share: the physics that its config means, its mode, and its forwards."""
 
 import weakref
+from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -12,6 +14,9 @@ from .forward import Forward, Padding, nobody, runs_again
 from .observe import Following
 from .physics import Physics, Sampling
 from .tensors import tensors_of
+
+# Called with a state, the name and the value of a field that is set on its config.
+ON_CHANGE: list[Callable[["CrossbarState", str, Any], None]] = []
 
 
 class CrossbarState:
@@ -31,7 +36,7 @@ class CrossbarState:
     report: Any = None
 
     def __init__(self, config: ReRAMConfig, root: nn.Module | None = None):
-        self.physics = Physics.of(config)
+        self.adopt_config(config)
         self.digital_contexts = 0
         self.measure = False
         self.sampling: Sampling | None = None
@@ -45,6 +50,20 @@ class CrossbarState:
         self.following: Following | None = None
         self._root = reference(root)
         self._waiting: list[Any] = []  # references to forwards whose terms may still join a loss
+
+    def adopt_config(self, config: ReRAMConfig) -> None:
+        """Work out what the config means, and hear of changes to it from now on. It belongs to this state alone."""
+        self.physics, me = Physics.of(config), weakref.ref(self)
+
+        def changed(config: ReRAMConfig, name: str, value: Any) -> None:
+            state = me()
+            if state is None or state.config is not config:  # it is nobody's any more
+                config.put(name, value)
+                return
+            for hear in ON_CHANGE:
+                hear(state, name, value)
+
+        config.when_changed(changed)
 
     @property
     def config(self) -> ReRAMConfig:
@@ -143,8 +162,8 @@ class CrossbarState:
         root = self._root()
         if root is not None and id(root) not in memo:
             return self
-        copy = CrossbarState(self.config)
-        copy.physics, copy.report, copy.names = self.physics, self.report, self.names
+        copy = CrossbarState(deepcopy(self.config, memo))  # which a copied model.config holds too
+        copy.report, copy.names = self.report, self.names
         if root is not None:
             copy.adopt(memo[id(root)])
         memo[id(self)] = copy

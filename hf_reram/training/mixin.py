@@ -1,5 +1,6 @@
 """The part of a Trainer that trains a model on simulated ReRAM crossbars."""
 
+import copy
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,7 +22,7 @@ from ..model.deploy import refuse_modes, warn_uncalibrated
 from ..model.find import crossbar_layers, crossbar_state, crossbar_states, unwrapped
 from ..model.inputs import call_model, evaluating, forked_rng
 from ..model.patch import patch_model, unpatch_model
-from ..model.reconfigure import reconfigure
+from ..model.reconfigure import reconfigure, watch
 from .callbacks import HoldWeights, NameUncalled
 from .checkpoints import last_checkpoint, set_incomplete_aside
 from .diagnosis import explain
@@ -60,7 +61,7 @@ class TrainingMixin(Base):
             raise ValueError(f"teacher_weight={teacher_weight!r}: allowed is a number from 0 to 1")
         check_temperature("teacher_temperature", teacher_temperature)
         self.reram_config: Any = reram_config
-        self._given_config = reram_config
+        self._given_config, self._handed_config = copy.deepcopy(reram_config), reram_config
         self.teacher, self.teacher_weight, self.teacher_temperature = None, teacher_weight, teacher_temperature
         self.calibration_dataset, self.freeze_batch_norm = calibration_dataset, freeze_batch_norm
         self.follow_training = follow_training
@@ -108,6 +109,8 @@ class TrainingMixin(Base):
             patch_model(model, wanted)
         state = crossbar_state(model)
         self.reram_config = state.config
+        if self._handed_config is not None:
+            watch(self._handed_config, model)
         calibrated = all(layer.calibrated for layer in crossbar_layers(model).values())
         needs_sensitivity = any(part.term == "sensitivity" for part in crossbar_states(model))
         if calibrated and not needs_sensitivity:

@@ -1,5 +1,9 @@
 """Loss, times and temperature change without a new mapping."""
 
+import copy
+import json
+import pickle
+
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
@@ -97,3 +101,67 @@ def test_a_head_alone_on_crossbars_leaves_the_encoder_digital(tiny_bert, tmp_pat
     with caplog.at_level("WARNING", "hf_reram"):
         bare = AutoModel.from_pretrained(tmp_path)
     assert crossbar_layers(bare) == {} and "none of the checkpoint's crossbar layers are in BertModel" in caplog.text
+
+
+def test_a_field_of_the_models_own_config_is_reconfigured(robust):
+    own = robust.config.quantization_config
+
+    def as_a_chip():
+        torch.manual_seed(0)  # of the read noise
+        with deploy(robust, "1d", seed=0), torch.no_grad():
+            return robust(**bert_batch()).logits
+
+    cold = as_a_chip()
+    own.temperature = 400
+    assert crossbar_state(robust).config.temperature == own.temperature == 400
+    assert robust.config.quantization_config.temperature == 400
+    assert not torch.equal(as_a_chip(), cold)
+    reconfigure(robust, temperature=None)
+    assert torch.equal(as_a_chip(), cold)
+    crossbar_state(robust).config.retention_loss = "drift"
+    assert crossbar_state(robust).term is None
+    with pytest.raises(ValueError, match="retention_times"):
+        robust.config.quantization_config.retention_times = []
+
+
+def test_hardware_of_the_models_own_config_stays_and_says_so(robust, caplog):
+    with caplog.at_level("WARNING", "hf_reram"):
+        robust.config.quantization_config.dac_bits = 4
+    assert "ReRAMConfig.dac_bits=4 has no effect" in caplog.text and "unpatch_model" in caplog.text
+    assert robust.config.quantization_config.dac_bits is None is crossbar_state(robust).config.dac_bits
+
+
+def test_the_config_that_was_handed_over_says_that_it_has_no_effect(tiny_bert, caplog):
+    config = ReRAMConfig(retention_times=["1d"])
+    patch_model(tiny_bert, config)
+    with caplog.at_level("WARNING", "hf_reram"):
+        config.temperature = 350
+        config.adc_bits = 8
+    assert (
+        "ReRAMConfig.temperature=350 has no effect" in caplog.text and "reconfigure(model, temperature" in caplog.text
+    )
+    assert "ReRAMConfig.adc_bits=8 has no effect" in caplog.text
+    assert config.temperature == 350  # for the next model
+    config.retention_times.append("10y")
+    kept = crossbar_state(tiny_bert).config
+    assert (kept.temperature, kept.adc_bits, kept.retention_times) == (None, None, ["1d"])
+    assert tiny_bert.config.quantization_config.to_dict() == kept.to_dict()
+    caplog.clear()
+    with caplog.at_level("WARNING", "hf_reram"):
+        copy.deepcopy(config).temperature = 360
+        config.temperature = 350
+    assert not caplog.text
+
+
+def test_copies_and_loaded_models_hear_of_their_own_config(robust, tmp_path):
+    other = copy.deepcopy(robust)
+    other.config.quantization_config.temperature = 370
+    assert crossbar_state(other).config.temperature == 370 and crossbar_state(robust).config.temperature is None
+    other.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert crossbar_state(loaded).config.temperature == 370
+    loaded.config.quantization_config.temperature = 380
+    assert crossbar_state(loaded).config.temperature == 380 and crossbar_state(other).config.temperature == 370
+    loaded.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["temperature"] == 380
+    assert crossbar_state(pickle.loads(pickle.dumps(loaded))).config.temperature == 380
