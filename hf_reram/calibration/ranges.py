@@ -20,6 +20,7 @@ from ..device.read_noise import relative_read_noise
 from ..model.deploy import digital_eval, refuse_offloaded, warn_uncalled
 from ..model.find import crossbar_layers, crossbar_states, is_chip
 from ..model.inputs import call_model, uncompiled
+from ..model.sharding import gathered, is_sharded, of_first, processes, reshard
 from ..nn import CrossbarLayer
 from ..nn.array import cell_weight, program
 from ..nn.converter import conversion_errors
@@ -27,7 +28,7 @@ from ..nn.layer import BUFFERS
 from ..nn.mapping import Inputs, expected_error, layer_scales, relative_weights
 from ..nn.ops import reference
 from ..nn.scalars import read_scalars
-from ..nn.tensors import tensors_of
+from ..nn.tensors import is_shard, tensors_of, whole
 from .input_scales import TINY, TYPICAL_CLIP
 from .redundancy import allot_pairs
 from .sensitivity import measure_sensitivity
@@ -44,7 +45,8 @@ FULL_SCALES = tuple(1.25 * 2 ** (-i / 6) for i in range(49))
 @torch.inference_mode(False)  # training may follow
 def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = None) -> nn.Module:
     """Set every crossbar layer's input range, shrink, gain, weight scale, ADC range and pairs per weight, in place; of
-    all layers or, where it fails, of none.
+    all layers or, where it fails, of none. Of weights that are sharded (FSDP2) all processes calibrate together, with
+    as many batches each, and the numbers are those of the first one's.
 
     Args:
         model: patched by :func:`patch_model`, or of parts that were.
@@ -78,9 +80,12 @@ def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = No
         if any(state.config.center_inputs or state.config.equalize_inputs for state in states):
             channels = {name: Channels(layer, name, seed) for seed, (name, layer) in enumerate(layers.items())}
             observation.run(model, kept, channels, of_leaders=True)
+            reshard(model)
             for name, leader in observation.leaders.items():
-                channels[leader].give(statistics[name])
+                with gathered([layers[leader]]):
+                    channels[leader].give(statistics[name])
         observation.run(model, kept, statistics)
+    reshard(model)
     if all(s.samples is None for s in statistics.values()):
         raise ValueError("the calibration set is empty: calibrate needs at least one batch with at least one example")
     unseen = [name for name, s in statistics.items() if s.samples is None]
@@ -96,6 +101,8 @@ def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = No
                 _settle_all(own, observation.leaders, state.config)
         if sensitivity:
             measure_sensitivity(model, kept)
+        if is_sharded(model) and processes() > 1:
+            _take_first_process(layers.values())
     return model
 
 
@@ -187,6 +194,21 @@ def _all_or_nothing(layers: Iterable[Any]) -> Iterator[None]:
         raise
 
 
+@torch.no_grad()
+def _take_first_process(layers: Iterable[Any]) -> None:
+    """A chip of weights that are sharded is one chip, with one input range."""
+    for layer in layers:
+        numbers = {name: whole(getattr(layer, name).detach()).cpu() for name in BUFFERS}
+        numbers, layer.copies_output, sensitivity = of_first((numbers, layer.copies_output, layer.sensitivity))
+        if sensitivity is not None:
+            layer.sensitivity = sensitivity.to(layer.input_offset.device)
+        for name, value in numbers.items():
+            own = getattr(layer, name)
+            own.fill_(float(value)) if is_shard(own) else own.copy_(value)
+        layer.forget_white_noise()
+        layer.scalars()
+
+
 def _ordinary(batch: Any) -> Any:
     """The batch without tensors that autograd refuses, as they are made under ``torch.inference_mode``."""
     if isinstance(batch, Tensor):
@@ -203,12 +225,14 @@ def _settle_all(statistics: dict[str, LayerStatistics], leaders: dict[str, str],
         if found.samples is not None:
             followers.setdefault(leaders[name], []).append(found)
     for shared in followers.values():
-        _settle(shared, config)
+        with gathered(s.layer for s in shared):
+            _settle(shared, config)
     if config.redundancy:
         _spread_pairs(statistics, config)
         for shared in followers.values():
-            if any(s.layer.pairs > 1 for s in shared):
-                _settle(shared, config)  # quieter cells: other ranges and scales may be best
+            with gathered(s.layer for s in shared):
+                if any(s.layer.pairs > 1 for s in shared):
+                    _settle(shared, config)  # quieter cells: other ranges and scales may be best
 
 
 def _settle(shared: list[LayerStatistics], config: ReRAMConfig) -> None:
@@ -246,7 +270,8 @@ def _spread_pairs(statistics: dict[str, LayerStatistics], config: ReRAMConfig) -
     for found in statistics.values():
         layer, error = found.layer, 0.0
         if found.samples is not None:
-            rows, inputs = _weighted_inputs(found)
+            with gathered([layer]):
+                rows, inputs = _weighted_inputs(found)
             scale = layer.along_rows(layer.weight_scale)
             error = float(expected_error(rows.float(), scale, layer.error, Inputs(inputs.phi), 0.0).sum())
         errors.append(error)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..model.deploy import digital_eval
 from ..model.find import crossbar_layers
 from ..model.inputs import call_model, find_logits, forked_rng, uncompiled
+from ..model.sharding import is_sharded, reshard
 from ..nn import CrossbarLayer
 from ..nn.tensors import tensors_of
 
@@ -42,7 +43,16 @@ def measure_sensitivity(model: nn.Module, batches: list) -> None:
 
         y.register_hook(collect)
 
+    gathered: list[Tensor] = []  # that FSDP2 has in place of parameters in a forward, and does not train if frozen
+
+    def reach(layer: CrossbarLayer, args):
+        if layer.weight not in parameters:
+            gathered.append(layer.weight.requires_grad_(True))
+
     hooks = [layer.register_forward_hook(watch, with_kwargs=True) for layer in layers.values()]
+    if is_sharded(model):
+        reshard(model)
+        hooks += [layer.register_forward_pre_hook(reach) for layer in layers.values()]
     # Every parameter, so that the backward pass reaches every layer even where all of them are frozen.
     parameters = {p: p.requires_grad for p in model.parameters() if p.is_floating_point()}
     for p in parameters:
@@ -53,12 +63,14 @@ def measure_sensitivity(model: nn.Module, batches: list) -> None:
             for _ in range(draws):
                 for batch in batches:
                     probe = fisher_probe(call_model(model, batch))
-                    torch.autograd.grad(probe.sum(), list(parameters), allow_unused=True)
+                    torch.autograd.grad(probe.sum(), [*parameters, *gathered], allow_unused=True)
+                    gathered.clear()
     finally:
         for hook in hooks:
             hook.remove()
         for p, required in parameters.items():
             p.requires_grad_(required)
+        reshard(model)
     for layer, (total, count) in sums.items():
         layer.sensitivity = torch.zeros(layer.outputs) if count == 0 else (total / count)
 

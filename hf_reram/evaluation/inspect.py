@@ -14,9 +14,11 @@ from ..device.time import parse_time
 from ..model.deploy import refuse_modes, warn_uncalled
 from ..model.find import crossbar_layers, crossbar_states, reset_calls
 from ..model.inputs import call_model, evaluating
+from ..model.sharding import gathered, reshard
 from ..nn.array import cell_weight, ideal
 from ..nn.forward import add_term
 from ..nn.scalars import read_scalars
+from ..nn.tensors import whole
 from ..nn.terms import weight_term
 
 
@@ -54,7 +56,8 @@ def inspect_layers(
     temperature: float | None = None,
     batches: Iterable[Any] | None = None,
 ) -> list[LayerReport]:
-    """Every crossbar layer at a time after programming, the most disturbed ones first.
+    """Every crossbar layer at a time after programming, the most disturbed ones first. Of weights that are sharded
+    (FSDP2), all processes have to ask for it, with as many batches.
 
     Args:
         model: patched. time: see :func:`hf_reram.deploy`. temperature: K; None takes the config's.
@@ -64,14 +67,16 @@ def inspect_layers(
         ValueError: the model is not patched, digital or deployed here, or a bad time or temperature.
     """
     refuse_modes(model, "inspect its layers")
+    reshard(model)
     layers = crossbar_layers(model)
     kelvin = None if temperature is None else parse_temperature(temperature)
     with _aged(model, parse_time(time), kelvin), torch.no_grad():
         ratios = _by_weights(layers) if batches is None else _by_data(model, batches)
+    reshard(model)
     found = []
     for name, layer in layers.items():
         span, b, *_ = read_scalars(layer)
-        weight = cell_weight(layer, layer.weight).detach()
+        weight = cell_weight(layer, whole(layer.weight.detach()))
         rows = layer.to_rows(weight)
         beyond = (weight.abs() > layer.held_scale()).float().mean()
         found.append(
@@ -107,7 +112,11 @@ def _aged(model: nn.Module, seconds: float, temperature: float | None) -> Iterat
 
 
 def _by_weights(layers: dict) -> dict[str, float]:
-    return {name: _ratio(weight_term(layer, ideal(layer, layer.scalars()))) for name, layer in layers.items()}
+    ratios = {}
+    for name, layer in layers.items():
+        with gathered([layer]):
+            ratios[name] = _ratio(weight_term(layer, ideal(layer, layer.scalars())))
+    return ratios
 
 
 def _by_data(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -20,6 +21,7 @@ from ..model.deploy import deploy, digital, refuse_modes, uncalibrated
 from ..model.digest import model_digest, weights_digest
 from ..model.find import crossbar_layers, crossbar_states, replaced, reset_calls, uncalled
 from ..model.inputs import evaluating, forked_rng
+from ..model.sharding import is_sharded, of_each, of_first, processes
 from ..model.summary import summarize
 from .report import Measurement, RobustnessReport
 from .run_log import Run, RunLog
@@ -41,6 +43,7 @@ def evaluate_robustness(
     key: Any = None,
     share_chips: bool = False,
     allow_uncalled: bool = False,
+    together: bool = False,
 ) -> RobustnessReport:
     """Evaluate a patched model as several chips at several times since programming.
 
@@ -58,16 +61,20 @@ def evaluate_robustness(
         key: what ``evaluate`` depends on beside the model, such as its data set, split, samples and seed: any JSON
             value. Nothing else tells ``resume`` whether it is the same evaluation.
         share_chips: with several processes, each runs its share of the chips, and all get the whole report;
-            ``evaluate`` must then not talk to other processes.
+            ``evaluate`` must then not talk to other processes. Where the weights are sharded (FSDP2) every forward
+            does, and all run every chip ``together``.
         allow_uncalled: report also where some crossbar layers never ran in an evaluation, as experts that no token was
             routed to; the report, its table and the card then name them. Such layers were no chip.
+        together: with several processes, all run every chip, as where ``evaluate`` gathers from all of them; of sharded
+            weights always. What is run, resumed and reported is then what the first process says.
 
     Raises:
         RuntimeError: crossbar layers did not run on their cells in an evaluation, or are none any more, and
             ``allow_uncalled`` is False; names them. Or ``evaluate`` deploys the model itself, or changes its weights.
+            Or the evaluation failed in another of the processes that share chips or evaluate together.
         ValueError: the model is not patched; no times, temperatures or seeds; a bad one of them; ``evaluate``
-            returns no numbers; ``resume`` holds runs of other weights, another config or key; or a key that is
-            no JSON value.
+            returns no numbers; ``resume`` holds runs of other weights, another config or key; a key that is no JSON
+            value; or both ``share_chips`` and ``together``.
     """
     states = crossbar_states(model)
     state = states[0]
@@ -75,6 +82,8 @@ def evaluate_robustness(
     for name, values in (("times", times), ("temperatures", temperatures), ("seeds", chips)):
         if isinstance(values, (str, bytes)) or not isinstance(values, Sized) or not len(values):
             raise ValueError(f"{name}={values!r}: allowed is a non-empty list")
+    if share_chips and together:
+        raise ValueError("share_chips=True and together=True: allowed is one of them")
     refuse_modes(model, "evaluate its robustness")
     if not callable(evaluate):
         raise ValueError(f"evaluate={evaluate!r}: allowed is a function of the model")
@@ -87,30 +96,35 @@ def evaluate_robustness(
             part.config.device.equivalent_time(0.0, part.config.temperature if kelvin is None else kelvin)
     runs = [Run("digital"), Run("ideal")] if references else []
     runs += [Run("chip", s, k, chip) for k in kelvins for s in seconds for chip in chips]
+    several = processes() > 1
+    together = several and (together or is_sharded(model))
+    shares = several and share_chips and not together
     weights = weights_digest(model)
-    log = None if resume is None else RunLog(resume, owner_of(model, key))
-    found: dict[Run, dict[str, float]] = log.read() if log else {}
+    logs = not together or dist.get_rank() == 0
+    with _alike(together or shares):
+        log = RunLog(resume, owner_of(model, key, weights)) if resume is not None and logs else None
+        found: dict[Run, dict[str, float]] = log.read() if log else {}
     silent: set[str] = set(log.uncalled) if log else set()
-    several = share_chips and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    if several:
-        dist.barrier()  # all have read the same runs before the first one adds to them
+    if together or shares:
+        runs, found, silent = of_first((runs, found, silent))
     pending = [run for run in runs if run not in found]
-    mine = pending[dist.get_rank() :: dist.get_world_size()] if several else pending
-    with tqdm(total=len(mine), desc="chips", disable=not progress, unit="run") as bar:
+    mine = pending[dist.get_rank() :: processes()] if shares else pending
+    hidden, differs = not progress or (together and dist.get_rank() > 0), False
+    with _alike(shares), tqdm(total=len(mine), desc="chips", disable=hidden, unit="run") as bar:
         for run in mine:
-            found[run], missed = _measure(model, evaluate, run)
-            if missed and not allow_uncalled:
-                raise RuntimeError(_complaint(model, missed))
-            if run.kind != "chip":  # deploy looks by itself
-                _refuse_changed(model, weights)
+            with _alike(together):
+                found[run], missed, other = _measure(model, evaluate, run, together)
+                if missed and not allow_uncalled:
+                    raise RuntimeError(_complaint(model, missed))
+                if run.kind != "chip":  # deploy looks by itself
+                    _refuse_changed(model, weights)
+                if log:
+                    log.append(run, found[run], missed)
             silent |= set(missed)
-            if log:
-                log.append(run, found[run], missed)
+            differs |= other
             bar.update()
-    if several:
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, ({run: found[run] for run in mine}, silent))
-        for runs_of, silent_of in parts:
+    if shares:
+        for runs_of, silent_of in of_each(({run: found[run] for run in mine}, silent)):
             found |= runs_of
             silent |= silent_of
     if silent and not allow_uncalled:  # in a log from before
@@ -120,14 +134,17 @@ def evaluate_robustness(
         measurements=[
             Measurement(run.time, run.temperature, run.seed, found[run]) for run in runs if run.kind == "chip"
         ],
-        digital=found.get(Run("digital")) if references else None,
-        ideal=found.get(Run("ideal")) if references else None,
+        digital=found[Run("digital")] if Run("digital") in runs else None,
+        ideal=found[Run("ideal")] if Run("ideal") in runs else None,
         config=state.config.to_dict(),
         summary=str(summarize(model)),
         notes=_notes(model, seconds, kelvins),
         weights=weights,
         uncalled=[name for name in [*crossbar_layers(model), *replaced(model)] if name in silent],
     )
+    if differs:
+        report.notes.append("processes measured different figures in the same evaluation: these are the first one's")
+        logger.warning("%s", report.notes[-1])
     report.notes += (missing := report.not_finite())
     for note in missing:
         logger.warning("%s: it is no part of the means", note)
@@ -135,13 +152,36 @@ def evaluate_robustness(
     return report
 
 
-def owner_of(model: nn.Module, key: Any = None) -> str:
+@contextmanager
+def _alike(several: bool) -> Iterator[None]:
+    """What fails in one of ``several`` processes inside fails in all, before they would wait for it elsewhere.
+
+    Raises:
+        RuntimeError: it failed in another process; names it.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as found:
+        error = found
+    if several:
+        told = of_each(None if error is None else f"{type(error).__name__}: {error}")
+        if error is None and (failed := [rank for rank, text in enumerate(told) if text is not None]):
+            error = RuntimeError(f"the evaluation failed in process {failed[0]}: {told[failed[0]]}")
+    if error is not None:
+        raise error
+
+
+def owner_of(model: nn.Module, key: Any = None, weights: str | None = None) -> str:
     """A fingerprint of the model, its config, and a JSON value that says what is measured.
+
+    Args:
+        weights: the digest of the model's where it is known.
 
     Raises:
         ValueError: ``key`` is no JSON value.
     """
-    owner = model_digest(model)
+    owner = model_digest(model, weights)
     if key is None:
         return owner
     try:
@@ -212,8 +252,11 @@ def _devices(model: nn.Module) -> str:
     return "; ".join(f"{device}: {', '.join(sorted(parts))}" for device, parts in found.items())
 
 
-def _measure(model: nn.Module, evaluate: Callable, run: Run) -> tuple[dict[str, float], list[str]]:
-    """The metrics, and the crossbar layers that were not called for them."""
+def _measure(
+    model: nn.Module, evaluate: Callable, run: Run, together: bool
+) -> tuple[dict[str, float], list[str], bool]:
+    """The metrics, the crossbar layers that were not called for them, and whether processes that evaluate ``together``
+    found different ones: they are the first one's then."""
     context: Any = digital(model) if run.kind == "digital" else nullcontext()
     if run.kind == "chip":
         context = deploy(model, run.time, run.temperature, run.seed)
@@ -222,13 +265,25 @@ def _measure(model: nn.Module, evaluate: Callable, run: Run) -> tuple[dict[str, 
         torch.manual_seed(derived_seed(run.seed, f"read noise at {run.time:g} s, {run.temperature} K"))
         reset_calls(model)
         before = [state.deployments for state in states]
-        metrics = _metrics(evaluate(model))
-        if [state.deployments for state in states] != before:
-            raise RuntimeError(
-                "evaluate deployed the model as a chip of its own, so that its numbers are not those of the chip that "
-                "is evaluated: let it call the model as it is given"
-            )
-        return metrics, uncalled(model, digitally=run.kind == "digital")
+        with _alike(together):
+            metrics = _metrics(evaluate(model))
+            if [state.deployments for state in states] != before:
+                raise RuntimeError(
+                    "evaluate deployed the model as a chip of its own, so that its numbers are not those of the chip "
+                    "that is evaluated: let it call the model as it is given"
+                )
+        missed = uncalled(model, digitally=run.kind == "digital")
+        if not together:
+            return metrics, missed, False
+        every = of_each((metrics, missed))  # which may each have had a part of the data
+        first = every[0][0]
+        silent = [name for name in missed if all(name in names for _, names in every)]
+        return first, silent, any(not _same(other, first) for other, _ in every)
+
+
+def _same(a: dict[str, float], b: dict[str, float]) -> bool:
+    """Up to the order of sums."""
+    return a.keys() == b.keys() and np.allclose([a[name] for name in b], list(b.values()), rtol=1e-5, equal_nan=True)
 
 
 def _metrics(result) -> dict[str, float]:

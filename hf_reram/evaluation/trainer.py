@@ -66,11 +66,19 @@ class EvaluationMixin(Base):
                 it, as in ``Trainer.evaluate``.
             metrics: which of the metrics to keep, with or without the prefix "eval_"; None keeps all.
             kwargs: of :func:`hf_reram.evaluate_robustness`; the ``key`` of a ``resume`` file is made of the data sets'
-                content where none is given.
+                content where none is given. Several processes evaluate each chip together.
 
         Raises:
-            ValueError: ``metrics`` names one that the evaluation does not give.
+            ValueError: ``metrics`` names one that the evaluation does not give, or ``share_chips`` with several
+                processes, whose parts of the data would be gathered from different chips.
         """
+        if self.args.world_size > 1:
+            if kwargs.get("share_chips"):
+                raise ValueError(
+                    f"share_chips=True: allowed is False with {self.args.world_size} processes, among which a Trainer "
+                    "divides the data of each evaluation"
+                )
+            kwargs["together"] = True
         datasets = self.eval_dataset if eval_dataset is None else eval_dataset
         several = isinstance(datasets, dict) and not hasattr(datasets, "column_names")
         parts = {f"{name}_": part for name, part in datasets.items()} if several else {"": eval_dataset}

@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi, run_as_future
 from transformers.utils import logging
 
+from ..evaluation.report import RobustnessReport
 from ..model.find import crossbar_layers
 from .about import about_model
 from .publish import publish
@@ -33,9 +34,10 @@ class HubMixin(Base):
         """As ``Trainer.save_model``, and beside the weights the report of :meth:`evaluate_robustness`, where it is of
         these weights."""
         super().save_model(output_dir, _internal_call)
-        if _internal_call or not self.is_world_process_zero() or not crossbar_layers(self.model):
+        if _internal_call or not crossbar_layers(self.model):
             return
-        if (report := report_of(self.model)) is not None:
+        report = report_of(self.model)  # in all processes, which may each hold a part of the weights
+        if report is not None and self.is_world_process_zero():
             report.to_json(Path(output_dir or self.args.output_dir or ".") / REPORT)
 
     def create_model_card(
@@ -55,6 +57,7 @@ class HubMixin(Base):
         The figures are those of the last :meth:`evaluate_robustness`, if the weights are still the same. What a person
         has written in the card stays.
         """
+        report = report_of(self.model)  # in all processes, which may each hold a part of the weights
         if not self.is_world_process_zero():
             return
         known = {
@@ -65,11 +68,12 @@ class HubMixin(Base):
             "dataset_split": _first(dataset_args),
         }
         extra = {"language": language, "license": license, "tags": tags}
-        self._publish(Path(self.args.output_dir or "."), known, extra)
+        self._publish(Path(self.args.output_dir or "."), report, known, extra)
 
-    def _publish(self, folder: Path, known: dict[str, Any], metadata: dict[str, Any]) -> None:
+    def _publish(
+        self, folder: Path, report: RobustnessReport | None, known: dict[str, Any], metadata: dict[str, Any]
+    ) -> None:
         """Card, report and plot into a folder with the model's weights; None is not known."""
-        report = report_of(self.model)
         if report is None:
             report = unmeasured(self.model)
         known = {**known, "repo": self.hub_model_id or self.args.hub_model_id}
@@ -113,9 +117,9 @@ class HubMixin(Base):
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
         self.save_without_push()
+        self.create_model_card(**kwargs)
         if not self.is_world_process_zero():
             return None
-        self.create_model_card(**kwargs)
         self.wait_for_push()
         revision = revision if revision is not None else self.args.hub_revision
 
@@ -126,13 +130,16 @@ class HubMixin(Base):
 
         return upload() if blocking else run_as_future(upload)
 
-    def push_checkpoint(self, checkpoint: str, message: str, path: str | None = None) -> Future:
+    def push_checkpoint(
+        self, checkpoint: str, report: RobustnessReport | None, message: str, path: str | None = None
+    ) -> Future:
         """Upload a checkpoint's model with its card in the background, after the uploads before it.
 
         What would have to be unpickled stays here: a training cannot be resumed from the Hub with its optimizer.
 
         Args:
-            checkpoint: its folder, which may be gone before the upload ends. message: of the commit.
+            checkpoint: its folder, which may be gone before the upload ends. report: of its weights, or None.
+            message: of the commit.
             path: folder of the repository where the checkpoint's files go too, trainer_state.json among them; None:
                 the model alone goes up.
         """
@@ -148,7 +155,7 @@ class HubMixin(Base):
         for file in Path(checkpoint).iterdir():
             if file.is_file() and is_safe(file.name) and file.name != REPORT:
                 _link(file, Path(kept.name) / file.name)
-        self._publish(Path(kept.name), {}, {})
+        self._publish(Path(kept.name), report, {}, {})
         repo, token, revision = str(self.hub_model_id), self.args.hub_token, self.args.hub_revision
 
         def upload() -> CommitInfo:

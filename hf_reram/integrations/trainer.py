@@ -10,6 +10,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveS
 from transformers.utils import PushInProgress
 
 from ..evaluation.trainer import EvaluationMixin
+from ..hub.report import report_of
 from ..hub.trainer import HubMixin
 from ..training.checkpoints import marked, staged
 from ..training.mixin import TrainingMixin
@@ -102,7 +103,10 @@ class ReRAMTrainerMixin(TrainingMixin, EvaluationMixin, HubMixin):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """As Trainer's, without what has to be unpickled, and with a card that is the new weights'."""
         args = self.args
-        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+        if args.hub_strategy == HubStrategy.END:
+            return
+        report = report_of(self.model)  # in all processes, which may each hold a part of the weights
+        if not self.is_world_process_zero():
             return
         under_way = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if under_way and not args.hub_always_push:
@@ -114,7 +118,8 @@ class ReRAMTrainerMixin(TrainingMixin, EvaluationMixin, HubMixin):
             HubStrategy.CHECKPOINT: "last-checkpoint",
             HubStrategy.ALL_CHECKPOINTS: os.path.basename(checkpoint_folder),
         }
-        job = self.push_checkpoint(checkpoint_folder, f"Training in progress, {when}", folders.get(args.hub_strategy))
+        message, path = f"Training in progress, {when}", folders.get(args.hub_strategy)
+        job = self.push_checkpoint(checkpoint_folder, report, message, path)
         jobs: Any = [*self.push_in_progress.jobs, job] if under_way else [job]
         self.push_in_progress = PushInProgress(jobs)
 

@@ -16,6 +16,7 @@ from ..device.time import parse_time
 from ..nn import CrossbarLayer
 from ..nn import array as cells_of
 from ..nn.array import Chip
+from ..nn.tensors import whole
 from .find import (
     chip_names,
     crossbar_layers,
@@ -28,6 +29,7 @@ from .find import (
     uncalled,
 )
 from .inputs import evaluating
+from .sharding import any_process, is_sharded, processes, reshard
 
 logger = logging.get_logger(__name__)
 
@@ -42,6 +44,8 @@ def deploy(
     every time and it ages along one curve, whatever wraps the model, and for an encoder alone as inside a model with a
     head. Read noise is drawn anew in each forward from torch's global generator. The realized weights stand beside
     ``weight``, which is not touched, and are never copied or saved. Of several contexts the one entered last counts.
+
+    Of weights that are sharded (FSDP2) all processes deploy the same chip, and begin and end it together.
 
     Crossbar layers that did not run although the model did are named in a warning: these were no chip.
 
@@ -66,6 +70,7 @@ def deploy(
     states = crossbar_states(model)
     for state in states:  # refuses a bad temperature before anything is drawn
         state.config.device.equivalent_time(seconds or 0.0, kelvin(state.config.temperature, temperature))
+    reshard(model)
     layers, token = chip_names(model), object()
     for state in states:
         state.chips, state.deployments = state.chips + 1, state.deployments + 1
@@ -80,7 +85,8 @@ def deploy(
         warn_uncalibrated(model)
         reset_calls(model)
         yield model
-        refuse_changed(layers)
+        reshard(model)
+        refuse_changed(layers, is_sharded(model) and processes() > 1)
         warn_uncalled(model, "were not called while the model was deployed: what it computed is not a chip's there")
     finally:
         for state in states:
@@ -134,20 +140,24 @@ def refuse_computed(model: nn.Module) -> None:
         )
 
 
-def refuse_changed(layers: dict[CrossbarLayer, str]) -> None:
+def refuse_changed(layers: dict[CrossbarLayer, str], sharded: bool = False) -> None:
     """
+    Args:
+        sharded: other processes hold the other parts of the weights, and ask too.
+
     Raises:
         RuntimeError: the weights of layers that are deployed have changed, by whatever.
     """
-    changed = [
-        name
-        for layer, name in layers.items()
-        if isinstance(layer, CrossbarLayer)
+    flags = [
+        isinstance(layer, CrossbarLayer)
         and layer.chip is not None
         and not layer.weight.is_meta
         and layer.chip.source.has_changed(layer)
+        for layer in layers
     ]
-    if changed:
+    if sharded:
+        flags = any_process(flags, next(iter(layers)).input_range.device)
+    if changed := [name for name, flag in zip(layers.values(), flags) if flag]:
         raise RuntimeError(
             f"the weights of {len(changed)} layers changed while the model was deployed, whose outputs since are "
             f"of no chip: change them outside of deploy: {', '.join(changed)}"
@@ -204,10 +214,7 @@ def realize(layer: CrossbarLayer, time: float | None, temperature: float | None,
     device = layer.crossbar.config.device
     scale = layer.held_scale(torch.float32)
     draws = Draws(seed)
-    weight: Any = layer.weight
-    if hasattr(weight, "full_tensor"):  # FSDP2 holds a shard of it; a chip is programmed whole
-        weight = weight.full_tensor()
-    programmed = cells_of.program(layer, weight)
+    programmed = cells_of.program(layer, whole(layer.weight))  # also where FSDP2 has sharded it
     targets = device.conductance(programmed.float() / scale.clamp(min=1e-30))
     held: Any = None
     for _ in range(layer.pairs):

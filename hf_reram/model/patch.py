@@ -17,11 +17,13 @@ from ..nn.layer import FILLS
 from ..nn.mapping import layer_scales
 from ..nn.registry import crossbar_class
 from ..nn.state import CrossbarState
+from ..nn.tensors import whole
 from .bypass import call_layers, read_layers, renew_methods
 from .find import crossbar_layers, crossbar_state, crossbar_states, is_chip, unwrapped, walk
 from .hooks import ON_PATCH, ON_UNPATCH
 from .reconfigure import watch
 from .select import select_layers
+from .sharding import gathered
 from .summary import summarize
 
 logger = logging.get_logger(__name__)
@@ -69,7 +71,7 @@ def swap_layers(model: Any, config: ReRAMConfig, stored: bool = False) -> None:
     if not selected:
         return
     for name, module in selected.items():
-        if module.weight.device.type != "meta" and not torch.isfinite(module.weight.detach()).all():
+        if module.weight.device.type != "meta" and not torch.isfinite(whole(module.weight.detach())).all():
             raise ValueError(f"the weight of layer {name!r} holds NaN or infinite values")
     state = CrossbarState(copy.deepcopy(config), model)
     try:
@@ -126,7 +128,7 @@ def initialize_layers(model: nn.Module, names: set[str] | None = None) -> None:
         config = layer.crossbar.config
         if layer.weight.device.type == "meta":
             continue
-        with torch.no_grad():
+        with torch.no_grad(), gathered([layer]):
             for buffer, fill in FILLS.items():
                 getattr(layer, buffer).fill_(fill)
             shrink = 1.0 if config.range_shrink == "auto" else config.range_shrink

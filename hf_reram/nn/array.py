@@ -11,6 +11,7 @@ from torch import Tensor
 from .ops.functions import DriftedWeight, OffsetOutput, Quantize, WeightVariance, clip_weight
 from .ops.reference import weight_mean
 from .scalars import Scalars
+from .tensors import is_shard
 
 if TYPE_CHECKING:
     from .layer import CrossbarLayer
@@ -61,7 +62,7 @@ class Source(NamedTuple):
 
     Attributes:
         tensors: weak references. versions: PyTorch's counts of changes, -1 where there is none. sums: of their bits.
-        sharded: FSDP2 has other tensors in a forward.
+        sharded: of this process's parts; FSDP2 has other tensors in a forward.
     """
 
     tensors: tuple[Any, ...]
@@ -77,7 +78,7 @@ class Source(NamedTuple):
             tuple(weakref.ref(t) for t in found),
             tuple(-1 if t.is_inference() else t._version for t in found),
             tuple(bit_sum(t) for t in found),
-            any(hasattr(t, "device_mesh") for t in found),
+            any(map(is_shard, found)),
         )
 
     def is_other(self, layer: "CrossbarLayer") -> bool:
@@ -91,11 +92,10 @@ class Source(NamedTuple):
         return any(v != -1 and (t.is_inference() or t._version != v) for v, t in zip(self.versions, now))
 
     def has_changed(self, layer: "CrossbarLayer") -> bool:
-        """The same by each bit of them, whatever changed it; a pass over the weight."""
+        """The same by each bit of them, whatever changed it; a pass over the weight. Of a weight that is sharded, by
+        this process's part of it, outside of forwards."""
         if self.is_other(layer):
             return True
-        if self.sharded:
-            return False
         now = [bit_sum(t) for t in sources(layer)]
         return any(not torch.equal(a.to(b.device), b) for a, b in zip(self.sums, now))
 
@@ -165,6 +165,8 @@ def deployed(layer: "CrossbarLayer", chip: Chip) -> Held:
         )
     if chip.weight.device != layer.weight.device:  # a replica of nn.DataParallel
         chip = chip.applied(lambda t: t.to(layer.weight.device), layer, True)
+    if chip.source.sharded and chip.weight.dtype != layer.weight.dtype:  # FSDP2's mixed precision, in forwards alone
+        chip = chip.applied(lambda t: t.to(layer.weight.dtype), layer, True)
     bias = layer.bias if chip.offset is None else chip.offset if layer.bias is None else layer.bias + chip.offset
     return Held(chip.weight, chip.weight, bias)
 

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .tensors import whole
+
 # Results of calibration, kept beside the weight and saved with it, always in float32. All have one element except
 # weight_scale, input_offset and input_scale; input_range 0 means not calibrated, each batch then spans its own range.
 BUFFERS = (
@@ -81,7 +83,9 @@ def same_versions(a: Any, b: Any) -> bool:
 
 def read_scalars(layer: Any) -> Scalars:
     """Look into the buffers."""
-    span, shrink, gain, full_scale, floor, pairs = (float(getattr(layer, name).detach().item()) for name in READ[:-2])
+    span, shrink, gain, full_scale, floor, pairs = (
+        float(whole(getattr(layer, name).detach()).item()) for name in READ[:-2]
+    )
     offset, scale = (getattr(layer, name).detach().float().cpu() for name in READ[-2:])
     centered, equalized = bool(offset.any()), bool((scale != 1).any())
     mark = zlib.crc32(torch.cat((offset, scale)).numpy().tobytes()) if centered or equalized else 0

@@ -1,9 +1,19 @@
-"""The tensors in what models are given and give back."""
+"""The tensors in what models are given and give back; tensors of which this process holds a part."""
 
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
+
+
+def is_shard(tensor: Any) -> bool:
+    """Whether this process holds only a part of the tensor, as FSDP2 has it (a DTensor)."""
+    return hasattr(tensor, "device_mesh")
+
+
+def whole(tensor: Any) -> Any:
+    """The tensor, gathered from all processes where each holds a part of it; they must then all ask for it."""
+    return tensor.full_tensor() if is_shard(tensor) else tensor
 
 
 def tensors_of(value: Any) -> list[Tensor]:

@@ -19,6 +19,7 @@ from ..model.find import crossbar_states, patched_layers
 from ..nn import CrossbarLayer
 from ..nn.array import cell_weight
 from ..nn.observe import FULL_SCALES, Following, Seen
+from ..nn.tensors import whole
 
 # Share of the way to what was seen that numbers take at once, and how far beyond the range an input takes it there.
 MOMENTUM = 0.2
@@ -180,9 +181,7 @@ def _follow_weights(layer: CrossbarLayer) -> None:
 
 def _weight_rms(layer: Any) -> Tensor:
     """Root mean square of the weights that share a scale, of weight_scale's shape."""
-    weight: Any = layer.weight.detach()
-    if hasattr(weight, "full_tensor"):  # FSDP2 holds a shard of it
-        weight = weight.full_tensor()
+    weight = whole(layer.weight.detach())  # also where FSDP2 has sharded it
     rows, sharing = layer.to_rows(cell_weight(layer, weight)).float(), layer.crossbar.config.weight_scale
     if sharing == "per_tensor":
         return rows.square().mean().sqrt().reshape(1)

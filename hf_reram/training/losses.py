@@ -17,6 +17,7 @@ from ..nn.attach import Add
 from ..nn.forward import Forward, add_term
 from ..nn.physics import sampling
 from ..nn.state import CrossbarState
+from ..nn.tensors import is_shard
 
 
 def _collected(state: CrossbarState) -> tuple[list[Forward], dict[str, Tensor]]:
@@ -206,7 +207,7 @@ def sampled_drift(model: nn.Module, kind: str | None = None, seed: int | None = 
         state.sampling = sampling(state.physics, kind, seed, prefixes[id(state)])
     for layer in layers.values():
         wanted = layer.crossbar.sampling
-        if wanted is not None and wanted.kind == "noise" and not hasattr(layer.weight, "device_mesh"):
+        if wanted is not None and wanted.kind == "noise" and not is_shard(layer.weight):
             layer.white_noise_std()  # known before compiled code needs it; FSDP2 has the weights in the forward alone
     try:
         yield
@@ -235,7 +236,7 @@ def _clamp_to_scale(layer: CrossbarLayer) -> None:
     scale = layer.held_scale()
     if layer.equalized:
         scale = scale / layer.along_inputs(layer.input_scale).to(scale.dtype)
-    if hasattr(weight, "device_mesh"):  # FSDP2: shard the scale as the weight is, then clamp each rank's own part
+    if is_shard(weight):  # FSDP2: shard the scale as the weight is, then clamp each rank's own part
         from torch.distributed.tensor import distribute_tensor
 
         full = scale.expand(weight.shape).contiguous()

@@ -1,0 +1,73 @@
+"""Models whose weights several processes hold a part each of, as under FSDP2, and what these decide alike."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..nn.tensors import is_shard, whole
+
+
+def processes() -> int:
+    """How many processes ``torch.distributed`` joins, 1 where it joins none."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether each process holds only a part of the model's weights: whatever needs them whole, a forward too, is then
+    to be called by all processes."""
+    return bool(_fsdp_modules(model)) or any(is_shard(p) for p in model.parameters())
+
+
+def reshard(model: nn.Module) -> None:
+    """Have every process hold its part of the weights alone again; FSDP2 leaves the root's whole after a forward, as
+    tensors that are others after the next."""
+    for module in _fsdp_modules(model):
+        module.reshard()
+
+
+def _fsdp_modules(model: nn.Module) -> list[Any]:
+    if "torch.distributed.fsdp" not in sys.modules:  # whose import takes a while
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+@contextmanager
+def gathered(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Layers with their whole weight and bias, to be read, in place of this process's parts; by all processes."""
+    named = ((layer, name, layer._parameters.get(name)) for layer in layers for name in ("weight", "bias"))
+    parts: list[Any] = [(layer, name, part) for layer, name, part in named if is_shard(part)]
+    try:
+        for layer, name, part in parts:
+            layer._parameters[name] = nn.Parameter(whole(part.detach()), part.requires_grad)
+        yield
+    finally:
+        for layer, name, part in parts:
+            layer._parameters[name] = part
+
+
+def any_process(mine: list[bool], device: torch.device) -> list[bool]:
+    """Of each the truth in any process; to be called by all with as many."""
+    flags = torch.tensor(mine, dtype=torch.int32, device=device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return [bool(flag) for flag in flags.tolist()]
+
+
+def of_first(value: Any) -> Any:
+    """The value of the first process, in all of them."""
+    found = [value]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def of_each(value: Any) -> list[Any]:
+    """The values of all processes, in all of them."""
+    found: list[Any] = [None] * processes()
+    dist.all_gather_object(found, value)
+    return found

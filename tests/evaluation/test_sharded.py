@@ -1,0 +1,84 @@
+"""Weights that FSDP2 has sharded over two processes: the numbers of one process, and decisions alike."""
+
+import math
+
+import pytest
+import torch
+
+from tests.evaluation.sharded_script import CALIBRATED
+
+SCRIPT = "tests.evaluation.sharded_script"
+
+
+@pytest.fixture
+def both(python, tmp_path):
+    """What one process finds, and each of two."""
+
+    def run(case, alone=True):
+        files = tmp_path / "one.pt", tmp_path / "two.pt"
+        done = [python.run("-m", SCRIPT, case, str(files[0]))] if alone else []
+        done += python.run_two("-m", SCRIPT, case, str(files[1]))
+        for rank in done:
+            assert rank.returncode == 0, rank.stderr[-3000:]
+        two = torch.load(files[1], weights_only=False)
+        return (torch.load(files[0], weights_only=False)[0], two) if alone else two
+
+    return run
+
+
+@pytest.mark.parametrize("case", CALIBRATED)
+def test_calibrate_inspect_and_evaluate_find_what_one_process_finds(both, case):
+    one, two = both(case)
+    for found in two:
+        assert found["digest"] == one["digest"] == found["report"]["weights"] and found["same"]
+        assert found["layers"].keys() == one["layers"].keys()
+        for name, values in one["layers"].items():
+            torch.testing.assert_close(found["layers"][name], values, rtol=1e-5, atol=1e-7)
+        for key in ("by weights", "by data"):
+            assert len(one[key]) == 14 * 10 and found[key] == pytest.approx(one[key], rel=1e-5)
+        assert_same_figures(found["report"], one["report"])
+        assert found["report"]["notes"] == one["report"]["notes"]
+        torch.testing.assert_close(found["chip"], one["chip"])
+    aged = [m["metrics"]["loss"] for m in one["report"]["measurements"]]
+    assert len(set(aged)) == 4
+
+
+def test_a_sharded_and_frozen_model_is_patched(both):
+    one, two = both("patched")
+    for found in two:
+        assert found["digest"] == one["digest"]
+        for name, value in one["sensitivity"].items():
+            assert bool(value.any()), name
+            torch.testing.assert_close(found["sensitivity"][name], value, rtol=1e-4, atol=1e-8)
+
+
+def test_a_chip_of_sharded_weights_in_mixed_precision(both):
+    one, two = both("bfloat16")
+    for found in two:
+        torch.testing.assert_close(found["chip"], one["chip"], rtol=0.05, atol=0.01)
+
+
+def test_processes_decide_alike(both):
+    two = both("alike", alone=False)
+    first, second = two
+    assert first["report"] == second["report"] and len(first["report"]["measurements"]) == 6
+    assert first["runs"] == 8  # each once
+    for found in two:
+        assert_same_figures(found["resumed"], first["report"])
+        assert found["evaluations"] == 2
+        assert not any(math.isnan(m["metrics"]["loss"]) for m in found["nan in another"]["measurements"])
+        assert any("different figures" in note for note in found["nan in another"]["notes"])
+        assert_same_figures(found["shared"], first["report"], chips=2)
+        assert "1 layers changed while the model was deployed" in found["changed"]
+    assert first["failed"] == "the evaluation failed in process 1: ValueError: no figures here"
+    assert second["failed"] == "no figures here"
+
+
+def assert_same_figures(found, expected, chips=None):
+    """Of the first so many chips."""
+    wanted = [m for m in expected["measurements"] if chips is None or m["seed"] < chips]
+    assert [(m["time"], m["seed"]) for m in found["measurements"]] == [(m["time"], m["seed"]) for m in wanted]
+    for mine, theirs in zip(found["measurements"], wanted):
+        assert mine["metrics"] == pytest.approx(theirs["metrics"], rel=1e-5)
+    for reference in ("digital", "ideal"):
+        assert found[reference] == pytest.approx(expected[reference], rel=1e-5)
