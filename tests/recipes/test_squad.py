@@ -3,6 +3,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForQuestionAnswering
 
 import hf_reram
@@ -71,6 +72,38 @@ def test_two_processes_write_once_and_measure_the_same(run, tmp_path):
         for alone, shared in zip(one[label]["measurements"], two[label]["measurements"], strict=True):
             assert alone.pop("metrics") == pytest.approx(shared.pop("metrics"), rel=1e-4)  # sums may differ in order
             assert alone == shared
+
+
+def test_the_fsdp2_recipe_runs_to_its_end(python, run, tmp_path):
+    """Sharded over two processes: the weights and figures of one process."""
+    flags, homes = ["--methods", "calibrated", "hf_reram"], (tmp_path / "one", tmp_path / "two")
+    for home in homes:
+        home.mkdir()
+        squad_sample.write(home)
+        config = home / "base" / "config.json"  # without dropout, whose masks are each process's own
+        changed = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        config.write_text(json.dumps({**json.loads(config.read_text()), **changed}))
+    flags += ["--per_device_train_batch_size", "2"]
+    run(*flags, "--gradient_accumulation_steps", "2", folder=homes[0])
+    files = [part for pair in squad_sample.write(homes[1]).items() for part in pair]
+    launch = ["-m", "accelerate.commands.launch", "--config_file", "recipes/configs/fsdp2.yaml"]
+    launch += ["--main_process_port", "0", "-m", "tests.recipes.fsdp_script", str(RECIPE), *files]
+    launch += ["--output_dir", str(homes[1] / "out"), *SMALL, *flags]
+    done = python.run(*launch)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("\n| hf_reram |") == 1 and "sharded: True" in done.stderr
+    one, two = (home / "out" / "hf-reram" for home in homes)
+    runs = [line for line in (two / "chips.jsonl").read_text().splitlines() if line]
+    assert len(runs) == 6  # each once
+    expected, found = (json.loads((home / "robustness.json").read_text()) for home in (one, two))
+    for mine, theirs in zip(found["measurements"], expected["measurements"], strict=True):
+        assert mine["metrics"] == pytest.approx(theirs["metrics"], rel=1e-3)
+    models = [AutoModelForQuestionAnswering.from_pretrained(home / "model") for home in (one, two)]
+    weights, sharded = (model.state_dict() for model in models)
+    assert weights.keys() == sharded.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(sharded[name], value, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+    assert hf_reram.report_of(models[1]).weights == found["weights"]
 
 
 @pytest.mark.parametrize(
