@@ -1,0 +1,44 @@
+"""Processes that call other layers have the retention loss and gradients of one process that calls them all."""
+
+import pytest
+import torch
+
+from tests.training.following_script import FSDP2
+from tests.training.routed_script import PROCESSES, STEPS
+
+SCRIPT = "tests.training.routed_script"
+
+
+def loaded(out, *ranks):
+    for done in ranks:
+        assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out, weights_only=False)
+
+
+@pytest.mark.parametrize("kind", ["output+drift", "weight", "sensitivity+drift"])
+def test_retention_terms_are_reduced_by_layer(python, tmp_path, kind):
+    files = {mode: str(tmp_path / mode) for mode in ("one", "ddp", "fsdp")}
+    (one,) = loaded(files["one"], python.run("-m", SCRIPT, files["one"], "one", kind))
+    assert len({found["retention"] for found in one}) == STEPS
+    for mode in ("ddp", "fsdp"):
+        two = loaded(files[mode], *python.run_two("-m", SCRIPT, files[mode], mode, kind))
+        assert len(two) == PROCESSES
+        for found, alone in ((rank[step], one[step]) for rank in two for step in range(STEPS)):
+            assert found["retention"] == pytest.approx(alone["retention"], rel=1e-5)
+            for part in ("grads", "state"):
+                assert found[part].keys() == alone[part].keys()
+                for name, value in alone[part].items():
+                    where = f"{mode}, {name}"
+                    torch.testing.assert_close(
+                        found[part][name], value, rtol=1e-4, atol=1e-6, msg=lambda m, w=where: f"{w}: {m}"
+                    )
+
+
+@pytest.mark.parametrize("environment", [{}, FSDP2], ids=["DDP", "FSDP2"])
+def test_a_nan_in_one_process_stops_all(python, tmp_path, environment):
+    ranks = python.run_two("-m", "tests.training.nan_script", str(tmp_path), **environment)
+    for done in ranks:
+        assert done.returncode == 0, done.stderr[-3000:]
+    start = f"sharded {bool(environment)}, after 1: the loss of step 2 is "
+    assert ranks[0].stdout.strip() == start + "not finite in another process"
+    assert ranks[1].stdout.strip() == start + "nan"
