@@ -12,6 +12,7 @@ from transformers.utils import PushInProgress
 from ..evaluation.trainer import EvaluationMixin
 from ..hub.report import report_of
 from ..hub.trainer import HubMixin
+from ..model.sharding import is_sharded
 from ..training.checkpoints import marked, staged
 from ..training.mixin import TrainingMixin
 
@@ -69,7 +70,11 @@ class ReRAMTrainerMixin(TrainingMixin, EvaluationMixin, HubMixin):
         """Have a Seq2SeqTrainer generate as its ``evaluate`` does, with the arguments' lengths and beams."""
         if not isinstance(self, Seq2SeqTrainer):
             return
-        given = {"max_length": self.args.generation_max_length, "num_beams": self.args.generation_num_beams}
+        given: dict[str, Any] = {
+            "max_length": self.args.generation_max_length,
+            "num_beams": self.args.generation_num_beams,
+            "synced_gpus": is_sharded(self.model) or None,  # each token is a forward, which all processes take part in
+        }
         self._gen_kwargs = {name: value for name, value in given.items() if value is not None}
         self.gather_function = self.accelerator.gather
 

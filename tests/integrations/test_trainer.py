@@ -91,3 +91,33 @@ def test_robustness_is_that_of_the_chips_by_hand(trainer):
     metrics = trainer.evaluate()
     aged = trainer.evaluate_robustness(["1d"], seeds=2, progress=False, references=False).statistic("loss", "1d")
     assert metrics["eval_1d_loss"] == pytest.approx(aged.mean, rel=1e-6)
+
+
+@pytest.mark.parametrize(("length", "beams"), [(4, None), (7, 3), (None, 2)])
+def test_chips_generate_as_the_arguments_say(trainer, length, beams):
+    """Whatever an evaluation before was told."""
+    trainer.args.generation_max_length, trainer.args.generation_num_beams = length, beams
+    trainer.model.generation_config.max_length = 9
+    trainer.eval_times, calls = [], []
+    trainer.compute_metrics = lambda prediction: {"sum": float(prediction.predictions.clip(0).sum())}
+    trainer.evaluate(max_length=12, num_beams=4, do_sample=True, top_k=3)
+    generate = trainer.model.generate
+
+    def watched(*args, **kwargs):
+        tokens = generate(*args, **kwargs)
+        calls.append((tokens, {key: value for key, value in kwargs.items() if key not in ("input_ids", "labels")}))
+        return tokens
+
+    trainer.model.generate = watched
+    report = trainer.evaluate_robustness(["1d"], seeds=2, progress=False)
+    del trainer.model.generate
+    assert len(calls) == 2 * 4  # batches of 8; two references, two chips
+    given = {key: value for key, value in (("max_length", length), ("num_beams", beams)) if value is not None}
+    for tokens, kwargs in calls:
+        assert tokens.shape[1] <= (length or 9)
+        assert {key: value for key, value in kwargs.items() if key in ("do_sample", "top_k", *given)} == given
+    words = torch.stack([row["input_ids"] for row in examples()])
+    for measurement in report.measurements:
+        with deploy(trainer.model.eval(), "1d", seed=measurement.seed), torch.no_grad():
+            tokens = [generate(part, max_length=length or 9, num_beams=beams or 1) for part in words.split(8)]
+        assert measurement.metrics["sum"] == sum(float(part.sum()) for part in tokens)

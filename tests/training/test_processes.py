@@ -1,4 +1,4 @@
-"""Processes that call other layers have the retention loss and gradients of one process that calls them all."""
+"""Several processes train as one, also where each calls other layers, and stop together."""
 
 import pytest
 import torch
@@ -42,3 +42,15 @@ def test_a_nan_in_one_process_stops_all(python, tmp_path, environment):
     start = f"sharded {bool(environment)}, after 1: the loss of step 2 is "
     assert ranks[0].stdout.strip() == start + "not finite in another process"
     assert ranks[1].stdout.strip() == start + "nan"
+
+
+def test_frozen_batch_norm_stays_on_two_processes_too(python, tmp_path):
+    script, files = "tests.training.batch_norm_script", [str(tmp_path / name) for name in ("one", "two")]
+    (one,) = loaded(files[0], python.run("-m", script, files[0]))
+    for rank in loaded(files[1], *python.run_two("-m", script, files[1])):
+        for name, value in rank["after"].items():
+            torch.testing.assert_close(value, one["after"][name], rtol=1e-4, atol=1e-6)
+            if "running" in name or "tracked" in name:
+                assert torch.equal(value, rank["before"][name]), name
+        for name in ("first.weight", "norm.weight", "last.weight"):
+            assert not torch.equal(rank["after"][name], rank["before"][name]), name
