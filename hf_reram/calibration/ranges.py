@@ -101,7 +101,7 @@ def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = No
                 _settle_all(own, observation.leaders, state.config)
         if sensitivity:
             measure_sensitivity(model, kept)
-        if is_sharded(model) and processes() > 1:
+        if processes() > 1 and is_sharded(model):
             _take_first_process(layers.values())
     return model
 

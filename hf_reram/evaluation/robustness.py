@@ -21,7 +21,7 @@ from ..model.deploy import deploy, digital, refuse_modes, uncalibrated
 from ..model.digest import model_digest, weights_digest
 from ..model.find import crossbar_layers, crossbar_states, replaced, reset_calls, uncalled
 from ..model.inputs import evaluating, forked_rng
-from ..model.sharding import is_sharded, of_each, of_first, processes
+from ..model.sharding import of_each, of_first, processes, talks
 from ..model.summary import summarize
 from .report import Measurement, RobustnessReport
 from .run_log import Run, RunLog
@@ -61,12 +61,12 @@ def evaluate_robustness(
         key: what ``evaluate`` depends on beside the model, such as its data set, split, samples and seed: any JSON
             value. Nothing else tells ``resume`` whether it is the same evaluation.
         share_chips: with several processes, each runs its share of the chips, and all get the whole report;
-            ``evaluate`` must then not talk to other processes. Where the weights are sharded (FSDP2) every forward
-            does, and all run every chip ``together``.
+            ``evaluate`` must then not talk to other processes. Where each forward does (weights sharded by FSDP2, a
+            model wrapped by DDP), all run every chip ``together``.
         allow_uncalled: report also where some crossbar layers never ran in an evaluation, as experts that no token was
             routed to; the report, its table and the card then name them. Such layers were no chip.
-        together: with several processes, all run every chip, as where ``evaluate`` gathers from all of them; of sharded
-            weights always. What is run, resumed and reported is then what the first process says.
+        together: with several processes, all run every chip, as where ``evaluate`` gathers from all of them; always
+            where each forward talks. What is run, resumed and reported is then what the first process says.
 
     Raises:
         RuntimeError: crossbar layers did not run on their cells in an evaluation, or are none any more, and
@@ -97,7 +97,7 @@ def evaluate_robustness(
     runs = [Run("digital"), Run("ideal")] if references else []
     runs += [Run("chip", s, k, chip) for k in kelvins for s in seconds for chip in chips]
     several = processes() > 1
-    together = several and (together or is_sharded(model))
+    together = several and (together or talks(model))
     shares = several and share_chips and not together
     weights = weights_digest(model)
     logs = not together or dist.get_rank() == 0

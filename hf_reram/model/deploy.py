@@ -86,7 +86,7 @@ def deploy(
         reset_calls(model)
         yield model
         reshard(model)
-        refuse_changed(layers, is_sharded(model) and processes() > 1)
+        refuse_changed(layers, processes() > 1 and is_sharded(model))
         warn_uncalled(model, "were not called while the model was deployed: what it computed is not a chip's there")
     finally:
         for state in states:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..nn.tensors import is_shard, whole
 
@@ -21,6 +22,11 @@ def is_sharded(model: nn.Module) -> bool:
     """Whether each process holds only a part of the model's weights: whatever needs them whole, a forward too, is then
     to be called by all processes."""
     return bool(_fsdp_modules(model)) or any(is_shard(p) for p in model.parameters())
+
+
+def talks(model: nn.Module) -> bool:
+    """Whether a forward takes part of all processes: weights are sharded, or DDP sends the first one's buffers."""
+    return processes() > 1 and (isinstance(model, DistributedDataParallel) or is_sharded(model))
 
 
 def reshard(model: nn.Module) -> None:

@@ -158,6 +158,12 @@ def alike(out: str) -> dict:
     losses_of_nobody = {"loss": 0.0}
     found["failed"] = message(lambda: report(model, fails))
     found["shared"] = report(model, share_chips=True)
+    torch.manual_seed(0)
+    plain = calibrate(patch_model(models.tiny_bert(), ReRAMConfig()), [bert_batch(), bert_batch(seed=2)])
+    plain = torch.nn.parallel.DistributedDataParallel(plain)
+    found["DDP"] = report(plain, seeds=mine, resume=f"{out}.{rank()}.jsonl")
+    found["divided"] = report(plain.module, seeds=mine, share_chips=True)
+    found["failed apart"] = message(lambda: report(plain.module, fails, share_chips=True))
 
     def changes():
         with deploy(model, "1d"), torch.no_grad():

@@ -1,11 +1,15 @@
 """Weights that FSDP2 has sharded over two processes: the numbers of one process, and decisions alike."""
 
+import json
 import math
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
+from hf_reram import report_of
 from tests.evaluation.sharded_script import CALIBRATED
+from tests.training.following_script import FSDP2
 
 SCRIPT = "tests.evaluation.sharded_script"
 
@@ -69,9 +73,40 @@ def test_processes_decide_alike(both):
         assert not any(math.isnan(m["metrics"]["loss"]) for m in found["nan in another"]["measurements"])
         assert any("different figures" in note for note in found["nan in another"]["notes"])
         assert_same_figures(found["shared"], first["report"], chips=2)
+        assert found["report"]["weights"] == found["DDP"]["weights"]
+        assert_same_figures(found["DDP"], first["report"])
+        assert_same_figures(found["divided"], first["report"])
         assert "1 layers changed while the model was deployed" in found["changed"]
     assert first["failed"] == "the evaluation failed in process 1: ValueError: no figures here"
     assert second["failed"] == "no figures here"
+    assert (first["failed apart"], second["failed apart"]) == (first["failed"], second["failed"])
+
+
+def test_the_trainer_evaluates_alone_under_ddp_and_under_fsdp2(python, tmp_path):
+    found, runs = {}, []
+    for name, environment in (("one", {}), ("ddp", {}), ("fsdp2", FSDP2)):
+        out, folder = tmp_path / f"{name}.pt", tmp_path / name
+        command = ("-m", "tests.evaluation.trainer_script", str(out), str(folder))
+        done = [python.run(*command)] if name == "one" else python.run_two(*command, **environment)
+        for rank in done:
+            assert rank.returncode == 0, rank.stderr[-3000:]
+        found[name] = torch.load(out, weights_only=False)
+        runs.append(len((folder / "chips.jsonl").read_text().split("\n\n")))
+        saved = json.loads((folder / "robustness.json").read_text())
+        assert saved["measurements"] == json.loads(json.dumps(found[name][0]["report"]["measurements"]))
+        model = AutoModelForSequenceClassification.from_pretrained(folder)
+        assert report_of(model).weights == saved["weights"]
+        assert "1d" in (folder / "README.md").read_text()
+    assert runs[0] == runs[1] == runs[2]
+    alone = found["one"][0]
+    assert "refused" not in alone
+    for name in ("ddp", "fsdp2"):
+        for rank in found[name]:
+            assert rank["sharded"] == (name == "fsdp2")
+            assert "share_chips=True: allowed is False with 2 processes" in rank["refused"]
+            assert rank["report"]["weights"] == alone["report"]["weights"]
+            assert rank["report"] == found[name][0]["report"] and rank["report"]["notes"] == alone["report"]["notes"]
+            assert_same_figures(rank["report"], alone["report"])
 
 
 def assert_same_figures(found, expected, chips=None):
