@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..device.seeds import checked_seed
 from ..model.find import crossbar_layers, crossbar_state, crossbar_states, patched_layers
 from ..model.hooks import MASTERS
+from ..model.sharding import processes
 from ..nn import CrossbarLayer
 from ..nn.attach import Add
 from ..nn.forward import Forward, add_term
@@ -19,16 +20,18 @@ from ..nn.physics import sampling
 from ..nn.state import CrossbarState
 from ..nn.tensors import is_shard
 
+NO_TERMS = "no retention terms: call the model in training mode (model.train()) first"
 
-def _collected(state: CrossbarState) -> tuple[list[Forward], dict[str, Tensor]]:
+
+def _collected(state: CrossbarState, needed: bool = True) -> tuple[list[Forward], dict[str, Tensor]]:
     """The forwards that no loss has taken yet, and their terms by layer, (2,) each, summed over them."""
     forwards = state.waiting()
     terms: dict[str, Tensor] = {}
     for forward in forwards:
         for name, term in forward.terms.items():
             add_term(terms, name, term)
-    if not terms:
-        raise RuntimeError("no retention terms: call the model in training mode (model.train()) first")
+    if needed and not terms:
+        raise RuntimeError(NO_TERMS)
     return forwards, terms
 
 
@@ -113,21 +116,23 @@ def join_terms(
     return task_loss, alone
 
 
-def _of_all_processes(state: CrossbarState, layers: list[str], own: Tensor, processes: int) -> tuple[Tensor, Tensor]:
+def _of_all_processes(state: CrossbarState, layers: list[str], own: Tensor, several: int) -> tuple[Tensor, Tensor]:
     """The loss of the terms of all processes, whose layers need not be the same, as where some are dropped at random or
     tokens are routed; and its gradient with respect to this process's terms, (layers, 2)."""
-    if processes == 1:
+    if several == 1:
         return _value_and_gradients(state, own)
     names = sorted(state.names | set(layers))
     rows = [names.index(name) for name in layers]
-    every = own.new_zeros(len(names), 2)
-    every[rows] = own
+    every = own.new_zeros(len(names), 3)  # the last: how many processes called the layer
+    every[rows] = torch.cat((own, torch.ones_like(own[:, :1])), 1)
     dist.all_reduce(every)
-    called = (every[:, 1] > 0).nonzero()[:, 0]
-    value, found = _value_and_gradients(state, every[called])
-    gradients = torch.zeros_like(every)
+    called = every[:, 2].nonzero()[:, 0]
+    if not len(called):
+        raise RuntimeError(NO_TERMS)
+    value, found = _value_and_gradients(state, every[called, :2])
+    gradients = torch.zeros_like(every[:, :2])
     gradients[called] = found
-    return value, gradients[rows] * processes  # which are averaged over processes later
+    return value, gradients[rows] * several  # which are averaged over processes later
 
 
 def _value_and_gradients(state: CrossbarState, terms: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,14 +144,16 @@ def _value_and_gradients(state: CrossbarState, terms: Tensor) -> tuple[Tensor, T
 
 
 def _add(task_loss: Tensor, state: CrossbarState, weight: float) -> tuple[Tensor, Tensor]:
-    forwards, collected = _collected(state)
-    own = _stacked(collected)
-    processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    value, gradients = _of_all_processes(state, list(collected), own.detach(), processes)
+    several = processes()
+    forwards, collected = _collected(state, needed=several == 1)
+    own = _stacked(collected) if collected else torch.zeros(0, 2, device=task_loss.device)  # other processes have some
+    value, gradients = _of_all_processes(state, list(collected), own.detach(), several)
     if state.term == "output":
         state.ratios = {name: term.detach() for name, term in collected.items()}
     value = value.detach()
     state.settle(forwards)
+    if not collected:
+        return task_loss + weight * value.to(task_loss), value
     if not all(forward.attached for forward in forwards):
         pulled = (own * gradients).sum()
         return task_loss + weight * (value + pulled - pulled.detach()).to(task_loss), value

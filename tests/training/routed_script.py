@@ -25,10 +25,11 @@ from hf_reram import (
 )
 from hf_reram.nn.tensors import whole
 
-# What each process calls in each step: experts, of which one is nobody's in a step and one everybody's, and whether the
-# layer that may be dropped runs.
-ROUTES = {0: [((0, 1), True), ((1,), True), ((2, 0), False)], 1: [((1, 2), False), ((0,), True), ((2,), False)]}
+# What each process calls in each step: experts, and whether the layer that may be dropped runs. In the second step one
+# process calls no crossbar, in the third nobody the layer that may be dropped.
+ROUTES = {0: [((0, 1), True), ((1,), True), ((2, 0), False)], 1: [((1, 2), False), ((), False), ((2,), False)]}
 PROCESSES, STEPS = 2, 3
+DIGITAL = {"modules_to_not_convert": ["head"]}
 
 
 class Routed(nn.Module):
@@ -40,7 +41,7 @@ class Routed(nn.Module):
     def forward(self, x, experts=(0, 1, 2), dropped=True):
         # FSDP2 reduces the gradients of those weights that have some, which must be the same ones in all processes.
         nothing = 0.0 * sum(p.sum() for p in self.parameters())
-        x = torch.tanh(sum(self.experts[i](x) for i in experts) + nothing)
+        x = torch.tanh(x + sum(self.experts[i](x) for i in experts) + nothing)
         return self.head(torch.tanh(self.dropped(x)) if dropped else x)
 
 
@@ -65,7 +66,7 @@ def main(out: str, mode: str, kind: str) -> None:
     torch.manual_seed(0)
     if mode != "one":
         dist.init_process_group("gloo")
-    inner = patch_model(Routed(), ReRAMConfig(retention_loss=kind, retention_weight=5.0))
+    inner = patch_model(Routed(), ReRAMConfig(retention_loss=kind, retention_weight=5.0, **DIGITAL))
     calibrate(inner, [batch(0, 9)[0]])
     model = wrapped(inner, mode)
     optimizer = torch.optim.SGD(inner.parameters(), lr=0.1)
