@@ -170,6 +170,10 @@ class _Observation:
             hook.remove()
 
 
+# What calibration sets beside buffers.
+KEPT = ("sensitivity", "copies_output", "clipped_by_choice", "choice_is_known")
+
+
 @contextmanager
 def _all_or_nothing(layers: Iterable[Any]) -> Iterator[None]:
     """Layers as they were before if what is inside fails."""
@@ -177,16 +181,16 @@ def _all_or_nothing(layers: Iterable[Any]) -> Iterator[None]:
         (
             layer,
             {name: getattr(layer, name).detach().clone() for name in BUFFERS},
-            layer.sensitivity,
-            layer.copies_output,
+            {name: getattr(layer, name) for name in KEPT},
         )
         for layer in layers
     ]
     try:
         yield
     except BaseException:
-        for layer, buffers, sensitivity, copies in before:
-            layer.sensitivity, layer.copies_output = sensitivity, copies
+        for layer, buffers, attributes in before:
+            for name, value in attributes.items():
+                setattr(layer, name, value)
             for name, value in buffers.items():
                 getattr(layer, name).detach().copy_(value)
             layer.forget_white_noise()
@@ -255,6 +259,7 @@ def _settle(shared: list[LayerStatistics], config: ReRAMConfig) -> None:
         layer.adc_range.fill_(_best_full_scale(statistics))
         layer.forget_white_noise()
         layer.scalars()
+        layer.note_choice()
 
 
 def _scales(statistics: LayerStatistics) -> Tensor:

@@ -23,6 +23,7 @@ from ..model.find import crossbar_layers, crossbar_states, replaced, reset_calls
 from ..model.inputs import evaluating, forked_rng
 from ..model.sharding import of_each, of_first, processes, talks
 from ..model.summary import summarize
+from ..nn.clipping import clipped_beyond_choice, in_words, warn_clipped
 from .report import Measurement, RobustnessReport
 from .run_log import Run, RunLog
 
@@ -104,6 +105,7 @@ def evaluate_robustness(
     with _alike(together or shares):
         log = RunLog(resume, owner_of(model, key, weights)) if resume is not None and logs else None
         found: dict[Run, dict[str, float]] = log.read() if log else {}
+    warn_clipped(crossbar_layers(model).values())
     silent: set[str] = set(log.uncalled) if log else set()
     if together or shares:
         runs, found, silent = of_first((runs, found, silent))
@@ -208,6 +210,8 @@ def _notes(model: nn.Module, seconds: list[float], kelvins: list[float | None]) 
             f"{len(names)} of {len(crossbar_layers(model))} crossbar layers are not calibrated, each batch spans an "
             f"input range of its own: {', '.join(names)}"
         )
+    if clipped := clipped_beyond_choice(crossbar_layers(model).values()):
+        notes.append(f"weights changed after calibration are clipped to what the cells can hold: {in_words(clipped)}")
     for part in states:
         device, of = part.config.device, f" ({part.config.device.name})" if len(states) > 1 else ""
         notes += [

@@ -60,9 +60,10 @@ class ReRAMQuantizer(HfQuantizer):
                 len(missing),
                 ", ".join(sorted(missing)),
             )
-        for layer in crossbar_layers(model).values():
+        for name, layer in crossbar_layers(model).items():
             if layer.weight.device.type != "meta":
                 layer.scalars()  # compiled code does not look
+                layer.note_choice(known=name in missing)
         # transformers refuses .half() and .float() for quantized models; here weights are ordinary parameters.
         model.is_quantized = False
         asked = getattr(self.quantization_config, "asked", None)

@@ -16,6 +16,7 @@ from ..device.time import parse_time
 from ..nn import CrossbarLayer
 from ..nn import array as cells_of
 from ..nn.array import Chip
+from ..nn.clipping import warn_clipped
 from ..nn.tensors import whole
 from .find import (
     chip_names,
@@ -47,7 +48,9 @@ def deploy(
 
     Of weights that are sharded (FSDP2) all processes deploy the same chip, and begin and end it together.
 
-    Crossbar layers that did not run although the model did are named in a warning: these were no chip.
+    Crossbar layers that did not run although the model did are named in a warning: these were no chip. So are those
+    whose weights have changed since calibration so that many are beyond what their cells can hold, as merged adapters
+    may be.
 
     Args:
         model: patched by :func:`hf_reram.patch_model`, or of parts that were.
@@ -83,6 +86,7 @@ def deploy(
                 )
                 layer.put(token, aged)
         warn_uncalibrated(model)
+        warn_clipped(layers)
         reset_calls(model)
         yield model
         reshard(model)

@@ -139,6 +139,7 @@ def initialize_layers(model: nn.Module, names: set[str] | None = None) -> None:
             )
         layer.forget_white_noise()
         layer.scalars()
+        layer.note_choice()
         if config.learn_input_range and not isinstance(layer.input_range, nn.Parameter):
             make_range_trainable(layer)
 

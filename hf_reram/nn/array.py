@@ -200,6 +200,16 @@ def offset_output(layer: "CrossbarLayer", programmed: Tensor) -> tuple[Tensor, T
 
 
 @torch.no_grad()
+def clipped_share(layer: "CrossbarLayer", scale: Tensor | None = None) -> float:
+    """Share of the weights beyond what the cells can hold, or could with another ``scale`` of weight_scale's shape."""
+    weight: Any = layer.weight.detach()
+    if hasattr(weight, "full_tensor"):  # FSDP2 holds a shard of it
+        weight = weight.full_tensor()
+    edge = layer.held_scale(scale=scale) * (1 + 4 * torch.finfo(weight.dtype).eps)  # at the edge is within
+    return float(torch.count_nonzero(cell_weight(layer, weight).abs() > edge)) / max(weight.numel(), 1)
+
+
+@torch.no_grad()
 def white_noise_std(layer: "CrossbarLayer") -> float:
     """Spread, in units of weight_scale, of white noise with the power of the device's error."""
     # In units of w_scale, so that the result is right where a whole channel is zero.

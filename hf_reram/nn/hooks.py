@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .clipping import warn_clipped
 from .forward import Padding, runs_again
 from .sharing import forget_shared
 from .state import CrossbarState, reference
@@ -89,6 +90,9 @@ class EndForward:
         state.running = None
         if not torch.compiler.is_compiling():
             forget_shared()
+            if state.changed:
+                changed, state.changed = state.changed, []
+                warn_clipped(changed)
             if module.training:
                 state.end(outputs)
                 if state.chips:

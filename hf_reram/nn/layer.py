@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..device.moments import WeightError
-from .array import Chip, hold, white_noise_std
+from .array import Chip, clipped_share, hold, white_noise_std
 from .drive import drive
 from .joined import new_joined
 from .layout import Layout
@@ -20,6 +20,9 @@ from .terms import account
 FILLS = dict.fromkeys(BUFFERS, 0.0)
 FILLS |= {"range_shrink": 1.0, "gain": 1.0, "input_floor": -1.0, "pairs_per_weight": 1.0, "input_scale": 1.0}
 
+# Elements along each dimension of a weight that tell whether it has changed.
+FEW = 6
+
 # What copies and pickles start without, and nothing saves.
 _PASSING: dict[str, Any] = {
     "chip": None,
@@ -27,6 +30,7 @@ _PASSING: dict[str, Any] = {
     "_scalars_of": None,
     "_offset": None,
     "_white_std": None,
+    "_looked": None,
 }
 
 
@@ -64,6 +68,8 @@ class CrossbarLayer(Layout):
         chip: the cells of the chip that it is deployed as, None where it is not; see :func:`hf_reram.deploy`.
         sensitivity: (output channels,), Fisher information, see :mod:`hf_reram.calibration.sensitivity`; or None.
         copies_output: whether the model may change the output in place, which a retention term still needs.
+        clipped_by_choice: share of the weights that its scale clipped when that was chosen or loaded (where nothing
+            tells whether by choice: ``choice_is_known``); None where nobody has looked.
     """
 
     bias: Any
@@ -79,6 +85,8 @@ class CrossbarLayer(Layout):
     counter: "Counter"
     sensitivity: Tensor | None
     copies_output: bool
+    clipped_by_choice: float | None = None
+    choice_is_known: bool = False
     chip: Chip | None
     _chips: dict[Any, Chip] | None  # of all contexts
     _digital_class: Any  # that it was made from
@@ -87,6 +95,7 @@ class CrossbarLayer(Layout):
     _constants: str | None = None  # the same for compiled code
     _offset: Tensor | None = None  # o / a
     _white_std: float | None = None
+    _looked: Any = None  # some of the weights that were looked at last, and their version
 
     # The signal
 
@@ -107,6 +116,8 @@ class CrossbarLayer(Layout):
         counter.calls = 1 if compiled else counter.calls + 1
         if self.training:
             self.crossbar.enter(self.crossbar_name, input.shape[0] if input.dim() else 1)
+        elif self.chip is None and not compiled and self._has_changed():
+            self.crossbar.changed.append(self)
         return self.scalars()
 
     # Its numbers
@@ -161,6 +172,22 @@ class CrossbarLayer(Layout):
             self._scalars_of, self._scalars, self._offset = key, read_scalars(self), None
             self._constants = to_text(self._scalars)
         return self._scalars
+
+    def note_choice(self, known: bool = True) -> None:
+        """Remember how much of the weights is clipped now, by choice, or where that is not ``known``."""
+        self.clipped_by_choice, self.choice_is_known = clipped_share(self), known
+
+    def _has_changed(self) -> bool:
+        """Whether the weight was changed since this was asked last, by PyTorch's count or, on CPUs, in a few of its
+        elements: merging an adapter is a change of ``.data``, which nothing counts."""
+        weight = self._parameters.get("weight")
+        if weight is None or weight.is_meta or hasattr(weight, "device_mesh"):
+            return False
+        few = None
+        if weight.is_cpu:
+            few = weight.detach()[tuple(slice(None, None, max(1, size // FEW)) for size in weight.shape)].tolist()
+        before, self._looked = self._looked, (-1 if weight.is_inference() else weight._version, weight.data_ptr(), few)
+        return self._looked != before
 
     def look_again(self) -> Scalars:
         """The same read anew, also where ``.data`` of a buffer was written to, of which PyTorch keeps no count."""
@@ -221,6 +248,8 @@ class CrossbarLayer(Layout):
             "counter",
             "sensitivity",
             "copies_output",
+            "clipped_by_choice",
+            "choice_is_known",
             "_scalars",
             "_constants",
             *_PASSING,
@@ -266,6 +295,8 @@ class CrossbarLayer(Layout):
         self.forget_white_noise()
         if self.input_range.device.type != "meta":
             self.scalars()  # compiled code does not look
+            if f"{args[1]}weight_scale" in args[0]:
+                self.note_choice(known=False)
 
     def __reduce_ex__(self, protocol):
         joined = type(self).__dict__.get("joined")

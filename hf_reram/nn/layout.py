@@ -141,9 +141,10 @@ class Layout(nn.Module):
         groups = self.groups if len(scale) > 1 else 1
         return scale.view(groups, len(scale) // groups, -1)
 
-    def held_scale(self, dtype: torch.dtype | None = None) -> Tensor:
-        """weight_scale so that it broadcasts against the weight, in a dtype, None for the weight's."""
-        scale = self.weight_scale.to(self.weight.dtype if dtype is None else dtype)
+    def held_scale(self, dtype: torch.dtype | None = None, scale: Tensor | None = None) -> Tensor:
+        """weight_scale, or another ``scale`` of its shape, so that it broadcasts against the weight, in a dtype, None
+        for the weight's."""
+        scale = (self.weight_scale if scale is None else scale).to(self.weight.dtype if dtype is None else dtype)
         return self.along_outputs(scale) if scale.dim() == 1 else self.from_rows(self.along_rows(scale))
 
 

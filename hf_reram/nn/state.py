@@ -30,6 +30,8 @@ class CrossbarState:
         calls: forwards of the model; running: what began the one that is under way, None if none is.
         report: its last robustness report, whose weights it may have left since. warned: of what there was a warning.
         names: of the layers that were put on crossbars. chips: contexts that deploy it now; deployments: so far.
+        changed: layers whose weights have changed since the last forward in evaluation. clipped: share of the weights
+            that are clipped, by name of the layers where it is more than by choice.
         following: of the training that the numbers of calibration follow now, None where they stay.
     """
 
@@ -47,6 +49,8 @@ class CrossbarState:
         self.warned: set[Any] = set()
         self.names: frozenset[str] = frozenset()
         self.chips = self.deployments = 0
+        self.changed: list[Any] = []
+        self.clipped: dict[str, float] = {}
         self.following: Following | None = None
         self._root = reference(root)
         self._waiting: list[Any] = []  # references to forwards whose terms may still join a loss

@@ -6,6 +6,7 @@ from transformers import TrainerCallback
 
 from ..model.deploy import warn_uncalled
 from ..model.find import crossbar_layers, crossbar_states, reset_calls, uncalled
+from ..nn.clipping import warn_clipped
 from .following import begin_following, follow_training, stop_following
 from .losses import hold_weights
 
@@ -22,6 +23,7 @@ class HoldWeights(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._sums.clear()
         self.trainer._logged_step = state.global_step
+        warn_clipped(crossbar_layers(self.trainer.model).values())  # before they are cut off
         hold_weights(self.trainer.model)
         begin_following(self.trainer.model, state.global_step, self._settled(state))
 

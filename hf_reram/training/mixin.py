@@ -23,6 +23,7 @@ from ..model.find import crossbar_layers, crossbar_state, crossbar_states, unwra
 from ..model.inputs import call_model, evaluating, forked_rng
 from ..model.patch import patch_model, unpatch_model
 from ..model.reconfigure import reconfigure, watch
+from ..nn.clipping import clipped_beyond_choice, warn_clipped
 from .callbacks import HoldWeights, NameUncalled
 from .checkpoints import last_checkpoint, set_incomplete_aside
 from .diagnosis import explain
@@ -111,7 +112,9 @@ class TrainingMixin(Base):
         self.reram_config = state.config
         if self._handed_config is not None:
             watch(self._handed_config, model)
-        calibrated = all(layer.calibrated for layer in crossbar_layers(model).values())
+        layers = crossbar_layers(model).values()
+        warn_clipped(layers)
+        calibrated = all(layer.calibrated for layer in layers) and not clipped_beyond_choice(layers)
         needs_sensitivity = any(part.term == "sensitivity" for part in crossbar_states(model))
         if calibrated and not needs_sensitivity:
             return

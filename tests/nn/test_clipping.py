@@ -1,0 +1,161 @@
+"""Weights that leave the cells' range after calibration are named before a number is reported as a chip's."""
+
+import copy
+import logging
+import re
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import BertForSequenceClassification, TrainingArguments
+
+from hf_reram import (
+    ReRAMConfig,
+    ReRAMTrainer,
+    calibrate,
+    crossbar_layers,
+    deploy,
+    evaluate_robustness,
+    inspect_layers,
+    patch_model,
+)
+from tests.samples.models import bert_batch, tiny_bert
+
+
+def patched(**changes) -> BertForSequenceClassification:
+    return calibrate(patch_model(tiny_bert(), ReRAMConfig(**changes)), [bert_batch()])
+
+
+@pytest.fixture
+def said(caplog, monkeypatch):
+    """The layers that a warning names since it was last called, and the shares of their weights [%]."""
+    monkeypatch.setattr(logging.getLogger("hf_reram.nn.clipping"), "propagate", True)
+
+    def named() -> dict[str, int]:
+        text = " ".join(r.getMessage() for r in caplog.records if "clipped to what" in r.getMessage())
+        caplog.clear()
+        return {name: int(share) for name, share in re.findall(r"([\w.]+) \((\d+)%\)", text)}
+
+    return named
+
+
+def shares(model) -> dict[str, float]:
+    return {layer.name: layer.clipped for layer in inspect_layers(model, "1d")}
+
+
+def adapted(model, scale: float = 1.0):
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["query"])).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=scale)
+    return model
+
+
+def grow(layer, times: float = 30.0) -> None:
+    layer.weight.data.copy_(layer.weight.data * times)
+
+
+def call(model):
+    with torch.no_grad():
+        model(**bert_batch())
+
+
+def chip(model):
+    with deploy(model, "1d"):
+        pass
+
+
+def report(model):
+    return evaluate_robustness(model, lambda m: float(m(**bert_batch()).loss), ["1d"], seeds=1, progress=False)
+
+
+@pytest.mark.parametrize("use", [call, chip, report])
+@pytest.mark.parametrize("clip", ["auto", None, 2.0])
+def test_weights_beyond_their_scale_are_named_with_their_share(said, use, clip):
+    model = patched(weight_clip=clip)
+    use(model)
+    assert said() == {}  # what calibration clips is meant
+    names = ["bert.encoder.layer.0.attention.self.key", "classifier"]
+    for name in names:
+        grow(crossbar_layers(model)[name])
+    use(model)
+    found, all_shares = said(), shares(model)
+    assert found == {name: round(100 * all_shares[name]) for name in names}
+    assert min(found.values()) > 40
+    use(model)
+    assert said() == {}  # once
+
+
+@pytest.mark.parametrize("merge", [lambda m: m.merge_and_unload(), lambda m: m.merge_adapter() or m])
+def test_a_merged_adapter_is_named(said, merge):
+    model = merge(copy.deepcopy(adapted(patched())))
+    call(model)
+    assert sorted(said()) == [f"bert.encoder.layer.{i}.attention.self.query" for i in range(2)]
+
+
+def test_an_adapter_that_is_taken_out_again_is_not(said):
+    model = adapted(patched())
+    call(model)
+    assert said() == {}
+    model.merge_adapter()
+    call(model)
+    assert len(said()) == 2
+    model.unmerge_adapter()
+    call(model)
+    assert said() == {}
+    model.merge_adapter()
+    chip(model)
+    assert len(said()) == 2
+
+
+def test_a_state_dict_of_other_weights_is_named(said):
+    model, other = patched(), tiny_bert().state_dict()
+    model.load_state_dict({k: 30 * v for k, v in other.items() if k.endswith("weight")}, strict=False)
+    call(model)
+    assert set(said()) == set(crossbar_layers(model))
+
+
+def test_a_state_dict_with_its_own_numbers_is_not(said):
+    model, other = patched(), patched(weight_clip=1.5)
+    grow(other.classifier, 3.0)
+    calibrate(other, [bert_batch()])
+    model.load_state_dict(other.state_dict())
+    call(model)
+    assert said() == {}
+
+
+def test_a_checkpoint_of_weights_and_foreign_numbers_is_named(said, tmp_path):
+    model = patched(weight_clip=None)
+    model.save_pretrained(tmp_path / "good")
+    grow(model.classifier)
+    model.save_pretrained(tmp_path / "bad")
+    for folder, names in (("good", set()), ("bad", {"classifier"})):
+        call(BertForSequenceClassification.from_pretrained(tmp_path / folder).eval())
+        assert set(said()) == names
+
+
+def test_the_report_says_so():
+    model = patched()
+    assert not any("clipped" in note for note in report(model).notes)
+    grow(model.classifier)
+    assert any("classifier (" in note and "clipped" in note for note in report(model).notes)
+
+
+def test_calibration_maps_them_anew(said):
+    model = patched()
+    grow(model.classifier)
+    calibrate(model, [bert_batch()])
+    assert shares(model)["classifier"] < 0.1
+    call(model)
+    assert said() == {}
+
+
+def test_the_trainer_calibrates_anew_before_it_trains(said, tmp_path):
+    model = adapted(patched()).merge_and_unload()
+    before = max(shares(model).values())
+    batch = bert_batch(8)
+    data = [{key: value[i] for key, value in batch.items()} for i in range(8)]
+    args = TrainingArguments(tmp_path, max_steps=1, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True)
+    ReRAMTrainer(model, args, train_dataset=data)
+    assert before > 0.4 > 0.2 > max(shares(model).values())
