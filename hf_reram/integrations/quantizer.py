@@ -16,6 +16,8 @@ from ..model.find import crossbar_layers, crossbar_state
 from ..model.patch import initialize_layers, make_range_trainable, patch_model, swap_layers, unpatch_model
 from ..model.reconfigure import reconfigure
 from ..nn.layer import BUFFERS, FILLS
+from .resizing import SET_HEAD, attach_resizing
+from .saving import SAVE, attach_saving
 from .upload import UPLOAD, attach_upload
 
 logger = logging.get_logger(__name__)
@@ -30,7 +32,7 @@ class ReRAMQuantizer(HfQuantizer):
     requires_calibration = False
     quantization_config: ReRAMConfig
     files: Any = None  # that the weights come from
-    gathered: dict[str, Any] | None = None  # the state dict of a sharded model while it is saved
+    given: dict[str, Any] | None = None  # the state dict that save_pretrained is given, while it saves
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         self.files = checkpoint_files if self.pre_quantized else None
@@ -73,7 +75,7 @@ class ReRAMQuantizer(HfQuantizer):
             _put_on(model, asked)
         if crossbar_layers(model):
             attach_stored_report(model, self.files)
-        attach_upload(model)
+        attach_methods(model)
         return model
 
     def _dequantize(self, model, dtype=None):
@@ -81,7 +83,7 @@ class ReRAMQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model):
         """What ``save_pretrained`` takes in place of the state dict that it is given; None takes the model's own."""
-        return self.gathered, {}
+        return self.given, {}
 
     def is_serializable(self) -> bool:
         return True
@@ -141,14 +143,23 @@ def attach(model: Any, config: ReRAMConfig) -> None:
     upload report and card."""
     model.config.quantization_config = config
     model.hf_quantizer = ReRAMQuantizer(config, pre_quantized=False)
+    attach_methods(model)
+
+
+def attach_methods(model: Any) -> None:
+    """Have methods of a patched PreTrainedModel know of its crossbars."""
     attach_upload(model)
+    attach_saving(model)
+    attach_resizing(model)
 
 
 def detach(model: Any) -> None:
     """Undo :func:`attach`, and what ``from_pretrained`` does."""
+    for name in (UPLOAD, SAVE, SET_HEAD):
+        model.__dict__.pop(name, None)
     if not isinstance(getattr(model.config, "quantization_config", None), ReRAMConfig):
         return
-    for owner, name in ((model, "hf_quantizer"), (model, UPLOAD), (model.config, "quantization_config")):
+    for owner, name in ((model, "hf_quantizer"), (model.config, "quantization_config")):
         owner.__dict__.pop(name, None)
 
 

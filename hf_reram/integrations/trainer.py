@@ -95,15 +95,8 @@ class ReRAMTrainerMixin(TrainingMixin, EvaluationMixin, HubMixin):
         output_dir = output_dir if output_dir is not None else self.args.output_dir or "."
         if not self.args.should_save:
             return super()._save(output_dir, state_dict)
-        quantizer = getattr(self.accelerator.unwrap_model(self.model), "hf_quantizer", None)
-        try:
-            if quantizer is not None:
-                quantizer.gathered = state_dict
-            with staged(output_dir) as staging:
-                super()._save(staging, state_dict)
-        finally:
-            if quantizer is not None:
-                quantizer.gathered = None
+        with staged(output_dir) as staging:
+            super()._save(staging, state_dict)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """As Trainer's, without what has to be unpickled, and with a card that is the new weights'."""

@@ -107,3 +107,21 @@ def test_a_newer_checkpoint_is_a_clear_error(tiny_bert, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="newer hf_reram"):
         BertForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_a_state_dict_that_is_given_is_saved(tiny_bert, tmp_path):
+    calibrated(tiny_bert)
+    whole = {name: value + 1 for name, value in tiny_bert.state_dict().items()}
+    tiny_bert.save_pretrained(tmp_path / "whole", state_dict=whole)
+    again = BertForSequenceClassification.from_pretrained(tmp_path / "whole").state_dict()
+    assert all(torch.equal(again[name], value) for name, value in whole.items())
+    # Of weights alone: with the model's own numbers.
+    weights = {name: value * 0.5 for name, value in tiny_bert.named_parameters()}
+    tiny_bert.save_pretrained(tmp_path / "weights", state_dict=weights)
+    model = BertForSequenceClassification.from_pretrained(tmp_path / "weights")
+    for name, value in tiny_bert.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weights.get(name, value)), name
+    # What is saved next is the model itself.
+    tiny_bert.save_pretrained(tmp_path / "own")
+    model = BertForSequenceClassification.from_pretrained(tmp_path / "own")
+    assert torch.equal(model.classifier.weight, tiny_bert.classifier.weight)
