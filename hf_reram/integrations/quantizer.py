@@ -4,6 +4,7 @@
 checkpoint as the plain digital model that its weights are.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers.quantizers import auto
@@ -12,8 +13,8 @@ from transformers.utils import logging
 
 from ..config import TRAINING_FIELDS, ReRAMConfig
 from ..hub.report import attach_stored_report
-from ..model.find import crossbar_layers, crossbar_state
-from ..model.patch import initialize_layers, make_range_trainable, patch_model, swap_layers, unpatch_model
+from ..model.find import crossbar_layers, crossbar_states
+from ..model.patch import initialize_layers, make_range_trainable, patch_model, swap_layers, take_off, unpatch_model
 from ..model.reconfigure import reconfigure
 from ..nn.layer import BUFFERS, FILLS
 from .resizing import SET_HEAD, attach_resizing
@@ -31,23 +32,27 @@ class ReRAMQuantizer(HfQuantizer):
 
     requires_calibration = False
     quantization_config: ReRAMConfig
+    parts: Sequence[tuple[Any, ReRAMConfig]] = ()  # of the model that were patched by themselves, and their configs
     files: Any = None  # that the weights come from
     given: dict[str, Any] | None = None  # the state dict that save_pretrained is given, while it saves
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         self.files = checkpoint_files if self.pre_quantized else None
-        swap_layers(model, self.quantization_config, stored=self.pre_quantized)
-        if self.quantization_config.learn_input_range:
-            for layer in crossbar_layers(model).values():
+        self.parts = stored_parts(model) if self.pre_quantized else []
+        for part, config in self.parts or [(model, self.quantization_config)]:
+            swap_layers(part, config, stored=self.pre_quantized)
+        for layer in crossbar_layers(model).values():
+            if layer.crossbar.config.learn_input_range:
                 make_range_trainable(layer)
-        absent = ADDED_LATER if self.pre_quantized else BUFFERS  # a digital checkpoint need have none of them
-        ignored = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])
-        model._keys_to_ignore_on_load_missing = ignored + [rf"(^|\.){name}$" for name in absent]
+        ignored = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])  # what is missing we say below
+        model._keys_to_ignore_on_load_missing = ignored + [rf"(^|\.){name}$" for name in BUFFERS]
         return model
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         needed = [name for name in (*BUFFERS, "weight") if name not in ADDED_LATER]
         missing = set()
+        if self.pre_quantized:
+            self._take_digital_layers_off(model)
         for name, layer in crossbar_layers(model).items():
             if not self.pre_quantized or not all(_was_loaded(getattr(layer, b)) for b in needed):
                 missing.add(name)
@@ -76,7 +81,22 @@ class ReRAMQuantizer(HfQuantizer):
         if crossbar_layers(model):
             attach_stored_report(model, self.files)
         attach_methods(model)
+        if self.parts:  # each has a config of its own
+            model.config.__dict__.pop("quantization_config", None)
+            for part, config in self.parts:
+                attach(part, config)
         return model
+
+    def _take_digital_layers_off(self, model):
+        """Layers of which the checkpoint has weights but no numbers, beside others with numbers, were digital when it
+        was saved, as where a part of the model was patched alone."""
+        layers = crossbar_layers(model)
+        known = {name for name, layer in layers.items() if any(_was_loaded(getattr(layer, b)) for b in BUFFERS)}
+        digital = [name for name, layer in layers.items() if name not in known and _was_loaded(layer.weight)]
+        for name in digital if known else ():
+            take_off(layers[name])
+        if digital and known:
+            logger.info("these layers are digital in the checkpoint, and stay so: %s", ", ".join(digital))
 
     def _dequantize(self, model, dtype=None):
         return unpatch_model(model)
@@ -121,17 +141,34 @@ def merged(stored: Any, asked: ReRAMConfig) -> ReRAMConfig:
 
 def _put_on(model: Any, asked: ReRAMConfig) -> None:
     """Put a loaded model on other cells; of those that it is on, only loss, times and temperature change."""
-    config = crossbar_state(model).config
-    if asked.hardware() == config.hardware():
+    configs = [state.config for state in crossbar_states(model)]
+    if all(asked.hardware() == config.hardware() for config in configs):
         reconfigure(model, **{name: getattr(asked, name) for name in TRAINING_FIELDS})
         return
     patch_model(unpatch_model(model), asked)
     logger.warning(
         "the checkpoint is of %s, and its calibration with it: put on %s as quantization_config says, the model is not "
         "calibrated, call hf_reram.calibrate(model, batches)",
-        config.device.name,
+        ", ".join(config.device.name for config in configs),
         asked.device.name,
     )
+
+
+def stored_parts(model: Any) -> list[tuple[Any, ReRAMConfig]]:
+    """The models inside a model, outermost, that have a ReRAMConfig in a config of their own, as when they were patched
+    by themselves; where the model has one for all there are none."""
+    found: list[tuple[Any, ReRAMConfig]] = []
+    inside: set[int] = set()
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        stored = None if config is model.config else getattr(config, "quantization_config", None)
+        if stored is None or id(module) in inside:
+            continue
+        data = stored if isinstance(stored, dict) else stored.to_dict()
+        if data.get("quant_method") == ReRAMConfig.quant_method:
+            inside |= {id(m) for m in module.modules()}
+            found.append((module, ReRAMConfig.from_dict(data)))
+    return found
 
 
 def _was_loaded(tensor) -> bool:

@@ -71,6 +71,28 @@ def _tell_quantizers(auto: Any) -> None:
         if METHOD not in known or not known[METHOD].__module__.startswith("hf_reram."):
             register(METHOD)(ours)
     _tell_of_two_configs(auto.AutoHfQuantizer)
+    _tell_of_parts(auto)
+
+
+def _tell_of_parts(auto: Any) -> None:
+    """Have a ReRAMConfig found that stands in the config of a part, such as an encoder that was patched by itself:
+    transformers looks into that of the whole and of its text decoder only."""
+    theirs = auto.get_hf_quantizer
+    if theirs.__module__ == __name__:
+        return
+
+    def get_hf_quantizer(config, *args, **kwargs):
+        known = (config, config.get_text_config(decoder=True))
+        if all(getattr(part, "quantization_config", None) is None for part in known):
+            for part in list(vars(config).values()):
+                stored = getattr(part, "quantization_config", None)
+                if isinstance(stored, dict) and stored.get("quant_method") == METHOD:
+                    config.quantization_config = stored
+        return theirs(config, *args, **kwargs)
+
+    for module in (auto, sys.modules.get("transformers.modeling_utils")):
+        if module is not None:
+            module.get_hf_quantizer = get_hf_quantizer
 
 
 def _tell_of_two_configs(quantizers: Any) -> None:

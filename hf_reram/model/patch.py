@@ -173,11 +173,16 @@ def unpatch_model(model: Any) -> nn.Module:
             f"unpatch_model: parametrizations (weight norm, spectral norm, ...) stand on crossbar layers "
             f"{', '.join(computed)}: take them off first, as by torch.nn.utils.parametrize.remove_parametrizations"
         )
-    for module in base.modules():
-        if isinstance(module, CrossbarLayer):
-            module.crossbar.names -= {module.crossbar_name}
     _take_off(base)
     return model
+
+
+def take_off(layer: CrossbarLayer) -> None:
+    """Take one layer off its crossbar."""
+    layer.crossbar.names -= {layer.crossbar_name}
+    crossbar = type(layer)
+    layer.remove_crossbar()
+    renew_methods(layer, crossbar)
 
 
 def _take_off(model: Any) -> None:
@@ -185,9 +190,7 @@ def _take_off(model: Any) -> None:
     module: Any
     for module in list(model.modules()):  # PEFT's modules_to_save are copies
         if isinstance(module, CrossbarLayer):
-            crossbar = type(module)
-            module.remove_crossbar()
-            renew_methods(module, crossbar)
+            take_off(module)
         if module.__dict__.pop("_was_inplace", False):
             module.inplace = True
         for hook in module.__dict__.pop("_crossbar_hooks", ()):

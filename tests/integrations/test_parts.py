@@ -1,0 +1,84 @@
+"""Models of which parts were patched by themselves, saved and loaded as one."""
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertLMHeadModel,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    EncoderDecoderModel,
+)
+
+from hf_reram import ReRAMConfig, calibrate, crossbar_layers, patch_model
+from tests.samples.models import bert_batch, tiny_bert
+
+DEVICES = {"encoder": "hfox-neurram", "decoder": "cmo-hfox-ibm"}
+
+
+def towers() -> EncoderDecoderModel:
+    shape = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    decoder = BertConfig(**shape, intermediate_size=32, is_decoder=True, add_cross_attention=True)
+    encoder = BertConfig(**shape, intermediate_size=32)
+    return EncoderDecoderModel(encoder=BertModel(encoder), decoder=BertLMHeadModel(decoder)).eval()
+
+
+BATCH = {"input_ids": torch.randint(1, 50, (4, 6)), "decoder_input_ids": torch.randint(1, 50, (4, 5))}
+
+
+@torch.no_grad()
+def logits(model, batch=BATCH):
+    torch.manual_seed(0)  # of the read noise
+    return model(**batch).logits
+
+
+def devices(model) -> dict[str, str]:
+    return {name: layer.crossbar.config.device.name for name, layer in crossbar_layers(model).items()}
+
+
+@pytest.mark.parametrize("parts", [["encoder", "decoder"], ["encoder"], ["decoder"]])
+def test_each_part_comes_back_on_its_own_device(parts, tmp_path):
+    model = towers()
+    for part in parts:
+        patch_model(getattr(model, part), ReRAMConfig(device=DEVICES[part], learn_input_range=part == "encoder"))
+    calibrate(model, [BATCH])
+    folders = [tmp_path / "first", tmp_path / "second"]
+    before = devices(model)
+    assert set(before.values()) == {DEVICES[part] for part in parts}
+    again = model
+    for folder in folders:  # saved again as it came
+        again.save_pretrained(folder)
+        again = EncoderDecoderModel.from_pretrained(folder).eval()
+        assert devices(again) == before
+        assert all(layer.calibrated for layer in crossbar_layers(again).values())
+        torch.testing.assert_close(logits(again), logits(model))
+
+
+def test_towers_of_images_and_texts_too(tmp_path):
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config={**shape, "vocab_size": 50}, vision_config={**shape, "image_size": 16, "patch_size": 8}
+    )
+    model = CLIPModel(config).eval()
+    patch_model(model.vision_model, ReRAMConfig(device="cmo-hfox-ibm"))
+    batch = {"input_ids": torch.randint(1, 49, (2, 6)), "pixel_values": torch.randn(2, 3, 16, 16)}
+    calibrate(model, [batch])
+    model.save_pretrained(tmp_path)
+    again = CLIPModel.from_pretrained(tmp_path).eval()
+    assert devices(again) == devices(model) and len(devices(again)) > 4
+    with torch.no_grad():
+        torch.testing.assert_close(again(**batch).logits_per_text, model(**batch).logits_per_text)
+
+
+def test_beside_a_part_that_was_patched_alone_the_rest_stays_digital(tmp_path):
+    model, batch = tiny_bert(), bert_batch()
+    patch_model(model.bert, ReRAMConfig())
+    calibrate(model, [batch])
+    names, again = list(crossbar_layers(model)), model
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        again.save_pretrained(folder)
+        again = BertForSequenceClassification.from_pretrained(folder).eval()
+        assert list(crossbar_layers(again)) == names and type(again.classifier) is torch.nn.Linear
+        torch.testing.assert_close(logits(again, batch), logits(model, batch))
