@@ -1,11 +1,13 @@
 """The part of a Trainer that evaluates a model as chips."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from ..device.time import format_time, parse_time
 from ..model.deploy import deploy
 from .content import content_of
+from .precision import restored
 from .report import RobustnessReport
 from .robustness import DEFAULT_TIMES, evaluate_robustness
 
@@ -36,7 +38,7 @@ class EvaluationMixin(Base):
         ignore_keys=None,
         metric_key_prefix="eval",
     ) -> "EvalLoopOutput":
-        measure = super().evaluation_loop
+        measure = self._uncast(super().evaluation_loop)
         output = measure(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         metrics: dict[str, float] = output.metrics or {}
         for time in self.eval_times if metric_key_prefix.startswith("eval") else ():
@@ -49,6 +51,17 @@ class EvaluationMixin(Base):
             for name in chips[0]:
                 metrics[name] = sum(chip[name] for chip in chips) / len(chips)
         return output
+
+    def _uncast(self, measure: Callable[..., Any]) -> Callable[..., Any]:
+        """An evaluation after which the model has its own dtype: ``bf16_full_eval`` and ``fp16_full_eval`` cast it in
+        place, and what is trained or saved next would be rounded."""
+
+        def measured(*args, **kwargs) -> Any:
+            casts = (self.args.bf16_full_eval or self.args.fp16_full_eval) and not self.is_in_train
+            with restored(self.model) if casts else nullcontext():
+                return measure(*args, **kwargs)
+
+        return measured
 
     def evaluate_robustness(
         self,
@@ -83,7 +96,7 @@ class EvaluationMixin(Base):
         several = isinstance(datasets, dict) and not hasattr(datasets, "column_names")
         parts = {f"{name}_": part for name, part in datasets.items()} if several else {"": eval_dataset}
         loaders = {name: self.get_eval_dataloader(part) for name, part in parts.items()}
-        measure = super().evaluation_loop
+        measure = self._uncast(super().evaluation_loop)
         self.prepare_generation()
         if kwargs.get("resume") is not None and kwargs.get("key") is None:
             content = {name: content_of(loader.dataset) for name, loader in loaders.items()}
@@ -106,9 +119,13 @@ class EvaluationMixin(Base):
         callbacks = self.callback_handler.callbacks
         self.callback_handler.callbacks = []  # no progress bar per chip, no prediction events
         try:
-            return evaluate_robustness(self.model, evaluate, times, temperatures, seeds, **kwargs)
+            report = evaluate_robustness(self.model, evaluate, times, temperatures, seeds, **kwargs)
         finally:
             self.args.disable_tqdm, self.callback_handler.callbacks = bars, callbacks
+        if self.args.bf16_full_eval or self.args.fp16_full_eval:
+            dtype = "float16" if self.args.fp16_full_eval else "bfloat16"
+            report.notes.append(f"evaluated in {dtype}, to which weights were rounded for it")
+        return report
 
 
 def _numbers_of(metrics: dict[str, Any] | None, prefix: str) -> dict[str, float]:

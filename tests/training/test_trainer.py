@@ -6,6 +6,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import (
+    BertForSequenceClassification,
     EarlyStoppingCallback,
     TrainerCallback,
     TrainingArguments,
@@ -22,6 +23,7 @@ from hf_reram import (
     deploy,
     digital,
     patch_model,
+    report_of,
 )
 from hf_reram.config import RETENTION_LOSSES
 from tests.samples import models
@@ -416,3 +418,38 @@ def test_a_teacher_is_another_model(tmp_path):
     model = fresh_bert()
     with pytest.raises(ValueError, match="teacher is the model that is trained"):
         trainer_of(tmp_path, model=model, teacher=model)
+
+
+@pytest.mark.parametrize("name", ["bf16_full_eval", "fp16_full_eval"])
+def test_an_evaluation_in_half_precision_leaves_the_weights_that_were_trained(tmp_path, name):
+    options = {name: True, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    trainer = trainer_of(
+        tmp_path,
+        eval_dataset=examples(),
+        eval_times=["1d"],
+        eval_chips=2,
+        arguments_={**options, "load_best_model_at_end": True},
+    )
+    trainer.train()
+    trained = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    metrics = trainer.evaluate()
+    trainer.predict(examples())
+    report = trainer.evaluate_robustness(["1d"], seeds=2)
+    assert any(name[:2] in note.replace("bfloat", "bf").replace("float", "fp") for note in report.notes)
+    assert abs(report.statistic("loss", "1d").mean - metrics["eval_1d_loss"]) < 0.05
+    assert report.ideal["loss"] == pytest.approx(metrics["eval_loss"], abs=1e-2)
+    trainer.save_model(tmp_path / "saved")
+    again = BertForSequenceClassification.from_pretrained(tmp_path / "saved")
+    for found in (trainer.model.state_dict(), again.state_dict()):
+        assert all(torch.equal(found[key], value) and found[key].dtype == value.dtype for key, value in trained.items())
+    assert report_of(again) is not None  # of the weights that are saved
+    assert all(layer.chip is None for layer in crossbar_layers(trainer.model).values())
+
+
+def test_an_evaluation_in_half_precision_is_one(tmp_path):
+    trainer = trainer_of(tmp_path, eval_dataset=examples(), arguments_={"bf16_full_eval": True})
+    seen = []
+    trainer.model.classifier.register_forward_hook(lambda layer, args, y: seen.append(y.dtype))
+    trainer.evaluate()
+    trainer.evaluate_robustness(["1d"], seeds=1)
+    assert set(seen) == {torch.bfloat16}
