@@ -14,12 +14,11 @@ from transformers.utils import logging
 from ..evaluation.files import write_whole
 from ..evaluation.report import RobustnessReport
 from ..model.adapters import has_adapters
-from ..model.digest import weights_digest
 from ..model.find import crossbar_layers, crossbar_state
 from .about import about_model
 from .load import ADAPTER, has_file, load_model
 from .publish import COMPARISON, PLOT, merge_cards, publish, read_card, read_comparison, read_text
-from .report import REPORT, report_of, unmeasured
+from .report import REPORT, report_of, unmeasured, why_foreign
 
 logger = logging.get_logger(__name__)
 
@@ -127,10 +126,8 @@ def prepare(folder: str | os.PathLike, model: Any, repo: str | None = None) -> N
     report: RobustnessReport | None
     if file.exists():
         report = RobustnessReport.from_json(file)
-        if report.weights != weights_digest(model):
-            raise ValueError(
-                f"{file} was measured on other weights than those beside it: evaluate this model again, or delete it"
-            )
+        if why := why_foreign(model, report):
+            raise ValueError(f"{file} was measured {why}, not on what is beside it: evaluate it again, or delete it")
         rows = read_comparison(folder / COMPARISON) if (folder / COMPARISON).exists() else None
     elif (report := report_of(model)) is None and crossbar_state(model).report is not None:
         logger.warning("the weights have changed since evaluate_robustness: report and plot are not uploaded")

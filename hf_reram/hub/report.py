@@ -8,6 +8,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers.utils import cached_file, extract_commit_hash, logging
 
+from ..config import ReRAMConfig
 from ..evaluation.report import RobustnessReport
 from ..model.digest import weights_digest
 from ..model.find import crossbar_state
@@ -40,13 +41,29 @@ def stored_report(name: str | os.PathLike, **where: Any) -> RobustnessReport | N
 
 def report_of(model: nn.Module) -> RobustnessReport | None:
     """The report of a patched model as it is now: the one that :func:`hf_reram.evaluate_robustness` made of it last, or
-    that came with its checkpoint. None where there is none, or where it was measured on other weights.
+    that came with its checkpoint. None where there is none, or where it was measured on other weights or hardware.
 
     Raises:
         ValueError: the model is not patched.
     """
     report = crossbar_state(model).report
-    return report if report is not None and report.weights == weights_digest(model) else None
+    return report if report is not None and not why_foreign(model, report) else None
+
+
+def why_foreign(model: nn.Module, report: RobustnessReport) -> str:
+    """Why a report is not a patched model's as it is now, in words: it was measured on other weights or other hardware.
+    Empty where it is the model's."""
+    if report.weights != (found := weights_digest(model)):
+        return f"on other weights (digest {report.weights[:12] or 'missing'}, these have {found[:12]})"
+    if not report.config:  # says nothing of its hardware
+        return ""
+    hardware = crossbar_state(model).config.hardware()
+    try:
+        measured = ReRAMConfig.from_dict(report.config).hardware()
+    except ValueError as error:
+        return f"with a config that cannot be read ({error})"
+    other = [name for name in hardware if measured[name] != hardware[name]]
+    return f"with another {', '.join(other)}" if other else ""
 
 
 def unmeasured(model: Any, repo: str | None = None) -> RobustnessReport:
@@ -78,18 +95,12 @@ def attach_stored_report(model: Any, files: Sequence[str] | None) -> None:
 
 
 def attach_report(model: Any, report: RobustnessReport, name: str | os.PathLike) -> None:
-    """Give a patched model a report that came from ``name``, or warn that it was measured on other weights."""
-    found = weights_digest(model)
-    if report.weights == found:
-        crossbar_state(model).report = report
+    """Give a patched model a report that came from ``name``, or warn that it was measured on other weights or
+    hardware."""
+    if why := why_foreign(model, report):
+        logger.warning("%s: its %s was measured %s: its figures are not this model's", name, REPORT, why)
     else:
-        logger.warning(
-            "%s: its %s was measured on other weights (digest %s, these have %s): its figures are not this model's",
-            name,
-            REPORT,
-            report.weights[:12] or "missing",
-            found[:12],
-        )
+        crossbar_state(model).report = report
 
 
 def _floats(model: nn.Module):

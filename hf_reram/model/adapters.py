@@ -11,3 +11,26 @@ def has_adapters(model: Any) -> bool:
     from peft import PeftModel
 
     return isinstance(model, PeftModel)
+
+
+def adapters_in_use(model: Any) -> list[str]:
+    """What of a model's adapters is in use, in words: of each module that has some, unless it has a single one, which
+    is in use. Prompts and prefixes are the whole model's."""
+    if "peft" not in sys.modules:
+        return []
+    found = []
+    if has_adapters(model):
+        disabled = model._adapters_disabled
+        if disabled or len(model.peft_config) > 1:
+            found.append(f"active {model.active_adapters} disabled {disabled}")
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    for name, module in model.named_modules():
+        if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            continue
+        there = module._get_available_adapters()
+        active = [adapter for adapter in module.active_adapters if adapter in there]
+        if module.disable_adapters or set(active) != there or len(there) > 1:
+            found.append(f"{name} active {active} disabled {module.disable_adapters}")
+    return found

@@ -8,13 +8,15 @@ import torch
 from torch import nn
 
 from ..nn.tensors import whole
+from .adapters import adapters_in_use
 from .find import WRAPPERS, crossbar_states
 from .sharding import reshard
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and values of the state dict, in hexadecimal; whatever replicates, shards or
-    compiles the model. Where the weights are sharded (FSDP2), all processes have to ask for it.
+    """SHA-256 over names, dtypes, shapes and values of the state dict, and over which of several adapters are in use,
+    in hexadecimal; whatever replicates, shards or compiles the model. Where the weights are sharded (FSDP2), all
+    processes have to ask for it.
 
     Raises:
         ValueError: weights are on the meta device, as where accelerate has offloaded them.
@@ -34,6 +36,8 @@ def weights_digest(model: nn.Module) -> str:
             )
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         digest.update(whole(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for line in adapters_in_use(inner):
+        digest.update(line.encode())
     return digest.hexdigest()
 
 

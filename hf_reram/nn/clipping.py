@@ -13,6 +13,7 @@ from transformers.utils import logging
 from .array import cell_weight, clipped_share
 from .layer import CrossbarLayer
 from .mapping import CLIPS, layer_scales
+from .tensors import whole
 
 logger = logging.get_logger(__name__)
 
@@ -43,10 +44,7 @@ def clipped_beyond_choice(layers: Iterable[CrossbarLayer]) -> dict[str, float]:
 def most_by_choice(layer: CrossbarLayer) -> float:
     """The largest share of a layer's weights, as they are, that its config's ``weight_clip`` can clip."""
     clip = layer.crossbar.config.weight_clip
-    weight: Any = layer.weight.detach()
-    if hasattr(weight, "full_tensor"):  # FSDP2 holds a shard of it
-        weight = weight.full_tensor()
-    rows = layer.to_rows(cell_weight(layer, weight))
+    rows = layer.to_rows(cell_weight(layer, whole(layer.weight.detach())))
     return clipped_share(layer, layer_scales(layer, rows, CLIPS[0] if isinstance(clip, str) else clip))
 
 

@@ -16,7 +16,7 @@ from .ops.functions import WeightVariance
 from .ops.reference import clip, quantize, weight_mean
 
 # Candidates for weight_clip="auto", in RMS of the channel; beyond comes no clipping at all.
-CLIPS = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
+CLIPS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
 
 # How much the power of a convolution's clipping error counts against that of the spread, as `systematic` below: it is
 # the same at every pixel and on every chip, so it does not average out. Measured without finetuning, hfox-neurram after
