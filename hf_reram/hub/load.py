@@ -9,6 +9,7 @@ from transformers.utils import cached_file
 
 from ..device.checks import read_json, shown
 from ..model.find import crossbar_layers
+from .crossbars import stored_crossbars
 from .report import attach_report, stored_report
 
 UNREADABLE = (SafetensorError, StrictDataclassError)
@@ -17,7 +18,7 @@ ADAPTER, CONFIG = "adapter_config.json", "config.json"
 
 def load_model(name: str | os.PathLike, **where: Any) -> Any:
     """A checkpoint's model in the class that its config names, out of transformers' own; one of PEFT's adapters on the
-    checkpoint that they were trained on.
+    checkpoint that they were trained on, and on the crossbars that were saved beside them.
 
     Args:
         name: folder or Hub id, also of a timm model. where: as in ``from_pretrained``.
@@ -43,7 +44,13 @@ def _load_adapted(name: str | os.PathLike, where: dict[str, Any]) -> Any:
         raise ValueError(f"{name}: base_model_name_or_path={shown(base_name)}: allowed is a folder or Hub id")
     if has_file(base_name, ADAPTER):
         raise ValueError(f"{name}: base_model_name_or_path={base_name!r} has adapters itself: allowed is a whole model")
-    model = PeftModel.from_pretrained(load_model(base_name), name, **where)
+    base, crossbars = load_model(base_name), stored_crossbars(name, **where)
+    if crossbars is not None and crossbars.before_adapters:
+        crossbars.put_on(base)
+    model = PeftModel.from_pretrained(base, name, **where)
+    if crossbars is not None:
+        crossbars.put_on(model)
+        crossbars.load_numbers(model)
     if crossbar_layers(model) and (report := stored_report(name, **where)) is not None:
         attach_report(model, report, name)
     return model

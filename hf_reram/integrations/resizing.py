@@ -12,8 +12,8 @@ SET_HEAD = "set_output_embeddings"
 
 
 class SetHead:
-    """What takes the place of ``PreTrainedModel.set_output_embeddings`` on a patched model, and on the models inside it;
-    a class, so that the model can be pickled and copied."""
+    """What takes the place of ``PreTrainedModel.set_output_embeddings`` on a patched model, and on the models inside
+    it; a class, so that the model can be pickled and copied."""
 
     def __init__(self, model: Any):
         self.model = model
@@ -27,8 +27,8 @@ class SetHead:
         if isinstance(old, CrossbarLayer) and not isinstance(new_embeddings, CrossbarLayer):
             if old.chip is not None:
                 raise ValueError(
-                    f"layer {old.crossbar_name!r} is deployed as a chip, whose cells are programmed: replace it outside "
-                    "of hf_reram.deploy"
+                    f"layer {old.crossbar_name!r} is deployed as a chip, whose cells are programmed: replace it "
+                    "outside of hf_reram.deploy"
                 )
             put_back(old, new_embeddings)
         getattr(type(self.model), SET_HEAD)(self.model, new_embeddings)

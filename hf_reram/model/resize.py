@@ -1,5 +1,5 @@
-"""A layer that is replaced by one with more or fewer output channels, as a head is when a vocabulary is resized, stays on
-its crossbar."""
+"""A layer that is replaced by one with more or fewer output channels, as a head is when a vocabulary is resized, stays
+on its crossbar."""
 
 from typing import Any
 
@@ -26,8 +26,8 @@ OF_INPUT = tuple(name for name in BUFFERS if name != "weight_scale")
 def put_back(old: CrossbarLayer, new: Any) -> None:
     """Put a digital layer that has taken the place of a crossbar on that crossbar, in place.
 
-    Its first output channels are those of ``old``, which keep the numbers of calibration. Of further ones the scales are
-    chosen from their weights alone, and there is a warning that says so.
+    Its first output channels are those of ``old``, which keep the numbers of calibration. Of further ones the scales
+    are chosen from their weights alone, and there is a warning that says so.
 
     Raises:
         ValueError: the new layer has other inputs, or is of a kind that no crossbar holds.
@@ -68,9 +68,9 @@ def put_back(old: CrossbarLayer, new: Any) -> None:
     if new.outputs > old.outputs and new.calibrated:
         lost = " and it has no sensitivity" if old.sensitivity is not None else ""
         logger.warning(
-            "layer %r now has %d outputs instead of %d and stays on its crossbar: its range, gain and ADC, and the scales "
-            "of the outputs before, are those of calibration, but %d new outputs are not calibrated, their scales are "
-            "from their weights alone%s; call hf_reram.calibrate(model, batches)",
+            "layer %r now has %d outputs instead of %d and stays on its crossbar: its range, gain and ADC, and the "
+            "scales of the outputs before, are those of calibration, but %d new outputs are not calibrated, their "
+            "scales are from their weights alone%s; call hf_reram.calibrate(model, batches)",
             name,
             new.outputs,
             old.outputs,

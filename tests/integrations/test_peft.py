@@ -1,12 +1,15 @@
 """PEFT's adapters as digital side paths beside frozen crossbars."""
 
 import copy
+import logging
 from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
 from transformers import BertForSequenceClassification, TrainingArguments
 
 from hf_reram import (
@@ -18,9 +21,12 @@ from hf_reram import (
     evaluate_robustness,
     noise_to_signal,
     patch_model,
+    report_of,
     sampled_drift,
     unpatch_model,
 )
+from hf_reram.hub.load import load_model
+from hf_reram.model.digest import model_digest
 from tests.samples.models import bert_batch, tiny_bert
 
 
@@ -225,3 +231,91 @@ def test_a_head_that_is_digital_beside_one_on_a_crossbar_is_named(base):
     model.set_adapter("other")
     with pytest.raises(RuntimeError, match=r": classifier\. Keep"):
         evaluate(model, score)
+
+
+@pytest.fixture
+def digital_base(tmp_path) -> str:
+    """A checkpoint without crossbars."""
+    torch.manual_seed(0)
+    tiny_bert().save_pretrained(tmp_path / "digital")
+    return str(tmp_path / "digital")
+
+
+@pytest.mark.parametrize("first", ["adapters", "crossbars", "crossbars on disk"])
+def test_adapters_open_again_on_the_crossbars_that_they_were_trained_beside(first, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("hf_reram.hub.crossbars"), "propagate", True)
+    batch, folder = bert_batch(32), tmp_path / "digital"
+    tiny_bert().save_pretrained(folder)
+    config = ReRAMConfig(device="cmo-hfox-ibm", modules_to_not_convert=["key"])
+    model = BertForSequenceClassification.from_pretrained(folder)
+    if first != "adapters":
+        calibrate(patch_model(model, config), [batch])
+    if first == "crossbars on disk":
+        model.save_pretrained(folder)
+        model = BertForSequenceClassification.from_pretrained(folder)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["query", "dense"], task_type="SEQ_CLS"))
+    data = [{key: value[i] for key, value in batch.items()} for i in range(32)]
+    args = TrainingArguments(
+        tmp_path / "out", max_steps=4, learning_rate=1e-2, use_cpu=True, report_to=[], save_steps=2, disable_tqdm=True
+    )
+    trainer = ReRAMTrainer(model, args, train_dataset=data, eval_dataset=data, reram_config=config)
+    trainer.train()
+    report = trainer.evaluate_robustness(["1d"], seeds=1, progress=False)
+    trainer.save_model(tmp_path / "adapter")
+    said = [record.getMessage() for record in caplog.records if "PEFT alone opens" in record.getMessage()]
+    assert len(said) == (0 if first == "crossbars on disk" else 1)
+    again = load_model(tmp_path / "adapter")
+    layers = crossbar_layers(again)
+    assert list(layers) == list(crossbar_layers(trainer.model)) and not any("key" in name for name in layers)
+    assert all(layer.calibrated and layer.crossbar.config.device.name == "cmo-hfox-ibm" for layer in layers.values())
+    for chip in (True, False):
+        torch.testing.assert_close(logits(again.eval(), batch, chip), logits(trainer.model.eval(), batch, chip))
+    assert report_of(again).weights == report.weights  # the very same model
+    middle = load_model(tmp_path / "out" / "checkpoint-2")  # checkpoints too
+    assert all(layer.calibrated for layer in crossbar_layers(middle).values()) and len(crossbar_layers(middle)) > 4
+
+
+def test_a_foreign_file_beside_adapters_is_a_clear_error(digital_base, tmp_path):
+    model = get_peft_model(BertForSequenceClassification.from_pretrained(digital_base), LoraConfig())
+    model.save_pretrained(tmp_path / "adapter")
+    save_file({"a": torch.zeros(1)}, tmp_path / "adapter" / "crossbars.safetensors")
+    with pytest.raises(ValueError, match="safetensors holds no crossbars of hf_reram"):
+        load_model(tmp_path / "adapter")
+
+
+def test_digests_tell_which_adapter_is_in_use(base, tmp_path):
+    lora = LoraConfig(r=2, target_modules=["query"], init_lora_weights=False)
+    model, batch = get_peft_model(BertForSequenceClassification.from_pretrained(base), lora).eval(), bert_batch()
+    single = model_digest(model)
+    with model.disable_adapter():
+        assert model_digest(model) != single
+    assert model_digest(model) == single
+    model.add_adapter("other", lora)
+    score = partial(evaluate_robustness, evaluate=lambda m: float(logits(m, batch, False).sum()), progress=False)
+    options = {"times": ["1d"], "seeds": 1, "resume": tmp_path / "runs"}
+    report = score(model, **options)
+    assert report_of(model) is report
+    digests = {model_digest(model)}
+    model.set_adapter("other")
+    digests.add(model_digest(model))
+    assert report_of(model) is None
+    with pytest.raises(ValueError, match="holds runs of other weights"):
+        score(model, **options)
+    model.base_model.set_adapter(["default", "other"])
+    digests.add(model_digest(model))
+    with model.disable_adapter():
+        digests.add(model_digest(model))
+    assert len(digests) == 4
+    model.set_adapter("default")
+    assert score(model, **options).measurements == report.measurements
+
+
+def test_adapters_that_nothing_wraps_are_told_apart_too(base):
+    model = BertForSequenceClassification.from_pretrained(base)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["query"]), model)
+    before = model_digest(model)
+    for enabled in (False, True):
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                module.enable_adapters(enabled)
+        assert (model_digest(model) == before) == enabled
