@@ -90,7 +90,8 @@ def _tell_of_parts(auto: Any) -> None:
                     config.quantization_config = stored
         return theirs(config, *args, **kwargs)
 
-    for module in (auto, sys.modules.get("transformers.modeling_utils")):
+    modules: list[Any] = [auto, sys.modules.get("transformers.modeling_utils")]
+    for module in modules:
         if module is not None:
             module.get_hf_quantizer = get_hf_quantizer
 
