@@ -74,8 +74,8 @@ class ReRAMQuantizer(HfQuantizer):
         # transformers refuses .half() and .float() for quantized models; here weights are ordinary parameters.
         model.is_quantized = False
         asked = getattr(self.quantization_config, "asked", None)
-        if crossbar_layers(model):  # the one whose changes it hears
-            model.config.quantization_config = self.quantization_config = crossbar_state(model).config
+        if crossbar_layers(model) and not self.parts:  # the one whose changes it hears
+            model.config.quantization_config = self.quantization_config = crossbar_states(model)[0].config
         if asked is not None and crossbar_layers(model):
             _put_on(model, asked)
         if crossbar_layers(model):
@@ -84,7 +84,7 @@ class ReRAMQuantizer(HfQuantizer):
         if self.parts:  # each has a config of its own
             model.config.__dict__.pop("quantization_config", None)
             for part, config in self.parts:
-                attach(part, config)
+                attach(part, crossbar_states(part)[0].config if crossbar_layers(part) else config)
         return model
 
     def _take_digital_layers_off(self, model):
