@@ -180,7 +180,11 @@ def program(layer: "CrossbarLayer", weight: Tensor) -> Tensor:
     """``clamp(W · a, ±w_scale)``, at the nearest of the cells' levels: what they can hold of a weight. The one place
     where a forward clips weights."""
     held, levels = clip_weight(cell_weight(layer, weight), layer.held_scale()), layer.error.levels
-    return Quantize.apply(held, layer.held_scale() / (levels - 1), levels - 1, None, False) if levels else held
+    return (
+        Quantize.apply(held, layer.held_scale(torch.float32) / (levels - 1), levels - 1, None, False)
+        if levels
+        else held
+    )
 
 
 def with_bias(layer: "CrossbarLayer", programmed: Tensor, now: Scalars) -> tuple[Tensor, Tensor | None]:

@@ -43,11 +43,13 @@ def _with_noise(current: Tensor, std: Tensor) -> Tensor:
 
 
 def current_units(layer: "CrossbarLayer", driven: Driven, now: Scalars) -> list[Tensor]:
-    """One unit of current, that of a fully-on cell at read_voltage, in units of the output, tile by tile."""
+    """One unit of current, that of a fully-on cell at read_voltage, in units of the output, tile by tile; in float32,
+    since half precision holds neither its square nor the step of a small shrink."""
     scale = layer.weight_scale
     scales = scale.unbind(1) if scale.dim() == 2 else [scale] * layer.tiles()
     factor = driven.span * (now.gain * layer.crossbar.config.device.b() / now.b)
-    return [layer.over_channels(s).to(driven.s.dtype) * factor for s in scales]
+    wide = torch.promote_types(driven.s.dtype, torch.float32)
+    return [layer.over_channels(s).to(wide) * factor for s in scales]
 
 
 def _converted(
@@ -78,6 +80,6 @@ def _converted(
 def _full_scale(layer: "CrossbarLayer", current: Tensor, unit: Tensor, now: Scalars) -> Tensor:
     """Of the ADC, in units of current; the batch's largest where it is not calibrated."""
     if now.adc_range > 0:
-        return layer.adc_range.to(current.dtype)
+        return layer.adc_range.to(unit.dtype)
     found = current.detach().abs() / unit.detach().clamp(min=1e-30)
     return found.amax() if found.numel() else found.new_zeros(())

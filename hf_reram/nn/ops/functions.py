@@ -1,6 +1,7 @@
 """The operations as layers call them: autograd functions around their definitions (:mod:`.reference`), which save as
 little as their gradients need, and run in pieces on a CPU (:mod:`.cpu`) or in fused kernels (:mod:`.fused`)."""
 
+import math
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ class ShrunkSinh(Function):
         x: inputs, any shape.
         span: the input range, a positive float, or a tensor with one element, which then gets a gradient.
         b: dimensionless, see :mod:`hf_reram.device.iv`.
-        levels: DAC levels up to 1, 0 for no quantization; its gradient is straight through.
+        levels: DAC levels up to 1, 0 for no quantization; its gradient is straight through, for which is saved where x
+            was not clamped: codes do not tell.
         gain: a positive float.
         floor: lowest u, from -1 to 0, on the DAC's grid; above -1 where inputs are one-sided.
         offset: subtracted from x first, without a gradient, along its last dimension; None is 0.
@@ -62,7 +64,9 @@ class ShrunkSinh(Function):
         ctx.curve, ctx.in_place, ctx.keep_input = (b, gain, levels, floor), in_place, keep_input
         ctx.span = None if isinstance(span, Tensor) else span
         learned = span if isinstance(span, Tensor) else None
-        ctx.save_for_backward(x if keep_input else s, learned, offset if keep_input else None, keep)
+        rounded = levels and not keep_input and ctx.needs_input_grad[0]
+        within = reference.within(x.detach(), offset, span, levels, floor) if rounded else None
+        ctx.save_for_backward(x if keep_input else s, learned, offset if keep_input else None, keep, within)
         if channel_dim is None:
             return s
         rows = s.reshape(-1, *s.shape[channel_dim:])
@@ -71,21 +75,28 @@ class ShrunkSinh(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor, grad_power: Tensor | None = None):
-        s, learned, offset, keep = ctx.saved_tensors
+        s, learned, offset, keep, within = ctx.saved_tensors
         b, gain, levels, floor = ctx.curve
         span = ctx.span if learned is None else learned
         if ctx.keep_input:
+            within = reference.within(s, offset, span, levels, floor) if levels else None
             s = _current(s, offset, span, b, gain, levels, floor)
         low, high = reference.sinh_limits(b, gain, floor, s.dtype)
         if grad_power is not None:
             grad = _with_power(grad, grad_power, s, keep, ctx.in_place)
+        if within is not None:
+            alone = ctx.in_place and cpu.takes(grad)
+            grad, low, high = grad.mul_(within) if alone else grad * within, -math.inf, math.inf
         rest = (None,) * 9
         if b < reference.LINEAR_B:
-            slope = reference.inside(grad, s, low, high) * gain
-            grad_x = slope / span
+            slope = reference.inside(grad, s, low, high)
+            grad_x = slope * (gain / span)
+            slope = slope * gain
         elif learned is None and (twin := fused.twin(grad, s) or (cpu if cpu.takes(grad, s) else None)):
             target = grad if ctx.in_place else grad.clone()
             return twin.shrunk_sinh_gradient_(target, s, low, high, b / span, gain), None, *rest
+        elif learned is None:
+            return reference.shrunk_sinh_gradient(grad, s, low, high, b / span, gain), None, *rest
         else:
             slope = reference.shrunk_sinh_gradient(grad, s, low, high, 1.0, gain)
             grad_x = slope * (b / span)
@@ -110,7 +121,8 @@ def _current(
 
 
 class Quantize(Function):
-    """Round to multiples of ``step`` within ``±levels · step``, and add a bias; the gradient is straight through.
+    """Round to multiples of ``step`` within ``±levels · step``, and add a bias; the gradient is straight through, and 0
+    where the ADC saturates.
 
     Args:
         y: any shape. step: positive, broadcastable to it (0 gives 0). levels: ``2^(bits-1) - 1``.
@@ -124,6 +136,7 @@ class Quantize(Function):
         ctx, y: Tensor, step: Tensor, levels: int, bias: Tensor | None = None, in_place: bool = False
     ) -> Tensor:
         ctx.shape = None if bias is None else bias.shape
+        ctx.save_for_backward(reference.converted(y, step, levels) if ctx.needs_input_grad[0] else None)
         if in_place and (twin := fused.twin(y)):
             result = twin.quantize_(y, step, levels, bias)
         elif cpu.takes(y):
@@ -136,8 +149,10 @@ class Quantize(Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
+        (within,) = ctx.saved_tensors
         learned = ctx.shape is not None and ctx.needs_input_grad[3]
-        return grad, None, None, grad.sum_to_size(ctx.shape) if learned else None, None
+        of_y = None if within is None else grad * within
+        return of_y, None, None, grad.sum_to_size(ctx.shape) if learned else None, None
 
 
 class _Clip(Function):

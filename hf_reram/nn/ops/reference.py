@@ -35,12 +35,16 @@ def shrunk_sinh(
         levels: of the DAC up to 1, an int; 0 for an ideal one. floor: lowest u, a float from -1 to 0.
     """
     bound = levels or 1
+    if x.dtype == torch.float16:  # whose sinh ends at 11.8, where gains are 0 already
+        return shrunk_sinh(x.float(), offset, span, b, gain, levels, floor).to(x.dtype)
     polynomial = LINEAR_B <= b <= POLYNOMIAL_B and x.device.type == "cpu" and x.dtype != torch.float64
     coefficients = folded(b, b / bound, gain) if polynomial else None
     if coefficients is not None:
         return polynomial_sinh(x, offset, bound / span, floor * bound, bound, levels > 0, coefficients)
     u = _clamped(x, offset, bound / span, floor * bound, bound, levels > 0)
-    return u * (gain / bound) if b < LINEAR_B else torch.sinh(u * (b / bound)) * gain
+    if b < LINEAR_B:
+        return u * (gain / bound)
+    return torch.sinh(u * (b / bound)) * gain
 
 
 def polynomial_sinh(
@@ -56,11 +60,22 @@ def _clamped(x: Tensor, offset: Tensor | None, steps: Any, low: Any, high: Any, 
     return torch.round(t) if rounded else t
 
 
+def within(x: Tensor, offset: Tensor | None, span: Any, levels: int, floor: float) -> Tensor:
+    """Where ``(x - offset) / span`` is not clamped to its limits, ``floor`` and 1, bool; the edges are within, and so
+    are zeros where the floor is 0, although they may be what ReLU cut off."""
+    low, high = span * floor, span * 1.0
+    if offset is None:
+        return (x >= low) & (x <= high)
+    return (x >= offset + low) & (x <= offset + high)
+
+
 def shrunk_sinh_gradient(grad: Tensor, s: Tensor, low: Any, high: Any, scale: Any, gain: Any) -> Tensor:
     """``grad · scale · sqrt(gain² + s²)`` where ``low < s < high``, else 0: with ``scale = b / span`` the gradient of
     :func:`shrunk_sinh` with respect to x, from its result alone."""
-    gain = gain if isinstance(gain, Tensor) else s.new_full((), gain)
-    return inside(grad, s, low, high) * torch.hypot(s, gain) * scale  # gain · cosh, without squares that overflow
+    wide = s.float() if s.dtype == torch.float16 else s  # in which gain and scale may be 0 or infinite
+    gain = gain if isinstance(gain, Tensor) else wide.new_full((), gain)
+    slope = torch.hypot(wide, gain) * scale  # gain · cosh, without squares that overflow
+    return (inside(grad, s, low, high) * slope).to(grad.dtype)
 
 
 def inside(grad: Tensor, t: Tensor, low: Any, high: Any) -> Tensor:
@@ -99,6 +114,12 @@ folded._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # The ADC
+
+
+def converted(y: Tensor, step: Tensor, levels: int) -> Tensor:
+    """Where an ADC does not saturate, bool: what rounds to a code of its own."""
+    top = step * (levels + 0.5)
+    return (y <= top) & (y >= -top)
 
 
 def quantize(y: Tensor, step: Tensor, levels: Any, bias: Tensor | None) -> Tensor:

@@ -293,7 +293,7 @@ def test_quantize_rounds_saturates_and_passes_gradients():
     q = Quantize.apply(y, torch.tensor(0.5), 3)
     assert q.tolist() == [-1.5, 0.5, 0.0, 1.5]
     q.sum().backward()
-    assert y.grad.tolist() == [1, 1, 1, 1]
+    assert y.grad.tolist() == [0, 1, 1, 0]  # none where it saturates
 
 
 @pytest.mark.parametrize("shape", [(70,), (5, 70), (3, 50, 70), (3, 70, 5, 4), (70, 5, 4), (0, 70), (1100, 10, 70)])
@@ -312,7 +312,7 @@ def test_quantize_in_pieces_and_with_a_bias(shape, layout, one_step):
     torch.testing.assert_close(found, (y / step).round().clamp(-7, 7) * step + bias)
     weights = torch.randn(shape)
     gradients = torch.autograd.grad((found * weights).sum(), (y, bias))
-    torch.testing.assert_close(gradients[0], weights)
+    torch.testing.assert_close(gradients[0], torch.where((y.detach() / step).abs() < 7.5, weights, 0.0))
     torch.testing.assert_close(gradients[1], weights.sum_to_size(bias.shape), rtol=1e-4, atol=1e-4)
 
 

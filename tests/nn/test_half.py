@@ -1,0 +1,117 @@
+"""Half precision, and the gradients of converters."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from hf_reram import ReRAMConfig, add_retention_loss, calibrate, deploy, patch_model, sampled_drift
+from hf_reram.nn.ops.functions import Quantize, ShrunkSinh
+from tests.samples.devices import SILENT, device
+
+HALVES = [torch.float16, torch.bfloat16]
+
+
+def pair(dtype: torch.dtype, size: float, **options) -> tuple[nn.Module, nn.Module, torch.Tensor]:
+    """A calibrated layer in half precision and the same in float32, and inputs."""
+    torch.manual_seed(0)
+    wide = nn.Sequential(nn.Linear(24, 16)).eval()
+    x = (size * torch.randn(64, 24)).to(dtype).float()
+    wide.to(dtype).float()  # the same weights
+    patch_model(wide, ReRAMConfig(**options))
+    calibrate(wide, [x])
+    return copy.deepcopy(wide).to(dtype), wide, x
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("options", [{}, {"adc_bits": 8}, {"tile_size": 8}], ids=str)
+@pytest.mark.parametrize("shrink", [1.0, 1e-2])
+def test_read_noise_has_the_spread_that_it_has_in_float32(shrink, options, dtype):
+    """Its unit is beyond 256 here, whose square float16 does not hold."""
+    cell = device(read_noise=0.1, retention=SILENT)
+    half, wide, x = pair(dtype, 300.0, device=cell, range_shrink=shrink, weight_clip=None, **options)
+    x = x.clamp(-600, 600)
+    with torch.no_grad():
+        clean = wide(x)
+        with deploy(half, "1s"), deploy(wide, "1s"):
+            noises = [m(t).float() - clean for m, t in ((wide, x), (half, x.to(dtype)))]
+    assert torch.isfinite(noises[1]).all()
+    assert float(noises[1].std() / noises[0].std()) == pytest.approx(1, abs=0.1)
+
+
+CONVERTERS = {"dac_bits": 8, "adc_bits": 8}
+CASES = [(0.2, shrink, options) for shrink in (1e-6, 1e-3, 1.0) for options in ({}, CONVERTERS)]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("voltage", "shrink", "options"), [*CASES, (3.2, 1.0, {}), (4.9, 1.0, {})], ids=str)
+def test_outputs_and_gradients_are_those_of_float32(voltage, shrink, options, dtype):
+    """Also where the sinh of float16 would overflow, and steps and gains of small shrinks would be 0."""
+    cell = device(read_voltage=voltage, v0=0.25, read_noise=0.0)
+    half, wide, x = pair(dtype, 3.0, device=cell, range_shrink=shrink, weight_clip=None, **options)
+    results = []
+    for model, t in ((wide, x), (half, x.to(dtype))):
+        t = t.detach().requires_grad_()
+        y = model(t)
+        (y.float() * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+        results.append([r.float() for r in (y.detach(), t.grad, model[0].weight.grad)])
+    for found, wanted in zip(*reversed(results)):
+        assert torch.isfinite(found).all()
+        assert float((found - wanted).norm() / wanted.norm()) < (0.15 if "dac_bits" in options else 0.05)
+
+
+def test_the_top_code_of_the_dac_has_a_gradient():
+    """What is beyond the range has none, although it has the same code."""
+    x = torch.tensor([-1.3, -1.0, -0.999, -0.5, 0.0, 0.5, 0.999, 1.0, 1.0001], requires_grad=True)
+    for dtype in (torch.float32, torch.float64):
+        for frozen in (False, True):
+            t = x.detach().to(dtype).requires_grad_()
+            s = ShrunkSinh.apply(t, 1.0, 0.8, 7, 1.0, -1.0, None, False, frozen)
+            (grad,) = torch.autograd.grad(s.sum(), t)
+            wanted = (0.8 * torch.cosh(torch.asinh(s.detach()))) * torch.tensor([0, 1, 1, 1, 1, 1, 1, 1, 0])
+            torch.testing.assert_close(grad, wanted)
+
+
+def test_one_sided_dacs_pass_gradients_to_zeros():
+    x = torch.tensor([-0.1, 0.0, 0.01, 0.9999, 1.0, 1.1], requires_grad=True)
+    s = ShrunkSinh.apply(x, 1.0, 0.5, 15, 1.0, 0.0)
+    (grad,) = torch.autograd.grad(s.sum(), x)
+    assert (grad > 0).tolist() == [False, True, True, True, True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_an_adc_that_saturates_has_no_gradient(dtype):
+    y = torch.tensor([-9.0, -7.5, -7.4, 0.2, 3.0, 7.4, 7.6, 30.0], dtype=dtype, requires_grad=True)
+    bias = torch.zeros(8, dtype=dtype, requires_grad=True)
+    result = Quantize.apply(y * 1.0, torch.ones(8, dtype=dtype), 7, bias, False)
+    of_y, of_bias = torch.autograd.grad(result.sum(), (y, bias))
+    assert of_y.tolist() == [0, 1, 1, 1, 1, 1, 0, 0]
+    assert of_bias.tolist() == [1] * 8
+    assert result.tolist() == [-7, -7 if dtype == torch.bfloat16 else round(-7.5 + 0.01), -7, 0, 3, 7, 7, 7]
+
+
+@pytest.mark.parametrize("loss", ["drift", "output", "output+drift"])
+@pytest.mark.parametrize("way", ["bf16 autocast", "fp16 autocast", "fp16"])
+def test_one_step_in_half_precision(way, loss):
+    """Gradients of the sum of task and retention loss, against those of float32: their direction and their size."""
+    torch.manual_seed(0)
+    wide = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8))
+    x, target = torch.randn(128, 32), torch.randint(8, (128,))
+    patch_model(wide, ReRAMConfig(retention_loss=loss, dac_bits=8, adc_bits=8))
+    calibrate(wide, [x])
+    gradients = []
+    for model, dtype in ((wide, None), (copy.deepcopy(wide), torch.bfloat16 if "bf16" in way else torch.float16)):
+        scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16, init_scale=2.0**12)
+        if way == "fp16" and dtype is not None:
+            model.half()
+        with sampled_drift(model, seed=1), torch.autocast("cpu", dtype, enabled="auto" in way and dtype is not None):
+            logits = model(x.half() if way == "fp16" and dtype is not None else x)
+            loss_of, _ = add_retention_loss(nn.functional.cross_entropy(logits.float(), target), model)
+        scaler.scale(loss_of).backward()
+        scale = scaler.get_scale() if scaler.is_enabled() else 1.0
+        gradients.append([p.grad.float() / scale for p in model.parameters()])
+    for wanted, found in zip(*gradients):
+        assert torch.isfinite(found).all()
+        assert float((found - wanted).norm() / wanted.norm()) < 0.1
+        assert float(found.norm() / wanted.norm()) == pytest.approx(1, abs=0.03)
