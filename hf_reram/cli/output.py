@@ -48,6 +48,8 @@ def _no_bars() -> None:
     """In a file or a pipe the bars of what is loaded would be what an error stands between."""
     logging.disable_progress_bar()
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read when it is first imported
+    if (datasets := sys.modules.get("datasets")) is not None:
+        datasets.disable_progress_bars()
 
 
 def _why(error: BaseException) -> str:

@@ -196,11 +196,10 @@ class RobustnessReport:
                     row.append(f"{s.mean:.{n}f} ± {s.std:.{n}f}")
                 rows.append(row)
         table = markdown([*head, *(format_time(t) for t in self.times)], rows)
-        chips = self.statistic(self.metrics[0], self.times[0]).chips
-        foot = [
-            f"Mean ± standard deviation over {chips} chips.",
-            *(escaped(f"{n[:1].upper()}{n[1:]}.") for n in self.notes),
-        ]
+        foot = [escaped(f"{n[:1].upper()}{n[1:]}.") for n in self.notes]
+        if self.times:
+            chips = self.statistic(self.metrics[0], self.times[0]).chips
+            foot.insert(0, f"Mean ± standard deviation over {chips} chips.")
         if self.uncalled:
             silent = escaped(", ".join(self.uncalled))
             foot.append(f"Crossbar layers that were not called, and so were no chip: {silent}.")

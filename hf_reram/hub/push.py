@@ -16,6 +16,7 @@ from ..evaluation.report import RobustnessReport
 from ..model.adapters import has_adapters
 from ..model.find import crossbar_layers, crossbar_state
 from .about import about_model
+from .crossbars import CROSSBARS
 from .load import ADAPTER, has_file, load_model
 from .publish import COMPARISON, PLOT, merge_cards, publish, read_card, read_comparison, read_text
 from .report import REPORT, report_of, unmeasured, why_foreign
@@ -205,11 +206,11 @@ def _stale(files: list[str], there: list[str]) -> list[str]:
     was there: they would be put on its weights.
     """
     if not _is_model(files):
-        replaced = [] if _is_model(there) else list(REPLACED)
+        replaced = [] if _is_model(there) else [*REPLACED, CROSSBARS]
         weights = [ADAPTER_WEIGHTS]
     else:
         alone = not _is_model(there)
-        replaced = [*REPLACED, *([ADAPTER] if alone else [])]
+        replaced = [*REPLACED, *([ADAPTER, CROSSBARS] if alone else [])]
         weights = [WEIGHTS, *([ADAPTER_WEIGHTS] if alone else [])]
     return [
         path

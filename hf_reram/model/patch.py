@@ -179,7 +179,8 @@ def unpatch_model(model: Any) -> nn.Module:
 
 def take_off(layer: CrossbarLayer) -> None:
     """Take one layer off its crossbar."""
-    layer.crossbar.names -= {layer.crossbar_name}
+    if "crossbar" in layer.__dict__:  # else it failed to get one
+        layer.crossbar.names -= {layer.crossbar_name}
     crossbar = type(layer)
     layer.remove_crossbar()
     renew_methods(layer, crossbar)

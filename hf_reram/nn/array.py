@@ -11,7 +11,7 @@ from torch import Tensor
 from .ops.functions import DriftedWeight, OffsetOutput, Quantize, WeightVariance, clip_weight
 from .ops.reference import weight_mean
 from .scalars import Scalars
-from .tensors import is_shard
+from .tensors import is_shard, whole
 
 if TYPE_CHECKING:
     from .layer import CrossbarLayer
@@ -206,9 +206,7 @@ def offset_output(layer: "CrossbarLayer", programmed: Tensor) -> tuple[Tensor, T
 @torch.no_grad()
 def clipped_share(layer: "CrossbarLayer", scale: Tensor | None = None) -> float:
     """Share of the weights beyond what the cells can hold, or could with another ``scale`` of weight_scale's shape."""
-    weight: Any = layer.weight.detach()
-    if hasattr(weight, "full_tensor"):  # FSDP2 holds a shard of it
-        weight = weight.full_tensor()
+    weight = whole(layer.weight)
     edge = layer.held_scale(scale=scale) * (1 + 4 * torch.finfo(weight.dtype).eps)  # at the edge is within
     return float(torch.count_nonzero(cell_weight(layer, weight).abs() > edge)) / max(weight.numel(), 1)
 

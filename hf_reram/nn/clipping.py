@@ -44,7 +44,7 @@ def clipped_beyond_choice(layers: Iterable[CrossbarLayer]) -> dict[str, float]:
 def most_by_choice(layer: CrossbarLayer) -> float:
     """The largest share of a layer's weights, as they are, that its config's ``weight_clip`` can clip."""
     clip = layer.crossbar.config.weight_clip
-    rows = layer.to_rows(cell_weight(layer, whole(layer.weight.detach())))
+    rows = layer.to_rows(cell_weight(layer, whole(layer.weight)))
     return clipped_share(layer, layer_scales(layer, rows, CLIPS[0] if isinstance(clip, str) else clip))
 
 

@@ -92,7 +92,8 @@ class EndForward:
             forget_shared()
             if state.changed:
                 changed, state.changed = state.changed, []
-                warn_clipped(changed)
+                if not _is_sharded(module):  # whose weights are other tensors in each forward
+                    warn_clipped(changed)
             if module.training:
                 state.end(outputs)
                 if state.chips:
@@ -105,6 +106,11 @@ def argument_names(module: nn.Module) -> tuple[str, ...]:
         return tuple(inspect.signature(module.forward).parameters)
     except (TypeError, ValueError):  # a forward without a signature, such as a compiled one
         return ()
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 has put its class before the module's own; by name, since its import takes a while."""
+    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
 
 
 def is_given_tokens(module: nn.Module) -> bool:

@@ -139,7 +139,7 @@ def test_a_positional_mask_counts(tiny_bert):
     given = tiny_bert(batch["input_ids"], batch["attention_mask"]).logits
     assert float(add_retention_loss(given.sum(), tiny_bert)[1]) == pytest.approx(expected, rel=1e-6)
     unmasked = tiny_bert(batch["input_ids"]).logits
-    assert float(add_retention_loss(unmasked.sum(), tiny_bert)[1]) != pytest.approx(expected, rel=1e-3)
+    assert float(add_retention_loss(unmasked.sum(), tiny_bert)[1]) != pytest.approx(expected, rel=1e-4)
 
 
 def t5() -> T5ForConditionalGeneration:
