@@ -18,7 +18,14 @@ CONFIG_VERSION = 2  # of version 1, cells were found below 0 µS too: device.flo
 SMALLEST_SHRINK = 1e-9  # in units of the output, a current's noise grows with the inverse
 WEIGHT_SCALES = ("per_channel", "per_tensor", "per_tile")
 # Fields that can change while a model's weights lie on the cells as they do.
-TRAINING_FIELDS = ("retention_loss", "retention_weight", "retention_times", "temperature", "calibration_batches")
+TRAINING_FIELDS = (
+    "retention_loss",
+    "retention_weight",
+    "retention_warmup",
+    "retention_times",
+    "temperature",
+    "calibration_batches",
+)
 RETENTION_LOSSES = (
     "output",
     "weight",
@@ -72,6 +79,8 @@ class ReRAMConfig(QuantizationConfigMixin):
             between the clean forward and one with sampled drift), or "none". The default is the cheapest of those
             that nothing beat in the ablation (recipes/README.md).
         retention_weight: weight of a closed form or of "consistency", >= 0.
+        retention_warmup: share of a :class:`hf_reram.ReRAMTrainer`'s steps, from 0 to 1, over which sampled drift and
+            noise grow in proportion from nothing to their size.
         retention_times: times since programming to be robust at; the loss is their average.
         temperature: of deployment, from 200 to 2000 K, or a text such as "85C"; None: the device's reference
             temperature.
@@ -99,6 +108,7 @@ class ReRAMConfig(QuantizationConfigMixin):
     modules_to_not_convert: Any = None
     retention_loss: str | None = "drift"
     retention_weight: float = 0.3
+    retention_warmup: float = 0.0
     retention_times: Any = field(default_factory=lambda: ["1d"])
     temperature: Any = None
     calibration_batches: int = 32
@@ -134,6 +144,8 @@ class ReRAMConfig(QuantizationConfigMixin):
         self._one_of("retention_loss", RETENTION_LOSSES)
         if not is_finite(self.retention_weight) or self.retention_weight < 0:
             self._refuse("retention_weight", "a finite number >= 0")
+        if not is_finite(self.retention_warmup) or not 0 <= self.retention_warmup <= 1:
+            self._refuse("retention_warmup", "a number from 0 to 1")
         self._times()
         if self.temperature is not None:
             self.temperature = parse_temperature(self.temperature, "ReRAMConfig.temperature")

@@ -140,14 +140,16 @@ def sampled(layer: "CrossbarLayer", now: Scalars) -> Held:
     drifts = sampling.kind == "drift"
     weight = wide(programmed)
     noise = sampling.normal(weight, layer.crossbar_name)
-    needed = drifts and state.term is not None and sampling.error is state.error
+    needed = drifts and state.term is not None and sampling.error is state.error and sampling.strength is None
     scale = layer.held_scale(weight.dtype)
     if drifts:
         error = sampling.error.averaged(now.pairs)
         mean = error.means[0]
-        tables = error.spread(weight), None if mean.is_zero else mean.table(weight)
+        tables: Any = error.spread(weight), None if mean.is_zero else mean.table(weight)
     else:
         tables = torch.eye(2, 1, dtype=weight.dtype, device=weight.device) * layer.white_noise_std(), None
+    if sampling.strength is not None:
+        tables = [table if table is None else table * sampling.strength for table in tables]
     drifted, variance = DriftedWeight.apply(weight, scale, noise, *tables, needed)
     return Held(drifted.to(programmed.dtype), programmed, bias, variance)
 

@@ -67,6 +67,7 @@ class Sampling:
 
     Attributes:
         kind: "drift" (the device's error) or "noise" (white). error: of one time, for "drift".
+        strength: share of its size that is sampled, a tensor on the CPU so that compiled code takes any; None: all.
         seed: so that all micro-batches and processes of a step see one chip; None draws from torch's global generator.
         seed_tensor: the same for compiled code, which would else be compiled anew for each; -1 for None.
         prefix: of the layers' names, so that parts that were patched alike do not share their noise.
@@ -77,6 +78,7 @@ class Sampling:
     seed: int | None = None
     seed_tensor: Tensor = field(default_factory=lambda: torch.full((), -1, dtype=torch.int64), compare=False)
     prefix: str = ""
+    strength: Tensor | None = field(default=None, compare=False)
 
     def normal(self, like: Tensor, name: str) -> Tensor:
         """Standard normal variates for the layer ``name``, of shape, dtype and device of ``like``."""
@@ -89,7 +91,9 @@ class Sampling:
         return white_noise_like(like.detach(), generator)
 
 
-def sampling(physics: Physics, kind: str | None, seed: int | None, prefix: str = "") -> Sampling | None:
+def sampling(
+    physics: Physics, kind: str | None, seed: int | None, prefix: str = "", strength: float = 1.0
+) -> Sampling | None:
     """For the loss that ``physics`` says, or for ``kind``, at one of the times, drawn; None to sample nothing."""
     kind = kind or physics.drift
     if kind is None:
@@ -99,4 +103,5 @@ def sampling(physics: Physics, kind: str | None, seed: int | None, prefix: str =
         generator = None if seed is None else torch.Generator().manual_seed(derived_seed(seed, "time"))
         time = physics.times[int(torch.randint(len(physics.times), (), generator=generator))]
     number = torch.full((), -1 if seed is None else seed, dtype=torch.int64)
-    return Sampling(kind, physics.error_at(time), seed, number, prefix)
+    share = None if strength == 1.0 else torch.tensor(strength, dtype=torch.float32, device="cpu")
+    return Sampling(kind, physics.error_at(time), seed, number, prefix, share)

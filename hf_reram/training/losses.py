@@ -190,7 +190,9 @@ def measured_ratios(model: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-def sampled_drift(model: nn.Module, kind: str | None = None, seed: int | None = None) -> Iterator[None]:
+def sampled_drift(
+    model: nn.Module, kind: str | None = None, seed: int | None = None, strength: float = 1.0
+) -> Iterator[None]:
     """Training forwards inside sample the retention error anew: ``W + m(W) + s(W) ε``, differentiable through both.
 
     Args:
@@ -198,10 +200,13 @@ def sampled_drift(model: nn.Module, kind: str | None = None, seed: int | None = 
             says, and nothing is sampled where it says neither. The backward may come after the context.
         seed: so that all forwards inside, and those of other processes, see the same cells; None draws from torch's
             global generator.
+        strength: share of the error's size that is sampled, from 0 to 1, as while a training warms up.
 
     Raises:
-        ValueError: the model is not patched, another ``kind``, or a bad seed.
+        ValueError: the model is not patched, another ``kind``, or a bad seed or strength.
     """
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
+        raise ValueError(f"strength={strength!r}: allowed is a number from 0 to 1")
     seed = None if seed is None else checked_seed(seed)
     if kind not in (None, "drift", "noise"):
         raise ValueError(f"kind={kind!r}: allowed are 'drift', 'noise' and None")
@@ -211,7 +216,7 @@ def sampled_drift(model: nn.Module, kind: str | None = None, seed: int | None = 
         prefixes |= {id(layer.crossbar): name.removesuffix(layer.crossbar_name) for name, layer in layers.items()}
     before = [(state, state.sampling) for state in states]
     for state in states:
-        state.sampling = sampling(state.physics, kind, seed, prefixes[id(state)])
+        state.sampling = sampling(state.physics, kind, seed, prefixes[id(state)], strength)
     for layer in layers.values():
         wanted = layer.crossbar.sampling
         if wanted is not None and wanted.kind == "noise" and not is_shard(layer.weight):

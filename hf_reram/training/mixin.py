@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +191,7 @@ class TrainingMixin(Base):
         kept = dict(inputs)
         overridden = type(self).compute_loss is not TrainingMixin.compute_loss
         self._joined = False
-        with sampled_drift(self.model, seed=self._seed_of_step()) if overridden else nullcontext():
+        with self._sampled_drift() if overridden else nullcontext():
             loss = super().training_step(model, inputs, num_items_in_batch)
         if overridden and not self._joined and self._left_terms():
             raise RuntimeError(
@@ -214,8 +214,11 @@ class TrainingMixin(Base):
         closed = any(state.term is not None and state.forward.terms for state in states)
         return closed or any(state.config.retention_loss == "consistency" for state in states)
 
-    def _seed_of_step(self) -> int:
-        return derived_seed(self.args.seed, f"step {self.state.global_step}")
+    def _sampled_drift(self, kind: str | None = None) -> AbstractContextManager:
+        """That of this step, the same in all its micro-batches and processes, as strong as the warm-up lets it be."""
+        seed, done = derived_seed(self.args.seed, f"step {self.state.global_step}"), self.state.global_step + 1
+        warmup = crossbar_state(self.model).config.retention_warmup * self.state.max_steps
+        return sampled_drift(self.model, kind, seed, min(done / warmup, 1.0) if warmup > 0 else 1.0)
 
     def _why(self, inputs: dict[str, Any]) -> str:
         with self.compute_loss_context_manager(), sampled_drift(self.model):
@@ -238,12 +241,12 @@ class TrainingMixin(Base):
         if num_items_in_batch is not None and self.model_accepts_loss_kwargs and not self._looked_at_loss:
             self._look_at_loss(model, inputs, num_items_in_batch)
         state = crossbar_state(self.model)
-        self._joined, seed = True, self._seed_of_step()
+        self._joined = True
         for part in crossbar_states(self.model):
             part.measure = part.term != "output" and self._measures_next()
         consistency = state.config.retention_loss == "consistency"
         kept = dict(inputs)
-        with sampled_drift(self.model, seed=seed):
+        with self._sampled_drift():
             task_loss, outputs = self._task_loss(model, inputs, kept, num_items_in_batch)
         scaled = self._scaled_for_ga(num_items_in_batch)
         steps = getattr(self, "current_gradient_accumulation_steps", 1)
@@ -254,7 +257,7 @@ class TrainingMixin(Base):
             loss, retention = join_terms(task_loss, self.model, share=share)
         elif consistency:
             state.measure, state.ratios = False, state.forward.ratios
-            with sampled_drift(self.model, "drift", seed):
+            with self._sampled_drift("drift"):
                 retention = divergence(model(**self._without_labels(kept)), outputs)
             weight = state.config.retention_weight * share
             loss, retention = task_loss + weight * retention, retention.detach()
