@@ -57,6 +57,28 @@ def test_numbers_become_those_of_a_calibration_on_what_is_seen(factor):
     torch.testing.assert_close(found["input_offset"], model[0].input_offset, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("tile", [None, 8])
+@pytest.mark.parametrize("rare", [False, True])
+def test_the_full_scale_of_the_adc_follows_the_currents(rare, tile):
+    """To about where a calibration would put it, up and down, whatever rare tokens do."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(16, 8, bias=False)), torch.randn(512, 16)
+    if rare:
+        x[::50] *= 30
+    patch_model(model, ReRAMConfig(adc_bits=5, tile_size=tile, retention_loss="none", center_inputs=False))
+    calibrate(model, [x]).train()
+    right = float(model[0].adc_range)
+    for start in (0.3, 4.0):
+        stop_following(model)
+        model[0].adc_range.fill_(start * right)
+        follow_training(model)
+        for _ in range(60):
+            model[0].crossbar.following.looks, model[0].crossbar.following.steps = True, 0
+            model(x)
+            follow_training(model)
+        assert 0.6 < float(model[0].adc_range) / right < 1.6
+
+
 def test_weight_scales_grow_with_the_weights():
     model, x = layer_in_training()
     before = model[0].weight_scale.clone()
