@@ -120,6 +120,12 @@ def test_new_seeds_need_no_new_graph():
         with sampled_drift(model, seed=seed):
             losses.add(round(float(call(**batch).loss), 6))
     assert counter.frame_count == 1 and len(losses) == 4
+    for strength in (0.1, 0.2, 0.7):  # while they warm up: one graph for all
+        with sampled_drift(model, seed=0, strength=strength):
+            found = call(**batch).loss
+            torch.testing.assert_close(found, model(**batch).loss)
+            losses.add(round(float(found), 6))
+    assert counter.frame_count == 2 and len(losses) == 7
 
 
 def test_convolutions(monkeypatch):
@@ -195,3 +201,22 @@ def test_inductor(loss):
     expected = train_step(model, model, batch)
     found = train_step(twin, torch.compile(twin, fullgraph=True), batch)
     assert found[:2] == pytest.approx(expected[:2], rel=1e-4)
+
+
+@pytest.mark.parametrize("way", ["compile", "export"])
+@pytest.mark.parametrize("options", [{}, CONVERTERS, {"center_inputs": False, "learn_input_range": True}], ids=str)
+def test_a_checkpoint_that_was_just_loaded(tmp_path, options, way):
+    """Before any forward in eager mode."""
+    model = tiny_bert(num_hidden_layers=1)
+    patch_model(model, ReRAMConfig(**options))
+    calibrate(model, [bert_batch()])
+    model.save_pretrained(tmp_path)
+    batch = {name: value for name, value in bert_batch().items() if name != "labels"}
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        if way == "compile":
+            found = torch.compile(loaded, fullgraph=True, backend="eager")(**batch).logits
+        else:
+            found = torch.export.export(loaded, (), batch, strict=False).module()(**batch).logits
+        torch.testing.assert_close(found, loaded(**batch).logits)
+        torch.testing.assert_close(found, model.eval()(**batch).logits)

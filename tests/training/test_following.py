@@ -181,3 +181,30 @@ def test_compiled_layers_keep_their_numbers():
         follow_training(model)
     for name in BUFFERS:
         assert torch.equal(getattr(model[0], name), before[name]), name
+
+
+@pytest.mark.parametrize(("warmup", "wanted"), [(0.0, [None] * 6), (0.5, [1 / 3, 2 / 3] + [None] * 4)])
+def test_sampled_drift_warms_up_in_proportion_to_the_steps(tmp_path, warmup, wanted):
+    """Also with micro-batches, and from where a training is resumed."""
+    found: list = []
+    for resumed in (False, True):
+        set_seed(0)
+        model = models.tiny_bert()
+        trainer = ReRAMTrainer(
+            model,
+            arguments(tmp_path, max_steps=6, save_strategy="steps", save_steps=3, gradient_accumulation_steps=2),
+            train_dataset=examples(96),
+            reram_config=ReRAMConfig(retention_warmup=warmup),
+        )
+        layer, strengths = crossbar_layers(model)["classifier"], []
+
+        def look(layer, args, strengths=strengths):
+            if layer.training:
+                strength = layer.crossbar.forward.sampling.strength
+                strengths.append(None if strength is None else float(strength))
+
+        layer.register_forward_pre_hook(look)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3") if resumed else None)
+        found.append(strengths)
+    both = [strength for strength in wanted for _ in range(2)]
+    assert found[0] == pytest.approx(both) and found[1] == pytest.approx(both[6:])

@@ -65,6 +65,31 @@ def test_sampled_drift_has_the_moments_of_a_chip():
     torch.testing.assert_close(draws.mean(0), chips.mean(0), atol=float(6 * chips.std(0).max() / 20), rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["drift", "noise"])
+def test_strength_scales_the_sampled_error(kind):
+    """Spread and mean shift alike; what is at full strength is what it was without one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 40, bias=False)).train()
+    patch_model(model, ReRAMConfig(device=device(retention=GENERIC), weight_clip=2.5, retention_loss="output+drift"))
+    calibrate(model, [torch.randn(200, 64)])
+    errors, eye = {}, torch.eye(64) * float(model[0].input_range)
+    with torch.no_grad():
+        clean = model(eye)
+        for strength in (None, 1.0, 0.5, 0.0):
+            with sampled_drift(model, kind, seed=3, **({} if strength is None else {"strength": strength})):
+                errors[strength] = model(eye) - clean
+    assert torch.equal(errors[None], errors[1.0]) and float(errors[1.0].abs().max()) > 0.01
+    torch.testing.assert_close(errors[0.5], 0.5 * errors[1.0], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(errors[0.0], torch.zeros_like(clean), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [-0.1, 1.1, True, "all", math.nan])
+def test_bad_strengths_are_named(tiny_bert, bad):
+    patch_model(tiny_bert, ReRAMConfig())
+    with pytest.raises(ValueError, match="strength=.*from 0 to 1"), sampled_drift(tiny_bert, strength=bad):
+        pass
+
+
 def test_white_noise_has_the_power_of_the_drift():
     model = nn.Sequential(nn.Linear(64, 40, bias=False)).train()
     patch_model(model, ReRAMConfig(weight_clip=2.5, retention_loss="noise", range_shrink=1.0))
