@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable
+import weakref
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -154,22 +154,22 @@ class ReRAMConfig(QuantizationConfigMixin):
     # Changes
 
     def __setattr__(self, name: str, value: Any) -> None:
-        changed = self.__dict__.get("_changed")
-        if changed is None or name not in self.__dataclass_fields__ or value == getattr(self, name):
-            super().__setattr__(name, value)
-        else:
-            changed(self, name, value)
+        told = self.__dict__.get("_told")
+        new = bool(told) and name in self.__dataclass_fields__ and value != getattr(self, name)
+        if new and sum(state.hear(self, name, value) for state in list(told)):  # all of them
+            return
+        super().__setattr__(name, value)
 
-    def when_changed(self, changed: Callable[["ReRAMConfig", str, Any], None]) -> None:
-        """Call this in place of setting a field to another value, as a model does that was patched with the config."""
-        self.__dict__["_changed"] = changed
+    def tell(self, state: Any) -> None:
+        """Have the state of a model that was patched with the config hear of its changes, while it is there."""
+        self.__dict__.setdefault("_told", weakref.WeakSet()).add(state)
 
     def put(self, name: str, value: Any) -> None:
-        """Set a field, whoever is to be told of changes."""
+        """Set a field without telling anyone; the value is known to be right."""
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_changed"}  # a copy is nobody's
+        return {name: value for name, value in self.__dict__.items() if name != "_told"}  # a copy is nobody's
 
     # Checks
 

@@ -4,6 +4,7 @@
 checkpoint as the plain digital model that its weights are.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -88,15 +89,27 @@ class ReRAMQuantizer(HfQuantizer):
         return model
 
     def _take_digital_layers_off(self, model):
-        """Layers of which the checkpoint has weights but no numbers, beside others with numbers, were digital when it
-        was saved, as where a part of the model was patched alone."""
+        """Layers outside of the part that all crossbars with numbers are in were digital when the checkpoint was saved,
+        as where that part of the model was patched alone."""
         layers = crossbar_layers(model)
         known = {name for name, layer in layers.items() if any(_was_loaded(getattr(layer, b)) for b in BUFFERS)}
-        digital = [name for name, layer in layers.items() if name not in known and _was_loaded(layer.weight)]
+        parts = zip(*(name.split(".") for name in known))
+        inside = [same[0] for same in itertools.takewhile(lambda same: len(set(same)) == 1, parts)]
+        digital = [
+            name
+            for name, layer in layers.items()
+            if name not in known and _was_loaded(layer.weight) and name.split(".")[: len(inside)] != inside
+        ]
         for name in digital if known else ():
             take_off(layers[name])
         if digital and known:
-            logger.info("these layers are digital in the checkpoint, and stay so: %s", ", ".join(digital))
+            logger.warning(
+                "%d layers have weights but no crossbar's numbers in the checkpoint, all of whose crossbars are in %s: "
+                "they stay digital: %s",
+                len(digital),
+                ".".join(inside),
+                ", ".join(digital),
+            )
 
     def _dequantize(self, model, dtype=None):
         return unpatch_model(model)

@@ -1,6 +1,5 @@
 """Change what a patched model is trained for, without putting its layers on crossbars anew."""
 
-import weakref
 from typing import Any
 
 from torch import nn
@@ -8,7 +7,9 @@ from transformers.utils import logging
 
 from ..config import TRAINING_FIELDS, ReRAMConfig
 from ..device.checks import shown
-from ..nn.state import ON_CHANGE, CrossbarState
+from ..nn import state as nn_state
+from ..nn.physics import Physics
+from ..nn.state import CrossbarState
 from .find import crossbar_state, crossbar_states, patched_layers, unwrapped
 from .hooks import ON_PATCH
 
@@ -36,10 +37,12 @@ def reconfigure(model: nn.Module, **changes: Any) -> nn.Module:
     states = crossbar_states(model)
     configs = [ReRAMConfig.from_dict({**state.config.to_dict(), **changes}) for state in states]
     for state, config in zip(states, configs):
-        state.adopt_config(config)
+        for name in changes:  # the same object, which others hold
+            state.config.put(name, getattr(config, name))
+        state.physics = Physics.of(state.config)
         if state.root is not None:
             for attach in ON_PATCH:
-                attach(unwrapped(state.root), config)
+                attach(unwrapped(state.root), state.config)
     for layer in patched_layers(model).values():
         layer.forget_white_noise()
     return model
@@ -47,44 +50,37 @@ def reconfigure(model: nn.Module, **changes: Any) -> nn.Module:
 
 def watch(config: ReRAMConfig, model: nn.Module) -> None:
     """Have a config, of which a patched model has a copy, say that changing it does not change the model."""
-    if crossbar_state(model).config is config:
-        return
-    state, earlier = weakref.ref(crossbar_state(model)), config.__dict__.get("_changed")
-
-    def changed(config: ReRAMConfig, name: str, value: Any) -> None:
-        if (found := state()) is not None and getattr(found.config, name) != value:
-            _warn(found, name, value)
-        if earlier is None:
-            config.put(name, value)
-        else:  # another model, which was patched with it before
-            earlier(config, name, value)
-
-    config.when_changed(changed)
+    config.tell(crossbar_state(model))
 
 
-def _changed(state: CrossbarState, name: str, value: Any) -> None:
-    """A field of a patched model's own config is set: :func:`reconfigure`, where it can be changed."""
-    config, root = state.config, state.root
-    if name not in TRAINING_FIELDS or root is None:
-        _warn(state, name, value)
-        return
-    reconfigure(root, **{name: value})
-    config.put(name, getattr(state.config, name))  # for who still holds it
+def _heard(state: CrossbarState, config: ReRAMConfig, name: str, value: Any) -> bool:
+    """A field of a patched model's own config is set: :func:`reconfigure`, where it can be changed. Of a config that
+    was handed over, it has no effect on the model."""
+    own, root = config is state.config, state.root
+    if own and name in TRAINING_FIELDS and root is not None:
+        reconfigure(root, **{name: value})
+    elif not _is_same(state.config, name, value):
+        way = (
+            f"hf_reram.reconfigure(model, {name}=...)"
+            if name in TRAINING_FIELDS
+            else "unpatch_model, patch_model with the new config, and calibrate"
+        )
+        logger.warning(
+            "ReRAMConfig.%s=%s has no effect on the model that was patched with %s: it takes %s to change it",
+            name,
+            shown(value),
+            shown(getattr(state.config, name)),
+            way,
+        )
+    return own
 
 
-def _warn(state: CrossbarState, name: str, value: Any) -> None:
-    way = (
-        f"hf_reram.reconfigure(model, {name}=...)"
-        if name in TRAINING_FIELDS
-        else "unpatch_model, patch_model with the new config, and calibrate"
-    )
-    logger.warning(
-        "ReRAMConfig.%s=%s has no effect on the model that was patched with %s: it takes %s to change it",
-        name,
-        shown(value),
-        shown(getattr(state.config, name)),
-        way,
-    )
+def _is_same(config: ReRAMConfig, name: str, value: Any) -> bool:
+    """Whether it is what the config has, maybe in another form."""
+    try:
+        return getattr(ReRAMConfig.from_dict({**config.to_dict(), name: value}), name) == getattr(config, name)
+    except ValueError:
+        return False
 
 
-ON_CHANGE.append(_changed)
+nn_state.on_change = _heard

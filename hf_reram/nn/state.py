@@ -15,8 +15,9 @@ from .observe import Following
 from .physics import Physics, Sampling
 from .tensors import tensors_of
 
-# Called with a state, the name and the value of a field that is set on its config.
-ON_CHANGE: list[Callable[["CrossbarState", str, Any], None]] = []
+# Called with a state, a config that its model was patched with, and the name and value of a field that is set on it;
+# says whether that has been taken care of. Set by model/, which knows what a change means.
+on_change: Callable[["CrossbarState", ReRAMConfig, str, Any], bool] | None = None
 
 
 class CrossbarState:
@@ -38,7 +39,8 @@ class CrossbarState:
     report: Any = None
 
     def __init__(self, config: ReRAMConfig, root: nn.Module | None = None):
-        self.adopt_config(config)
+        self.physics = Physics.of(config)
+        config.tell(self)
         self.digital_contexts = 0
         self.measure = False
         self.sampling: Sampling | None = None
@@ -55,19 +57,9 @@ class CrossbarState:
         self._root = reference(root)
         self._waiting: list[Any] = []  # references to forwards whose terms may still join a loss
 
-    def adopt_config(self, config: ReRAMConfig) -> None:
-        """Work out what the config means, and hear of changes to it from now on. It belongs to this state alone."""
-        self.physics, me = Physics.of(config), weakref.ref(self)
-
-        def changed(config: ReRAMConfig, name: str, value: Any) -> None:
-            state = me()
-            if state is None or state.config is not config:  # it is nobody's any more
-                config.put(name, value)
-                return
-            for hear in ON_CHANGE:
-                hear(state, name, value)
-
-        config.when_changed(changed)
+    def hear(self, config: ReRAMConfig, name: str, value: Any) -> bool:
+        """A field is set on the state's own config or on one that was handed over; whether that needs no doing."""
+        return on_change is not None and on_change(self, config, name, value)
 
     @property
     def config(self) -> ReRAMConfig:

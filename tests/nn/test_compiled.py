@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import nn
 
 from hf_reram import (

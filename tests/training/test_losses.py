@@ -86,7 +86,7 @@ def test_strength_scales_the_sampled_error(kind):
 @pytest.mark.parametrize("bad", [-0.1, 1.1, True, "all", math.nan])
 def test_bad_strengths_are_named(tiny_bert, bad):
     patch_model(tiny_bert, ReRAMConfig())
-    with pytest.raises(ValueError, match="strength=.*from 0 to 1"), sampled_drift(tiny_bert, strength=bad):
+    with pytest.raises(ValueError, match=r"strength=.*from 0 to 1"), sampled_drift(tiny_bert, strength=bad):
         pass
 
 
