@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .evaluation.inspect import inspect_layers
     from .evaluation.report import RobustnessReport
     from .evaluation.robustness import evaluate_robustness
+    from .hub.load import load_model
     from .hub.report import report_of
     from .integrations.quantizer import ReRAMQuantizer
     from .integrations.trainer import ReRAMTrainer, ReRAMTrainerMixin
@@ -40,6 +41,7 @@ _NAMES = {
     "evaluation.inspect": ["inspect_layers"],
     "evaluation.report": ["RobustnessReport"],
     "evaluation.robustness": ["evaluate_robustness"],
+    "hub.load": ["load_model"],
     "hub.report": ["report_of"],
     "integrations.quantizer": ["ReRAMQuantizer"],
     "integrations.trainer": ["ReRAMTrainer", "ReRAMTrainerMixin"],
@@ -73,6 +75,7 @@ __all__ = [
     "follow_training",
     "hold_weights",
     "inspect_layers",
+    "load_model",
     "noise_to_signal",
     "patch_model",
     "reconfigure",

@@ -108,7 +108,7 @@ class ReRAMConfig(QuantizationConfigMixin):
     modules_to_not_convert: Any = None
     retention_loss: str | None = "drift"
     retention_weight: float = 0.3
-    retention_warmup: float = 0.0
+    retention_warmup: float = 0.5
     retention_times: Any = field(default_factory=lambda: ["1d"])
     temperature: Any = None
     calibration_batches: int = 32
@@ -155,8 +155,8 @@ class ReRAMConfig(QuantizationConfigMixin):
 
     def __setattr__(self, name: str, value: Any) -> None:
         told = self.__dict__.get("_told")
-        new = bool(told) and name in self.__dataclass_fields__ and value != getattr(self, name)
-        if new and sum(state.hear(self, name, value) for state in list(told)):  # all of them
+        new = name in self.__dataclass_fields__ and bool(told) and value != getattr(self, name)
+        if new and sum(state.hear(self, name, value) for state in list(told or ())):  # all of them
             return
         super().__setattr__(name, value)
 
@@ -247,8 +247,8 @@ class ReRAMConfig(QuantizationConfigMixin):
                 f"ReRAMConfig.version={shown(version)}: this hf_reram reads versions 1 to {CONFIG_VERSION}; "
                 "a newer checkpoint needs a newer hf_reram"
             )
-        if version == 1 and isinstance(data.get("device"), dict):
-            data["device"] = {"floor_at_zero": False} | data["device"]
+        if version == 1:
+            data["device"] = _of_version_1(data.get("device", "hfox-neurram"))
         known = {f.name for f in fields(cls) if f.init}
         unknown = sorted(set(data) - known)
         if unknown and not return_unused_kwargs:
@@ -269,6 +269,20 @@ class ReRAMConfig(QuantizationConfigMixin):
     def hardware(self) -> dict[str, Any]:
         """The part of :meth:`to_dict` that says which weights lie on which cells, and how."""
         return {key: value for key, value in self.to_dict().items() if key not in TRAINING_FIELDS}
+
+
+def _of_version_1(device: Any) -> Any:
+    """A device as version 1 of the config meant it: cells are found below 0 µS too, and drift beyond all of a
+    conductance where a formula says so."""
+    if isinstance(device, str):
+        device = DeviceConfig.from_preset(device).to_dict() | {"floor_at_zero": False}
+    if not isinstance(device, dict):
+        return device
+    device = {"floor_at_zero": False} | device
+    retention = device.get("retention")
+    if isinstance(retention, dict) and retention.get("type") == "generic":
+        device["retention"] = {"saturates": False} | retention
+    return device
 
 
 def converter_levels(bits: int | None) -> int:

@@ -32,7 +32,7 @@ from ..nn.tensors import is_shard, tensors_of, whole
 from .input_scales import TINY, TYPICAL_CLIP
 from .redundancy import allot_pairs
 from .sensitivity import measure_sensitivity
-from .statistics import Channels, LayerStatistics
+from .statistics import Channels, LayerStatistics, NotFiniteError
 
 logger = logging.get_logger(__name__)
 
@@ -82,6 +82,8 @@ def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = No
             observation.run(model, kept, channels, of_leaders=True)
             reshard(model)
             for name, leader in observation.leaders.items():
+                if observation.leaders[leader] != leader:  # which has read another input before
+                    leader = name
                 with gathered([layers[leader]]):
                     channels[leader].give(statistics[name])
         observation.run(model, kept, statistics)
@@ -146,7 +148,16 @@ class _Observation:
         """
         self._takers, self._of_leaders = takers, of_leaders
         for batch in batches:
-            call_model(model, batch)
+            try:
+                call_model(model, batch)
+            except NotFiniteError:
+                raise
+            except (TypeError, LookupError, AttributeError, ValueError) as error:
+                given = f" of {list(batch)}" if isinstance(batch, Mapping) else ""
+                raise (TypeError if isinstance(error, TypeError) else ValueError)(
+                    f"the model cannot be called with a batch of type {type(batch).__name__}{given}: allowed is what "
+                    f"its forward takes: a dict of its arguments, a tuple of inputs and labels, or a tensor ({error})"
+                ) from error
             self.stop_holding()
 
     def _see(self, layer, args, kwargs) -> None:
@@ -155,9 +166,10 @@ class _Observation:
         if first is None or first.crossbar is not layer.crossbar or first.channel_dim != layer.channel_dim:
             self._last = (x, name)
         leader = self.leaders.setdefault(name, self._last[1])
-        if leader == name or not self._of_leaders:
-            keep = layer.crossbar.forward.padding.keep(x) if layer.channel_dim == -1 else None
-            self._takers[name].update(x, keep)
+        if self._of_leaders and name != leader == self.leaders[leader]:
+            return
+        keep = layer.crossbar.forward.padding.keep(x) if layer.channel_dim == -1 else None
+        self._takers[name].update(x, keep)
 
     def _hold(self, layer, args, y) -> None:
         self._outputs.append((layer, y, y._version))
@@ -228,15 +240,49 @@ def _settle_all(statistics: dict[str, LayerStatistics], leaders: dict[str, str],
     for name, found in statistics.items():
         if found.samples is not None:
             followers.setdefault(leaders[name], []).append(found)
+    tied = _tied(statistics)
+    for same in tied:
+        for found in same[1:]:  # one array, of one weight times one scale of the inputs
+            found.scale = same[0].scale
     for shared in followers.values():
         with gathered(s.layer for s in shared):
             _settle(shared, config)
+    _share_scales(tied)
     if config.redundancy:
-        _spread_pairs(statistics, config)
+        _spread_pairs(statistics, tied, config)
         for shared in followers.values():
             with gathered(s.layer for s in shared):
                 if any(s.layer.pairs > 1 for s in shared):
                     _settle(shared, config)  # quieter cells: other ranges and scales may be best
+        _share_scales(tied)
+
+
+def _tied(statistics: dict[str, LayerStatistics]) -> list[list[LayerStatistics]]:
+    """Layers that share a weight, and so its cells."""
+    found: dict[int, list[LayerStatistics]] = {}
+    for one in statistics.values():
+        if one.samples is not None:
+            found.setdefault(id(one.layer.weight), []).append(one)
+    return [same for same in found.values() if len(same) > 1]
+
+
+def _share_scales(tied: list[list[LayerStatistics]]) -> None:
+    """Give layers that share cells the weight scale with the least expected error over the inputs of all of them."""
+    for same in tied:
+        layers = [found.layer for found in same]
+        with gathered(layers):
+            rows, several = _weighted_inputs(same[0])[0], [_weighted_inputs(found)[1] for found in same]
+            phi = torch.cat([inputs.phi for inputs in several], 1)
+            offset = torch.cat([inputs.offset.expand(inputs.phi.shape) for inputs in several], 1)  # type: ignore[union-attr]
+            noise = sum(inputs.read_noise for inputs in several) / len(several)
+            clip = layers[0].crossbar.config.weight_clip
+            scale = layer_scales(layers[0], rows, clip, Inputs(phi, offset, noise))
+            for found in same:
+                found.layer.weight_scale.copy_(scale)
+                found.layer.adc_range.fill_(_best_full_scale(found))
+                found.layer.forget_white_noise()
+                found.layer.scalars()
+                found.layer.note_choice()
 
 
 def _settle(shared: list[LayerStatistics], config: ReRAMConfig) -> None:
@@ -268,22 +314,30 @@ def _scales(statistics: LayerStatistics) -> Tensor:
     return layer_scales(layer, rows, layer.crossbar.config.weight_clip, inputs)
 
 
-def _spread_pairs(statistics: dict[str, LayerStatistics], config: ReRAMConfig) -> None:
+def _spread_pairs(
+    statistics: dict[str, LayerStatistics], tied: list[list[LayerStatistics]], config: ReRAMConfig
+) -> None:
     """Give the layers their pairs per weight, from the shares of their outputs' power that the spread of their cells
-    has."""
+    has; those that share cells together."""
+    followers = {id(found) for same in tied for found in same[1:]}
+    arrays = [[found] for found in statistics.values() if id(found) not in followers]
+    arrays = [next((same for same in tied if same[0] is array[0]), array) for array in arrays]
     errors, cells = [], []
-    for found in statistics.values():
-        layer, error = found.layer, 0.0
-        if found.samples is not None:
-            with gathered([layer]):
-                rows, inputs = _weighted_inputs(found)
-            scale = layer.along_rows(layer.weight_scale)
-            error = float(expected_error(rows.float(), scale, layer.error, Inputs(inputs.phi), 0.0).sum())
+    for array in arrays:
+        error = 0.0
+        for found in array:
+            layer = found.layer
+            if found.samples is not None:
+                with gathered([layer]):
+                    rows, inputs = _weighted_inputs(found)
+                scale = layer.along_rows(layer.weight_scale)
+                error += float(expected_error(rows.float(), scale, layer.error, Inputs(inputs.phi), 0.0).sum())
         errors.append(error)
-        cells.append(layer.weight.numel())
-    for found, pairs in zip(statistics.values(), allot_pairs(errors, cells, config.redundancy * sum(cells))):
-        found.layer.pairs_per_weight.fill_(pairs)
-        found.layer.forget_white_noise()
+        cells.append(array[0].layer.weight.numel())
+    for array, pairs in zip(arrays, allot_pairs(errors, cells, config.redundancy * sum(cells))):
+        for found in array:
+            found.layer.pairs_per_weight.fill_(pairs)
+            found.layer.forget_white_noise()
 
 
 def _weighted_inputs(statistics: LayerStatistics) -> tuple[Tensor, Inputs]:
@@ -371,9 +425,10 @@ def _best_full_scale(statistics: LayerStatistics) -> float:
         cells, unit, driven = tile[0], tile[1][..., :1], tile[2]
         currents.append(torch.bmm(cells, driven.mT) / unit.clamp(min=TINY))
         powers.append(unit.square() * weights)
-    largest = max(float(current.abs().max()) for current in currents)
+    noise = relative_read_noise(config.device, layer.pairs)
+    largest = max(float(current.abs().max()) for current in currents) + 3 * noise
     levels, candidates = converter_levels(config.adc_bits), [largest * share for share in FULL_SCALES]
     if not levels or not largest:
         return candidates[0]
-    errors = sum(conversion_errors(current, power, candidates, levels) for current, power in zip(currents, powers))
+    errors = sum(conversion_errors(c, power, candidates, levels, noise) for c, power in zip(currents, powers))
     return candidates[int(errors.argmin())]  # type: ignore[union-attr]

@@ -21,6 +21,10 @@ _SAMPLES, _SAMPLE_ELEMENTS = 256, 1 << 21
 _EXAMPLES = 4096
 
 
+class NotFiniteError(ValueError):
+    """An input of a layer holds NaN or infinite values."""
+
+
 class Reservoir:
     """A uniform random sample of all examples, in memory that does not grow with them (by random keys)."""
 
@@ -109,7 +113,7 @@ class LayerStatistics:
         magnitude = x.abs().reshape(-1)
         largest = float(magnitude.max())
         if not math.isfinite(largest):
-            raise ValueError(f"calibration data drive layer {self.name!r} with NaN or infinite values")
+            raise NotFiniteError(f"calibration data drive layer {self.name!r} with NaN or infinite values")
         self.largest, self.smallest = max(self.largest, largest), min(self.smallest, float(x.min()))
         index = (magnitude.clamp(min=1e-30).log2() + _OCTAVES // 2).mul_(_BINS_PER_OCTAVE).long().clamp_(0, _BINS - 1)
         self.counts += torch.bincount(index, minlength=_BINS)

@@ -22,7 +22,7 @@ from .cell import DeviceConfig
 
 INTERVALS = 4096  # of a curve
 INVISIBLE = 1e-9  # of w_scale: float32 weights do not know such a shift
-_NODES, _WIDTH = 64, 8.0  # of the quadrature over programming errors, and how many of their spreads it reaches
+_NODES, _WIDTH = 160, 8.0  # of the quadrature over programming errors, and how many of their spreads it reaches
 
 
 class Curve:

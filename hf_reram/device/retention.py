@@ -11,7 +11,7 @@ import warnings
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .checks import number, numbers, polynomial, refuse_deep, shown
+from .checks import number, numbers, plain, polynomial, refuse_deep, shown
 
 LONGEST = 1e30  # s; equivalent times beyond are taken as this
 BOLTZMANN = 8.617333262e-5  # eV/K, CODATA 2018
@@ -139,6 +139,7 @@ class GenericRetention:
         tau: s.
         s0, s1: µS. s2: dimensionless.
         g_min: µS, where the mean shift vanishes; filled in from the device.
+        saturates: False lets the mean shift go beyond all of the conductance, as version 1 of the config did.
     """
 
     A: float = 0.0
@@ -147,9 +148,12 @@ class GenericRetention:
     s1: float = 0.0
     s2: float = 0.0
     g_min: float = 0.0
+    saturates: bool = True
 
     def __post_init__(self):
-        for field in fields(self):
+        if not isinstance(plain(self.saturates), bool):
+            raise ValueError(f"retention.saturates={shown(self.saturates)}: allowed is True or False")
+        for field in fields(self)[:-1]:
             exclusive = field.name == "tau"
             value = number("retention", field.name, getattr(self, field.name), 0, exclusive)
             object.__setattr__(self, field.name, value)
@@ -159,7 +163,7 @@ class GenericRetention:
 
     def polynomials(self, time: float) -> tuple[Polynomial, Polynomial]:
         log = math.log1p(time / self.tau)
-        gone = min(self.A * log, 1.0)
+        gone = min(self.A * log, 1.0) if self.saturates else self.A * log
         mean = (gone * self.g_min, -gone)
         return mean, (self.s0 + self.s1 * log, self.s2 * log)
 

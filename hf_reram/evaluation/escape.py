@@ -5,6 +5,7 @@ import unicodedata
 
 # Backslashes, emphasis, code and cells of tables, and the brackets of links where they follow one another.
 _MARKUP = re.compile(r"[\\`*|~]|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[:])|(?<=\])[(\[:]")
+_LINK = re.compile(r"://|\bwww\.|@(?=[\w-]+\.)", re.IGNORECASE)  # which become links by themselves
 _ENTITY = re.compile(r"&(?=#?\w+;)")
 _COMMENT = re.compile(r"<(?=!--)|(?<=--)>")
 
@@ -17,7 +18,8 @@ def one_line(text: str) -> str:
 def escaped(text: str) -> str:
     """The text as Markdown that shows it, on one line: no link, no HTML, no cell of a table of its own."""
     text = _MARKUP.sub(lambda found: f"\\{found[0]}", one_line(text))
-    return _ENTITY.sub("&amp;", text).replace("<", "&lt;")
+    text = _ENTITY.sub("&amp;", text).replace("<", "&lt;")
+    return _LINK.sub(lambda found: "".join(f"&#{ord(c)};" if c in ":.@" else c for c in found[0]), text)
 
 
 def code_span(text: str) -> str:

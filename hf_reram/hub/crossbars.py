@@ -5,12 +5,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file, logging
 
 from ..config import ReRAMConfig
+from ..device.checks import shown
 from ..model.find import crossbar_layers, crossbar_states, unwrapped
 from ..model.patch import patch_model, take_off, unpatch_model
 from ..nn import CrossbarLayer
@@ -52,7 +54,7 @@ def save_crossbars(model: Any, folder: str | os.PathLike) -> None:
         logger.warning(
             "the adapters' base %r holds no crossbars, so that PEFT alone opens the adapters on a digital model. "
             "Config and calibration of the crossbars are beside them in %s: open both with "
-            "hf_reram.hub.load.load_model(folder), or save the base on its crossbars before adapters are added "
+            "hf_reram.load_model(folder), or save the base on its crossbars before adapters are added "
             "(patch_model, calibrate, save_pretrained) and train on that",
             name,
             CROSSBARS,
@@ -120,8 +122,23 @@ class StoredCrossbars:
         Raises:
             ValueError: they do not fit.
         """
+        base = unwrapped(model)
+        wanted = {
+            f"{name}.{buffer}"
+            for name, module in base.named_modules()
+            if isinstance(module, CrossbarLayer)
+            for buffer in BUFFERS
+        }
+        found = load_file(self.path)
+        if foreign := sorted(found.keys() - wanted):
+            raise ValueError(f"{self.path} has numbers of no crossbar of the model: {shown(foreign)}")
+        lacking = sorted(f"{name}.input_range" for name in self.layers if f"{name}.input_range" not in found)
+        if lacking:
+            raise ValueError(f"{self.path} lacks numbers of its crossbars: {shown(lacking)}")
+        if wrong := sorted(key for key, value in found.items() if not torch.isfinite(value).all()):
+            raise ValueError(f"{self.path} has NaN or infinite numbers: {shown(wrong)}")
         try:
-            unwrapped(model).load_state_dict(load_file(self.path), strict=False)
+            base.load_state_dict(found, strict=False)
         except RuntimeError as error:
             raise ValueError(f"{self.path} does not fit the model: {error}") from error
 

@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers.utils import cached_file
@@ -31,6 +32,8 @@ def load_model(name: str | os.PathLike, **where: Any) -> Any:
         return _load_adapted(name, where) if has_file(name, ADAPTER, **where) else _load_whole(name, where)
     except RecursionError:
         raise ValueError(f"{name} cannot be loaded: its config is nested too deeply") from None
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, TypeError, AttributeError, LookupError, ArithmeticError, *UNREADABLE) as error:
         # What a stranger's config makes transformers and peft stumble over.
         raise ValueError(f"{name} cannot be loaded: {type(error).__name__}: {error}") from error

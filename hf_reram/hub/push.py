@@ -16,7 +16,7 @@ from ..evaluation.report import RobustnessReport
 from ..model.adapters import has_adapters
 from ..model.find import crossbar_layers, crossbar_state
 from .about import about_model
-from .crossbars import CROSSBARS
+from .crossbars import CROSSBARS, save_crossbars
 from .load import ADAPTER, has_file, load_model
 from .publish import COMPARISON, PLOT, merge_cards, publish, read_card, read_comparison, read_text
 from .report import REPORT, report_of, unmeasured, why_foreign
@@ -123,6 +123,8 @@ def prepare(folder: str | os.PathLike, model: Any, repo: str | None = None) -> N
     if not crossbar_layers(model):
         base = f", nor has {model.name_or_path}, its adapters' base" if has_adapters(model) else ""
         raise ValueError(f"{folder} holds no model on crossbars: no ReRAM quantization_config in its config.json{base}")
+    if has_adapters(model) and not (folder / CROSSBARS).exists():
+        save_crossbars(model, folder)
     file, rows = folder / REPORT, None
     report: RobustnessReport | None
     if file.exists():
@@ -196,7 +198,9 @@ def _own(files: list[str], there: list[str]) -> list[str]:
     """What goes up of ``files``: adapters that join a whole model leave its card, report and tokenizer as they are."""
     if _is_model(files) or not _is_model(there):
         return files
-    return [path for path in files if path not in there or path == ADAPTER or ADAPTER_WEIGHTS.fullmatch(path)]
+    return [
+        path for path in files if path not in there or path in (ADAPTER, CROSSBARS) or ADAPTER_WEIGHTS.fullmatch(path)
+    ]
 
 
 def _stale(files: list[str], there: list[str]) -> list[str]:

@@ -98,13 +98,6 @@ def _check_tiles(name: str, layer: CrossbarLayer) -> None:
             f"ReRAMConfig.tile_size={layer.crossbar.config.tile_size!r}: layer {name!r} with {layer.width} rows would "
             f"have {layer.tiles()} tiles, allowed are {MAX_TILES}"
         )
-    if layer.tile_rows() > (layer.crossbar.config.tile_size or layer.tile_rows()):
-        logger.warning(
-            "ReRAMConfig.tile_size=%d: a tile holds whole input channels, and one of layer %r has %d rows",
-            layer.crossbar.config.tile_size,
-            name,
-            layer.tile_rows(),
-        )
 
 
 def _watch(model: nn.Module, state: CrossbarState) -> None:

@@ -215,14 +215,14 @@ def clipped_share(layer: "CrossbarLayer", scale: Tensor | None = None) -> float:
 
 @torch.no_grad()
 def white_noise_std(layer: "CrossbarLayer") -> float:
-    """Spread, in units of weight_scale, of white noise with the power of the device's error."""
-    # In units of w_scale, so that the result is right where a whole channel is zero.
-    ratio = wide(program(layer, layer.weight)) / layer.held_scale(torch.float32).clamp(min=1e-30)
-    error = layer.error
-    ones = torch.ones_like(ratio[:1])
-    power = float(WeightVariance.apply(ratio, ones, error.spread(ratio)).mean())
-    shifts = [float(weight_mean(ratio, ones, mean.table(ratio)).square().mean()) for mean in error.shifts]
-    return math.sqrt(max(power + sum(shifts) / len(error.means), 0.0))
+    """Spread, in units of weight_scale, of white noise with the power of the device's error over all of the layer's
+    weights: ``Σ E ΔW² / Σ w_scale²``."""
+    weight, scale, error = wide(program(layer, layer.weight)), layer.held_scale(torch.float32), layer.error
+    power = float(WeightVariance.apply(weight, scale, error.spread(weight)).sum(dtype=torch.float64))
+    shifts = (weight_mean(weight, scale, mean.table(weight)).square() for mean in error.shifts)
+    power += sum(float(shift.sum(dtype=torch.float64)) for shift in shifts) / len(error.means)
+    unit = float(scale.expand(weight.shape).square().sum(dtype=torch.float64))
+    return math.sqrt(max(power, 0.0) / unit) if unit > 0 else 0.0
 
 
 def wide(t: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from . import state
 from .array import cell_weight, clipped_share
 from .layer import CrossbarLayer
 from .mapping import CLIPS, layer_scales
@@ -53,12 +54,12 @@ def warn_clipped(layers: Iterable[CrossbarLayer]) -> None:
     by_state: dict[Any, list[CrossbarLayer]] = {}
     for layer in layers:
         by_state.setdefault(layer.crossbar, []).append(layer)
-    for state, own in by_state.items():
+    for shared, own in by_state.items():
         found = {name: round(share, 2) for name, share in clipped_beyond_choice(own).items()}
-        new = {name: share for name, share in found.items() if state.clipped.get(name) != share}
+        new = {name: share for name, share in found.items() if shared.clipped.get(name) != share}
         for layer in own:
-            state.clipped.pop(layer.crossbar_name, None)
-        state.clipped |= found
+            shared.clipped.pop(layer.crossbar_name, None)
+        shared.clipped |= found
         if new:
             logger.warning(
                 "the weights of %d crossbar layers have changed since their scales were chosen, and many of them are "
@@ -71,3 +72,6 @@ def warn_clipped(layers: Iterable[CrossbarLayer]) -> None:
 def in_words(shares: dict[str, float]) -> str:
     """Layers and the share of their weights that are clipped."""
     return ", ".join(f"{name} ({share:.0%})" for name, share in shares.items())
+
+
+state.on_changed_alone = warn_clipped

@@ -20,8 +20,8 @@ from .terms import account
 FILLS = dict.fromkeys(BUFFERS, 0.0)
 FILLS |= {"range_shrink": 1.0, "gain": 1.0, "input_floor": -1.0, "pairs_per_weight": 1.0, "input_scale": 1.0}
 
-# Elements along each dimension of a weight that tell whether it has changed.
-FEW = 6
+# Elements of a weight that tell whether it has changed.
+FEW = 61
 
 # What copies and pickles start without, and nothing saves.
 _PASSING: dict[str, Any] = {
@@ -117,7 +117,7 @@ class CrossbarLayer(Layout):
         if self.training:
             self.crossbar.enter(self.crossbar_name, input.shape[0] if input.dim() else 1)
         elif self.chip is None and not compiled and self._has_changed():
-            self.crossbar.changed.append(self)
+            self.crossbar.note_changed(self)
         return self.scalars()
 
     # Its numbers
@@ -185,7 +185,9 @@ class CrossbarLayer(Layout):
             return False
         few = None
         if weight.is_cpu:
-            few = weight.detach()[tuple(slice(None, None, max(1, size // FEW)) for size in weight.shape)].tolist()
+            room = weight.untyped_storage().nbytes() // weight.element_size() - weight.storage_offset()
+            memory = weight.detach().as_strided((min(weight.numel(), room),), (1,))
+            few = memory[:: max(1, weight.numel() // FEW) | 1].tolist()  # an odd step meets all rows and columns
         before, self._looked = self._looked, (-1 if weight.is_inference() else weight._version, weight.data_ptr(), few)
         return self._looked != before
 
@@ -293,7 +295,7 @@ class CrossbarLayer(Layout):
             if tensor is not None and tensor.dtype != torch.float32:  # assigned
                 tensor.data = tensor.data.float()
         self.forget_white_noise()
-        if self.input_range.device.type != "meta":
+        if "meta" not in (self.input_range.device.type, self.weight.device.type):
             self.scalars()  # compiled code does not look
             if f"{args[1]}weight_scale" in args[0]:
                 self.note_choice(known=False)

@@ -3,6 +3,7 @@
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .state import CrossbarState
@@ -115,9 +116,9 @@ class Layout(nn.Module):
         return x if x.dim() == 1 - self.channel_dim else x.reshape(-1, *x.shape[self.channel_dim :])
 
     def tile_rows(self) -> int:
-        """Crossbar rows of a tile, which holds whole input channels."""
+        """Crossbar rows of a tile, which holds whole input channels where it can hold one."""
         rows = max(1, min(self.crossbar.config.tile_size or self.width, self.width))
-        return max(rows // self.area, 1) * self.area
+        return rows // self.area * self.area or rows
 
     def tiles(self) -> int:
         """Tiles that an output channel's rows are spread over."""
@@ -126,6 +127,11 @@ class Layout(nn.Module):
     def split(self, x: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Pairs of input and weight, a tile each, whose products add up."""
         channels, size = weight.shape[self.input_dim], self.tile_rows() // self.area
+        if not size:  # of an input channel each holds some of the kernel's elements
+            rows, tile = self.to_rows(weight), self.tile_rows()
+            starts = range(0, self.width, tile)
+            held = [F.pad(rows[..., s : s + tile], (s, max(self.width - s - tile, 0))) for s in starts]
+            return [(x, self.from_rows(part)) for part in held]
         if size >= channels:  # splitting costs a copy in the backward
             return [(x, weight)]
         grouped = x.unflatten(self.channel_dim, (self.groups, channels)) if self.groups > 1 else x

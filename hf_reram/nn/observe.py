@@ -96,10 +96,11 @@ def observe_conversion(layer: "CrossbarLayer", current: Tensor, unit: Tensor, le
     counted in calibration."""
     following, name = layer.crossbar.following, layer.crossbar_name
     assert following is not None
-    rows = layer.examples(current.detach())
-    step = max(1, rows.numel() // CURRENTS)
-    units = layer.examples(unit.detach().expand(current.shape))[following.steps % step :: step].float()
-    rows = rows[following.steps % step :: step].float() / units.clamp(min=1e-30)
+    rows, units = layer.examples(current.detach()), layer.examples(unit.detach().expand(current.shape))
+    step = min(max(1, rows.numel() // CURRENTS), max(len(rows) // 2, 1))
+    columns = max(1, rows[::step].numel() // CURRENTS)  # of a vocabulary
+    units = units[following.steps % step :: step, ::columns].float()
+    rows = rows[following.steps % step :: step, ::columns].float() / units.clamp(min=1e-30)
     weights = units.square()
     if not layer.reads_windows:
         weights = weights / (weights * rows.square()).sum(1, keepdim=True).clamp(min=1e-30)

@@ -70,7 +70,8 @@ class Sampling:
         strength: share of its size that is sampled, a tensor on the CPU so that compiled code takes any; None: all.
         seed: so that all micro-batches and processes of a step see one chip; None draws from torch's global generator.
         seed_tensor: the same for compiled code, which would else be compiled anew for each; -1 for None.
-        prefix: of the layers' names, so that parts that were patched alike do not share their noise.
+        prefix: of the layers' names, so that parts that were patched alike do not share their noise. shared: names of
+            the layers whose cells others hold their weight in, by theirs.
     """
 
     kind: str
@@ -79,10 +80,11 @@ class Sampling:
     seed_tensor: Tensor = field(default_factory=lambda: torch.full((), -1, dtype=torch.int64), compare=False)
     prefix: str = ""
     strength: Tensor | None = field(default=None, compare=False)
+    shared: dict[str, str] = field(default_factory=dict, compare=False)
 
     def normal(self, like: Tensor, name: str) -> Tensor:
         """Standard normal variates for the layer ``name``, of shape, dtype and device of ``like``."""
-        name = self.prefix + name
+        name = self.prefix + self.shared.get(name, name)
         if torch.compiler.is_compiling():
             return seeded_normal(like.detach(), self.seed_tensor, name)
         generator = None

@@ -19,6 +19,9 @@ from .tensors import tensors_of
 # says whether that has been taken care of. Set by model/, which knows what a change means.
 on_change: Callable[["CrossbarState", ReRAMConfig, str, Any], bool] | None = None
 
+# Called with layers whose weights have changed; set by clipping.py, which knows layers.
+on_changed_alone: Callable[[list[Any]], None] | None = None
+
 
 class CrossbarState:
     """Shared by the crossbar layers that were patched together; never saved.
@@ -85,6 +88,13 @@ class CrossbarState:
     def digital(self) -> bool:
         """Whether layers compute what the digital layer computes: while any context wants it, whichever ends first."""
         return self.digital_contexts > 0
+
+    def note_changed(self, layer: Any) -> None:
+        """A layer's weight has changed since its last forward; of one that is called by itself, nobody asks later."""
+        if self.running is not None:
+            self.changed.append(layer)
+        elif on_changed_alone is not None:
+            on_changed_alone([layer])
 
     # Forwards
 

@@ -25,6 +25,9 @@ from ..nn.tensors import whole
 MOMENTUM = 0.2
 JUMP = 1.25
 
+# By how much the error of another full scale of the ADC has to be less: what is looked at is only a sample.
+NOTABLE = 1.1
+
 # Every step is looked at until this one, then every second, and half as many with each doubling of the steps done.
 ALL_UNTIL = 16
 LONGEST = 64
@@ -113,7 +116,9 @@ def _follow_inputs(layers: dict[str, Any]) -> None:
             _follow_input(layer, found)
         following = layer.crossbar.following
         if (of_scales := errors[name]) is not None and not following.settled:
-            share = layer.adc_range.new_tensor(FULL_SCALES)[of_scales.argmin()]
+            shares = torch.tensor(FULL_SCALES, dtype=torch.float64, device=of_scales.device)
+            of_others = of_scales * torch.where(shares == 1, 1.0, NOTABLE)  # also where nothing was seen
+            share = torch.where(of_scales.sum() > 0, shares[of_others.argmin()], 1.0).to(layer.adc_range)
             layer.adc_range.copy_(_moved(layer.adc_range, layer.adc_range * share, share == FULL_SCALES[-1]))
 
 

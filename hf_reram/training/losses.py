@@ -217,6 +217,11 @@ def sampled_drift(
     before = [(state, state.sampling) for state in states]
     for state in states:
         state.sampling = sampling(state.physics, kind, seed, prefixes[id(state)], strength)
+    first: dict[Any, CrossbarLayer] = {}
+    for layer in layers.values():
+        holder = first.setdefault((layer.crossbar, layer._parameters.get("weight", layer)), layer)
+        if holder is not layer and layer.crossbar.sampling is not None:
+            layer.crossbar.sampling.shared[layer.crossbar_name] = holder.crossbar_name
     for layer in layers.values():
         wanted = layer.crossbar.sampling
         if wanted is not None and wanted.kind == "noise" and not is_shard(layer.weight):

@@ -130,7 +130,7 @@ def test_adapters_go_up_as_adapters(hub, pushed, person, tmp_path):
     _, metadata, text = files["README.md"].decode().split("---\n", 2)
     data = yaml.safe_load(metadata)
     assert (data["base_model"], data["base_model_relation"]) == (REPO, "adapter")
-    assert 'PeftModel.from_pretrained(base, "ann/adapter")' in text and "Model Card for" not in text
+    assert 'hf_reram.load_model("ann/adapter")' in text and "Model Card for" not in text
     bob = person("bob", "hf_bob")
     (loaded,), _ = bob.client("load_adapter")
     assert loaded == {"digest": adapter, "layers": 7, "report": True}
