@@ -53,7 +53,7 @@ class Curve:
         if found is None:
             steps = torch.diff(self.values, append=self.values[-1:])
             steps[-1:] = steps[-2:-1] if len(steps) > 1 else 0.0
-            found = torch.stack((self.values, steps)).to(like.device, like.dtype)
+            found = torch.stack((self.values, steps)).to(like.dtype).to(like.device, non_blocking=True)
             if not torch.compiler.is_compiling():
                 with torch.inference_mode(False):  # training may follow
                     found = self._tables[key] = found.clone()

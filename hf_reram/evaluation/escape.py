@@ -5,7 +5,6 @@ import unicodedata
 
 # Backslashes, emphasis, code and cells of tables, and the brackets of links where they follow one another.
 _MARKUP = re.compile(r"[\\`*|~]|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[:])|(?<=\])[(\[:]")
-_LINK = re.compile(r"://|\bwww\.|@(?=[\w-]+\.)", re.IGNORECASE)  # which become links by themselves
 _ENTITY = re.compile(r"&(?=#?\w+;)")
 _COMMENT = re.compile(r"<(?=!--)|(?<=--)>")
 
@@ -16,10 +15,10 @@ def one_line(text: str) -> str:
 
 
 def escaped(text: str) -> str:
-    """The text as Markdown that shows it, on one line: no link, no HTML, no cell of a table of its own."""
+    """The text as Markdown that shows it, on one line: no HTML, no cell of a table of
+    its own, no link but an address that stands there."""
     text = _MARKUP.sub(lambda found: f"\\{found[0]}", one_line(text))
-    text = _ENTITY.sub("&amp;", text).replace("<", "&lt;")
-    return _LINK.sub(lambda found: "".join(f"&#{ord(c)};" if c in ":.@" else c for c in found[0]), text)
+    return _ENTITY.sub("&amp;", text).replace("<", "&lt;")
 
 
 def code_span(text: str) -> str:

@@ -123,17 +123,13 @@ class StoredCrossbars:
             ValueError: they do not fit.
         """
         base = unwrapped(model)
-        wanted = {
-            f"{name}.{buffer}"
-            for name, module in base.named_modules()
-            if isinstance(module, CrossbarLayer)
-            for buffer in BUFFERS
-        }
+        names = {module: name for name, module in base.named_modules() if isinstance(module, CrossbarLayer)}
+        wanted = {f"{name}.{buffer}" for name in names.values() for buffer in BUFFERS}
         found = load_file(self.path)
         if foreign := sorted(found.keys() - wanted):
             raise ValueError(f"{self.path} has numbers of no crossbar of the model: {shown(foreign)}")
-        lacking = sorted(f"{name}.input_range" for name in self.layers if f"{name}.input_range" not in found)
-        if lacking:
+        needed = {f"{names[layer]}.input_range" for layer in crossbar_layers(model).values()}
+        if lacking := sorted(needed - found.keys()):
             raise ValueError(f"{self.path} lacks numbers of its crossbars: {shown(lacking)}")
         if wrong := sorted(key for key, value in found.items() if not torch.isfinite(value).all()):
             raise ValueError(f"{self.path} has NaN or infinite numbers: {shown(wrong)}")

@@ -155,7 +155,7 @@ def test_names_and_notes_are_text_and_no_code(evil, tmp_path):
         ]  # fmt: skip
         tree = ast.parse(text.split("```python\n")[1].split("\n```")[0])
         calls = {ast.unparse(node.func).rpartition(".")[2] for node in ast.walk(tree) if isinstance(node, ast.Call)}
-        assert calls == {"from_pretrained", "deploy", "model"}
+        assert calls == {"load_model" if relation == "adapter" else "from_pretrained", "deploy", "model"}
         assert evil in [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
         bare = report(**about)
         bare.measurements, bare.config = [], bad.config
