@@ -7,13 +7,13 @@ import os
 import sys
 
 import torch
-import torch.distributed as dist
 from transformers import TrainingArguments, set_seed
 
 from hf_reram import ReRAMConfig, ReRAMTrainer, calibrate, patch_model
 from hf_reram.model.sharding import is_sharded
 from tests.samples import models
 from tests.samples.devices import device
+from tests.samples.processes import save_all_and_leave
 from tests.training.following_script import data
 from tests.training.launch_script import fsdp_on_cpus
 
@@ -53,17 +53,7 @@ def main(out: str, folder: str) -> None:
     found["report"] = trainer.evaluate_robustness(["1s", "1d"], seeds=2, progress=False, resume=resume).to_dict()
     trainer.save_model(folder)
     trainer.create_model_card()
-    every = [found]
-    if dist.is_initialized():
-        every = [None] * dist.get_world_size()
-        dist.all_gather_object(every, found)
-    if trainer.is_world_process_zero():
-        torch.save(every, out)
-    if dist.is_initialized():
-        dist.barrier()  # gloo aborts where one process leaves while the other still talks
-        dist.destroy_process_group()
-        sys.stderr.flush()
-        os._exit(0)  # gloo's threads may still be ending, and abort the interpreter's exit
+    save_all_and_leave(found, out)
 
 
 if __name__ == "__main__":

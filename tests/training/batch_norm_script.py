@@ -7,11 +7,11 @@ import os
 import sys
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from hf_reram import ReRAMConfig, ReRAMTrainer, calibrate, patch_model
+from tests.samples.processes import save_all_and_leave
 
 
 class Normed(nn.Module):
@@ -47,17 +47,7 @@ def main(out: str) -> None:
     trainer = ReRAMTrainer(model, args, train_dataset=rows, freeze_batch_norm=True)
     trainer.train()
     found = {"before": before, "after": model.state_dict()}
-    every = [found]
-    if dist.is_initialized():
-        every = [None] * dist.get_world_size()
-        dist.all_gather_object(every, found)
-    if trainer.is_world_process_zero():
-        torch.save(every, out)
-    if dist.is_initialized():
-        dist.barrier()  # gloo aborts where one process leaves while the other still talks
-        dist.destroy_process_group()
-        sys.stderr.flush()
-        os._exit(0)  # gloo's threads may still be ending, and abort the interpreter's exit
+    save_all_and_leave(found, out)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import os
 import sys
 
 import torch
-import torch.distributed as dist
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from hf_reram import ReRAMConfig, ReRAMTrainer, calibrate, crossbar_layers, patch_model
@@ -17,6 +16,7 @@ from hf_reram.model.sharding import is_sharded
 from hf_reram.nn.layer import BUFFERS
 from hf_reram.nn.tensors import whole
 from tests.samples import models
+from tests.samples.processes import save_all_and_leave
 from tests.training.launch_script import fsdp_on_cpus
 
 FSDP2 = {
@@ -80,17 +80,7 @@ def main(out: str, folder: str, checkpoint: str | None = None) -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
     found = {"numbers": keep.numbers, "sharded": keep.sharded, "losses": trainer.state.log_history}
     found["weights"] = {name: whole(p.detach()).clone() for name, p in trainer.model.named_parameters()}
-    every = [found]
-    if dist.is_initialized():
-        every = [None] * dist.get_world_size()
-        dist.all_gather_object(every, found)
-    if trainer.is_world_process_zero():
-        torch.save(every, out)
-    if dist.is_initialized():
-        dist.barrier()  # gloo aborts where one process leaves while the other still talks
-        dist.destroy_process_group()
-        sys.stderr.flush()
-        os._exit(0)  # gloo's threads may still be ending, and abort the interpreter's exit
+    save_all_and_leave(found, out)
 
 
 if __name__ == "__main__":

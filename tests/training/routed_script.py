@@ -6,7 +6,6 @@ python -m torch.distributed.run --nproc_per_node 2 -m tests.training.routed_scri
 MODE "one" does in one process what the two do together, "ddp" and "fsdp" are theirs.
 """
 
-import os
 import sys
 
 import torch
@@ -24,6 +23,7 @@ from hf_reram import (
     sampled_drift,
 )
 from hf_reram.nn.tensors import whole
+from tests.samples.processes import save_all_and_leave
 
 # What each process calls in each step: experts, and whether the layer that may be dropped runs. In the second step one
 # process calls no crossbar, in the third nobody the layer that may be dropped.
@@ -89,17 +89,7 @@ def main(out: str, mode: str, kind: str) -> None:
         follow_training(inner)
         hold_weights(inner)
         found[-1]["state"] = {name: whole(t.detach()).clone() for name, t in inner.state_dict().items()}
-    every = [found]
-    if dist.is_initialized():
-        every = [None] * PROCESSES
-        dist.all_gather_object(every, found)
-    if mode == "one" or dist.get_rank() == 0:
-        torch.save(every, out)
-    if dist.is_initialized():
-        dist.barrier()  # gloo aborts where one process leaves while the other still talks
-        dist.destroy_process_group()
-        sys.stderr.flush()
-        os._exit(0)  # gloo's threads may still be ending, and abort the interpreter's exit
+    save_all_and_leave(found, out)
 
 
 if __name__ == "__main__":
