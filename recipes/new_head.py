@@ -53,6 +53,8 @@ def questions(file: str, count: int, tokenizer) -> Dataset:
     rows = load_dataset("parquet", data_files=file, split="train").select_columns(["question"])
     words = [row.split()[0].lower() if row.split() else "" for row in rows["question"]]
     chosen = [[i for i, word in enumerate(words) if word == wanted][: count // len(WORDS)] for wanted in WORDS]
+    if not all(chosen):
+        raise ValueError(f"{file}, {count} examples: allowed are files and numbers with questions of each of {WORDS}")
     picked = rows.select([i for same in chosen for i in same])
     picked = picked.add_column("label", [k for k, same in enumerate(chosen) for _ in same])
     encoded = picked.map(lambda batch: tokenizer(batch["question"], truncation=True, max_length=64), batched=True)
