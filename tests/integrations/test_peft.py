@@ -9,7 +9,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import BertForSequenceClassification, TrainingArguments
 
 from hf_reram import (
@@ -319,3 +320,27 @@ def test_adapters_that_nothing_wraps_are_told_apart_too(base):
             if isinstance(module, LoraLayer):
                 module.enable_adapters(enabled)
         assert (model_digest(model) == before) == enabled
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.update({"bert.pooler.dense.weight": torch.zeros(16, 16)}), "no crossbar"),
+        (lambda t: t.update({key: t[key] * torch.nan for key in list(t)[:1]}), "NaN or infinite"),
+        (lambda t: t.pop(next(key for key in t if key.endswith("input_range"))), "lacks numbers"),
+    ],
+)
+def test_what_a_strangers_crossbars_file_may_hold(tmp_path, change, message):
+    """Numbers of crossbars alone, all of them, and finite."""
+    torch.manual_seed(0)
+    digital = tmp_path / "digital"
+    tiny_bert().save_pretrained(digital)
+    trained(str(digital), tmp_path, reram_config=ReRAMConfig()).save_model(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "crossbars.safetensors"
+    with safe_open(file, "pt") as opened:
+        about = opened.metadata()
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata=about)
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path / "adapter")

@@ -125,3 +125,18 @@ def test_a_state_dict_that_is_given_is_saved(tiny_bert, tmp_path):
     tiny_bert.save_pretrained(tmp_path / "own")
     model = BertForSequenceClassification.from_pretrained(tmp_path / "own")
     assert torch.equal(model.classifier.weight, tiny_bert.classifier.weight)
+
+
+def test_numbers_that_a_checkpoint_lacks_are_named_and_make_no_layer_digital(tiny_bert, tmp_path, caplog):
+    patch_model(tiny_bert, ReRAMConfig())
+    calibrate(tiny_bert, [bert_batch()]).save_pretrained(tmp_path)
+    lost = "bert.encoder.layer.0.intermediate.dense"
+    tensors = load_file(tmp_path / "model.safetensors")
+    kept = {name: t for name, t in tensors.items() if not name.startswith(lost) or name.endswith((".weight", ".bias"))}
+    assert len(kept) < len(tensors)
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with caplog.at_level("WARNING", "hf_reram"):
+        loaded = type(tiny_bert).from_pretrained(tmp_path)
+    assert crossbar_layers(loaded).keys() == crossbar_layers(tiny_bert).keys()
+    assert not crossbar_layers(loaded)[lost].calibrated
+    assert "not in the checkpoint and so not calibrated" in caplog.text and lost in caplog.text

@@ -124,6 +124,31 @@ def test_a_field_of_the_models_own_config_is_reconfigured(robust):
         robust.config.quantization_config.retention_times = []
 
 
+def test_it_is_the_same_config_after_each_change(robust, caplog):
+    """Whoever holds it, as a Trainer does, sees and sets what counts, however often it was changed before."""
+    own = robust.config.quantization_config
+    for weight in (5.0, 7.0):
+        own.retention_weight = weight
+        assert crossbar_state(robust).config is own is robust.config.quantization_config
+        assert own.retention_weight == weight
+    reconfigure(robust, retention_times=["1y"])
+    assert own.retention_times == ["1y"] and crossbar_state(robust).physics.times == (31557600.0,)
+    with caplog.at_level("WARNING", "hf_reram"):
+        own.dac_bits = 4
+        own.device = own.device.name  # what it is
+    assert caplog.text.count("has no effect") == 1 and own.dac_bits is None
+
+
+def test_one_config_for_very_many_models(caplog):
+    config = ReRAMConfig()
+    for _ in range(1200):
+        model = patch_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), config)
+    with caplog.at_level("WARNING", "hf_reram"):
+        config.retention_weight = 2.0
+    assert config.retention_weight == 2.0 and crossbar_state(model).config.retention_weight == 0.3
+    assert "retention_weight=2.0 has no effect" in caplog.text
+
+
 def test_hardware_of_the_models_own_config_stays_and_says_so(robust, caplog):
     with caplog.at_level("WARNING", "hf_reram"):
         robust.config.quantization_config.dac_bits = 4

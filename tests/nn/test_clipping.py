@@ -94,6 +94,18 @@ def test_a_merged_adapter_is_named(said, merge):
     assert sorted(said()) == [f"bert.encoder.layer.{i}.attention.self.query" for i in range(2)]
 
 
+def test_a_layer_that_is_called_by_itself_is_named_too(said):
+    model = patched()
+    layer = crossbar_layers(model)["classifier"]
+    x = torch.randn(4, 16)
+    with torch.no_grad():
+        model.eval()
+        layer(x)
+        layer.weight.data.mul_(8)
+        layer(x)
+        assert list(said()) == ["classifier"] and not layer.crossbar.changed
+
+
 def test_an_adapter_that_is_taken_out_again_is_not(said):
     model = adapted(patched())
     call(model)

@@ -79,6 +79,26 @@ def test_the_full_scale_of_the_adc_follows_the_currents(rare, tile):
         assert 0.6 < float(model[0].adc_range) / right < 1.6
 
 
+@pytest.mark.parametrize("outputs", [8, 70_000])
+def test_full_scales_stay_where_nothing_is_seen_and_where_they_are_right(outputs):
+    """Also of a vocabulary, of which a look takes a part."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, outputs, bias=False)), torch.randn(2, 4)
+    patch_model(model, ReRAMConfig(adc_bits=6, retention_loss="none", center_inputs=False))
+    calibrate(model, [torch.randn(64, 4)]).train()
+    right = float(model[0].adc_range)
+    for inputs in (torch.zeros(2, 4), x):
+        follow_training(model)
+        for _ in range(12):
+            model[0].crossbar.following.looks, model[0].crossbar.following.steps = True, 0
+            model(inputs)
+            follow_training(model)
+        stop_following(model)
+        found = float(model[0].adc_range) / right
+        assert found == 1 if not inputs.any() else 0.6 < found < 1.7
+        model[0].adc_range.fill_(right)
+
+
 def test_weight_scales_grow_with_the_weights():
     model, x = layer_in_training()
     before = model[0].weight_scale.clone()
