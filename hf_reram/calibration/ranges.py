@@ -86,6 +86,7 @@ def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = No
                     leader = name
                 with gathered([layers[leader]]):
                     channels[leader].give(statistics[name])
+            _share_input_scales(_tied(statistics), statistics, observation.leaders)
         observation.run(model, kept, statistics)
     reshard(model)
     if all(s.samples is None for s in statistics.values()):
@@ -240,10 +241,7 @@ def _settle_all(statistics: dict[str, LayerStatistics], leaders: dict[str, str],
     for name, found in statistics.items():
         if found.samples is not None:
             followers.setdefault(leaders[name], []).append(found)
-    tied = _tied(statistics)
-    for same in tied:
-        for found in same[1:]:  # one array, of one weight times one scale of the inputs
-            found.scale = same[0].scale
+    tied = [seen for same in _tied(statistics) if len(seen := [f for f in same if f.samples is not None]) > 1]
     for shared in followers.values():
         with gathered(s.layer for s in shared):
             _settle(shared, config)
@@ -261,9 +259,21 @@ def _tied(statistics: dict[str, LayerStatistics]) -> list[list[LayerStatistics]]
     """Layers that share a weight, and so its cells."""
     found: dict[int, list[LayerStatistics]] = {}
     for one in statistics.values():
-        if one.samples is not None:
-            found.setdefault(id(one.layer.weight), []).append(one)
+        found.setdefault(id(one.layer.weight), []).append(one)
     return [same for same in found.values() if len(same) > 1]
+
+
+def _share_input_scales(
+    tied: list[list[LayerStatistics]], statistics: dict[str, LayerStatistics], leaders: dict[str, str]
+) -> None:
+    """One array holds one weight times one scale of its inputs: that of the first of the layers, which those that read
+    the others' inputs get too."""
+    for same in tied:
+        for found in same[1:]:
+            leader = leaders.get(found.name)
+            for name, other in statistics.items():
+                if leader is not None and leaders.get(name) == leader:
+                    other.scale = same[0].scale
 
 
 def _share_scales(tied: list[list[LayerStatistics]]) -> None:
