@@ -18,7 +18,7 @@ from ..config import ReRAMConfig, converter_levels
 from ..device.iv import LINEAR_B, full_scale_gain, least_squares_gain
 from ..device.read_noise import relative_read_noise
 from ..model.deploy import digital_eval, refuse_offloaded, warn_uncalled
-from ..model.find import crossbar_layers, crossbar_states, is_chip
+from ..model.find import arrays, crossbar_layers, crossbar_states, is_chip
 from ..model.inputs import call_model, uncompiled
 from ..model.sharding import gathered, is_sharded, of_first, processes, reshard
 from ..nn import CrossbarLayer
@@ -86,7 +86,7 @@ def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = No
                     leader = name
                 with gathered([layers[leader]]):
                     channels[leader].give(statistics[name])
-            _share_input_scales(_tied(statistics), statistics, observation.leaders)
+            _share_input_scales(statistics, observation.leaders)
         observation.run(model, kept, statistics)
     reshard(model)
     if all(s.samples is None for s in statistics.values()):
@@ -241,34 +241,30 @@ def _settle_all(statistics: dict[str, LayerStatistics], leaders: dict[str, str],
     for name, found in statistics.items():
         if found.samples is not None:
             followers.setdefault(leaders[name], []).append(found)
-    tied = [seen for same in _tied(statistics) if len(seen := [f for f in same if f.samples is not None]) > 1]
+    held = _arrays(statistics)
     for shared in followers.values():
         with gathered(s.layer for s in shared):
             _settle(shared, config)
-    _share_scales(tied)
+    _share_scales(held)
     if config.redundancy:
-        _spread_pairs(statistics, tied, config)
+        _spread_pairs(held, config)
         for shared in followers.values():
             with gathered(s.layer for s in shared):
                 if any(s.layer.pairs > 1 for s in shared):
                     _settle(shared, config)  # quieter cells: other ranges and scales may be best
-        _share_scales(tied)
+        _share_scales(held)
 
 
-def _tied(statistics: dict[str, LayerStatistics]) -> list[list[LayerStatistics]]:
-    """Layers that share a weight, and so its cells."""
-    found: dict[int, list[LayerStatistics]] = {}
-    for one in statistics.values():
-        found.setdefault(id(one.layer.weight), []).append(one)
-    return [same for same in found.values() if len(same) > 1]
+def _arrays(statistics: dict[str, LayerStatistics]) -> list[list[LayerStatistics]]:
+    """By the array that holds their weight."""
+    layers = {name: found.layer for name, found in statistics.items()}
+    return [[statistics[name] for name in same] for same in arrays(layers)]
 
 
-def _share_input_scales(
-    tied: list[list[LayerStatistics]], statistics: dict[str, LayerStatistics], leaders: dict[str, str]
-) -> None:
+def _share_input_scales(statistics: dict[str, LayerStatistics], leaders: dict[str, str]) -> None:
     """One array holds one weight times one scale of its inputs: that of the first of the layers, which those that read
     the others' inputs get too."""
-    for same in tied:
+    for same in _arrays(statistics):
         for found in same[1:]:
             leader = leaders.get(found.name)
             for name, other in statistics.items():
@@ -276,23 +272,30 @@ def _share_input_scales(
                     other.scale = same[0].scale
 
 
-def _share_scales(tied: list[list[LayerStatistics]]) -> None:
-    """Give layers that share cells the weight scale with the least expected error over the inputs of all of them."""
-    for same in tied:
-        layers = [found.layer for found in same]
-        with gathered(layers):
-            rows, several = _weighted_inputs(same[0])[0], [_weighted_inputs(found)[1] for found in same]
-            phi = torch.cat([inputs.phi for inputs in several], 1)
-            offset = torch.cat([inputs.offset.expand(inputs.phi.shape) for inputs in several], 1)  # type: ignore[union-attr]
-            noise = sum(inputs.read_noise for inputs in several) / len(several)
-            clip = layers[0].crossbar.config.weight_clip
-            scale = layer_scales(layers[0], rows, clip, Inputs(phi, offset, noise))
-            for found in same:
-                found.layer.weight_scale.copy_(scale)
-                found.layer.adc_range.fill_(_best_full_scale(found))
-                found.layer.forget_white_noise()
-                found.layer.scalars()
-                found.layer.note_choice()
+def _share_scales(held: list[list[LayerStatistics]]) -> None:
+    """Give layers that share cells one weight scale."""
+    for same in held:
+        seen = [found for found in same if found.samples is not None]
+        if len(seen) > 1:
+            with gathered(found.layer for found in seen):
+                _scale(seen)
+
+
+def _scale(same: list[LayerStatistics]) -> None:
+    """Give layers of one array the weight scale with the least expected error over the inputs of all of them, and each
+    the full scale of its ADC."""
+    layer = same[0].layer
+    rows, several = _weighted_inputs(same[0])[0], [_weighted_inputs(found)[1] for found in same]
+    phi = torch.cat([inputs.phi for inputs in several], 1)
+    offset = torch.cat([inputs.offset.expand(inputs.phi.shape) for inputs in several], 1)  # type: ignore[union-attr]
+    noise = sum(inputs.read_noise for inputs in several) / len(several)
+    scale = layer_scales(layer, rows, layer.crossbar.config.weight_clip, Inputs(phi, offset, noise))
+    for found in same:
+        found.layer.weight_scale.copy_(scale)
+        found.layer.adc_range.fill_(_best_full_scale(found))
+        found.layer.forget_white_noise()
+        found.layer.scalars()
+        found.layer.note_choice()
 
 
 def _settle(shared: list[LayerStatistics], config: ReRAMConfig) -> None:
@@ -311,29 +314,14 @@ def _settle(shared: list[LayerStatistics], config: ReRAMConfig) -> None:
         layer.input_floor.fill_(max(-1.0, first.smallest / span))
         layer.range_shrink.fill_(shrink)
         layer.gain.fill_(gain)
-        layer.weight_scale.copy_(_scales(statistics))
-        layer.adc_range.fill_(_best_full_scale(statistics))
-        layer.forget_white_noise()
-        layer.scalars()
-        layer.note_choice()
+        _scale([statistics])
 
 
-def _scales(statistics: LayerStatistics) -> Tensor:
-    layer = statistics.layer
-    rows, inputs = _weighted_inputs(statistics)
-    return layer_scales(layer, rows, layer.crossbar.config.weight_clip, inputs)
-
-
-def _spread_pairs(
-    statistics: dict[str, LayerStatistics], tied: list[list[LayerStatistics]], config: ReRAMConfig
-) -> None:
-    """Give the layers their pairs per weight, from the shares of their outputs' power that the spread of their cells
-    has; those that share cells together."""
-    followers = {id(found) for same in tied for found in same[1:]}
-    arrays = [[found] for found in statistics.values() if id(found) not in followers]
-    arrays = [next((same for same in tied if same[0] is array[0]), array) for array in arrays]
+def _spread_pairs(held: list[list[LayerStatistics]], config: ReRAMConfig) -> None:
+    """Give the arrays their pairs per weight, from the shares of their layers' outputs' power that the spread of their
+    cells has."""
     errors, cells = [], []
-    for array in arrays:
+    for array in held:
         error = 0.0
         for found in array:
             layer = found.layer
@@ -344,7 +332,7 @@ def _spread_pairs(
                 error += float(expected_error(rows.float(), scale, layer.error, Inputs(inputs.phi), 0.0).sum())
         errors.append(error)
         cells.append(array[0].layer.weight.numel())
-    for array, pairs in zip(arrays, allot_pairs(errors, cells, config.redundancy * sum(cells))):
+    for array, pairs in zip(held, allot_pairs(errors, cells, config.redundancy * sum(cells))):
         for found in array:
             found.layer.pairs_per_weight.fill_(pairs)
             found.layer.forget_white_noise()

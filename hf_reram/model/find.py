@@ -1,6 +1,6 @@
 """A model's crossbar layers and their states, found by walking the model as it is now, whatever wraps it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -103,6 +103,15 @@ def crossbar_state(model: nn.Module) -> CrossbarState:
     return crossbar_states(model)[0]
 
 
+def arrays(layers: Mapping[str, CrossbarLayer]) -> list[list[str]]:
+    """Names of the layers whose weight is one parameter, and whose cells are the same, in their order."""
+    found: dict[int, list[str]] = {}
+    for name, layer in layers.items():
+        weight = layer._parameters.get("weight")  # one that is computed is another tensor each time
+        found.setdefault(id(layer if weight is None else weight), []).append(name)
+    return list(found.values())
+
+
 def chip_names(model: nn.Module) -> dict[CrossbarLayer, str]:
     """The names that chips' seeds are made of: a Hugging Face encoder has the same alone and inside a model with a
     head, where it stands under its ``base_model_prefix``. Layers that share a weight share its cells, those of the
@@ -111,11 +120,9 @@ def chip_names(model: nn.Module) -> dict[CrossbarLayer, str]:
     base = unwrapped(model)
     prefix = getattr(base, "base_model_prefix", "")
     alone = prefix and getattr(base, "base_model", None) is base
-    names: dict[CrossbarLayer, str] = {}
-    first: dict[int, str] = {}
-    for name, layer in crossbar_layers(model).items():
-        weight = layer._parameters.get("weight")
-        names[layer] = name if weight is None else first.setdefault(id(weight), name)
+    layers = crossbar_layers(model)
+    first = {name: same[0] for same in arrays(layers) for name in same}
+    names = {layer: first[name] for name, layer in layers.items()}
     for module in base.modules():
         if isinstance(module, CrossbarLayer):
             names.setdefault(module, module.crossbar_name)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..nn import CrossbarLayer
-from .find import crossbar_layers, crossbar_states, walk
+from .find import arrays, crossbar_layers, crossbar_states, walk
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ def summarize(model: nn.Module) -> CrossbarSummary:
         ValueError: the model is not patched.
     """
     states, layers = crossbar_states(model), crossbar_layers(model)
-    weights = sum({id(layer.weight): layer.weight.numel() for layer in layers.values()}.values())
+    held = [layers[same[0]] for same in arrays(layers)]
+    weights = sum(layer.weight.numel() for layer in held)
     ranges = sum(p.numel() for name, p in model.named_parameters() if name.endswith("input_range"))
     digital = tuple(
         f"{name} ({type(m).__name__})"
@@ -57,7 +58,7 @@ def summarize(model: nn.Module) -> CrossbarSummary:
     return CrossbarSummary(
         device=", ".join(dict.fromkeys(state.config.device.name for state in states)),
         layers=len(layers),
-        cells=sum({id(layer.weight): layer.cells for layer in layers.values()}.values()),
+        cells=sum(layer.cells for layer in held),
         weights=weights,
         parameters=sum(p.numel() for p in model.parameters()) - ranges,
         calibrated=sum(layer.weight.device.type != "meta" and layer.calibrated for layer in layers.values()),

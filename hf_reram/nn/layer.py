@@ -14,6 +14,7 @@ from .layout import Layout
 from .readout import read
 from .scalars import BUFFERS, Scalars, from_text, read_scalars, same_versions, to_text, versions
 from .state import CrossbarState
+from .tensors import is_shard
 from .terms import account
 
 # What they are before anything is known.
@@ -181,7 +182,7 @@ class CrossbarLayer(Layout):
         """Whether the weight was changed since this was asked last, by PyTorch's count or, on CPUs, in a few of its
         elements: merging an adapter is a change of ``.data``, which nothing counts."""
         weight = self._parameters.get("weight")
-        if weight is None or weight.is_meta or hasattr(weight, "device_mesh"):
+        if weight is None or weight.is_meta or is_shard(weight):
             return False
         few = None
         if weight.is_cpu:

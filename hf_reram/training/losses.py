@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..device.seeds import checked_seed
-from ..model.find import crossbar_layers, crossbar_state, crossbar_states, patched_layers
+from ..model.find import arrays, crossbar_layers, crossbar_state, crossbar_states, patched_layers
 from ..model.hooks import MASTERS
 from ..model.sharding import processes
 from ..nn import CrossbarLayer
@@ -217,11 +217,12 @@ def sampled_drift(
     before = [(state, state.sampling) for state in states]
     for state in states:
         state.sampling = sampling(state.physics, kind, seed, prefixes[id(state)], strength)
-    first: dict[Any, CrossbarLayer] = {}
-    for layer in layers.values():
-        holder = first.setdefault((layer.crossbar, layer._parameters.get("weight", layer)), layer)
-        if holder is not layer and layer.crossbar.sampling is not None:
-            layer.crossbar.sampling.shared[layer.crossbar_name] = holder.crossbar_name
+    for same in arrays(layers):
+        for name in same[1:]:
+            layer = layers[name]
+            holder = next(layers[other] for other in same if layers[other].crossbar is layer.crossbar)
+            if layer.crossbar.sampling is not None:
+                layer.crossbar.sampling.shared[layer.crossbar_name] = holder.crossbar_name
     for layer in layers.values():
         wanted = layer.crossbar.sampling
         if wanted is not None and wanted.kind == "noise" and not is_shard(layer.weight):

@@ -137,3 +137,19 @@ def test_a_batch_that_the_model_does_not_take_is_named(key):
     with pytest.raises(TypeError, match=re.escape(f"of {[key]}: allowed is what its forward takes")):
         calibrate(model, [batch])
     assert not any(layer.calibrated for layer in crossbar_layers(model).values())
+
+
+def test_computed_weights_are_arrays_of_their_own():
+    """A parametrization makes a new tensor each time, and the next layer's may stand where the last one's did."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(4)))
+    with torch.no_grad():
+        for i, layer in enumerate(model):
+            layer.weight.mul_(i + 1)
+    patch_model(model, ReRAMConfig())
+    for layer in model:
+        nn.utils.parametrizations.weight_norm(layer)
+    calibrate(model, [torch.randn(200, 16)])
+    largest = [float(layer.weight.detach().abs().max()) for layer in model]
+    assert all(0.3 * top < float(layer.weight_scale.max()) <= 1.001 * top for layer, top in zip(model, largest))
+    assert summarize(model).cells == 2 * 4 * 16 * 16
