@@ -12,7 +12,7 @@ from .lazy import lazy_names as _lazy_names
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .calibration.ranges import calibrate
+    from .calibration.settle import calibrate
     from .config import ReRAMConfig
     from .device import DeviceConfig
     from .evaluation.inspect import inspect_layers
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 # The same for Python, by module; tests/test_import.py compares the three lists.
 _NAMES = {
-    "calibration.ranges": ["calibrate"],
+    "calibration.settle": ["calibrate"],
     "config": ["ReRAMConfig"],
     "device": ["DeviceConfig"],
     "evaluation.inspect": ["inspect_layers"],

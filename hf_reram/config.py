@@ -3,7 +3,7 @@
 import copy
 import math
 import weakref
-from dataclasses import dataclass, field, fields
+from dataclasses import InitVar, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ from .device.checks import is_finite, plain, read_json, refuse_deep, shown
 from .device.iv import GAINS
 from .device.temperature import parse_temperature
 
-CONFIG_VERSION = 2  # of version 1, cells were found below 0 µS too: device.floor_at_zero
+CONFIG_VERSION = 3  # 1 had cells below 0 µS too (device.floor_at_zero), 2 static input ranges unless they were learned
 SMALLEST_SHRINK = 1e-9  # in units of the output, a current's noise grows with the inverse
+INPUT_RANGE = "static"  # by default
+INPUT_RANGES = ("static", "per_token", "learned", "auto")
 WEIGHT_SCALES = ("per_channel", "per_tensor", "per_tile")
 # Fields that can change while a model's weights lie on the cells as they do.
 TRAINING_FIELDS = (
@@ -50,13 +52,18 @@ class ReRAMConfig(QuantizationConfigMixin):
             read noise + ADC).
         gain: read-out gain of the sinh: "calibrated" (least squares on calibration data), "full_scale" (exact at the
             input range), "small_signal" (exact at 0).
-        input_percentile: of |x| on calibration data, in (0, 100], taken as input range. The default was measured:
-            lower percentiles clip the few outlier dimensions that transformers depend on (recipes/README.md).
+        input_range: what the DACs' full scale stands for. "static": one number a layer, from calibration data.
+            "learned": the same, as a trainable parameter. "per_token": each token's vector (each image of a
+            convolution) is divided by its own largest magnitude digitally, and its output multiplied by that, as
+            "noise management" does in other simulators (Gokmen et al., Front. Neurosci. 11, 538, 2017). "auto": per
+            layer, static or per token, whichever has the least expected relative error on calibration data.
+        input_percentile: of |x| on calibration data, in (0, 100], taken as a static input range. The default was
+            measured: lower percentiles clip the few outlier dimensions that transformers depend on
+            (recipes/README.md).
         center_inputs: subtract each input channel's mean on calibration data digitally, and add W times it to the bias,
             where that takes at least a tenth off the input's power: the cells' errors act on what is left.
         equalize_inputs: divide each input channel by a number of its own digitally, and let the cells hold the weights
             times that number, where it lowers the expected output error (retention + read noise + DAC).
-        learn_input_range: make input ranges trainable parameters.
         weight_scale: "per_channel", "per_tensor" or "per_tile" (a channel's cells within one tile): what shares one
             conductance scale. Smaller parts have smaller largest weights, so the cells' errors mean less in them;
             "per_tile" needs a tile_size, and multiplies each tile's read-out digitally before tiles are added.
@@ -85,6 +92,7 @@ class ReRAMConfig(QuantizationConfigMixin):
         temperature: of deployment, from 200 to 2000 K, or a text such as "85C"; None: the device's reference
             temperature.
         calibration_batches: how many batches :func:`hf_reram.calibrate` reads at most.
+        learn_input_range: an older way to say ``input_range="learned"``.
 
     Raises:
         ValueError: a wrong value; names the field, the value and what is allowed.
@@ -94,10 +102,10 @@ class ReRAMConfig(QuantizationConfigMixin):
     device: Any = "hfox-neurram"
     range_shrink: Any = "auto"
     gain: str = "calibrated"
+    input_range: str = INPUT_RANGE
     input_percentile: float = 99.999
     center_inputs: bool = True
     equalize_inputs: bool = False
-    learn_input_range: bool = False
     weight_scale: str = "per_channel"
     weight_clip: Any = "auto"
     tile_size: int | None = None
@@ -112,8 +120,9 @@ class ReRAMConfig(QuantizationConfigMixin):
     retention_times: Any = field(default_factory=lambda: ["1d"])
     temperature: Any = None
     calibration_batches: int = 32
+    learn_input_range: InitVar[bool | None] = None
 
-    def __post_init__(self):
+    def __post_init__(self, learn_input_range: bool | None):
         for f in fields(self):
             refuse_deep(f"ReRAMConfig.{f.name}", getattr(self, f.name))
             setattr(self, f.name, plain(getattr(self, f.name)))
@@ -125,10 +134,10 @@ class ReRAMConfig(QuantizationConfigMixin):
         if self.range_shrink != "auto" and self.range_shrink < SMALLEST_SHRINK:
             self._refuse("range_shrink", f"a number in [{SMALLEST_SHRINK:g}, 1] or 'auto'")
         self._one_of("gain", GAINS)
+        self._input_range(learn_input_range)
         self._number_or("input_percentile", (), 0, 100)
         self._flag("center_inputs")
         self._flag("equalize_inputs")
-        self._flag("learn_input_range")
         self._one_of("weight_scale", WEIGHT_SCALES)
         self._number_or("weight_clip", ("auto", None), 0, math.inf)
         self._integer("tile_size", 1, 1 << 20)
@@ -191,6 +200,14 @@ class ReRAMConfig(QuantizationConfigMixin):
             bound = f"(0, {at_most:g}]" if math.isfinite(at_most) else "(0, inf)"
             self._refuse(name, f"a number in {bound}" + (f" or one of {list(words)}" if words else ""))
 
+    def _input_range(self, learn: Any):
+        if learn not in (None, True, False):
+            raise ValueError(f"ReRAMConfig.learn_input_range={shown(learn)}: allowed is True or False")
+        if learn and self.input_range not in (INPUT_RANGE, "learned"):
+            self._refuse("input_range", "'learned' beside learn_input_range=True")
+        self.input_range = "learned" if learn else self.input_range
+        self._one_of("input_range", INPUT_RANGES)
+
     def _flag(self, name: str):
         if not isinstance(getattr(self, name), bool):
             self._refuse(name, "True or False")
@@ -249,6 +266,8 @@ class ReRAMConfig(QuantizationConfigMixin):
             )
         if version == 1:
             data["device"] = _of_version_1(data.get("device", "hfox-neurram"))
+        if version <= 2:
+            data["input_range"] = "learned" if data.pop("learn_input_range", False) else "static"
         known = {f.name for f in fields(cls) if f.init}
         unknown = sorted(set(data) - known)
         if unknown and not return_unused_kwargs:

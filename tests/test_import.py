@@ -36,7 +36,7 @@ ROOMS = (
     "hf_reram.nn",
     "hf_reram.model.patch",
     "hf_reram.model.deploy",
-    "hf_reram.calibration.ranges",
+    "hf_reram.calibration.settle",
     "hf_reram.training.losses",
     "hf_reram.training.checkpoints",
     "hf_reram.evaluation.robustness",

@@ -8,11 +8,13 @@ from torch import Tensor
 
 from ..nn import CrossbarLayer
 from ..nn.drive import center, equalize
-from .input_scales import input_offset, input_scale
+from ..nn.observe import input_weights
+from .input_scales import TINY, input_offset, input_scale
 
-# Histogram of |x|: 64 bins an octave from 2^-40 to 2^40 resolve a range to 1 %.
-_BINS_PER_OCTAVE, _OCTAVES = 64, 80
-_BINS = _BINS_PER_OCTAVE * _OCTAVES
+# Histogram of |x|, whose bins are the first bits of a float32: 8 of its exponent and 6 of its mantissa resolve a range
+# to 1 %.
+_BITS = 17  # that are left out
+_BINS = 1 << (31 - _BITS)
 
 # Sampled vectors a layer, and a bound on their elements (8 MiB in float32).
 _SAMPLES, _SAMPLE_ELEMENTS = 256, 1 << 21
@@ -52,14 +54,15 @@ class Channels:
     subtracted and divided before the second, which measures what is left.
 
     Attributes:
-        sums, squares: (input channels,) of x and x², in double precision. count: of x in each channel.
+        sums, squares: (input channels,) of w x and w x², with w of :func:`hf_reram.nn.observe.input_weights` for
+            tokens and 1 for pixels, in double precision. total: Σ w.
     """
 
     def __init__(self, layer: CrossbarLayer, name: str, seed: int):
         self.layer, self.name = layer, name
         self.sums: Any = 0.0
         self.squares: Any = 0.0
-        self.count = 0
+        self.total = 0.0
         self._reservoir = Reservoir(_EXAMPLES, torch.Generator().manual_seed(seed))
 
     @torch.no_grad()
@@ -68,18 +71,21 @@ class Channels:
         x = _kept(x, keep)
         if x.numel() == 0:
             return
-        channels = x.movedim(self.layer.channel_dim, -1).flatten(0, -2).double()
-        self.sums, self.squares = self.sums + channels.sum(0), self.squares + channels.square().sum(0)
-        self.count += len(channels)
+        channels = x.movedim(self.layer.channel_dim, -1).flatten(0, -2)
+        weights = channels.new_ones(len(channels), 1) if self.layer.reads_windows else input_weights(channels)
+        weighted = channels * weights
+        self.sums = self.sums + weighted.sum(0, dtype=torch.float64)
+        self.squares = self.squares + (weighted * channels).sum(0, dtype=torch.float64)
+        self.total += float(weights.sum(dtype=torch.float64))
         if self.layer.crossbar.config.equalize_inputs:
             self._reservoir.add(self.layer.examples(x))
 
     def give(self, other: "LayerStatistics") -> None:
         """Set the offset and the scales of a layer that reads this input."""
         config = self.layer.crossbar.config
-        if self.count and config.center_inputs:
-            other.offset = input_offset(self.sums / self.count, self.squares / self.count)
-        if self.count and config.equalize_inputs:
+        if self.total and config.center_inputs:
+            other.offset = input_offset(self.sums / self.total, self.squares / self.total)
+        if self.total and config.equalize_inputs:
             other.scale = input_scale(center(self.layer, self._reservoir.samples, other.offset), self.layer)
 
 
@@ -88,6 +94,7 @@ class LayerStatistics:
 
     Attributes:
         counts: (bins,) histogram of |x|, in double precision. largest: max |x|. smallest: min x, at most 0.
+        lowest: min x in units of its token's (image's) largest magnitude, at most 0.
         samples: (at most 256, groups · rows) vectors that met the array.
         offset, scale: (input channels,), subtracted from the input, zero where that does not help, and what it is
             divided by then, one where that does not help; those of :class:`Channels`.
@@ -99,7 +106,7 @@ class LayerStatistics:
         self.offset = torch.zeros(layer.inputs, device=device)
         self.scale = torch.ones(layer.inputs, device=device)
         self.counts = torch.zeros(_BINS, dtype=torch.float64, device=device)
-        self.largest = self.smallest = 0.0
+        self.largest = self.smallest = self.lowest = 0.0
         self.generator = torch.Generator().manual_seed(seed)
         self._reservoir = Reservoir(_SAMPLES, self.generator)
 
@@ -115,28 +122,37 @@ class LayerStatistics:
         if not math.isfinite(largest):
             raise NotFiniteError(f"calibration data drive layer {self.name!r} with NaN or infinite values")
         self.largest, self.smallest = max(self.largest, largest), min(self.smallest, float(x.min()))
-        index = (magnitude.clamp(min=1e-30).log2() + _OCTAVES // 2).mul_(_BINS_PER_OCTAVE).long().clamp_(0, _BINS - 1)
-        self.counts += torch.bincount(index, minlength=_BINS)
-        self._reservoir.add(self.vectors(x))
+        self.counts += torch.bincount(magnitude.view(torch.int32).bitwise_right_shift(_BITS), minlength=_BINS)
+        examples = self.layer.examples(x)
+        peaks = examples.flatten(1).abs().amax(1).clamp(min=TINY)
+        self.lowest = min(self.lowest, float((examples.flatten(1).amin(1) / peaks).min()))
+        self._reservoir.add(self._vectors(examples, peaks[:, None]))
 
     @property
     def samples(self) -> Any:
         """A tensor once data have come, else None."""
-        return self._reservoir.samples
+        found = self._reservoir.samples
+        return found if found is None else found[:, :-1]
 
-    def vectors(self, x: Tensor) -> Tensor:
-        examples = self.layer.examples(x)
+    @property
+    def peaks(self) -> Tensor:
+        """The largest magnitude of the token or image that each sample is of, (samples, 1)."""
+        return self._reservoir.samples[:, -1:]
+
+    def _vectors(self, examples: Tensor, peaks: Tensor) -> Tensor:
         if not self.layer.reads_windows:
-            return examples
-        pick = torch.randperm(len(examples), generator=self.generator)[:4]
-        return torch.cat([self.layer.windows(examples[i : i + 1]) for i in pick.tolist()])
+            return torch.cat((examples, peaks), 1)
+        pick = torch.randperm(len(examples), generator=self.generator)[:4].tolist()
+        windows = [self.layer.windows(examples[i : i + 1]) for i in pick]
+        return torch.cat([torch.cat((w, peaks[i].expand(len(w), 1)), 1) for i, w in zip(pick, windows)])
 
     # What follows from them
 
     def centers(self) -> Tensor:
         """The |x| that stands for each bin, (bins,)."""
-        octave = (torch.arange(_BINS, dtype=torch.float64, device=self.counts.device) + 0.5) / _BINS_PER_OCTAVE
-        return torch.exp2(octave - _OCTAVES // 2).clamp(max=max(self.largest, 1e-30))
+        bits = torch.arange(_BINS, dtype=torch.int32, device=self.counts.device) << _BITS
+        middle = (bits + (1 << (_BITS - 1))).view(torch.float32).double()
+        return middle.nan_to_num(nan=0.0).clamp(max=max(self.largest, 1e-30))
 
     def percentile(self, percent: float) -> float:
         """The given percentile of |x|, interpolated within its bin."""
@@ -148,7 +164,8 @@ class LayerStatistics:
         index = min(int(torch.searchsorted(below, target)), _BINS - 1)
         start = float(below[index - 1]) if index else 0.0
         inside = (target - start) / max(float(self.counts[index]), 1e-30)
-        return min(2.0 ** ((index + inside) / _BINS_PER_OCTAVE - _OCTAVES // 2), self.largest)
+        edges = torch.tensor((index << _BITS, (index + 1) << _BITS), dtype=torch.int32).view(torch.float32).tolist()
+        return min(edges[0] + inside * (edges[1] - edges[0]), self.largest)
 
     def grouped_samples(self) -> Tensor:
         """(groups, samples, crossbar rows)."""

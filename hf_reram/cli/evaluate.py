@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..calibration.ranges import calibrate
+from ..calibration.settle import calibrate
 from ..device.time import format_time
 from ..evaluation.files import write_whole
 from ..evaluation.report import RobustnessReport

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..calibration.ranges import calibrate
+from ..calibration.settle import calibrate
 from ..device.temperature import parse_temperature
 from ..device.time import format_time, parse_time
 from ..evaluation.inspect import inspect_layers

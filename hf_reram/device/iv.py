@@ -74,3 +74,29 @@ def sinh_coefficients(b: float) -> tuple[float, ...]:
         if np.max(np.abs(series(grid) / target(grid) - 1)) < 6e-8:
             break
     return tuple(float(c) for c in series.coef)
+
+
+# Up to this b a polynomial gives :func:`range_slope`.
+SERIES_B = 0.8
+
+
+@lru_cache(maxsize=4096)
+def range_slope_coefficients(b: float) -> tuple[float, ...]:
+    """Coefficients ``c_k`` with ``t - asinh(t) sqrt(1 + t²) = t³ Σ c_k t^(2k)`` on ``|t| <= sinh(b)``, ``b <= 0.8``, to
+    within 1e-7 of the largest t: how ``p sinh(b x / p)`` changes with p, at ``t = sinh(b x / p)``.
+
+    Chebyshev interpolation in ``q = t²``, of the least degree that reaches the precision.
+    """
+    top = math.sinh(b) ** 2
+
+    def target(q):
+        t = np.sqrt(np.maximum(q, 1e-4))
+        return np.where(q > 1e-4, (t - np.arcsinh(t) * np.sqrt(1 + t * t)) / t**3, -1 / 3 + 2 * q / 15)
+
+    grid = np.linspace(0, top, 257)
+    for degree in range(0, 12):
+        fit = np.polynomial.Chebyshev.interpolate(target, degree, domain=[0, top])
+        series = fit.convert(kind=np.polynomial.Polynomial, domain=[-1, 1])
+        if np.max(np.abs(series(grid) - target(grid))) * top < 1e-7:
+            break
+    return tuple(float(c) for c in series.coef)

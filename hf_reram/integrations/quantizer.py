@@ -25,7 +25,7 @@ from .upload import UPLOAD, attach_upload
 logger = logging.get_logger(__name__)
 
 # Buffers that checkpoints from before do not have.
-ADDED_LATER = ("input_floor", "input_offset", "input_scale", "pairs_per_weight")
+ADDED_LATER = ("input_floor", "input_offset", "input_scale", "pairs_per_weight", "per_token")
 
 
 class ReRAMQuantizer(HfQuantizer):
@@ -43,7 +43,7 @@ class ReRAMQuantizer(HfQuantizer):
         for part, config in self.parts or [(model, self.quantization_config)]:
             swap_layers(part, config, stored=self.pre_quantized)
         for layer in crossbar_layers(model).values():
-            if layer.crossbar.config.learn_input_range:
+            if layer.crossbar.config.input_range == "learned":
                 make_range_trainable(layer)
         ignored = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])  # what is missing we say below
         model._keys_to_ignore_on_load_missing = ignored + [rf"(^|\.){name}$" for name in BUFFERS]

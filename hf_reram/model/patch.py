@@ -126,6 +126,7 @@ def initialize_layers(model: nn.Module, names: set[str] | None = None) -> None:
                 getattr(layer, buffer).fill_(fill)
             shrink = 1.0 if config.range_shrink == "auto" else config.range_shrink
             layer.range_shrink.fill_(shrink)
+            layer.per_token.fill_(config.input_range == "per_token")
             layer.gain.fill_(initial_gain(config, config.device.b(shrink)))
             layer.weight_scale.copy_(
                 layer_scales(layer, layer.to_rows(cell_weight(layer, layer.weight)), config.weight_clip)
@@ -133,7 +134,7 @@ def initialize_layers(model: nn.Module, names: set[str] | None = None) -> None:
         layer.forget_white_noise()
         layer.scalars()
         layer.note_choice()
-        if config.learn_input_range and not isinstance(layer.input_range, nn.Parameter):
+        if config.input_range == "learned" and not isinstance(layer.input_range, nn.Parameter):
             make_range_trainable(layer)
 
 

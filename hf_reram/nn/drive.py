@@ -12,7 +12,7 @@ from ..device.iv import LINEAR_B
 from .forward import rows_kept, runs_again, same_mask
 from .observe import looks, observe
 from .ops import reference
-from .ops.functions import ShrunkSinh
+from .ops.functions import RowSinh, ShrunkSinh
 from .scalars import Scalars
 from .sharing import shared
 
@@ -27,7 +27,8 @@ class Driven:
     Attributes:
         s: of the input's shape, padded where the layer is centered (``padded``).
         factor: 1, folded into s, unless the input range is learned.
-        span: the input range, a float, or a tensor where it is learned.
+        span: the input range: a float, a tensor where it is learned, or (..., 1) of each token (..., 1, 1, 1 of each
+            image).
         keep: k, 0 at padding and 1 elsewhere, (tokens,); None where unknown, for windows, or where no term is computed.
         power: ``Σ_n k_n s_n²`` over examples n, of an example's shape; None where no term needs it.
     """
@@ -42,7 +43,7 @@ class Driven:
 
 def drive(layer: "CrossbarLayer", x: Tensor, now: Scalars) -> Driven:
     """Center, scale, clamp to the input range, convert, and bend: ``phi = span · gain/b · sinh(b u)``."""
-    span = input_range(layer, x, now)
+    span = 1.0 if now.per_token else input_range(layer, x, now)
     levels, floor = dac_grid(layer.crossbar.config.dac_bits, now.input_floor)
     if looks(layer):
         observe(layer, x, now)
@@ -52,16 +53,16 @@ def drive(layer: "CrossbarLayer", x: Tensor, now: Scalars) -> Driven:
     powered = layer.training and state.physics.term_reads_input
     mask, keep = tokens_kept(layer, x) if accounts and not layer.reads_windows else (None, None)
     if isinstance(span, Tensor):
-        s, power = _sinh(layer, x, span, levels, 1.0, floor, now, powered, keep)
+        s, _, power = _sinh(layer, x, span, levels, 1.0, floor, now, powered, keep)
         return Driven(s, factor, span, now.centered, keep, power)
 
     def compute():
         return _sinh(layer, x, span, levels, factor, floor, now, powered, keep)
 
     geometry = (type(layer), *layer.geometry()) if now.mark else ()
-    key = (span, now.b, levels, floor, factor, now.mark, geometry, layer.channel_dim)
+    key = (span, now.per_token, now.b, levels, floor, factor, now.mark, geometry, layer.channel_dim)
     # Of a part of the model by itself nothing says when its inputs' memory may change.
-    s, power = shared(x, key, mask, powered, compute) if state.running is not None else compute()
+    s, span, power = shared(x, key, mask, powered, compute) if state.running is not None else compute()
     return Driven(s, 1.0, span, now.centered, keep, power)
 
 
@@ -136,16 +137,25 @@ def _sinh(
     now: Scalars,
     powered: bool,
     keep: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Any, Tensor | None]:
+    """``gain · sinh(b u)``, the input range, and the power."""
     offset = None
     if layer.channel_dim == -1 and now.centered and not now.equalized:
         offset = layer.input_offset.to(x.dtype)  # in the same pass
     else:
         x = to_dacs(layer, x, now)
     frozen = not layer.weight.requires_grad
+    if now.per_token:
+        rows = layer.examples(x)
+        curve = (now.b, levels, gain, floor, offset, True, frozen, powered, keep)
+        s, peak, *power = RowSinh.apply(rows.flatten(1), *curve)
+        ends = [*x.shape[: layer.channel_dim], *[1] * -layer.channel_dim]
+        return s.view(x.shape), peak.view(ends), power[0].view(rows.shape[1:]) if powered else None
+    curve = (span, now.b, levels, gain, floor, offset, True, frozen)
     if powered:
-        return ShrunkSinh.apply(x, span, now.b, levels, gain, floor, offset, True, frozen, layer.channel_dim, keep)
-    return ShrunkSinh.apply(x, span, now.b, levels, gain, floor, offset, True, frozen), None
+        s, power = ShrunkSinh.apply(x, *curve, layer.channel_dim, keep)
+        return s, span, power
+    return ShrunkSinh.apply(x, *curve), span, None
 
 
 def row_power(layer: "CrossbarLayer", driven: Driven) -> Tensor:

@@ -55,11 +55,13 @@ class CrossbarLayer(Layout):
     nothing of devices.
 
     Buffers:
-        input_range: of the DAC, in units of the input.
+        input_range: of the DAC, in units of the input, or of each token's largest magnitude where ``per_token`` is 1.
         range_shrink: share of read_voltage that the DAC uses.
         gain: read-out gain times b, 1 for the small-signal gain.
         adc_range: full scale of the ADC, in currents of one fully-on cell at read_voltage.
         input_floor: lowest input that the DAC drives, as a share of input_range: -1, or above for one-sided inputs.
+        per_token: 1 where each token's vector (each image of a convolution) is divided by its largest magnitude
+            digitally, and its output multiplied by it; else 0.
         pairs_per_weight: cell pairs that hold each weight, side by side in columns whose currents are averaged.
         weight_scale: (output channels,), (1,) or (output channels, tiles), the weight that a cell at g_max stands for.
         input_offset: (input channels,), o, zero where the input is driven as it is.
@@ -80,6 +82,7 @@ class CrossbarLayer(Layout):
     adc_range: Tensor
     input_floor: Tensor
     pairs_per_weight: Tensor
+    per_token: Tensor
     input_offset: Tensor
     input_scale: Tensor
     crossbar_name: str

@@ -23,6 +23,7 @@ CLIPS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 5.0, 6.0, 8.
 # 1 day, 6 chips: MobileNetV3 on CIFAR-10 (digital 61.6) 46.0, 54.1, 55.5 for 1, 4, 16; ResNet18 (65.2) 64.0, 64.3,
 # 64.3, 64.1 for 1, 4, 8, 16.
 CONVOLUTION = 8.0
+TOKENS = 1.0
 
 
 class Inputs(NamedTuple):
@@ -92,7 +93,7 @@ def layer_scales(layer: CrossbarLayer, rows: Tensor, clip: float | str | None, i
     """:func:`weight_scales` as the layer's config shares them, of the shape of its ``weight_scale``."""
     sharing = layer.crossbar.config.weight_scale
     tile = layer.tile_rows() if sharing == "per_tile" else None
-    systematic = CONVOLUTION if layer.reads_windows else 1.0
+    systematic = CONVOLUTION if layer.reads_windows else TOKENS
     if inputs is not None and tile is None:  # each tile adds its own
         inputs = inputs._replace(read_noise=inputs.read_noise * layer.tiles())
     return weight_scales(rows, clip, sharing != "per_tensor", layer.error, inputs, tile, systematic)

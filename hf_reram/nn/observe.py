@@ -25,9 +25,10 @@ class Seen(NamedTuple):
     """Of an input x, and of ``u = (x - o) / a``, which the DACs got of it.
 
     Attributes:
-        sums: (3 + input channels,) in double precision: rows; Σ of u sinh(b u) and of sinh²(b u), with u in units of
-            the input range; Σ x of each channel.
+        sums: (3 + input channels,) in double precision: Σ w; Σ of u sinh(b u) and of sinh²(b u), with u in units of the
+            input range; Σ w x of each channel, with w of :func:`input_weights`, 1 for pixels.
         largest: (3,): the percentile ``input_percentile`` of |u|; -u at its lowest; the share of u beyond the range.
+            Where each token has its own range, in units of that.
     """
 
     sums: Tensor
@@ -81,7 +82,7 @@ def observe(layer: "CrossbarLayer", x: Tensor, now: Scalars) -> None:
     assert following is not None
     if now.input_range <= 0 or isinstance(layer.input_range, nn.Parameter):
         return
-    key = (now.mark, now.input_range, now.b, layer.channel_dim, x._version)
+    key = (now.per_token, now.mark, now.input_range, now.b, layer.channel_dim, x._version)
     if _Last.x is None or _Last.x() is not x or _Last.key != key:
         _Last.x, _Last.key, _Last.seen = weakref.ref(x), key, _look(layer, x, now, following.steps)
     seen, before = _Last.seen, following.seen.get(name)
@@ -110,14 +111,18 @@ def observe_conversion(layer: "CrossbarLayer", current: Tensor, unit: Tensor, le
 
 
 def _look(layer: "CrossbarLayer", x: Tensor, now: Scalars, turn: int) -> Seen:
-    rows, keep = _rows(layer, x, turn)
+    rows, keep, images = _rows(layer, x, turn)
     u = rows - layer.input_offset if now.centered else rows
     u = u / layer.input_scale if now.equalized else u
+    weights = input_weights(rows) if images is None else rows.new_ones(len(rows), 1)
     if keep is not None:
-        rows, u = rows * keep, u * keep
-    count = rows.new_tensor(float(len(rows))) if keep is None else keep.sum()
+        rows, u, weights = rows * keep, u * keep, weights * keep
     size, span = u.abs(), now.input_range
     largest = size.amax(1)  # of each row: of the few largest elements hardly two are in one
+    if now.per_token:
+        peaks = largest if images is None else largest.new_zeros(4).scatter_reduce(0, images, largest, "amax")[images]
+        u = u / peaks[:, None].clamp(min=torch.finfo(u.dtype).tiny)
+        size, largest = u.abs(), largest.sign()
     number = round(size.numel() * (1 - layer.crossbar.config.input_percentile / 100))
     if number > len(largest) // 8:
         largest = size.flatten()
@@ -125,16 +130,36 @@ def _look(layer: "CrossbarLayer", x: Tensor, now: Scalars, turn: int) -> Seen:
     beyond = (size > span).float().mean()
     sample = (u.flatten()[:: max(1, u.numel() // 8192)] / span).clamp(-1, 1).double()
     bent = sample if now.b < LINEAR_B else torch.sinh(now.b * sample)
-    sums = torch.stack((count.double(), (sample * bent).sum(), bent.square().sum()))
-    return Seen(torch.cat((sums, rows.double().sum(0))), torch.stack((top, -u.amin(), beyond)))
+    sums = torch.stack((weights.double().sum(), (sample * bent).sum(), bent.square().sum()))
+    weighted = (rows * weights).double().sum(0)
+    return Seen(torch.cat((sums, weighted)), torch.stack((top, -u.amin(), beyond)))
 
 
-def _rows(layer: "CrossbarLayer", x: Tensor, turn: int) -> tuple[Tensor, Tensor | None]:
-    """Vectors over input channels, (rows, channels), others at each turn, and 1 for those that are no padding."""
+def input_weights(x: Tensor) -> Tensor:
+    """How much each token counts in the mean that is subtracted, ``1 / |x|``, (tokens, 1): rare huge ones (massive
+    activations) then do not decide for all. It is a step from 0 towards the geometric median (Weiszfeld, Tohoku Math.
+    J. 43, 355, 1937).
+
+    Args:
+        x: (tokens, channels).
+    """
+    size = x.square().sum(1, keepdim=True).sqrt()
+    return torch.where(size > 0, 1 / size.clamp(min=1e-30), 0.0)
+
+
+def _rows(layer: "CrossbarLayer", x: Tensor, turn: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Vectors over input channels, (rows, channels), others at each turn; 1 for those that are no padding; and of
+    which of at most four images they are, where they are pixels."""
     keep = layer.crossbar.forward.padding.keep(x) if layer.channel_dim == -1 else None
-    rows = layer.examples(x.detach())
+    rows, images = layer.examples(x.detach()), None
     if layer.reads_windows:
-        rows = layer.pad(rows[turn % len(rows) :][:4]).movedim(layer.channel_dim, -1).flatten(0, -2)
+        rows = layer.pad(rows[turn % len(rows) :][:4]).movedim(layer.channel_dim, -1)
+        images = torch.arange(len(rows), device=x.device).repeat_interleave(rows[0].numel() // rows.shape[-1])
+        rows = rows.flatten(0, -2)
     step = max(1, rows.numel() // ELEMENTS)
-    chosen = rows[turn % step :: step].float()
-    return chosen, None if keep is None else keep[turn % step :: step, None]
+    part = slice(turn % step, None, step)
+    return (
+        rows[part].float(),
+        None if keep is None else keep[part, None],
+        None if images is None else images[part],
+    )

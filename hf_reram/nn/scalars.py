@@ -18,6 +18,7 @@ BUFFERS = (
     "weight_scale",
     "input_floor",
     "pairs_per_weight",
+    "per_token",
     "input_offset",
     "input_scale",
 )
@@ -32,6 +33,7 @@ class Scalars(NamedTuple):
     Attributes:
         gain: times b. mark: a number that stands for offset and scales, 0 without them.
         centered, equalized: whether the layer has an input offset, and input scales. pairs: cell pairs a weight.
+        per_token: whether each token's (image's) largest magnitude is its input range.
     """
 
     input_range: float
@@ -43,6 +45,7 @@ class Scalars(NamedTuple):
     centered: bool
     equalized: bool
     pairs: int
+    per_token: bool
 
 
 def to_text(now: Scalars) -> str:
@@ -53,9 +56,10 @@ def to_text(now: Scalars) -> str:
 def from_text(text: str) -> Scalars:
     """The numbers as constants of a compiled graph. Floats themselves become its variables once it has seen that they
     differ, as after another calibration, and the coefficients of a polynomial cannot be made of variables."""
-    *numbers, mark, centered, equalized, pairs = text.split()
+    *numbers, mark, centered, equalized, pairs, per_token = text.split()
     span, b, gain, full_scale, floor = (float(number) for number in numbers)
-    return Scalars(span, b, gain, full_scale, floor, int(mark), centered == "True", equalized == "True", int(pairs))
+    flags = [flag == "True" for flag in (centered, equalized, per_token)]
+    return Scalars(span, b, gain, full_scale, floor, int(mark), *flags[:2], int(pairs), flags[2])
 
 
 def versions(layer: Any) -> tuple[list, list]:
@@ -83,11 +87,11 @@ def same_versions(a: Any, b: Any) -> bool:
 
 def read_scalars(layer: Any) -> Scalars:
     """Look into the buffers."""
-    span, shrink, gain, full_scale, floor, pairs = (
+    span, shrink, gain, full_scale, floor, pairs, per_token = (
         float(whole(getattr(layer, name).detach()).item()) for name in READ[:-2]
     )
     offset, scale = (getattr(layer, name).detach().float().cpu() for name in READ[-2:])
     centered, equalized = bool(offset.any()), bool((scale != 1).any())
     mark = zlib.crc32(torch.cat((offset, scale)).numpy().tobytes()) if centered or equalized else 0
     b = layer.crossbar.config.device.b(shrink)
-    return Scalars(span, b, gain, full_scale, floor, mark, centered, equalized, max(1, round(pairs)))
+    return Scalars(span, b, gain, full_scale, floor, mark, centered, equalized, max(1, round(pairs)), per_token > 0)

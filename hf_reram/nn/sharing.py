@@ -16,6 +16,7 @@ class _Last(threading.local):
     key: tuple = ()
     mask: Any = None
     s: Any = None
+    span: Any = None
     power: Any = None
 
 
@@ -23,21 +24,21 @@ _LAST = _Last()
 
 
 def shared(
-    x: Tensor, key: tuple, mask: Tensor | None, powered: bool, compute: Callable[[], tuple[Tensor, Tensor | None]]
-) -> tuple[Tensor, Tensor | None]:
-    """``compute()``, or its last result if that was for the same tensor ``x``, unchanged, the same ``key``, and where
-    a power is wanted the same ``mask``."""
+    x: Tensor, key: tuple, mask: Tensor | None, powered: bool, compute: Callable[[], tuple[Tensor, Any, Tensor | None]]
+) -> tuple[Tensor, Any, Tensor | None]:
+    """``compute()``, a driven input, its range and its power, or its last result if that was for the same tensor ``x``,
+    unchanged, the same ``key``, and where a power is wanted the same ``mask``."""
     if torch.compiler.is_compiling() or x.is_inference():
         return compute()
     key = (*key, powered, x._version, torch.is_grad_enabled())
     if _LAST.x is not None and _LAST.x() is x and _LAST.key == key and (_LAST.mask is mask or not powered):
         s, power = _LAST.s(), _LAST.power()
         if s is not None and (power is not None or not powered):
-            return s, power
-    s, power = compute()
-    _LAST.x, _LAST.key, _LAST.mask = weakref.ref(x, _forget), key, mask
+            return s, _LAST.span, power
+    s, span, power = compute()
+    _LAST.span, _LAST.x, _LAST.key, _LAST.mask = span, weakref.ref(x, _forget), key, mask
     _LAST.s, _LAST.power = _reference(s), _reference(power)
-    return s, power
+    return s, span, power
 
 
 def _reference(t: Tensor | None) -> Callable[[], Tensor | None]:
@@ -52,4 +53,4 @@ def _forget(x: weakref.ref) -> None:
 
 def forget_shared() -> None:
     """Compute the next input anew: its memory may be written to without that its tensor knows, as numpy does."""
-    _LAST.x = _LAST.mask = _LAST.s = _LAST.power = None
+    _LAST.x = _LAST.mask = _LAST.s = _LAST.span = _LAST.power = None

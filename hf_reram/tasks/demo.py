@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from ..calibration.ranges import calibrate
+from ..calibration.settle import calibrate
 from ..config import ReRAMConfig
 from ..device import DeviceConfig
 from ..device.retention import retention_from_dict

@@ -154,10 +154,11 @@ def _follow_input(layer: CrossbarLayer, seen: Seen) -> None:
     if following.settled:
         return
     if now.centered:
-        layer.input_offset.lerp_((sums[3:] / sums[0].clamp(min=1)).float(), MOMENTUM)
+        layer.input_offset.lerp_((sums[3:] / sums[0].clamp(min=TINY)).float(), MOMENTUM)
     before = layer.input_range.clone()
     span = _moved(before, top, top > JUMP * before)
-    layer.input_range.copy_(torch.where(top > TINY, span, before))
+    if not now.per_token:
+        layer.input_range.copy_(torch.where(top > TINY, span, before))
     if config.dac_bits:
         below = -layer.input_floor * before
         below = _moved(below, lowest, lowest > below)

@@ -14,7 +14,7 @@ from hf_reram import (
     patch_model,
     unpatch_model,
 )
-from hf_reram.calibration import ranges
+from hf_reram.calibration import observation, ranges, settle
 from hf_reram.calibration.statistics import Channels, LayerStatistics
 from hf_reram.device.moments import weight_error
 from hf_reram.nn.layer import BUFFERS
@@ -150,7 +150,8 @@ def test_padding_does_not_count_in_the_offset():
 
 @pytest.mark.parametrize("shape", [(6,), (3, 5, 5)], ids=str)
 def test_the_offset_is_that_of_all_batches(shape):
-    """Also of batches of one, whose means are all over the place, and of batches of different sizes."""
+    """Also of batches of one, whose means are all over the place, and of batches of different sizes. Tokens count by
+    the inverse of their size, pixels alike."""
     torch.manual_seed(0)
     data = torch.randn(60, *shape) + torch.linspace(1, 3, shape[0]).view(-1, *[1] * (len(shape) - 1))
     kind = nn.Linear(6, 4) if len(shape) == 1 else nn.Conv2d(3, 4, 3)
@@ -158,8 +159,20 @@ def test_the_offset_is_that_of_all_batches(shape):
         model = nn.Sequential(copy.deepcopy(kind))
         patch_model(model, ReRAMConfig(calibration_batches=64))
         calibrate(model, list(data.split(sizes)))
-        exact = data.mean(0) if len(shape) == 1 else data.mean((0, 2, 3))
+        weights = 1 / data.norm(dim=1, keepdim=True)
+        exact = (data * weights).sum(0) / weights.sum() if len(shape) == 1 else data.mean((0, 2, 3))
         torch.testing.assert_close(model[0].input_offset, exact)
+
+
+def test_rare_huge_tokens_do_not_decide_for_the_offset():
+    torch.manual_seed(0)
+    data = torch.randn(200, 16) + 2
+    data[7, 3] = 5000.0
+    model = nn.Sequential(nn.Linear(16, 4))
+    patch_model(model, ReRAMConfig())
+    calibrate(model, [data])
+    assert model[0].centered
+    assert float((model[0].input_offset - 2).abs().max()) < 0.4
 
 
 def test_input_scales_are_those_of_all_batches():
@@ -276,9 +289,13 @@ def test_a_failed_calibration_changes_nothing(tiny_bert, monkeypatch, where):
             raise KeyboardInterrupt
         return chosen(*args, **kwargs)
 
-    name = {"in the choice": "_gain", "in sensitivity": "measure_sensitivity"}.get(where, "call_model")
-    chosen = getattr(ranges, name)
-    monkeypatch.setattr(ranges, name, fail)
+    module, name = {
+        "in the data": (observation, "call_model"),
+        "in the choice": (ranges, "_gain"),
+        "in sensitivity": (settle, "measure_sensitivity"),
+    }[where]
+    chosen = getattr(module, name)
+    monkeypatch.setattr(module, name, fail)
     calls += [1, 1] if where == "in sensitivity" else []
     other = [bert_batch(seed=seed) for seed in range(5)]
     with pytest.raises(KeyboardInterrupt):

@@ -15,7 +15,7 @@ from hf_reram import (
     patch_model,
     stop_following,
 )
-from hf_reram.calibration.ranges import calibrate as calibrate_again
+from hf_reram.calibration.settle import calibrate as calibrate_again
 from hf_reram.nn.layer import BUFFERS
 from hf_reram.training.following import begin_following, clamped_shares, is_due
 from tests.samples import models

@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ...device.iv import LINEAR_B, sinh_coefficients
+from ...device.iv import LINEAR_B, SERIES_B, range_slope_coefficients, sinh_coefficients
 from . import reference
 from .reference import POLYNOMIAL_B
 
@@ -146,6 +146,58 @@ def shrunk_sinh_gradient_(grad: Tensor, s: Tensor, low: float, high: float, scal
             torch.div(s_part, gain, out=slope).square_().add_(1).sqrt_().mul_(scale * gain)
         torch.ops.aten.hardtanh_backward.grad_input(g, s_part, low, high, grad_input=g)
         g.mul_(slope)
+    return grad
+
+
+# The same, each row in units of its own largest magnitude
+
+
+def row_sinh(
+    x: Tensor, offset: Tensor | None, b: float, gain: float, levels: int, floor: float, where: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """:func:`.reference.row_sinh`, with :func:`.reference.peaks`; ``where``: also tell where the peaks are."""
+    folded = reference.folded(b, b / (levels or 1), gain) if LINEAR_B <= b <= POLYNOMIAL_B else None
+    if folded is None:
+        peak, top = reference.peaks(x, offset)
+        return reference.row_sinh(x, offset, peak, b, gain, levels, floor), peak, top
+    s, peak = torch.empty_like(x), torch.empty(len(x), 1)
+    top = torch.empty(len(x), 1, dtype=torch.long) if where else None
+    bound = float(levels or 1)
+    work: list[Tensor] = []
+    for part in row_slices(x):
+        t, unit = s[part], peak[part]
+        work = _scratch(2, t, work)
+        t.copy_(x[part]) if offset is None else torch.sub(x[part], offset, out=t)
+        size = torch.abs(t, out=work[0])
+        torch.max(size, 1, keepdim=True, out=(unit, top[part])) if where else torch.amax(size, 1, True, out=unit)  # type: ignore[index]
+        unit.clamp_(min=1e-30)
+        t.mul_(bound / unit)
+        if floor > -1 or levels:
+            t.clamp_(floor * bound, bound)
+        if levels:
+            t.round_()
+        _odd_polynomial_(folded, t, *work).mul_(unit)
+    return s, peak, top
+
+
+def row_sinh_gradient_(
+    grad: Tensor, s: Tensor, peak: Tensor, top: Tensor, b: float, gain: float, floor: float
+) -> Tensor:
+    """:func:`.reference.row_sinh_gradient` into ``grad``."""
+    if not LINEAR_B <= b <= SERIES_B or floor > -1:
+        return grad.copy_(reference.row_sinh_gradient(grad, s, peak, top, b, gain, floor))
+    coefficients = tuple(gain * c for c in range_slope_coefficients(b))
+    (one,), scale = _constants(((gain * b) ** 2,)), (gain * b) ** 2
+    work: list[Tensor] = []
+    for part in row_slices(s):
+        g, s_part = grad[part], s[part]
+        t, square, value = work = _scratch(3, s_part, work)
+        torch.mul(s_part, 1 / (peak[part] * gain), out=t)
+        torch.mul(t, t, out=square)
+        _polynomial(coefficients, square, value).mul_(square).mul_(t).mul_(g)
+        of_peak = value.sum(1, keepdim=True) * s_part.gather(1, top[part]).sign()
+        g.mul_(torch.addcmul(one, t, t, value=scale, out=value).sqrt_())
+        g.scatter_add_(1, top[part], of_peak)
     return grad
 
 

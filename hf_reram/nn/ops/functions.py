@@ -120,6 +120,63 @@ def _current(
     return reference.shrunk_sinh(x, offset, span, b, gain, levels, floor)
 
 
+class RowSinh(Function):
+    """``s = peak · gain · sinh(b u)`` with ``u = (x - offset) / peak`` and ``peak = max |x - offset|`` of each row (token
+    or image): :class:`ShrunkSinh` with an input range for each row. Nothing is clamped, but what is below ``floor``.
+
+    Args:
+        x: (rows, elements). All others as of :class:`ShrunkSinh`, with ``power``: whether ``Σ_n k_n s_n²`` is wanted.
+
+    Returns:
+        s, the peaks, (rows, 1), without a gradient, and with ``power`` the power, (elements,).
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        b: float,
+        levels: int,
+        gain: float,
+        floor: float,
+        offset: Tensor | None,
+        in_place: bool,
+        keep_input: bool,
+        power: bool,
+        keep: Tensor | None,
+    ) -> Any:
+        x = x.detach()
+        s, peak, top = _row_currents(x, offset, b, gain, levels, floor, ctx.needs_input_grad[0])
+        ctx.curve, ctx.in_place, ctx.keep_input = (b, gain, levels, floor), in_place, keep_input
+        ctx.save_for_backward(x if keep_input else s, peak, top, offset if keep_input else None, keep)
+        ctx.mark_non_differentiable(peak)
+        return (s, peak, _twin(s).row_power(s, keep)) if power else (s, peak)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor, _: Any, grad_power: Tensor | None = None):
+        s, peak, top, offset, keep = ctx.saved_tensors
+        b, gain, levels, floor = ctx.curve
+        if ctx.keep_input:
+            s = _row_currents(s, offset, b, gain, levels, floor, False)[0]
+        if grad_power is not None:
+            grad = _with_power(grad, grad_power, s, keep, ctx.in_place)
+        rest = (None,) * 9
+        if cpu.takes(grad, s):
+            target = grad if ctx.in_place else grad.clone()
+            return cpu.row_sinh_gradient_(target, s, peak, top, b, gain, floor), *rest
+        return reference.row_sinh_gradient(grad, s, peak, top, b, gain, floor), *rest
+
+
+def _row_currents(
+    x: Tensor, offset: Tensor | None, b: float, gain: float, levels: int, floor: float, where: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    if cpu.takes(x) and x.is_contiguous():
+        return cpu.row_sinh(x, offset, b, gain, levels, floor, where)
+    peak, top = reference.peaks(x, offset)
+    return reference.row_sinh(x, offset, peak, b, gain, levels, floor), peak, top
+
+
 class Quantize(Function):
     """Round to multiples of ``step`` within ``±levels · step``, and add a bias; the gradient is straight through, and 0
     where the ADC saturates.

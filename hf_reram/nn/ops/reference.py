@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...device.iv import LINEAR_B, sinh_coefficients
+from ...device.iv import LINEAR_B, SERIES_B, range_slope_coefficients, sinh_coefficients
 from ...device.retention import horner
 
 # Up to this b a polynomial stands for the sinh on a CPU, where PyTorch's is scalar code, 20 times slower.
@@ -83,6 +83,55 @@ def inside(grad: Tensor, t: Tensor, low: Any, high: Any) -> Tensor:
     if isinstance(low, Tensor):
         return torch.where((t > low) & (t < high), grad, 0.0)
     return torch.ops.aten.hardtanh_backward(grad, t, low, high)
+
+
+# The same, each row in units of its own largest magnitude
+
+
+def peaks(x: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``max |x - offset|`` of each row, (rows, 1), and where it is; at least 1e-30, so that one can divide by it.
+
+    Args:
+        x: (rows, elements). offset: (elements,), or None.
+    """
+    peak, top = (x if offset is None else x - offset).abs().max(1, keepdim=True)
+    return peak.clamp(min=max(1e-30, torch.finfo(x.dtype).tiny)), top
+
+
+def row_sinh(
+    x: Tensor, offset: Tensor | None, peak: Tensor, b: float, gain: float, levels: int, floor: float
+) -> Tensor:
+    """``peak · gain · sinh(b u)`` with ``u = (x - offset) / peak``, arguments as of :func:`shrunk_sinh` and
+    :func:`peaks`."""
+    return shrunk_sinh(x, offset, peak, b, gain, levels, floor) * peak
+
+
+def row_sinh_gradient(
+    grad: Tensor, s: Tensor, peak: Tensor, top: Tensor, b: float, gain: float, floor: float
+) -> Tensor:
+    """The gradient of :func:`row_sinh` with respect to x, from its result alone. The element that is the peak gets the
+    peak's gradient too: what a curve that is no line makes of the row in other units, ``Σ grad (s / peak - u ds/dx)``.
+    """
+    s_wide = s.float() if s.dtype in (torch.float16, torch.bfloat16) else s
+    wide, unit = grad.to(s_wide.dtype), peak.to(s_wide.dtype)
+    t = s_wide / (unit * gain)
+    if b < LINEAR_B:
+        slope, change = torch.full_like(t, gain), torch.zeros_like(t)
+    else:
+        slope, change = torch.hypot(t, torch.ones_like(t)) * (gain * b), range_slope(t, b) * gain
+    if floor > -1:
+        free = t > sinh_limits(b, 1.0, floor, s.dtype)[0]
+        slope, change = torch.where(free, slope, 0.0), torch.where(free, change, t * gain)
+    of_peak = (wide * change).sum(1, keepdim=True) * s_wide.gather(1, top).sign()
+    return (wide * slope).scatter_add(1, top, of_peak).to(grad.dtype)
+
+
+def range_slope(t: Tensor, b: float) -> Tensor:
+    """``t - asinh(t) sqrt(1 + t²)``, for ``|t| <= sinh(b)``."""
+    if b > SERIES_B:
+        return t - torch.asinh(t) * torch.hypot(t, torch.ones_like(t))
+    square = t * t
+    return t * square * horner(range_slope_coefficients(b), square)
 
 
 def sinh_limits(b: float, gain: float, floor: float, dtype: torch.dtype) -> tuple[float, float]:

@@ -1,0 +1,105 @@
+"""Choose what arrays hold and how they are read: weight scales, ADC ranges and pairs per weight."""
+
+import torch
+from torch import Tensor
+
+from ..config import ReRAMConfig
+from ..device.read_noise import relative_read_noise
+from ..model.find import arrays
+from ..model.sharding import gathered
+from ..nn.array import cell_weight, program
+from ..nn.mapping import Inputs, expected_error, layer_scales
+from .ranges import best_full_scale, curve_of, sample_weights
+from .redundancy import allot_pairs
+from .statistics import LayerStatistics
+
+
+def by_array(statistics: dict[str, LayerStatistics]) -> list[list[LayerStatistics]]:
+    """By the array that holds their weight."""
+    layers = {name: found.layer for name, found in statistics.items()}
+    return [[statistics[name] for name in same] for same in arrays(layers)]
+
+
+def share_input_scales(statistics: dict[str, LayerStatistics], leaders: dict[str, str]) -> None:
+    """One array holds one weight times one scale of its inputs: that of the first of the layers, which those that read
+    the others' inputs get too."""
+    for same in by_array(statistics):
+        for found in same[1:]:
+            leader = leaders.get(found.name)
+            for name, other in statistics.items():
+                if leader is not None and leaders.get(name) == leader:
+                    other.scale = same[0].scale
+
+
+def share_scales(held: list[list[LayerStatistics]]) -> None:
+    """Give layers that share cells one weight scale."""
+    for same in held:
+        seen = [found for found in same if found.samples is not None]
+        if len(seen) > 1:
+            with gathered(found.layer for found in seen):
+                settle_scale(seen)
+
+
+def settle_scale(same: list[LayerStatistics]) -> None:
+    """Give layers of one array the weight scale with the least expected error over the inputs of all of them, and each
+    the full scale of its ADC."""
+    layer = same[0].layer
+    rows, several = _weighted_inputs(same[0])[0], [_weighted_inputs(found)[1] for found in same]
+    phi = torch.cat([inputs.phi for inputs in several], 1)
+    offset = torch.cat([inputs.offset.expand(inputs.phi.shape) for inputs in several], 1)  # type: ignore[union-attr]
+    noise = sum(inputs.read_noise for inputs in several) / len(several)
+    scale = layer_scales(layer, rows, layer.crossbar.config.weight_clip, Inputs(phi, offset, noise))
+    for found in same:
+        found.layer.weight_scale.copy_(scale)
+        found.layer.adc_range.fill_(_best_full_scale(found))
+        found.layer.forget_white_noise()
+        found.layer.scalars()
+        found.layer.note_choice()
+
+
+def spread_pairs(held: list[list[LayerStatistics]], config: ReRAMConfig) -> None:
+    """Give the arrays their pairs per weight, from the shares of their layers' outputs' power that the spread of their
+    cells has."""
+    errors, cells = [], []
+    for array in held:
+        error = 0.0
+        for found in array:
+            layer = found.layer
+            if found.samples is not None:
+                with gathered([layer]):
+                    rows, inputs = _weighted_inputs(found)
+                scale = layer.along_rows(layer.weight_scale)
+                error += float(expected_error(rows.float(), scale, layer.error, Inputs(inputs.phi), 0.0).sum())
+        errors.append(error)
+        cells.append(array[0].layer.weight.numel())
+    for array, pairs in zip(held, allot_pairs(errors, cells, config.redundancy * sum(cells))):
+        for found in array:
+            found.layer.pairs_per_weight.fill_(pairs)
+            found.layer.forget_white_noise()
+
+
+def _weighted_inputs(statistics: LayerStatistics) -> tuple[Tensor, Inputs]:
+    """The layer's weights by rows of the array, and what meets them, scaled by the root of :func:`sample_weights`."""
+    layer, config = statistics.layer, statistics.layer.crossbar.config
+    rows, phi, weights = _sampled(statistics)
+    offset = (statistics.offset / statistics.scale).view(layer.groups, -1).repeat_interleave(layer.area, 1)
+    factor = weights.sqrt()[:, None]
+    power = float((weights * curve_of(statistics).unit_square(config)).mean())
+    read = power * relative_read_noise(config.device, layer.pairs) ** 2
+    return rows, Inputs(phi * factor, offset[:, None] * factor, read)
+
+
+def _sampled(statistics: LayerStatistics) -> tuple[Tensor, Tensor, Tensor]:
+    """The layer's weights by rows of the array, phi of the sampled inputs, and how much each of them counts."""
+    layer = statistics.layer
+    rows = layer.to_rows(cell_weight(layer, layer.weight))
+    phi = curve_of(statistics).phi(statistics.grouped_samples())
+    return rows, phi, sample_weights(layer, rows, phi)
+
+
+def _best_full_scale(statistics: LayerStatistics) -> float:
+    layer = statistics.layer
+    _, phi, weights = _sampled(statistics)
+    held = layer.to_rows(program(layer, layer.weight)).float()
+    scale = layer.along_rows(layer.weight_scale).expand(held.shape)
+    return best_full_scale(layer, held, scale, phi, weights, curve_of(statistics))[0]

@@ -1,0 +1,163 @@
+"""Choose each layer's input range, shrink, gain, weight scale and ADC range from a few batches.
+
+Statistics are taken of the digital model in two passes over the batches, the first for what is subtracted from each
+input channel (and what it is divided by), the second for the rest: for each layer a histogram of |x| on a logarithmic
+scale, and a uniform random sample of the vectors that meet the array.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ReRAMConfig
+from ..model.deploy import refuse_offloaded, warn_uncalled
+from ..model.find import crossbar_layers, crossbar_states, is_chip
+from ..model.inputs import uncompiled
+from ..model.sharding import gathered, is_sharded, of_first, processes, reshard
+from ..nn.layer import BUFFERS
+from ..nn.tensors import is_shard, whole
+from .observation import Observation, ordinary
+from .ranges import settle_drive
+from .scales import by_array, settle_scale, share_input_scales, share_scales, spread_pairs
+from .sensitivity import measure_sensitivity
+from .statistics import Channels, LayerStatistics
+
+
+@torch.inference_mode(False)  # training may follow
+def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = None) -> nn.Module:
+    """Set every crossbar layer's input range, shrink, gain, weight scale, ADC range and pairs per weight, in place; of
+    all layers or, where it fails, of none. Of weights that are sharded (FSDP2) all processes calibrate together, with
+    as many batches each, and the numbers are those of the first one's.
+
+    Args:
+        model: patched by :func:`patch_model`, or of parts that were.
+        batches: what the model is called with: dicts of its arguments, tuples or tensors; at most
+            ``config.calibration_batches`` of them are read, and kept while it runs. Where a batch has a 2-D
+            ``attention_mask``, padding tokens are left out.
+        sensitivity: also measure each output channel's Fisher information, needed for ``retention_loss``
+            "sensitivity"; None: where the config asks for it.
+
+    Raises:
+        ValueError: the model is not patched or is deployed, there is no batch, or a batch drives a layer with NaN.
+        TypeError: no batches, or what is none among them.
+    """
+    if isinstance(batches, (Tensor, Mapping, str)) or not (
+        hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+    ):
+        raise TypeError(
+            f"batches of type {type(batches).__name__}: allowed is a list of batches, or another iterable; of a "
+            "single batch, [batch]"
+        )
+    states, layers = crossbar_states(model), crossbar_layers(model)
+    refuse_offloaded(model)
+    if is_chip(model):
+        raise ValueError("the model is deployed as a chip, whose cells are programmed: calibrate it outside of deploy")
+    if sensitivity is None:
+        sensitivity = any(state.term == "sensitivity" for state in states)
+    statistics = {name: LayerStatistics(layer, name, seed) for seed, (name, layer) in enumerate(layers.items())}
+    kept = list(map(ordinary, itertools.islice(batches, max(s.config.calibration_batches for s in states))))
+    observation = Observation(layers)
+    with uncompiled(), observation.watching(model):  # compiled code may have no hooks
+        if any(state.config.center_inputs or state.config.equalize_inputs for state in states):
+            channels = {name: Channels(layer, name, seed) for seed, (name, layer) in enumerate(layers.items())}
+            observation.run(model, kept, channels, of_leaders=True)
+            reshard(model)
+            for name, leader in observation.leaders.items():
+                if observation.leaders[leader] != leader:  # which has read another input before
+                    leader = name
+                with gathered([layers[leader]]):
+                    channels[leader].give(statistics[name])
+            share_input_scales(statistics, observation.leaders)
+        observation.run(model, kept, statistics)
+    reshard(model)
+    if all(s.samples is None for s in statistics.values()):
+        raise ValueError("the calibration set is empty: calibrate needs at least one batch with at least one example")
+    unseen = [name for name, s in statistics.items() if s.samples is None]
+    if unseen:
+        warn_uncalled(model, "are not reached by calibration data, and stay as they were", unseen)
+    with _all_or_nothing(layers.values()):
+        with torch.no_grad():
+            for layer in layers.values():
+                layer.copies_output = layer in observation.changed
+                layer.pairs_per_weight.fill_(1.0)
+            for state in states:
+                own = {name: s for name, s in statistics.items() if s.layer.crossbar is state}
+                _settle_all(own, observation.leaders, state.config)
+        if sensitivity:
+            measure_sensitivity(model, kept)
+        if processes() > 1 and is_sharded(model):
+            _take_first_process(layers.values())
+    return model
+
+
+# What calibration sets beside buffers.
+KEPT = ("sensitivity", "copies_output", "clipped_by_choice", "choice_is_known")
+
+
+@contextmanager
+def _all_or_nothing(layers: Iterable[Any]) -> Iterator[None]:
+    """Layers as they were before if what is inside fails."""
+    before = [
+        (
+            layer,
+            {name: getattr(layer, name).detach().clone() for name in BUFFERS},
+            {name: getattr(layer, name) for name in KEPT},
+        )
+        for layer in layers
+    ]
+    try:
+        yield
+    except BaseException:
+        for layer, buffers, attributes in before:
+            for name, value in attributes.items():
+                setattr(layer, name, value)
+            for name, value in buffers.items():
+                getattr(layer, name).detach().copy_(value)
+            layer.forget_white_noise()
+            layer.scalars()
+        raise
+
+
+@torch.no_grad()
+def _take_first_process(layers: Iterable[Any]) -> None:
+    """A chip of weights that are sharded is one chip, with one input range."""
+    for layer in layers:
+        numbers = {name: whole(getattr(layer, name).detach()).cpu() for name in BUFFERS}
+        numbers, layer.copies_output, sensitivity = of_first((numbers, layer.copies_output, layer.sensitivity))
+        if sensitivity is not None:
+            layer.sensitivity = sensitivity.to(layer.input_offset.device)
+        for name, value in numbers.items():
+            own = getattr(layer, name)
+            own.fill_(float(value)) if is_shard(own) else own.copy_(value)
+        layer.forget_white_noise()
+        layer.scalars()
+
+
+def _settle_all(statistics: dict[str, LayerStatistics], leaders: dict[str, str], config: ReRAMConfig) -> None:
+    """Choose the numbers of layers that were patched together."""
+    followers: dict[str, list[LayerStatistics]] = {}
+    for name, found in statistics.items():
+        if found.samples is not None:
+            followers.setdefault(leaders[name], []).append(found)
+    held = by_array(statistics)
+    for shared in followers.values():
+        with gathered(s.layer for s in shared):
+            _settle(shared, config)
+    share_scales(held)
+    if config.redundancy:
+        spread_pairs(held, config)
+        for shared in followers.values():
+            with gathered(s.layer for s in shared):
+                if any(s.layer.pairs > 1 for s in shared):
+                    _settle(shared, config)  # quieter cells: other ranges and scales may be best
+        share_scales(held)
+
+
+def _settle(shared: list[LayerStatistics], config: ReRAMConfig) -> None:
+    settle_drive(shared, config)
+    for statistics in shared:
+        settle_scale([statistics])
