@@ -147,8 +147,9 @@ def _sinh(
     frozen = not layer.weight.requires_grad
     if now.per_token:
         rows = layer.examples(x)
-        curve = (now.b, levels, gain, floor, offset, True, frozen, powered, keep)
-        s, peak, *power = RowSinh.apply(rows.flatten(1), *curve)
+        s, peak, *power = RowSinh.apply(
+            rows.flatten(1), now.b, levels, gain, floor, offset, True, frozen, powered, keep
+        )
         ends = [*x.shape[: layer.channel_dim], *[1] * -layer.channel_dim]
         return s.view(x.shape), peak.view(ends), power[0].view(rows.shape[1:]) if powered else None
     curve = (span, now.b, levels, gain, floor, offset, True, frozen)

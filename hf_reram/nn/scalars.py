@@ -58,8 +58,9 @@ def from_text(text: str) -> Scalars:
     differ, as after another calibration, and the coefficients of a polynomial cannot be made of variables."""
     *numbers, mark, centered, equalized, pairs, per_token = text.split()
     span, b, gain, full_scale, floor = (float(number) for number in numbers)
-    flags = [flag == "True" for flag in (centered, equalized, per_token)]
-    return Scalars(span, b, gain, full_scale, floor, int(mark), *flags[:2], int(pairs), flags[2])
+    yes = "True"
+    flags = centered == yes, equalized == yes, int(pairs), per_token == yes
+    return Scalars(span, b, gain, full_scale, floor, int(mark), *flags)
 
 
 def versions(layer: Any) -> tuple[list, list]:

@@ -13,8 +13,8 @@ from transformers.trainer_utils import IntervalStrategy, has_length
 from transformers.utils import logging
 
 from ..calibration.batch_norm import freeze_batch_norm
-from ..calibration.settle import calibrate
 from ..calibration.sensitivity import measure_sensitivity
+from ..calibration.settle import calibrate
 from ..config import TRAINING_FIELDS, ReRAMConfig
 from ..device.checks import read_json
 from ..device.seeds import derived_seed

@@ -158,8 +158,8 @@ def row_sinh(
     """:func:`.reference.row_sinh`, with :func:`.reference.peaks`; ``where``: also tell where the peaks are."""
     folded = reference.folded(b, b / (levels or 1), gain) if LINEAR_B <= b <= POLYNOMIAL_B else None
     if folded is None:
-        peak, top = reference.peaks(x, offset)
-        return reference.row_sinh(x, offset, peak, b, gain, levels, floor), peak, top
+        unit, index = reference.peaks(x, offset)
+        return reference.row_sinh(x, offset, unit, b, gain, levels, floor), unit, index
     s, peak = torch.empty_like(x), torch.empty(len(x), 1)
     top = torch.empty(len(x), 1, dtype=torch.long) if where else None
     bound = float(levels or 1)
