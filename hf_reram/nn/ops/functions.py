@@ -121,8 +121,8 @@ def _current(
 
 
 class RowSinh(Function):
-    """``s = peak · gain · sinh(b u)``, ``u = (x - offset) / peak``, with ``peak = max |x - offset|`` of each row (token or
-    image): :class:`ShrunkSinh` with an input range for each row. Nothing is clamped, but what is below ``floor``.
+    """``s = peak · gain · sinh(b u)``, ``u = (x - offset) / peak``, with ``peak = max |x - offset|`` of each row (token
+    or image): :class:`ShrunkSinh` with an input range for each row. Nothing is clamped, but what is below ``floor``.
 
     Args:
         x: (rows, elements). All others as of :class:`ShrunkSinh`, with ``power``: whether ``Σ_n k_n s_n²`` is wanted.
