@@ -6,8 +6,10 @@ a weight may be computed from other tensors. Where a parent can be told to call 
 stays digital, each layer for a reason (:func:`left_digital`).
 """
 
+import inspect
+import re
 from functools import cache
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -87,9 +89,31 @@ def left_digital(model: nn.Module) -> dict[str, str]:
             for layer in (unwrapped(getattr(module, child, None)) for child in children):
                 if layer in names and is_kind(layer):
                     found[names[layer]] = READ.format(parent.rpartition(".")[2])
+        for child, layer in module.named_children():
+            if isinstance(layer, nn.Conv1d) and is_kind(layer) and child in _read_in(type(module)):
+                found[names[layer]] = READ.format(type(module).__name__)
         if is_kind(module) and "base_layer" not in module._modules and (reason := _own_reason(module, offloads)):
             found[name] = reason
     return found
+
+
+# A weight that is computed with, not only asked for its dtype and the like.
+_WEIGHT = re.compile(r"\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|ndim|dim\b|size\b|requires_grad))")
+
+
+@cache
+def _read_in(parent: type) -> frozenset[str]:
+    """The children whose weight a class's own methods read, such as the causal convolutions of Mamba and of linear
+    attention, whose kernels take it: there are too many of these to be listed, so their source is asked."""
+    found: set[str] = set()
+    for cls in parent.__mro__[: parent.__mro__.index(nn.Module)]:
+        for name, method in vars(cls).items():
+            if isinstance(method, FunctionType) and "init" not in name:
+                try:
+                    found.update(_WEIGHT.findall(inspect.getsource(inspect.unwrap(method))))
+                except OSError:  # made without a file
+                    continue
+    return frozenset(found)
 
 
 def _own_reason(module: Any, offloads: bool) -> str:

@@ -17,7 +17,6 @@ from .find import walk
 logger = logging.get_logger(__name__)
 
 _UNSUPPORTED: Any = (
-    nn.Conv1d,
     nn.Conv3d,
     nn.modules.conv._ConvTransposeNd,
     nn.MultiheadAttention,

@@ -126,7 +126,10 @@ def test_term_is_that_of_the_linear_form(kind):
         phi = driven.s * driven.factor
         if isinstance(kind, dict):
             padded = phi if driven.padded else layer.pad(phi)
-            columns = F.unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride).transpose(1, 2)
+            shape = layer.kernel_size, layer.dilation, 0, layer.stride
+            if padded.dim() == 3:  # a picture of height 1
+                padded, shape = padded[:, :, None], [(1, *v) if v else 0 for v in shape]
+            columns = F.unfold(padded, *shape).transpose(1, 2)
             columns = columns.reshape(-1, layer.groups, columns.shape[-1] // layer.groups)  # (n · pixels, groups, rows)
         else:
             columns = phi.reshape(-1, 1, 8)

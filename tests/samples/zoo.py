@@ -225,7 +225,6 @@ ZOO = {
         "MambaConfig",
         {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
         continued,
-        ("Conv1d",),
     ),
     "mixtral": Entry(
         "causal",
@@ -348,15 +347,14 @@ ZOO = {
         pictures(),
     ),
     # Audio
-    "wav2vec2": Entry("audio", "Wav2Vec2ForCTC", "Wav2Vec2Config", SPEECH, wave, ("Conv1d", "ParametrizedConv1d")),
-    "hubert": Entry("audio", "HubertForCTC", "HubertConfig", SPEECH, wave, ("Conv1d", "ParametrizedConv1d")),
+    "wav2vec2": Entry("audio", "Wav2Vec2ForCTC", "Wav2Vec2Config", SPEECH, wave),
+    "hubert": Entry("audio", "HubertForCTC", "HubertConfig", SPEECH, wave),
     "whisper": Entry(
         "audio",
         "WhisperForConditionalGeneration",
         "WhisperConfig",
         {**ENCODER_DECODER, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 32},
         spectrum,
-        ("Conv1d",),
     ),
     "audio-spectrogram-transformer": Entry(
         "audio",
