@@ -225,6 +225,7 @@ ZOO = {
         "MambaConfig",
         {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
         continued,
+        ("Conv1d", "Linear"),
     ),
     "mixtral": Entry(
         "causal",
@@ -347,8 +348,8 @@ ZOO = {
         pictures(),
     ),
     # Audio
-    "wav2vec2": Entry("audio", "Wav2Vec2ForCTC", "Wav2Vec2Config", SPEECH, wave),
-    "hubert": Entry("audio", "HubertForCTC", "HubertConfig", SPEECH, wave),
+    "wav2vec2": Entry("audio", "Wav2Vec2ForCTC", "Wav2Vec2Config", SPEECH, wave, ("ParametrizedConv1d",)),
+    "hubert": Entry("audio", "HubertForCTC", "HubertConfig", SPEECH, wave, ("ParametrizedConv1d",)),
     "whisper": Entry(
         "audio",
         "WhisperForConditionalGeneration",
@@ -384,7 +385,7 @@ ZOO = {
             "vision_config": transformers.SiglipVisionConfig(**IMAGE),
         },
         captioned,
-        ("MultiheadAttention",),
+        ("MultiheadAttention", "NonDynamicallyQuantizableLinear"),
     ),
     "vilt": Entry("multimodal", "ViltForQuestionAnswering", "ViltConfig", {**TEXT, **IMAGE}, asked),
     "blip": Entry(
