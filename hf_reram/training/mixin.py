@@ -258,7 +258,7 @@ class TrainingMixin(Base):
         elif consistency:
             state.measure, state.ratios = False, state.forward.ratios
             with self._sampled_drift("drift"):
-                retention = divergence(model(**self._without_labels(kept)), outputs)
+                retention = divergence(model(**self._without_labels(kept)), outputs, model=model)
             weight = state.config.retention_weight * share
             loss, retention = task_loss + weight * retention, retention.detach()
         ratios = measured_ratios(self.model)
@@ -299,9 +299,9 @@ class TrainingMixin(Base):
             guide = self.teacher(**self._without_labels(kept))
         if self.teacher_weight == 1.0 or not any(name in kept for name in self.label_names):
             outputs = model(**self._without_labels(kept))
-            return self._ga_mean(divergence(outputs, guide, heat), num_items_in_batch), outputs
+            return self._ga_mean(divergence(outputs, guide, heat, model=model), num_items_in_batch), outputs
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        guided = self._ga_mean(divergence(outputs, guide, heat), num_items_in_batch)
+        guided = self._ga_mean(divergence(outputs, guide, heat, model=model), num_items_in_batch)
         return (1 - self.teacher_weight) * loss + self.teacher_weight * guided, outputs
 
     def _without_labels(self, inputs: dict) -> dict:
