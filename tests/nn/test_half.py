@@ -1,6 +1,7 @@
 """Half precision, and the gradients of converters."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -115,3 +116,18 @@ def test_one_step_in_half_precision(way, loss):
         assert torch.isfinite(found).all()
         assert float((found - wanted).norm() / wanted.norm()) < 0.1
         assert float(found.norm() / wanted.norm()) == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_weights_at_their_edge_keep_the_gradient_of_the_mean_shift(dtype, clip):
+    """Of a shift that is proportional to the weights R does not depend on them, wherever rounding takes their edge."""
+    cell = device(g_min=1.0, read_noise=0.0, programming=[0.0], retention={"type": "generic", "A": 0.02, "s0": 0.0})
+    _, model, x = pair(dtype, 1.0, device=cell, retention_loss="weight", weight_clip=clip)
+    model = model.to(dtype).train()
+    loss, term = add_retention_loss(model(x.to(dtype)).float().sum() * 0, model, 1e3)
+    loss.backward()
+    weight, grad = (t.detach().float() for t in (model[0].weight, model[0].weight.grad))
+    alone = 2e3 * float(term) * weight.abs() / weight.square().sum()  # what of it the signal alone gives
+    assert float(term) == pytest.approx((0.02 * math.log1p(86400)) ** 2, rel=0.02)
+    assert float((grad.abs() / alone.clamp(min=float(alone.mean()))).max()) < 0.02

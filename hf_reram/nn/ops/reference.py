@@ -255,8 +255,9 @@ def weight_mean(weight: Tensor, scale: Tensor, mean: Tensor) -> Tensor:
 
 
 def _magnitude(weight: Tensor, scale: Tensor) -> Tensor:
-    # Not to 1: that would take the gradient from weights at their very edge.
-    return (weight / scale.clamp(min=1e-30)).abs().clamp(max=1.0 + 4 * torch.finfo(weight.dtype).eps)
+    # Not to 1: that would take the gradient from weights at their very edge, which those of a model in half precision
+    # pass by its rounding, although they are in float32 here.
+    return (weight / scale.clamp(min=1e-30)).abs().clamp(max=1.0 + torch.finfo(torch.bfloat16).eps)
 
 
 # Powers
