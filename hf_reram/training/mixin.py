@@ -70,10 +70,8 @@ class TrainingMixin(Base):
         self._logged_step = 0
         self._looked_at_loss = self._told_of_clamped = self._joined = False
         super().__init__(*args, **kwargs)
-        if teacher is not None and unwrapped(teacher) is unwrapped(self.model):
-            raise ValueError(
-                "teacher is the model that is trained: allowed is another one, such as a copy.deepcopy of it"
-            )
+        if teacher is not None:
+            _refuse_shared(teacher, self.model)
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{type(self).__name__} in one process on {self.args.n_gpu} GPUs would train copies of the model with "
@@ -356,3 +354,22 @@ class TrainingMixin(Base):
                 len(high),
                 ", ".join(high),
             )
+
+
+def _refuse_shared(teacher: nn.Module, model: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: the teacher is the model that is trained, or has a module with parameters in common with it, which
+            would be on crossbars, or a parameter that is trained.
+    """
+    if unwrapped(teacher) is unwrapped(model):
+        raise ValueError("teacher is the model that is trained: allowed is another one, such as a copy.deepcopy of it")
+    modules, trained = set(model.modules()), {p for p in model.parameters() if p.requires_grad}
+    shared = [name for name, module in teacher.named_modules() if module in modules and module._parameters]
+    shared += [name for name, p in teacher.named_parameters() if p in trained and name.rpartition(".")[0] not in shared]
+    if shared:
+        raise ValueError(
+            f"teacher shares {len(shared)} modules and parameters with the model that is trained "
+            f"({', '.join(shared[:3])}{', ...' if len(shared) > 3 else ''}): allowed is a model with its own, such as a "
+            "copy.deepcopy of it"
+        )

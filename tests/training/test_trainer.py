@@ -454,6 +454,20 @@ def test_a_teacher_is_another_model(tmp_path):
         trainer_of(tmp_path, model=model, teacher=model)
 
 
+def test_a_teacher_has_its_own_modules_and_trained_parameters(tmp_path):
+    model, teacher = fresh_bert(), fresh_bert(1)
+    teacher.bert = model.bert
+    with pytest.raises(ValueError, match=r"teacher shares \d+ modules .*bert\.embeddings\.word_embeddings"):
+        trainer_of(tmp_path, model=model, teacher=teacher)
+    assert not crossbar_layers(model) and all(p.requires_grad for p in model.parameters())
+    teacher = fresh_bert(1)
+    teacher.bert.embeddings.word_embeddings.weight = model.bert.embeddings.word_embeddings.weight
+    with pytest.raises(ValueError, match=r"shares 1 .*\(bert\.embeddings\.word_embeddings\.weight\): allowed"):
+        trainer_of(tmp_path, model=model, teacher=teacher)
+    model.bert.embeddings.requires_grad_(False)
+    trainer_of(tmp_path, model=model, teacher=teacher)
+
+
 @pytest.mark.parametrize("name", ["bf16_full_eval", "fp16_full_eval"])
 def test_an_evaluation_in_half_precision_leaves_the_weights_that_were_trained(tmp_path, name):
     options = {name: True, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
