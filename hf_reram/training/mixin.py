@@ -366,10 +366,11 @@ def _refuse_shared(teacher: nn.Module, model: nn.Module) -> None:
         raise ValueError("teacher is the model that is trained: allowed is another one, such as a copy.deepcopy of it")
     modules, trained = set(model.modules()), {p for p in model.parameters() if p.requires_grad}
     shared = [name for name, module in teacher.named_modules() if module in modules and module._parameters]
-    shared += [name for name, p in teacher.named_parameters() if p in trained and name.rpartition(".")[0] not in shared]
+    trainable = [name for name, p in teacher.named_parameters() if p in trained]
+    shared += [name for name in trainable if name.rpartition(".")[0] not in shared]
     if shared:
+        names = ", ".join(shared[:3]) + (", ..." if len(shared) > 3 else "")
         raise ValueError(
-            f"teacher shares {len(shared)} modules and parameters with the model that is trained "
-            f"({', '.join(shared[:3])}{', ...' if len(shared) > 3 else ''}): allowed is a model with its own, such as a "
-            "copy.deepcopy of it"
+            f"teacher shares {len(shared)} modules or parameters with the model that is trained ({names}): allowed is a "
+            "model with its own, such as a copy.deepcopy of it"
         )
