@@ -371,6 +371,6 @@ def _refuse_shared(teacher: nn.Module, model: nn.Module) -> None:
     if shared:
         names = ", ".join(shared[:3]) + (", ..." if len(shared) > 3 else "")
         raise ValueError(
-            f"teacher shares {len(shared)} modules or parameters with the model that is trained ({names}): allowed is a "
-            "model with its own, such as a copy.deepcopy of it"
+            f"teacher shares {len(shared)} modules or parameters with the model that is trained ({names}): allowed is "
+            "a model with its own, such as a copy.deepcopy of it"
         )
