@@ -68,8 +68,9 @@ class ReRAMConfig(QuantizationConfigMixin):
             conductance scale. Smaller parts have smaller largest weights, so the cells' errors mean less in them;
             "per_tile" needs a tile_size, and multiplies each tile's read-out digitally before tiles are added.
         weight_clip: w_scale is at most this many RMS of the channel (tensor); larger weights saturate at g_max.
-            None: no clipping. "auto": per channel, the one with the least expected output error on calibration data
-            (clipping + retention).
+            None: no clipping. "auto": per channel, the one with the least expected output error on calibration data,
+            clipping + retention + read noise; of convolutions what does not average out over pixels and chips, clipping
+            and mean shift, counts 8 times.
         tile_size: rows of a crossbar tile; each tile has its own ADC and read noise. None: one tile a layer.
         redundancy: cells on top of two a weight, as a share of those, in [0, 4]; calibration gives them to the layers
             where they take most off the model's expected output error, whose weights several pairs then hold together

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..model.deploy import digital_eval
 from ..model.find import crossbar_layers
-from ..model.inputs import call_model, find_logits, forked_rng, uncompiled
+from ..model.inputs import call_model, find_predictions, forked_rng, uncompiled
 from ..model.sharding import is_sharded, reshard
 from ..nn import CrossbarLayer
 from ..nn.tensors import tensors_of
@@ -62,7 +62,7 @@ def measure_sensitivity(model: nn.Module, batches: list) -> None:
             torch.manual_seed(0)
             for _ in range(draws):
                 for batch in batches:
-                    probe = fisher_probe(call_model(model, batch))
+                    probe = fisher_probe(call_model(model, batch), model)
                     torch.autograd.grad(probe.sum(), [*parameters, *gathered], allow_unused=True)
                     gathered.clear()
     finally:
@@ -80,23 +80,31 @@ def _examples(batch: Any) -> int:
     return len(tensors[0]) if tensors else 1
 
 
-def fisher_probe(outputs) -> Tensor:
+def fisher_probe(outputs, model: nn.Module | None = None) -> Tensor:
     """A number of each example whose gradients' second moments are the Fisher information: ``Σ z · logits`` with
     ``z = √p ε - p Σ √p ε``, ε standard normal, whose covariance ``diag(p) - p pᵀ`` is that of the log-likelihood's
     gradient for labels drawn from the model. Drawn labels would say next to nothing of a confident classifier, whose
-    information is all in the labels that it hardly ever draws. A single regression value counts as the mean of a unit
-    Gaussian.
+    information is all in the labels that it hardly ever draws. Labels that are predicted each for itself have
+    ``z = √(p(1-p)) ε``, values, as means of unit Gaussians, ``z = ε``, and padding has 0.
+
+    Args:
+        model: that gave the outputs last, see :func:`.find_predictions`.
 
     Returns:
         (batch,).
     """
     parts = []
-    for logits in find_logits(outputs):
-        flat = logits.float().reshape(logits.shape[0], -1, logits.shape[-1])
-        z = torch.randn_like(flat)
-        if flat.shape[-1] > 1:
-            p = flat.detach().softmax(-1)
+    for prediction in find_predictions(outputs, model):
+        logits = prediction.by_place(prediction.logits)
+        z = torch.randn_like(logits)
+        if prediction.kind == "labels":
+            p = logits.detach().sigmoid()
+            z = (p * (-logits.detach()).sigmoid()).sqrt() * z
+        elif prediction.kind == "classes":
+            p = logits.detach().softmax(-1)
             z = p.sqrt() * z
             z = z - p * z.sum(-1, keepdim=True)
-        parts.append((z * flat).sum((1, 2)))
+        if prediction.keep is not None:
+            z = z * prediction.keep[..., None]
+        parts.append((z * logits).sum((1, 2)))
     return torch.stack(parts).sum(0)

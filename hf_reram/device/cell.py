@@ -286,6 +286,10 @@ class DeviceConfig:
         """Whether retention at this time is the last measured value, held."""
         return self.retention.holds_at(self.equivalent_time(time, temperature))
 
+    def precedes(self, time: str | float, temperature: float | None = None) -> bool:
+        """Whether this time lies before the first measured one, whose retention is taken for it."""
+        return self.retention.precedes(self.equivalent_time(time, temperature))
+
 
 def _exactly(coefficients: tuple[float, ...], g: Tensor | float) -> Tensor:
     """A polynomial of conductances, in their dtype: powers of a conductance cancel to more than float32 has."""

@@ -49,7 +49,7 @@ class TableRetention:
         mean: the same for the mean shift, or None for none.
         g_ref: µS.
         extrapolate: beyond the last time continue the last segment's slope in log t; otherwise hold the last value
-            and warn once.
+            and warn once. Before the first time its value is taken, with a warning too.
     """
 
     times: tuple[float, ...]
@@ -80,7 +80,13 @@ class TableRetention:
         """Whether ``time`` lies past the last fit, so that the last value is held."""
         return time > self.times[-1] and not self.extrapolate
 
+    def precedes(self, time: float) -> bool:
+        """Whether ``time`` lies before the first fit, whose value is taken for it."""
+        return time < self.times[0]
+
     def polynomials(self, time: float) -> tuple[Polynomial, Polynomial]:
+        if self.precedes(time):
+            _warn_early(self.times[0])
         if self.holds_at(time):
             warnings.warn(
                 f"retention was measured up to {self.times[-1]:g} s; its last value is held for later times "
@@ -107,7 +113,8 @@ class TableRetention:
 
 @dataclass(frozen=True)
 class LogRetention:
-    """``offset(g) + slope(g) ln t`` for mean shift and spread, t >= 1 s (Falcone et al., CMO/HfOx ReRAM).
+    """``offset(g) + slope(g) ln t`` for mean shift and spread, t >= 1 s (Falcone et al., CMO/HfOx ReRAM); before, that
+    after 1 s, with a warning.
 
     Each field holds the coefficients [µS / µS^k] of a polynomial in ``g`` [µS], lowest power first.
     """
@@ -124,7 +131,12 @@ class LogRetention:
     def holds_at(self, time: float) -> bool:
         return False
 
+    def precedes(self, time: float) -> bool:
+        return time < 1.0
+
     def polynomials(self, time: float) -> tuple[Polynomial, Polynomial]:
+        if self.precedes(time):
+            _warn_early(1.0)
         log = math.log(max(time, 1.0))
         return _line(self.mean_offset, self.mean_slope, log), _line(self.std_offset, self.std_slope, log)
 
@@ -161,11 +173,20 @@ class GenericRetention:
     def holds_at(self, time: float) -> bool:
         return False
 
+    def precedes(self, time: float) -> bool:
+        return False
+
     def polynomials(self, time: float) -> tuple[Polynomial, Polynomial]:
         log = math.log1p(time / self.tau)
         gone = min(self.A * log, 1.0) if self.saturates else self.A * log
         mean = (gone * self.g_min, -gone)
         return mean, (self.s0 + self.s1 * log, self.s2 * log)
+
+
+def _warn_early(first: float) -> None:
+    warnings.warn(
+        f"retention was measured from {first:g} s on; its first value is taken for earlier times too", stacklevel=3
+    )
 
 
 def _line(offset: Polynomial, slope: Polynomial, log: float) -> Polynomial:

@@ -214,11 +214,12 @@ def _notes(model: nn.Module, seconds: list[float], kelvins: list[float | None]) 
         notes.append(f"weights changed after calibration are clipped to what the cells can hold: {in_words(clipped)}")
     for part in states:
         device, of = part.config.device, f" ({part.config.device.name})" if len(states) > 1 else ""
-        notes += [
-            f"retention at {time:g} s is the last measured value, held{of}"
-            for time, kelvin in sorted({(t, k) for t in seconds for k in kelvins}, key=str)
-            if device.holds_at(time, part.config.temperature if kelvin is None else kelvin)
-        ]
+        for time, kelvin in sorted({(t, k) for t in seconds for k in kelvins}, key=str):
+            when = time, part.config.temperature if kelvin is None else kelvin
+            if device.holds_at(*when):
+                notes.append(f"retention at {time:g} s is the last measured value, held{of}")
+            if device.precedes(*when):
+                notes.append(f"retention at {time:g} s is the first measured value, of a later time{of}")
         if device.assumed:
             notes.append(f"assumed, not measured: {', '.join(device.assumed)}{of}")
     if len(states) > 1:

@@ -49,7 +49,8 @@ class ReRAMTrainerMixin(TrainingMixin, EvaluationMixin, HubMixin):
 
     Raises:
         ValueError: the model is not patched and there is no config, a bad time or number of chips, a teacher's weight
-            outside [0, 1], or a temperature that is not above 0.
+            outside [0, 1], a temperature that is not above 0, or a teacher that shares modules or trained parameters
+            with the model.
     """
 
     push_in_progress: Any

@@ -4,11 +4,13 @@ import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .find import unwrapped
+from .find import crossbar_layers, unwrapped
 
 
 def call_model(model: nn.Module, batch):
@@ -86,26 +88,84 @@ def forked_rng(model: nn.Module) -> AbstractContextManager:
     return torch.random.fork_rng([device.index or 0 for device in devices], device_type=kind)
 
 
-def find_logits(outputs) -> list[Tensor]:
-    """The logits in a model's outputs: every tensor under a key that ends in "logits", or, where there is none, the
-    last hidden state, or the output itself if it is a tensor.
+@dataclass(frozen=True)
+class Prediction:
+    """A logits tensor, and what it says of each of its places: an example, or a token, pixel or box of it.
+
+    Attributes:
+        logits: as the model gave them.
+        kind: "classes": one of them (softmax); "labels": each for itself (sigmoid); "values": means of unit Gaussians.
+        class_dim: the dimension of classes, labels or values.
+        keep: (examples, places), 0 at padding and 1 elsewhere; None where all count.
+    """
+
+    logits: Tensor
+    kind: str
+    class_dim: int
+    keep: Tensor | None
+
+    def by_place(self, logits: Tensor) -> Tensor:
+        """Logits of this prediction's shape in float32, (examples, places, classes)."""
+        rows = logits.float().movedim(self.class_dim, -1) if logits.dim() > 1 else logits.float()[:, None]
+        return rows.reshape(len(rows), -1, rows.shape[-1])
+
+
+def find_predictions(outputs, model: nn.Module | None = None) -> list[Prediction]:
+    """What a model predicts in its outputs, tensor by tensor of :func:`find_logits`. A single number is a value, and so
+    are all of a regression; labels are those of a multi-label classification (``config.problem_type``), and of a mask
+    that is predicted for each query; all else is classes, along the last dimension, or, of images, the second.
+
+    Args:
+        model: that gave the outputs, on crossbars, last: its config says what they mean, and its attention mask which
+            tokens are padding. Without it nothing is known of either.
+    """
+    config = getattr(unwrapped(model), "config", None)
+    return [_prediction(name, logits, model, config) for name, logits in find_logits(outputs).items()]
+
+
+def _prediction(name: str, logits: Tensor, model: nn.Module | None, config: Any) -> Prediction:
+    shape, labels, kind = logits.shape, getattr(config, "num_labels", None), "classes"
+    image = len(shape) > 3
+    class_dim = 1 if image and not (shape[-1] == labels != shape[1]) else -1
+    if len(shape) < 2 or shape[class_dim] == 1:
+        kind = "values"
+    if len(shape) == 2 and shape[1] == labels:
+        meant = {"multi_label_classification": "labels", "regression": "values"}
+        kind = meant.get(getattr(config, "problem_type", None) or "", kind)
+    elif image and name.startswith("masks"):
+        kind = "labels"
+    return Prediction(logits, kind, class_dim, _tokens_kept(logits, model))
+
+
+def _tokens_kept(logits: Tensor, model: nn.Module | None) -> Tensor | None:
+    """(examples, tokens), 0 where logits (examples, tokens, classes) are those of padding in the model's last forward;
+    None where unknown."""
+    for layer in crossbar_layers(model).values() if model is not None and logits.dim() == 3 else ():
+        keep = layer.crossbar.forward.padding.keep(logits)
+        if keep is not None:
+            return keep.view(logits.shape[:2])
+    return None
+
+
+def find_logits(outputs) -> dict[str, Tensor]:
+    """The logits in a model's outputs by name: every tensor under a key that ends in "logits", or, where there is none,
+    the last hidden state, or the output itself if it is a tensor.
 
     Raises:
         ValueError: there is none of these.
     """
     if isinstance(outputs, Tensor):
-        return [outputs]
+        return {"": outputs}
     if isinstance(outputs, Mapping):
-        found = [v for k, v in outputs.items() if k.endswith("logits") and isinstance(v, Tensor)]
+        found = {k: v for k, v in outputs.items() if k.endswith("logits") and isinstance(v, Tensor)}
         if not found and isinstance(outputs.get("last_hidden_state"), Tensor):
-            found = [outputs["last_hidden_state"]]
+            found = {"": outputs["last_hidden_state"]}
         if found:
             return found
         raise ValueError(f"the model's outputs {sorted(outputs)} hold no logits and no last_hidden_state")
-    if isinstance(outputs, (tuple, list)):
-        return [v for v in outputs if isinstance(v, Tensor) and v.dim() > 1][:1] or _no_tensor(outputs)
-    return _no_tensor(outputs)
-
-
-def _no_tensor(outputs):
-    raise ValueError(f"the model's output of type {type(outputs).__name__} holds no logits")
+    tensors = (
+        [v for v in outputs if isinstance(v, Tensor) and v.dim() > 1] if isinstance(outputs, (tuple, list)) else []
+    )
+    if not tensors:
+        raise ValueError(f"the model's output of type {type(outputs).__name__} holds no logits")
+    return {"": tensors[0]}

@@ -22,11 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Driven:
-    """An input as it meets the array: ``phi = factor · s``.
+    """An input as it meets the array.
 
     Attributes:
-        s: of the input's shape, padded where the layer is centered (``padded``).
-        factor: 1, folded into s, unless the input range is learned.
+        s: phi, of the input's shape, padded where the layer is centered (``padded``).
         span: the input range: a float, a tensor where it is learned, or (..., 1) of each token (..., 1, 1, 1 of each
             image).
         keep: k, 0 at padding and 1 elsewhere, (tokens,); None where unknown, for windows, or where no term is computed.
@@ -34,7 +33,6 @@ class Driven:
     """
 
     s: Tensor
-    factor: Tensor | float
     span: Tensor | float
     padded: bool
     keep: Tensor | None = None
@@ -47,14 +45,15 @@ def drive(layer: "CrossbarLayer", x: Tensor, now: Scalars) -> Driven:
     levels, floor = dac_grid(layer.crossbar.config.dac_bits, now.input_floor)
     if looks(layer):
         observe(layer, x, now)
-    factor: Any = span * (now.gain if now.b < LINEAR_B else now.gain / now.b)
+    gain = now.gain if now.b < LINEAR_B else now.gain / now.b
     state = layer.crossbar
     accounts = layer.training and bool(state.term or state.measure)
     powered = layer.training and state.physics.term_reads_input
     mask, keep = tokens_kept(layer, x) if accounts and not layer.reads_windows else (None, None)
     if isinstance(span, Tensor):
-        s, _, power = _sinh(layer, x, span, levels, 1.0, floor, now, powered, keep)
-        return Driven(s, factor, span, now.centered, keep, power)
+        s, _, power = _sinh(layer, x, span, levels, gain, floor, now, powered, keep)
+        return Driven(s, span, now.centered, keep, power)
+    factor = span * gain
 
     def compute():
         return _sinh(layer, x, span, levels, factor, floor, now, powered, keep)
@@ -63,7 +62,7 @@ def drive(layer: "CrossbarLayer", x: Tensor, now: Scalars) -> Driven:
     key = (span, now.per_token, now.b, levels, floor, factor, now.mark, geometry, layer.channel_dim)
     # Of a part of the model by itself nothing says when its inputs' memory may change.
     s, span, power = shared(x, key, mask, powered, compute) if state.running is not None else compute()
-    return Driven(s, 1.0, span, now.centered, keep, power)
+    return Driven(s, span, now.centered, keep, power)
 
 
 def tokens_kept(layer: "CrossbarLayer", x: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -138,7 +137,7 @@ def _sinh(
     powered: bool,
     keep: Tensor | None,
 ) -> tuple[Tensor, Any, Tensor | None]:
-    """``gain · sinh(b u)``, the input range, and the power."""
+    """``gain · sinh(b u)``, times the input range where that is learned or each token's own; the range; the power."""
     offset = None
     if layer.channel_dim == -1 and now.centered and not now.equalized:
         offset = layer.input_offset.to(x.dtype)  # in the same pass

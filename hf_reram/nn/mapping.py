@@ -18,10 +18,13 @@ from .ops.reference import clip, quantize, weight_mean
 # Candidates for weight_clip="auto", in RMS of the channel; beyond comes no clipping at all.
 CLIPS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
 
-# How much the power of a convolution's clipping error counts against that of the spread, as `systematic` below: it is
-# the same at every pixel and on every chip, so it does not average out. Measured without finetuning, hfox-neurram after
-# 1 day, 6 chips: MobileNetV3 on CIFAR-10 (digital 61.6) 46.0, 54.1, 55.5 for 1, 4, 16; ResNet18 (65.2) 64.0, 64.3,
-# 64.3, 64.1 for 1, 4, 8, 16.
+# How much the power of a convolution's systematic error, of clipping and mean shift, counts against that of spread and
+# read noise, as `systematic` below: it is the same at every pixel and on every chip, so it does not average out, while
+# spread is another from cell to cell, and read noise from read to read. A layer's plain error may so be up to twice the
+# least there is. Measured without finetuning, hfox-neurram after 1 day, 6 chips: MobileNetV3 on CIFAR-10 (digital 61.6)
+# 46.0, 54.1, 55.5 for 1, 4, 16; ResNet18 (65.2) 64.0, 64.3, 64.3, 64.1 for 1, 4, 8, 16. With more read noise than
+# spread, 12 chips: four convolutions on scikit-learn's digits (98.7) 39.9, 57.0, 56.6, 55.5 for 1, 4, 8, 16 at 3 µA;
+# separable ones (98.0) 58.2, 71.4, 70.0, 68.8 at 0.5 µA. Where read noise counts 8 times too: 41.3 and 65.0.
 CONVOLUTION = 8.0
 TOKENS = 1.0
 
@@ -140,7 +143,7 @@ def expected_error(
     it is independent from cell to cell.
 
     Args:
-        systematic: how much the power of clipping and mean shift counts against that of the spread.
+        systematic: how much the power of clipping and mean shift counts against that of spread and read noise.
     """
     shape = rows.shape
     wide = scale.expand(shape)

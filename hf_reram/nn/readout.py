@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 def read(layer: "CrossbarLayer", driven: Driven, held: Held, now: Scalars) -> Tensor:
     """The output: one matrix product, or one per tile with its ADC and its read noise."""
     config = layer.crossbar.config
-    weight = held.weight if isinstance(driven.factor, float) else held.weight * driven.factor
-    bias = held.bias
+    weight, bias = held.weight, held.bias
     if bias is not None and layer.training and layer.crossbar.physics.term_reads_output:
         bias = bias.detach()  # its gradient comes from where the output's power is taken, see OutputPower
     noisy = layer.chip is not None and config.device.read_noise > 0

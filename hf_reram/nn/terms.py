@@ -63,7 +63,7 @@ def output_term(layer: "CrossbarLayer", driven: Driven, held: Held, signal: Tens
     """``(E|ΔW phi|², E|W phi|²)``, with the second given: their ratio is the layer's noise-to-signal ratio."""
     error = layer.error
     columns = layer.to_rows(_variance(layer, held, error)).sum(1)
-    noise = (columns * row_power(layer, driven)).sum() * driven.factor**2
+    noise = (columns * row_power(layer, driven)).sum()
     if error.mean_is_linear:  # proportional to W, so that it needs no product of its own
         noise = noise + error.mean_square * signal if error.mean_square else noise
     else:
@@ -97,7 +97,7 @@ def sensitivity_term(layer: "CrossbarLayer", driven: Driven, held: Held, example
     error = layer.error
     variance = layer.to_rows(_variance(layer, held, error))
     h = layer.sensitivity.to(variance.device).reshape(variance.shape[:2])
-    noise = (h * torch.einsum("gor,gr->go", variance, row_power(layer, driven))).sum() * driven.factor**2
+    noise = (h * torch.einsum("gor,gr->go", variance, row_power(layer, driven))).sum()
     if error.shifts:
         noise = noise + _mean_power(layer, driven, held, error, h.reshape(-1).sqrt())
     return torch.stack((0.5 * noise.reshape(()), torch.full_like(noise.reshape(()), float(examples))))
@@ -125,7 +125,7 @@ def _mean_power(
     scale = layer.held_scale(programmed.dtype)
     powers: list[Any] = []
     for mean in error.shifts:
-        shifted = weight_mean(programmed, scale, mean.table(programmed)) * driven.factor
+        shifted = weight_mean(programmed, scale, mean.table(programmed))
         product = layer.multiply(s, shifted, None, driven.padded)
         product = product if weights is None else product * layer.over_channels(weights).to(product.dtype)
         powers.append(total_power(layer.examples(product), None, driven.keep))

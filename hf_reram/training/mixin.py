@@ -70,10 +70,8 @@ class TrainingMixin(Base):
         self._logged_step = 0
         self._looked_at_loss = self._told_of_clamped = self._joined = False
         super().__init__(*args, **kwargs)
-        if teacher is not None and unwrapped(teacher) is unwrapped(self.model):
-            raise ValueError(
-                "teacher is the model that is trained: allowed is another one, such as a copy.deepcopy of it"
-            )
+        if teacher is not None:
+            _refuse_shared(teacher, self.model)
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{type(self).__name__} in one process on {self.args.n_gpu} GPUs would train copies of the model with "
@@ -258,7 +256,7 @@ class TrainingMixin(Base):
         elif consistency:
             state.measure, state.ratios = False, state.forward.ratios
             with self._sampled_drift("drift"):
-                retention = divergence(model(**self._without_labels(kept)), outputs)
+                retention = divergence(model(**self._without_labels(kept)), outputs, model=model)
             weight = state.config.retention_weight * share
             loss, retention = task_loss + weight * retention, retention.detach()
         ratios = measured_ratios(self.model)
@@ -299,9 +297,9 @@ class TrainingMixin(Base):
             guide = self.teacher(**self._without_labels(kept))
         if self.teacher_weight == 1.0 or not any(name in kept for name in self.label_names):
             outputs = model(**self._without_labels(kept))
-            return self._ga_mean(divergence(outputs, guide, heat), num_items_in_batch), outputs
+            return self._ga_mean(divergence(outputs, guide, heat, model=model), num_items_in_batch), outputs
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        guided = self._ga_mean(divergence(outputs, guide, heat), num_items_in_batch)
+        guided = self._ga_mean(divergence(outputs, guide, heat, model=model), num_items_in_batch)
         return (1 - self.teacher_weight) * loss + self.teacher_weight * guided, outputs
 
     def _without_labels(self, inputs: dict) -> dict:
@@ -356,3 +354,23 @@ class TrainingMixin(Base):
                 len(high),
                 ", ".join(high),
             )
+
+
+def _refuse_shared(teacher: nn.Module, model: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: the teacher is the model that is trained, or has a module with parameters in common with it, which
+            would be on crossbars, or a parameter that is trained.
+    """
+    if unwrapped(teacher) is unwrapped(model):
+        raise ValueError("teacher is the model that is trained: allowed is another one, such as a copy.deepcopy of it")
+    modules, trained = set(model.modules()), {p for p in model.parameters() if p.requires_grad}
+    shared = [name for name, module in teacher.named_modules() if module in modules and module._parameters]
+    trainable = [name for name, p in teacher.named_parameters() if p in trained]
+    shared += [name for name in trainable if name.rpartition(".")[0] not in shared]
+    if shared:
+        names = ", ".join(shared[:3]) + (", ..." if len(shared) > 3 else "")
+        raise ValueError(
+            f"teacher shares {len(shared)} modules or parameters with the model that is trained ({names}): allowed is "
+            "a model with its own, such as a copy.deepcopy of it"
+        )

@@ -1,11 +1,13 @@
 """What calibration chooses, against brute force over what chips show."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from hf_reram import ReRAMConfig, calibrate, deploy, digital, patch_model
-from hf_reram.nn.mapping import CLIPS
+from hf_reram.nn.mapping import CLIPS, CONVOLUTION
 from tests.samples.devices import device
 
 
@@ -66,3 +68,35 @@ def test_no_other_clip_is_much_better(kind, noise, tile):
         model[0].weight_scale.copy_(scale)
         others.append(relative_error(model, x))
     assert chosen < 1.1 * min(others)
+
+
+@torch.no_grad()
+def counted_error(model: nn.Module, x: torch.Tensor, exact: torch.Tensor, chips: int = 12) -> float:
+    """What chips show of a convolution: the error that they have in common, counted as often as it is, and the rest."""
+    outputs = []
+    for seed in range(chips):
+        torch.manual_seed(seed)
+        with deploy(model, "1d", seed=seed):
+            outputs.append(model(x))
+    outputs = torch.stack(outputs)
+    random = float(outputs.var(0).sum())
+    common = float((outputs.mean(0) - exact).square().sum()) - random / chips
+    return (CONVOLUTION * common + random) / float(exact.square().sum())
+
+
+@pytest.mark.parametrize("options", [{}, {"tile_size": 18, "weight_scale": "per_tensor"}], ids=str)
+@pytest.mark.parametrize("noise", [0.5, 3.0])
+def test_no_other_clip_of_a_convolution_is_much_better_as_its_errors_count(noise, options):
+    """Read noise averages over pixels as spread does over cells."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(8, 12, 3, bias=False, padding=1)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn_like(layer.weight) * torch.exp(0.6 * torch.randn_like(layer.weight)))
+        exact = layer(x := torch.randn(4, 8, 8, 8) + 1)
+    found = {}
+    for clip in ("auto", 1.0, 2.0, 3.0, 4.0, 6.0, None):
+        model = nn.Sequential(copy.deepcopy(layer)).eval()
+        config = ReRAMConfig(device=device(read_noise=noise), retention_loss="none", weight_clip=clip, **options)
+        calibrate(patch_model(model, config), [x])
+        found[clip] = counted_error(model, x, exact)
+    assert found["auto"] < 1.1 * min(found.values())

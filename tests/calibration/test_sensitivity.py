@@ -3,9 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from transformers import BertForTokenClassification, GPT2Config, GPT2LMHeadModel
 
 from hf_reram import ReRAMConfig, crossbar_layers, patch_model
 from hf_reram.calibration.sensitivity import measure_sensitivity
+from tests.samples.models import bert_batch, tiny_bert
 
 
 def exact(model: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
@@ -43,3 +45,54 @@ def test_a_regression_has_the_information_of_a_unit_gaussian():
     patch_model(model, ReRAMConfig(retention_loss="sensitivity"))
     measure_sensitivity(model, [x])
     torch.testing.assert_close(crossbar_layers(model)["0"].sensitivity, expected, rtol=0.2, atol=1e-4)
+
+
+def last_layer(model: nn.Module, batch) -> torch.Tensor:
+    """The sensitivity of the layer whose outputs are the logits."""
+    patch_model(model, ReRAMConfig(retention_loss="sensitivity"))
+    measure_sensitivity(model, [batch])
+    return list(crossbar_layers(model).values())[-1].sensitivity
+
+
+def test_labels_that_are_predicted_each_for_itself_are_bernoulli():
+    model = tiny_bert(problem_type="multi_label_classification")
+    with torch.no_grad():
+        model.classifier.bias.copy_(torch.tensor([6.0, 0.0, -1.0]))
+        p = model(**(batch := {k: v for k, v in bert_batch(32).items() if k != "labels"})).logits.sigmoid()
+    torch.testing.assert_close(last_layer(model, batch), (p * (1 - p)).mean(0), rtol=0.2, atol=0)
+
+
+def test_values_of_a_regression_are_unit_gaussians():
+    batch = {k: v for k, v in bert_batch(32).items() if k != "labels"}
+    found = last_layer(tiny_bert(problem_type="regression"), batch)
+    torch.testing.assert_close(found, torch.ones(3), rtol=0.2, atol=0)
+
+
+def test_the_classes_of_pixels_are_channels():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1)).eval()
+    with torch.no_grad():
+        model[0].bias.copy_(torch.tensor([4.0, 0.0, 1.0, 0.0]))
+        p = model(x := torch.randn(8, 3, 6, 5)).softmax(1)
+    torch.testing.assert_close(last_layer(model, x), (p * (1 - p)).mean((0, 2, 3)), rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["tokens", "causal"])
+def test_padding_predicts_nothing(kind):
+    """The same examples with padding to their right have the same information."""
+    plain = {"input_ids": torch.randint(1, 50, (32, 4))}
+    padded = {
+        "input_ids": torch.cat([plain["input_ids"], torch.zeros(32, 12, dtype=torch.long)], 1),
+        "attention_mask": torch.cat([torch.ones(32, 4), torch.zeros(32, 12)], 1).long(),
+    }
+    found = []
+    for batch in (plain, padded):
+        torch.manual_seed(0)
+        if kind == "tokens":
+            model = BertForTokenClassification(tiny_bert(initializer_range=0.3).config).eval()
+        else:
+            config = GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=16, initializer_range=0.3)
+            model = GPT2LMHeadModel(config).eval()
+        patch_model(model, ReRAMConfig(retention_loss="sensitivity"))
+        measure_sensitivity(model, [batch])
+        found.append({name: float(layer.sensitivity.sum()) for name, layer in crossbar_layers(model).items()})
+    assert found[0] and all(found[1][name] == pytest.approx(value, rel=0.25) for name, value in found[0].items())

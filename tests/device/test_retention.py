@@ -39,7 +39,16 @@ def test_spread_is_interpolated_linearly_in_log_time():
     middle = neurram.retention_std(20.0, math.sqrt(86400.0))
     expected = (neurram.retention_std(20.0, "1s") + neurram.retention_std(20.0, "1d")) / 2
     assert float(middle) == pytest.approx(float(expected))
-    assert float(neurram.retention_std(20.0, 0.01)) == float(neurram.retention_std(20.0, "1s"))
+
+
+@pytest.mark.parametrize("preset", ["hfox-neurram", "cmo-hfox-ibm"])
+def test_before_the_first_fit_its_value_is_taken_with_a_warning(preset):
+    cell = DeviceConfig.from_preset(preset)
+    with pytest.warns(UserWarning, match="measured from 1 s on"):
+        early = cell.retention_std(20.0, 0.01)
+    assert float(early) == float(cell.retention_std(20.0, "1s"))
+    assert cell.precedes(0.01) and not cell.precedes("1s") and not cell.precedes("1d")
+    assert cell.precedes("1s", cell.reference_temperature - 20) == (cell.activation_energy > 0)
 
 
 def test_past_the_last_fit_the_value_is_held_with_a_warning_and_extrapolated_only_on_request():

@@ -41,11 +41,16 @@ def test_report_holds_every_chip_and_its_references(model, tmp_path):
     assert "assumed" in table.lower()
 
 
-def test_ten_chips_by_default_and_held_retention_is_noted(model):
+def test_ten_chips_by_default_and_retention_beyond_the_measured_times_is_noted(model):
     with pytest.warns(UserWarning, match="held"):
         report = evaluate_robustness(model, mean_square, times=["10y"], progress=False)
     assert report.statistic("power", "10y").chips == 10
     assert any("held" in note for note in report.notes)
+    with pytest.warns(UserWarning, match="first value"):
+        report = evaluate_robustness(model, mean_square, times=[0.1, "1s"], seeds=1, progress=False)
+    assert [note for note in report.notes if "measured value" in note] == [
+        "retention at 0.1 s is the first measured value, of a later time"
+    ]
 
 
 def test_plot_is_a_png_of_several_models(tmp_path):

@@ -52,6 +52,7 @@ BERT = partial(tiny_bert, num_hidden_layers=1), "output+drift", {"target_modules
         (FewLayers, "output", CONVERTERS),
         (FewLayers, "output+drift", {"weight_scale": "per_tile", "tile_size": 8, "redundancy": 1.0}),
         (FewLayers, "output", {"learn_input_range": True}),
+        (FewLayers, "output", {"input_range": "per_token"}),
         pytest.param(*BERT, id="BERT"),
     ],
 )

@@ -123,7 +123,7 @@ def test_term_is_that_of_the_linear_form(kind):
     (layer,) = crossbar_layers(model).values()
     with torch.no_grad():
         driven = drive(layer, x, layer.scalars())
-        phi = driven.s * driven.factor
+        phi = driven.s
         if isinstance(kind, dict):
             padded = phi if driven.padded else layer.pad(phi)
             shape = layer.kernel_size, layer.dilation, 0, layer.stride

@@ -4,6 +4,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.distributions import Bernoulli, Categorical, kl_divergence
+from transformers import BertForTokenClassification
+from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from hf_reram import (
     ReRAMConfig,
@@ -21,7 +24,7 @@ from hf_reram.nn.array import cell_weight
 from hf_reram.nn.physics import Physics
 from hf_reram.training.distillation import divergence
 from tests.samples.devices import device
-from tests.samples.models import bert_batch
+from tests.samples.models import bert_batch, tiny_bert
 
 GENERIC = {"type": "generic", "A": 0.01, "tau": 1.0, "s0": 0.5, "s1": 0.05, "s2": 0.01}
 CURVED = {"type": "table", "g_ref": 40.0, "times": [1.0], "std": [[1.0, 2.0]], "mean": [[0.0, 3.0, -5.0]]}
@@ -289,3 +292,33 @@ def test_divergence_at_a_high_temperature_is_that_of_centered_logits():
     assert float(divergence(s, t, 300.0)) == pytest.approx(float(expected), rel=0.02)
     assert float(divergence(t, t, 4.0)) == pytest.approx(0.0, abs=1e-5)
     assert float(divergence(s, t)) == pytest.approx(float(divergence(s / 2, t / 2, 0.5) * 4), rel=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_divergence_is_that_of_what_the_head_predicts(temperature):
+    """Against torch.distributions: labels each for itself, classes of pixels, values."""
+    s, t = torch.randn(2, 7, 3)
+    heads = [tiny_bert(problem_type=kind) for kind in ("multi_label_classification", "regression", None)]
+    labels, values, classes = (float(divergence(s, t, temperature, model=head)) for head in heads)
+    expected = kl_divergence(Bernoulli(logits=t / temperature), Bernoulli(logits=s / temperature)).sum(1).mean()
+    assert labels == pytest.approx(float(expected) * temperature**2, rel=1e-4)
+    assert values == pytest.approx(float((s - t).square().mean()), rel=1e-5)
+    expected = kl_divergence(Categorical(logits=t / temperature), Categorical(logits=s / temperature)).mean()
+    assert classes == pytest.approx(float(expected) * temperature**2, rel=1e-4)
+
+    s, t = torch.randn(2, 2, 4, 6, 5)
+    pixels = [(z.movedim(1, -1) / temperature) for z in (t, s)]
+    expected = kl_divergence(*(Categorical(logits=z) for z in pixels)).mean() * temperature**2
+    found = divergence(SemanticSegmenterOutput(logits=s), SemanticSegmenterOutput(logits=t), temperature)
+    assert float(found) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_divergence_leaves_out_padding():
+    model, batch = BertForTokenClassification(tiny_bert().config).eval(), bert_batch(8)
+    patch_model(model, ReRAMConfig())
+    s = model(batch["input_ids"], batch["attention_mask"])
+    t, keep = torch.randn_like(s.logits), batch["attention_mask"].bool()
+    expected = kl_divergence(Categorical(logits=t[keep]), Categorical(logits=s.logits[keep])).mean()
+    assert float(divergence(s, t, model=model)) == pytest.approx(float(expected), rel=1e-5)
+    t[~keep] += 50 * torch.randn_like(t[~keep])
+    assert float(divergence(s, t, model=model)) == pytest.approx(float(expected), rel=1e-5)

@@ -5,8 +5,10 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import nn
+from torch.distributions import Bernoulli, Categorical, kl_divergence
 from transformers import (
     BertForSequenceClassification,
+    BertForTokenClassification,
     EarlyStoppingCallback,
     TrainerCallback,
     TrainingArguments,
@@ -191,6 +193,38 @@ def test_a_teacher_needs_no_labels(tmp_path):
     trainer.train()
     losses = [e["task_loss"] for e in trainer.state.log_history if "loss" in e]
     assert 0 <= losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("kind", ["labels", "tokens"])
+@pytest.mark.parametrize("way", ["teacher", "consistency"])
+def test_teachers_and_consistency_count_what_the_head_predicts(tmp_path, kind, way):
+    """Labels each for itself, and no padding, against torch.distributions."""
+    config = models.tiny_bert(
+        problem_type="multi_label_classification" if kind == "labels" else None, initializer_range=0.5
+    ).config
+    cls = BertForSequenceClassification if kind == "labels" else BertForTokenClassification
+    model, teacher, batch = cls(config).train(), cls(config).eval(), bert_batch(8)
+    tokens = torch.randint(3, batch["input_ids"].shape)
+    batch["labels"] = tokens if kind == "tokens" else torch.rand(8, 3).round()
+    guide = {"teacher": teacher} if way == "teacher" else {}
+    config = ReRAMConfig(retention_loss="none" if way == "teacher" else "consistency", retention_weight=1.0)
+    data = [{key: value[i] for key, value in batch.items()} for i in range(8)]
+    trainer = trainer_of(tmp_path, config, model=model, data=data, **guide)
+    seen = []
+    model.register_forward_hook(lambda module, args, outputs: seen.append(outputs))
+    found = trainer.compute_loss(model, batch)
+    if way == "teacher":
+        (outputs,), target = seen, teacher(batch["input_ids"], batch["attention_mask"]).logits
+    else:
+        (clean, outputs), target = seen, seen[0].logits
+        found = found - clean.loss
+    s, t = outputs.logits, target
+    if kind == "tokens":
+        s, t = (z[batch["attention_mask"].bool()] for z in (s, t))
+        expected = kl_divergence(Categorical(logits=t), Categorical(logits=s)).mean()
+    else:
+        expected = kl_divergence(Bernoulli(logits=t), Bernoulli(logits=s)).sum(1).mean()
+    assert float(found) == pytest.approx(float(expected), rel=1e-3, abs=1e-6)
 
 
 def test_evaluate_robustness_reports_metrics_of_the_trainer(tmp_path):
@@ -418,6 +452,20 @@ def test_a_teacher_is_another_model(tmp_path):
     model = fresh_bert()
     with pytest.raises(ValueError, match="teacher is the model that is trained"):
         trainer_of(tmp_path, model=model, teacher=model)
+
+
+def test_a_teacher_has_its_own_modules_and_trained_parameters(tmp_path):
+    model, teacher = fresh_bert(), fresh_bert(1)
+    teacher.bert = model.bert
+    with pytest.raises(ValueError, match=r"teacher shares \d+ modules .*bert\.embeddings\.word_embeddings"):
+        trainer_of(tmp_path, model=model, teacher=teacher)
+    assert not crossbar_layers(model) and all(p.requires_grad for p in model.parameters())
+    teacher = fresh_bert(1)
+    teacher.bert.embeddings.word_embeddings.weight = model.bert.embeddings.word_embeddings.weight
+    with pytest.raises(ValueError, match=r"shares 1 .*\(bert\.embeddings\.word_embeddings\.weight\): allowed"):
+        trainer_of(tmp_path, model=model, teacher=teacher)
+    model.bert.embeddings.requires_grad_(False)
+    trainer_of(tmp_path, model=model, teacher=teacher)
 
 
 @pytest.mark.parametrize("name", ["bf16_full_eval", "fp16_full_eval"])

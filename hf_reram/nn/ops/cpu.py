@@ -149,6 +149,20 @@ def shrunk_sinh_gradient_(grad: Tensor, s: Tensor, low: float, high: float, scal
     return grad
 
 
+def learned_sinh_gradient(
+    grad: Tensor, s: Tensor, span: Tensor, b: float, gain: float, floor: float, within: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """:func:`.reference.learned_sinh_gradient`."""
+    if within is not None and not alike(grad, within):
+        return reference.learned_sinh_gradient(grad, s, span, b, gain, floor, within)
+    result, of_span = torch.empty_like(grad), torch.zeros_like(span)
+    for g, s_part, out, *free in pieces(grad, s, result, *(() if within is None else (within,))):
+        part, more = reference.learned_sinh_gradient(g, s_part, span, b, gain, floor, *free or (None,))
+        out.copy_(part)
+        of_span += more
+    return result, of_span
+
+
 # The same, each row in units of its own largest magnitude
 
 

@@ -25,7 +25,8 @@ class ShrunkSinh(Function):
 
     Args:
         x: inputs, any shape.
-        span: the input range, a positive float, or a tensor with one element, which then gets a gradient.
+        span: the input range, a positive float, or a tensor with one element, which then gets a gradient; s is
+            multiplied by it.
         b: dimensionless, see :mod:`hf_reram.device.iv`.
         levels: DAC levels up to 1, 0 for no quantization; its gradient is straight through, for which is saved where x
             was not clamped: codes do not tell.
@@ -77,46 +78,38 @@ class ShrunkSinh(Function):
     def backward(ctx, grad: Tensor, grad_power: Tensor | None = None):
         s, learned, offset, keep, within = ctx.saved_tensors
         b, gain, levels, floor = ctx.curve
-        span = ctx.span if learned is None else learned
+        span: Any = ctx.span if learned is None else learned
         if ctx.keep_input:
             within = reference.within(s, offset, span, levels, floor) if levels else None
             s = _current(s, offset, span, b, gain, levels, floor)
-        low, high = reference.sinh_limits(b, gain, floor, s.dtype)
+        rest = (None,) * 9
         if grad_power is not None:
             grad = _with_power(grad, grad_power, s, keep, ctx.in_place)
+        if learned is not None:
+            return *_twin(grad, s).learned_sinh_gradient(grad, s, learned, b, gain, floor, within), *rest
+        low, high = reference.sinh_limits(b, gain, floor, s.dtype)
         if within is not None:
             alone = ctx.in_place and cpu.takes(grad)
             grad, low, high = grad.mul_(within) if alone else grad * within, -math.inf, math.inf
-        rest = (None,) * 9
         if b < reference.LINEAR_B:
-            slope = reference.inside(grad, s, low, high)
-            grad_x = slope * (gain / span)
-            slope = slope * gain
-        elif learned is None and (twin := fused.twin(grad, s) or (cpu if cpu.takes(grad, s) else None)):
+            return reference.inside(grad, s, low, high) * (gain / span), None, *rest
+        if twin := fused.twin(grad, s) or (cpu if cpu.takes(grad, s) else None):
             target = grad if ctx.in_place else grad.clone()
             return twin.shrunk_sinh_gradient_(target, s, low, high, b / span, gain), None, *rest
-        elif learned is None:
-            return reference.shrunk_sinh_gradient(grad, s, low, high, b / span, gain), None, *rest
-        else:
-            slope = reference.shrunk_sinh_gradient(grad, s, low, high, 1.0, gain)
-            grad_x = slope * (b / span)
-        grad_span = None
-        if ctx.needs_input_grad[1]:  # du/dspan = -u / span
-            u = s / gain if b < reference.LINEAR_B else torch.asinh(s / gain)
-            grad_span = -((slope * u).sum(dtype=torch.float32) / span).reshape(learned.shape)
-        return grad_x, grad_span, *rest
+        return reference.shrunk_sinh_gradient(grad, s, low, high, b / span, gain), None, *rest
 
 
 def _current(
     x: Tensor, offset: Tensor | None, span: Tensor | float, b: float, gain: float, levels: int, floor: float
 ) -> Tensor:
     x = x.detach()
-    if cpu.takes(x):
-        span = float(span)  # on a GPU, to read a learned one is to wait
-    if isinstance(span, float) and (twin := fused.twin(x)):
+    if isinstance(span, Tensor):
+        if not cpu.takes(x):  # on a GPU, to read it is to wait
+            return reference.shrunk_sinh(x, offset, span, b, gain, levels, floor) * span
+        span = float(span)
+        gain *= span
+    if twin := fused.twin(x) or (cpu if cpu.takes(x) else None):
         return twin.shrunk_sinh(x, offset, span, b, gain, levels, floor)
-    if cpu.takes(x):
-        return cpu.shrunk_sinh(x, offset, span, b, gain, levels, floor)  # type: ignore[arg-type]
     return reference.shrunk_sinh(x, offset, span, b, gain, levels, floor)
 
 

@@ -85,6 +85,31 @@ def inside(grad: Tensor, t: Tensor, low: Any, high: Any) -> Tensor:
     return torch.ops.aten.hardtanh_backward(grad, t, low, high)
 
 
+# The same, times the input range
+
+
+def learned_sinh_gradient(
+    grad: Tensor, s: Tensor, span: Tensor, b: float, gain: float, floor: float, within: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The gradients of ``span · gain · sinh(b u)`` with respect to x and to span, a tensor of one element, from the
+    result alone; ``within``: where x was not clamped, None where s tells."""
+    t = s.to(torch.promote_types(s.dtype, torch.float32)) / (span * gain)
+    wide, (slope, change) = grad.to(t.dtype), _slopes(t, b, gain)
+    if within is None:
+        low, high = sinh_limits(b, 1.0, floor, s.dtype)
+        within = (t > low) & (t < high)
+    of_span = (wide * torch.where(within, change, t * gain)).sum()
+    return torch.where(within, wide * slope, 0.0).to(grad.dtype), of_span.reshape(span.shape).to(span.dtype)
+
+
+def _slopes(t: Tensor, b: float, gain: float) -> tuple[Tensor, Tensor]:
+    """Of ``r · gain · sinh(b x / r)``, ``t = sinh(b x / r)``, or ``t = x / r`` where the curve is a line: its slope in
+    x, and that in r."""
+    if b < LINEAR_B:
+        return torch.full_like(t, gain), torch.zeros_like(t)
+    return torch.hypot(t, torch.ones_like(t)) * (gain * b), range_slope(t, b) * gain
+
+
 # The same, each row in units of its own largest magnitude
 
 
@@ -115,10 +140,7 @@ def row_sinh_gradient(
     s_wide = s.float() if s.dtype in (torch.float16, torch.bfloat16) else s
     wide, unit = grad.to(s_wide.dtype), peak.to(s_wide.dtype)
     t = s_wide / (unit * gain)
-    if b < LINEAR_B:
-        slope, change = torch.full_like(t, gain), torch.zeros_like(t)
-    else:
-        slope, change = torch.hypot(t, torch.ones_like(t)) * (gain * b), range_slope(t, b) * gain
+    slope, change = _slopes(t, b, gain)
     if floor > -1:
         free = t > sinh_limits(b, 1.0, floor, s.dtype)[0]
         slope, change = torch.where(free, slope, 0.0), torch.where(free, change, t * gain)
@@ -131,7 +153,11 @@ def range_slope(t: Tensor, b: float) -> Tensor:
     if b > SERIES_B:
         return t - torch.asinh(t) * torch.hypot(t, torch.ones_like(t))
     square = t * t
-    return t * square * horner(range_slope_coefficients(b), square)
+    return t * square * horner(_range_slope(b), square)
+
+
+def _range_slope(b: float) -> tuple[float, ...]:
+    return range_slope_coefficients(b)
 
 
 def sinh_limits(b: float, gain: float, floor: float, dtype: torch.dtype) -> tuple[float, float]:
@@ -160,6 +186,7 @@ def folded(b: float, scale: float, gain: float) -> tuple[float, ...] | None:
 
 # As torch.compiler.assume_constant_result says it, which would import the whole compiler.
 folded._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_range_slope._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # The ADC
@@ -255,8 +282,9 @@ def weight_mean(weight: Tensor, scale: Tensor, mean: Tensor) -> Tensor:
 
 
 def _magnitude(weight: Tensor, scale: Tensor) -> Tensor:
-    # Not to 1: that would take the gradient from weights at their very edge.
-    return (weight / scale.clamp(min=1e-30)).abs().clamp(max=1.0 + 4 * torch.finfo(weight.dtype).eps)
+    # Not to 1: that would take the gradient from weights at their very edge, which those of a model in half precision
+    # pass by its rounding, although they are in float32 here.
+    return (weight / scale.clamp(min=1e-30)).abs().clamp(max=1.0 + torch.finfo(torch.bfloat16).eps)
 
 
 # Powers

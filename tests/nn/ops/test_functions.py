@@ -56,6 +56,22 @@ def test_sinh_gradients_for_input_and_range(b):
     assert gradcheck(lambda x, r: ShrunkSinh.apply(x, r, b, 0), (x, span))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("b", "span"), [(1e-5, 2.0), (0.3, 900.0), (2.5, 1e-2), (8.0, 2.0)])
+def test_gradients_of_a_learned_range_in_pieces_and_in_half_precision(monkeypatch, dtype, b, span):
+    """Against autograd of the formula in float64."""
+    monkeypatch.setattr(cpu, "ELEMENTS", 100)
+    x = (0.7 * span * torch.randn(31, 9)).to(dtype).requires_grad_()
+    learned, weight = torch.tensor([span], requires_grad=True), torch.randn(31, 9).to(dtype)
+    gain = 1.0 if b < 1e-4 else 1 / math.sinh(b)
+    found = torch.autograd.grad((ShrunkSinh.apply(x, learned, b, 0, gain) * weight).sum(), (x, learned))
+    wide, r = x.detach().double().requires_grad_(), torch.tensor([span], dtype=F64, requires_grad=True)
+    u = (wide / r).clamp(-1, 1)
+    exact = r * gain * (u if b < 1e-4 else torch.sinh(b * u))
+    for one, other in zip(found, torch.autograd.grad((exact * weight.double()).sum(), (wide, r))):
+        assert float((one.double() - other).norm() / other.norm()) < (1e-5 if dtype == torch.float32 else 0.03)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(2, 12), st.floats(-1, 0))
 def test_a_dac_uses_its_codes_and_no_more(bits, floor):
