@@ -16,6 +16,8 @@ from .checks import number, numbers, plain, polynomial, refuse_deep, shown
 LONGEST = 1e30  # s; equivalent times beyond are taken as this
 BOLTZMANN = 8.617333262e-5  # eV/K, CODATA 2018
 
+COEFFICIENTS = ("A", "s0", "s1", "s2")  # of the generic model
+
 Polynomial = tuple[float, ...]
 
 
@@ -137,7 +139,8 @@ class GenericRetention:
     Args:
         A: relative drift of the conductance above g_min per e-fold of time, until all of it is gone.
         tau: s.
-        s0, s1: µS. s2: dimensionless.
+        s0, s1: µS. s2: dimensionless; all of A and these are 0 where they are not given.
+            Of these four the JSON form has to give one, so that a device without drift says so (``"A": 0``).
         g_min: µS, where the mean shift vanishes; filled in from the device.
         saturates: False lets the mean shift go beyond all of the conductance, as version 1 of the config did.
     """
@@ -199,6 +202,11 @@ def retention_from_dict(data) -> RetentionModel:
     required = {f.name for f in fields(cls) if f.default is dataclasses.MISSING}
     if required - set(data):
         raise ValueError(f"retention of type {data['type']!r} lacks the fields {sorted(required - set(data))}")
+    if cls is GenericRetention and not set(COEFFICIENTS) & set(data):
+        raise ValueError(
+            f"retention={shown(data)} lacks all of the fields {list(COEFFICIENTS)}: allowed are some of them, the "
+            "others are then 0; a device that does not drift says so with 'A': 0"
+        )
     return cls(**{k: v for k, v in data.items() if k != "type"})
 
 
