@@ -67,7 +67,7 @@ class TableRetention:
         object.__setattr__(self, "times", times)
         object.__setattr__(self, "g_ref", number("retention", "g_ref", self.g_ref, 0, exclusive=True))
         for name in ("std", "mean"):
-            table = getattr(self, name)
+            table = plain(getattr(self, name))
             if table is None and name == "mean":
                 continue
             if not isinstance(table, (list, tuple)) or len(table) != len(times):
@@ -75,8 +75,7 @@ class TableRetention:
             rows = tuple(polynomial("retention", name, row) for row in table)
             width = max(len(row) for row in rows)
             object.__setattr__(self, name, tuple(row + (0.0,) * (width - len(row)) for row in rows))
-        if not isinstance(self.extrapolate, bool):
-            raise ValueError(f"retention.extrapolate={shown(self.extrapolate)}: allowed is true or false")
+        _put_flag(self, "extrapolate")
 
     def holds_at(self, time: float) -> bool:
         """Whether ``time`` lies past the last fit, so that the last value is held."""
@@ -154,8 +153,7 @@ class GenericRetention:
     saturates: bool = True
 
     def __post_init__(self):
-        if not isinstance(plain(self.saturates), bool):
-            raise ValueError(f"retention.saturates={shown(self.saturates)}: allowed is True or False")
+        _put_flag(self, "saturates")
         for field in fields(self)[:-1]:
             exclusive = field.name == "tau"
             value = number("retention", field.name, getattr(self, field.name), 0, exclusive)
@@ -169,6 +167,13 @@ class GenericRetention:
         gone = min(self.A * log, 1.0) if self.saturates else self.A * log
         mean = (gone * self.g_min, -gone)
         return mean, (self.s0 + self.s1 * log, self.s2 * log)
+
+
+def _put_flag(model: Any, name: str) -> None:
+    flag = plain(getattr(model, name))
+    if not isinstance(flag, bool):
+        raise ValueError(f"retention.{name}={shown(flag)}: allowed is True or False")
+    object.__setattr__(model, name, flag)
 
 
 def _line(offset: Polynomial, slope: Polynomial, log: float) -> Polynomial:

@@ -140,3 +140,12 @@ def test_numpy_numbers_are_numbers():
     )
     assert (config.retention_weight, config.dac_bits, config.retention_times) == (0.5, 8, [1, 60])
     assert ReRAMConfig.from_dict(json.loads(json.dumps(config.to_dict()))).to_dict() == config.to_dict()
+    table = {"type": "table", "times": np.array([1.0, 10.0]), "std": np.ones((2, 2)), "extrapolate": np.bool_(True)}
+    formula = {"type": "generic", "A": np.float64(0), "saturates": np.bool_(False)}
+    for retention in (table, formula):
+        cell = DeviceConfig(
+            g_min=1, g_max=50, retention=retention, reference_temperature=np.int64(300), programming=np.array([0.1])
+        )
+        assert DeviceConfig.from_dict(json.loads(json.dumps(cell.to_dict()))) == cell
+    assert cell.equivalent_time(np.int64(60), np.float32(300)) == 60.0 and cell.programming == (0.1,)
+    assert ReRAMConfig(retention_times=np.array([5, 6])).retention_times == [5, 6]
