@@ -28,6 +28,7 @@ TRAINING_FIELDS = (
     "temperature",
     "calibration_batches",
 )
+SELECTION_FIELDS = ("target_modules", "modules_to_not_convert")
 RETENTION_LOSSES = (
     "output",
     "weight",

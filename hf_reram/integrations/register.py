@@ -74,21 +74,32 @@ def _tell_quantizers(auto: Any) -> None:
     _tell_of_parts(auto)
 
 
+def _is_ours(config: Any) -> bool:
+    """Whether it is a ReRAMConfig; asked without importing ours."""
+    return type(config).__module__ == "hf_reram.config"
+
+
 def _tell_of_parts(auto: Any) -> None:
     """Have a ReRAMConfig found that stands in the config of a part, such as an encoder that was patched by itself:
-    transformers looks into that of the whole and of its text decoder only."""
+    transformers looks into that of the whole and of its text decoder only. And have one heard in any form."""
     theirs = auto.get_hf_quantizer
     if theirs.__module__ == __name__:
         return
 
-    def get_hf_quantizer(config, *args, **kwargs):
+    def get_hf_quantizer(config, quantization_config=None, *args, **kwargs):
         known = (config, config.get_text_config(decoder=True))
+        if isinstance(quantization_config, dict) and quantization_config.get("quant_method") == METHOD:
+            quantization_config = load("hf_reram.config", "ReRAMConfig").from_dict(quantization_config)
+        for part in known:
+            stored: Any = getattr(part, "quantization_config", None)
+            if _is_ours(stored):
+                part.quantization_config = stored.to_dict()  # transformers asks for its keys
         if all(getattr(part, "quantization_config", None) is None for part in known):
             for part in list(vars(config).values()):
                 stored = getattr(part, "quantization_config", None)
                 if isinstance(stored, dict) and stored.get("quant_method") == METHOD:
                     config.quantization_config = stored
-        return theirs(config, *args, **kwargs)
+        return theirs(config, quantization_config, *args, **kwargs)
 
     modules: list[Any] = [auto, sys.modules.get("transformers.modeling_utils")]
     for module in modules:
@@ -104,7 +115,7 @@ def _tell_of_two_configs(quantizers: Any) -> None:
         return
 
     def merge_quantization_configs(cls, quantization_config, quantization_config_from_args):
-        if type(quantization_config_from_args).__module__ != "hf_reram.config":
+        if not _is_ours(quantization_config_from_args):
             return theirs(quantization_config, quantization_config_from_args)
         return load("hf_reram.integrations.quantizer", "merged")(quantization_config, quantization_config_from_args)
 

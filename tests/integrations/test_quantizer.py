@@ -3,9 +3,9 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, BertForSequenceClassification
 
-from hf_reram import ReRAMConfig, calibrate, crossbar_layers, deploy, patch_model, summarize
+from hf_reram import ReRAMConfig, calibrate, crossbar_layers, deploy, load_model, patch_model, summarize
 from hf_reram.integrations.quantizer import ADDED_LATER
 from tests.samples.models import bert_batch
 
@@ -48,6 +48,68 @@ def test_a_checkpoint_from_before_some_buffers_loads_as_it_was(tiny_bert, tmp_pa
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     state = again.state_dict()
     assert all(torch.equal(state[key], value) for key, value in tiny_bert.state_dict().items())
+
+
+CMO = ReRAMConfig(device="cmo-hfox-ibm")
+
+
+def as_argument(folder, asked):
+    return BertForSequenceClassification.from_pretrained(folder, quantization_config=asked)
+
+
+def in_the_config(folder, asked):
+    config = AutoConfig.from_pretrained(folder)
+    config.quantization_config = asked
+    return BertForSequenceClassification.from_pretrained(folder, config=config)
+
+
+def by_load_model(folder, asked):
+    return load_model(folder, quantization_config=asked)
+
+
+@pytest.mark.parametrize("load", [as_argument, in_the_config, by_load_model])
+@pytest.mark.parametrize("asked", [CMO, CMO.to_dict(), {"quant_method": "reram", "device": "cmo-hfox-ibm"}])
+def test_another_device_is_asked_for_in_any_way(tiny_bert, tmp_path, caplog, load, asked):
+    calibrated(tiny_bert).save_pretrained(tmp_path)
+    with caplog.at_level("WARNING", "hf_reram"):
+        model = load(tmp_path, asked)
+    assert "of hfox-neurram, and its calibration with it: put on cmo-hfox-ibm" in caplog.text
+    layers = crossbar_layers(model).values()
+    assert len(layers) == 14 and not any(layer.calibrated for layer in layers)
+    assert {layer.crossbar.config.device.name for layer in layers} == {"cmo-hfox-ibm"}
+    assert model.config.quantization_config.to_dict() == CMO.to_dict()
+
+
+@pytest.mark.parametrize("load", [as_argument, in_the_config, by_load_model])
+@pytest.mark.parametrize("words", [{}, {"target_modules": "all-linear"}, {"retention_times": ["10y"]}])
+def test_the_same_cells_keep_their_calibration(tiny_bert, tmp_path, caplog, load, words):
+    calibrated(tiny_bert).save_pretrained(tmp_path)
+    with caplog.at_level("WARNING", "hf_reram"):
+        model = load(tmp_path, ReRAMConfig(**words))
+    assert not caplog.text
+    state = tiny_bert.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+    assert model.config.quantization_config.retention_times == words.get("retention_times", ["1d"])
+
+
+@pytest.mark.parametrize("load", [as_argument, in_the_config, by_load_model])
+def test_a_digital_checkpoint_goes_on_what_is_asked_for(tiny_bert, tmp_path, load):
+    tiny_bert.save_pretrained(tmp_path)
+    layers = crossbar_layers(load(tmp_path, CMO)).values()
+    assert len(layers) == 14 and {layer.crossbar.config.device.name for layer in layers} == {"cmo-hfox-ibm"}
+    assert not any(layer.calibrated for layer in layers)
+
+
+@pytest.mark.parametrize("words", [{}, {"target_modules": "all-linear"}])
+def test_what_was_digital_stays_so_on_another_device_or_is_named(tiny_bert, tmp_path, caplog, words):
+    patch_model(tiny_bert.bert, ReRAMConfig())
+    calibrate(tiny_bert, [bert_batch()]).save_pretrained(tmp_path)
+    with caplog.at_level("WARNING", "hf_reram"):
+        model = as_argument(tmp_path, ReRAMConfig(device="cmo-hfox-ibm", **words))
+    assert "they stay digital: classifier" in caplog.text
+    told = "were digital in the checkpoint, and are on crossbars now: classifier"
+    assert (told in caplog.text) == bool(words)
+    assert ("classifier" in crossbar_layers(model)) == bool(words) and len(crossbar_layers(model)) == 13 + len(words)
 
 
 def test_a_digital_checkpoint_is_patched_by_from_pretrained(tiny_bert, tmp_path):
