@@ -20,6 +20,7 @@ from ..hub.report import attach_stored_report
 from ..model.find import crossbar_layers, crossbar_states
 from ..model.patch import initialize_layers, make_range_trainable, swap_layers, take_off, unpatch_model
 from ..nn.layer import BUFFERS, FILLS
+from ..nn.scalars import check_numbers
 from .resizing import SET_HEAD, attach_resizing
 from .saving import SAVE, attach_saving
 from .upload import UPLOAD, attach_upload
@@ -92,6 +93,7 @@ class ReRAMQuantizer(HfQuantizer):
             for buffer in ADDED_LATER:
                 if not _was_loaded(getattr(layer, buffer)):
                     getattr(layer, buffer).data.fill_(FILLS[buffer])
+            check_numbers(layer, {buffer: getattr(layer, buffer) for buffer in BUFFERS})
         initialize_layers(model, missing)
         if missing and self.pre_quantized:
             logger.warning(

@@ -356,6 +356,10 @@ def test_adapters_that_nothing_wraps_are_told_apart_too(base):
     [
         (lambda t: t.update({"bert.pooler.dense.weight": torch.zeros(16, 16)}), "no crossbar"),
         (lambda t: t.update({key: t[key] * torch.nan for key in list(t)[:1]}), "NaN or infinite"),
+        (
+            lambda t: t.update({k: t[k] + 99 for k in t if k.endswith("per_weight")}),
+            "pairs_per_weight=100 .* from 1 to 64",
+        ),
         (lambda t: t.pop(next(key for key in t if key.endswith("input_range"))), "lacks numbers"),
     ],
 )

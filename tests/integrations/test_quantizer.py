@@ -33,6 +33,39 @@ def test_checkpoints_come_back_whole(tiny_bert, tmp_path, dtype, shard):
     assert not list(tmp_path.glob("*.bin"))
 
 
+@pytest.mark.parametrize(
+    ("number", "value", "allowed"),
+    [
+        ("range_shrink", 0.0, "from 1e-09 to 1"),
+        ("range_shrink", 5.0, "from 1e-09 to 1"),
+        ("gain", float("nan"), "a number from 0"),
+        ("input_range", -1.0, "a number from 0"),
+        ("adc_range", float("inf"), "a number from 0"),
+        ("weight_scale", -0.1, "a number from 0"),
+        ("input_floor", 5.0, "from -1 to 0"),
+        ("pairs_per_weight", -3.0, "an integer from 1 to 64"),
+        ("pairs_per_weight", 1e9, "an integer from 1 to 64"),
+        ("pairs_per_weight", 1.5, "an integer from 1 to 64"),
+        ("per_token", 0.5, "an integer from 0 to 1"),
+        ("input_offset", float("-inf"), "a finite number"),
+        ("input_scale", 0.0, "a number from"),
+    ],
+)
+def test_numbers_that_no_calibration_leaves_are_refused(tiny_bert, tmp_path, number, value, allowed):
+    calibrated(tiny_bert).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    key = f"bert.encoder.layer.0.attention.self.query.{number}"
+    weights[key].view(-1)[0] = value
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    message = rf"layer 'bert.encoder.layer.0.attention.self.query': {number}=.* allowed is .*{allowed}"
+    with pytest.raises(ValueError, match=message):
+        BertForSequenceClassification.from_pretrained(tmp_path)
+    before = tiny_bert.state_dict()[key].clone()
+    with pytest.raises(ValueError, match=message):
+        tiny_bert.load_state_dict(weights)
+    assert torch.equal(tiny_bert.state_dict()[key], before)
+
+
 def test_a_checkpoint_from_before_some_buffers_loads_as_it_was(tiny_bert, tmp_path):
     calibrated(tiny_bert, device="cmo-hfox-ibm", dac_bits=8, center_inputs=False)
     for layer in crossbar_layers(tiny_bert).values():
@@ -173,7 +206,8 @@ def test_a_newer_checkpoint_is_a_clear_error(tiny_bert, tmp_path):
 
 def test_a_state_dict_that_is_given_is_saved(tiny_bert, tmp_path):
     calibrated(tiny_bert)
-    whole = {name: value + 1 for name, value in tiny_bert.state_dict().items()}
+    halves = ("range_shrink", "input_floor")  # which may not grow beyond 1 and 0
+    whole = {n: value / 2 if n.endswith(halves) else value + 1 for n, value in tiny_bert.state_dict().items()}
     tiny_bert.save_pretrained(tmp_path / "whole", state_dict=whole)
     again = BertForSequenceClassification.from_pretrained(tmp_path / "whole").state_dict()
     assert all(torch.equal(again[name], value) for name, value in whole.items())
