@@ -28,6 +28,7 @@ TRAINING_FIELDS = (
     "temperature",
     "calibration_batches",
 )
+SELECTION_FIELDS = ("target_modules", "modules_to_not_convert")
 RETENTION_LOSSES = (
     "output",
     "weight",
@@ -160,15 +161,33 @@ class ReRAMConfig(QuantizationConfigMixin):
         if self.temperature is not None:
             self.temperature = parse_temperature(self.temperature, "ReRAMConfig.temperature")
         self._integer("calibration_batches", 1, 1 << 20, optional=False)
+        self._is_checked = True
 
     # Changes
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self.__dataclass_fields__ or not self.__dict__.get("_is_checked"):
+            super().__setattr__(name, value)
+            return
+        name, value = self._as_constructed(name, value)
         told = self.__dict__.get("_told")
-        new = name in self.__dataclass_fields__ and bool(told) and value != getattr(self, name)
-        if new and sum(state.hear(self, name, value) for state in list(told or ())):  # all of them
+        if (
+            told and value != getattr(self, name) and sum(state.hear(self, name, value) for state in list(told or ()))
+        ):  # all of them
             return
         super().__setattr__(name, value)
+
+    def _as_constructed(self, name: str, value: Any) -> tuple[str, Any]:
+        """A field that is set after construction, and its value, checked and converted as the constructor does it."""
+        if name == "quant_method":
+            if value != ReRAMConfig.quant_method:
+                raise ValueError(f"ReRAMConfig.quant_method={shown(value)}: allowed is {ReRAMConfig.quant_method!r}")
+            return name, value
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.init} | {name: value}
+        if name == "learn_input_range":
+            name = "input_range"
+            given[name] = INPUT_RANGE if self.input_range == "learned" else self.input_range
+        return name, getattr(type(self)(**given), name)
 
     def tell(self, state: Any) -> None:
         """Have the state of a model that was patched with the config hear of its changes, while it is there."""

@@ -56,13 +56,14 @@ class Observation:
         for batch in batches:
             try:
                 call_model(model, batch)
-            except NotFiniteError:
+            except (NotFiniteError, torch.OutOfMemoryError):
                 raise
-            except (TypeError, LookupError, AttributeError, ValueError) as error:
+            except (TypeError, LookupError, AttributeError, ValueError, RuntimeError) as error:
                 given = f" of {list(batch)}" if isinstance(batch, Mapping) else ""
                 raise (TypeError if isinstance(error, TypeError) else ValueError)(
                     f"the model cannot be called with a batch of type {type(batch).__name__}{given}: allowed is what "
-                    f"its forward takes: a dict of its arguments, a tuple of inputs and labels, or a tensor ({error})"
+                    f"its forward takes: a dict of its arguments, a tuple of inputs and labels, or a tensor "
+                    f"({error})"
                 ) from error
             self.stop_holding()
 

@@ -8,7 +8,7 @@ hundred times as many. Measured on EfficientNet-Lite0, cmo-hfox-ibm, ten years: 
 import heapq
 from collections.abc import Sequence
 
-MAX_PAIRS = 64  # of a weight
+from ..nn.scalars import MAX_PAIRS
 
 
 def allot_pairs(errors: Sequence[float], cells: Sequence[int], spare: float) -> list[int]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
 
@@ -25,18 +25,24 @@ from .time import parse_time
 
 logger = logging.get_logger(__name__)
 
-ABSURD = 1e4
+ABSURD, ABSURD_IN_SIEMENS = 1e4, 10.0
 
-# Beyond these [µS] a conductance is taken to be in another unit, and beyond this share of the window an error for a
-# mistake: both with a warning.
-SMALLEST_G_MAX, LARGEST_G_MAX = 1e-2, 5e3
-MUCH = 0.5
+# Beyond these [µS] a conductance is taken to be in another unit, and beyond these shares of the window (of its current)
+# an error for a mistake, as one of retention is beyond the whole window: all with a warning.
+SMALLEST_G_MAX, LARGEST_G_MAX = 1e-2, 1e3
+MUCH, MUCH_READ_NOISE = 0.5, 0.2
+TEMPLATE = "generic"  # the preset whose retention is taken where none is given
 
 
 def preset_names() -> list[str]:
     """Names that :meth:`DeviceConfig.from_preset` knows."""
     folder = resources.files(__package__) / "presets"
     return sorted(entry.name[: -len(".json")] for entry in folder.iterdir() if entry.name.endswith(".json"))
+
+
+def _preset(name: str) -> dict:
+    """A preset's JSON form."""
+    return json.loads((resources.files(__package__) / "presets" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,7 @@ class DeviceConfig:
         v0: curvature of the I–V curve, ``I = g v0 sinh(v/v0)``.
         read_voltage: the DAC's full-scale voltage at ``range_shrink = 1``.
         retention: mean shift and spread over time (see :mod:`hf_reram.device.retention`), a model or its JSON form.
+            None: that of the preset "generic", which is then among ``assumed``, with a warning.
         programming: coefficients of the programming error's standard deviation as a polynomial in the target
             conductance, lowest power first.
         read_noise: standard deviation of a column's current, drawn anew at each read.
@@ -67,7 +74,7 @@ class DeviceConfig:
     g_max: float
     v0: float = 0.25
     read_voltage: float = 0.2
-    retention: RetentionModel = field(default_factory=lambda: retention_from_dict({"type": "generic"}))
+    retention: RetentionModel = None  # type: ignore[assignment]  # only until it is filled in
     programming: tuple[float, ...] = (0.0,)
     read_noise: float = 0.0
     stuck_at_min: float = 0.0
@@ -117,7 +124,8 @@ class DeviceConfig:
             raise ValueError(f"device.floor_at_zero={shown(self.floor_at_zero)}: allowed is True or False")
         put("floor_at_zero", plain(self.floor_at_zero))
         put("programming", polynomial("device", "programming", self.programming))
-        retention = retention_from_dict(self.retention)
+        assumed = self.retention is None
+        retention = retention_from_dict(_preset(TEMPLATE)["retention"] if assumed else self.retention)
         if isinstance(retention, GenericRetention):
             retention = dataclasses.replace(retention, g_min=self.g_min)
         put("retention", retention)
@@ -129,27 +137,56 @@ class DeviceConfig:
         named = isinstance(self.assumed, (list, tuple)) and all(isinstance(name, str) for name in self.assumed)
         if not named or not set(self.assumed) <= known:
             raise ValueError(f"device.assumed={shown(self.assumed)}: allowed is a list of names out of {sorted(known)}")
-        put("assumed", tuple(self.assumed))
+        put("assumed", tuple(dict.fromkeys((*self.assumed, "retention"))) if assumed else tuple(self.assumed))
+        if assumed:
+            logger.warning_once(
+                f"device {self.name!r} has no retention: it is taken to drift as the preset {TEMPLATE!r} does, which "
+                "is assumed and not measured"
+            )
         self._doubt()
 
     def _doubt(self) -> None:
         """Warn of values that are allowed, and hardly meant."""
-        if self.g_max < SMALLEST_G_MAX or self.g_max > LARGEST_G_MAX:
-            unit = "S" if self.g_max < SMALLEST_G_MAX else "nS"
-            logger.warning_once(
-                f"device {self.name!r}: g_max={self.g_max:g} µS: conductances are in µS; are these in {unit}?"
+        doubts = []
+        if unit := self._other_unit():
+            doubts.append(f"g_max={self.g_max:g} µS: conductances are in µS; are these in {unit}?")
+        times = getattr(self.retention, "times", (1.0, parse_time("10y")))
+        moments = [self.retention.polynomials(time) for time in times]
+        programming = f"programming={list(self.programming)!r}"
+        retention = f"retention={shown(retention_to_dict(self.retention))}"
+        spreads = [(programming, [self.programming], MUCH), (retention, [std for _, std in moments], 1.0)]
+        means = (f"{retention}: mean shift", [mean for mean, _ in moments], 1.0)
+        for given, curves, share in (*spreads, means):
+            error = max(max(map(abs, self._on_grid(curve))) for curve in curves)
+            if error > share * self.g_range:
+                doubts.append(f"{given}: errors of up to {error:g} µS, of a window of {self.g_range:g} µS")
+        for given, curves, _ in spreads:
+            least = min(min(self._on_grid(curve)) for curve in curves)
+            if least < 0:
+                doubts.append(f"{given}: a standard deviation of {least:g} µS within the window, taken as 0")
+        full = self.g_range * self.read_voltage
+        if self.read_noise > MUCH_READ_NOISE * full:
+            doubts.append(
+                f"read_noise={self.read_noise:g} µA, where a cell that is all on adds {full:g} µA to a column"
             )
-        grid = [self.g_min + self.g_range * i / 16 for i in range(17)]
-        spread = max(abs(horner(self.programming, g)) for g in grid)
-        if spread > MUCH * self.g_range:
-            logger.warning_once(
-                f"device {self.name!r}: programming={list(self.programming)!r}: errors of up to {spread:g} µS, of a "
-                f"window of {self.g_range:g} µS"
-            )
+        for doubt in doubts:
+            logger.warning_once(f"device {self.name!r}: {doubt}")
+
+    def _other_unit(self) -> str | None:
+        """What the conductances seem to be in, if not in µS."""
+        if self.g_max < SMALLEST_G_MAX:
+            return "S"
+        return "nS" if self.g_max > LARGEST_G_MAX else None
+
+    def _on_grid(self, curve: tuple[float, ...]) -> list[float]:
+        """A polynomial at conductances across the window."""
+        return [horner(curve, self.g_min + self.g_range * i / 16) for i in range(17)]
 
     def _check_errors(self) -> None:
-        """Errors of more than :data:`ABSURD` conductance windows would leave the range of float32 on their way."""
-        grid = [self.g_min + self.g_range * i / 16 for i in range(17)]
+        """Errors of more than :data:`ABSURD` conductance windows would leave the range of float32 on their way; of far
+        less, where conductances seem to be in siemens and errors are not."""
+        unit = self._other_unit()
+        most = (ABSURD_IN_SIEMENS if unit == "S" else ABSURD) * self.g_range
         times = getattr(self.retention, "times", ()) or (1.0, LONGEST)
         if getattr(self.retention, "extrapolate", False):
             times = (*times, LONGEST)
@@ -162,11 +199,12 @@ class DeviceConfig:
                 "are a g_ref and coefficients of the size of conductances"
             ) from error
         for name, curve in curves:
-            errors = [abs(horner(curve, g)) for g in grid]
-            if not all(error <= ABSURD * self.g_range for error in errors):  # NaN is none
+            errors = [abs(error) for error in self._on_grid(curve)]
+            if not all(error <= most for error in errors):  # NaN is none
                 raise ValueError(
                     f"device.{name}={shown(getattr(self, name))}: errors of up to {max(errors):g} µS, allowed are "
-                    f"{ABSURD * self.g_range:g} µS ({ABSURD:g} times g_max - g_min)"
+                    f"{most:g} µS ({most / self.g_range:g} times g_max - g_min)"
+                    + (f"; conductances are in µS: is g_max={self.g_max:g} in {unit}?" if unit else "")
                 )
 
     # Construction and JSON
@@ -182,8 +220,7 @@ class DeviceConfig:
             raise ValueError(
                 f"device={shown(name)} is no preset: allowed are {preset_names()}, a dict or a DeviceConfig"
             )
-        text = (resources.files(__package__) / "presets" / f"{name}.json").read_text(encoding="utf-8")
-        return cls.from_dict(json.loads(text))
+        return cls.from_dict(_preset(name))
 
     @classmethod
     def from_json(cls, path: str | Path) -> "DeviceConfig":
@@ -213,11 +250,6 @@ class DeviceConfig:
             )
         if not {"g_min", "g_max"} <= set(data):
             raise ValueError(f"device lacks the fields {sorted({'g_min', 'g_max'} - set(data))}")
-        if "retention" not in data:
-            logger.warning_once(
-                f"device {data.get('name', 'custom')!r} has no retention: it is taken to drift as the preset 'generic' "
-                "does, which is assumed and not measured"
-            )
         return cls(**data)
 
     def to_dict(self) -> dict:

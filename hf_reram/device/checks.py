@@ -91,12 +91,13 @@ def number(owner: str, name: str, value, minimum: float = -math.inf, exclusive: 
 
 
 def plain(value: Any) -> Any:
-    """A NumPy number as Python's."""
-    return value.item() if isinstance(value, np.generic) else value
+    """A NumPy number as Python's, an array as lists of them."""
+    return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
 
 
 def numbers(owner: str, name: str, values, minimum: float = -math.inf) -> tuple[float, ...]:
     """``values`` as a tuple of floats if it is a non-empty list of finite numbers of at least ``minimum``."""
+    values = plain(values)
     if not isinstance(values, (list, tuple)) or not 0 < len(values) <= 1000:
         raise ValueError(f"{owner}.{name}={shown(values)}: allowed is a non-empty list of finite numbers, at most 1000")
     return tuple(number(owner, f"{name}[{i}]", value, minimum) for i, value in enumerate(values))

@@ -16,6 +16,8 @@ from .checks import number, numbers, plain, polynomial, refuse_deep, shown
 LONGEST = 1e30  # s; equivalent times beyond are taken as this
 BOLTZMANN = 8.617333262e-5  # eV/K, CODATA 2018
 
+COEFFICIENTS = ("A", "s0", "s1", "s2")  # of the generic model
+
 Polynomial = tuple[float, ...]
 
 
@@ -65,7 +67,7 @@ class TableRetention:
         object.__setattr__(self, "times", times)
         object.__setattr__(self, "g_ref", number("retention", "g_ref", self.g_ref, 0, exclusive=True))
         for name in ("std", "mean"):
-            table = getattr(self, name)
+            table = plain(getattr(self, name))
             if table is None and name == "mean":
                 continue
             if not isinstance(table, (list, tuple)) or len(table) != len(times):
@@ -73,8 +75,7 @@ class TableRetention:
             rows = tuple(polynomial("retention", name, row) for row in table)
             width = max(len(row) for row in rows)
             object.__setattr__(self, name, tuple(row + (0.0,) * (width - len(row)) for row in rows))
-        if not isinstance(self.extrapolate, bool):
-            raise ValueError(f"retention.extrapolate={shown(self.extrapolate)}: allowed is true or false")
+        _put_flag(self, "extrapolate")
 
     def holds_at(self, time: float) -> bool:
         """Whether ``time`` lies past the last fit, so that the last value is held."""
@@ -149,7 +150,8 @@ class GenericRetention:
     Args:
         A: relative drift of the conductance above g_min per e-fold of time, until all of it is gone.
         tau: s.
-        s0, s1: µS. s2: dimensionless.
+        s0, s1: µS. s2: dimensionless; all of A and these are 0 where they are not given.
+            Of these four the JSON form has to give one, so that a device without drift says so (``"A": 0``).
         g_min: µS, where the mean shift vanishes; filled in from the device.
         saturates: False lets the mean shift go beyond all of the conductance, as version 1 of the config did.
     """
@@ -163,8 +165,7 @@ class GenericRetention:
     saturates: bool = True
 
     def __post_init__(self):
-        if not isinstance(plain(self.saturates), bool):
-            raise ValueError(f"retention.saturates={shown(self.saturates)}: allowed is True or False")
+        _put_flag(self, "saturates")
         for field in fields(self)[:-1]:
             exclusive = field.name == "tau"
             value = number("retention", field.name, getattr(self, field.name), 0, exclusive)
@@ -187,6 +188,13 @@ def _warn_early(first: float) -> None:
     warnings.warn(
         f"retention was measured from {first:g} s on; its first value is taken for earlier times too", stacklevel=3
     )
+
+
+def _put_flag(model: Any, name: str) -> None:
+    flag = plain(getattr(model, name))
+    if not isinstance(flag, bool):
+        raise ValueError(f"retention.{name}={shown(flag)}: allowed is True or False")
+    object.__setattr__(model, name, flag)
 
 
 def _line(offset: Polynomial, slope: Polynomial, log: float) -> Polynomial:
@@ -220,6 +228,11 @@ def retention_from_dict(data) -> RetentionModel:
     required = {f.name for f in fields(cls) if f.default is dataclasses.MISSING}
     if required - set(data):
         raise ValueError(f"retention of type {data['type']!r} lacks the fields {sorted(required - set(data))}")
+    if cls is GenericRetention and not set(COEFFICIENTS) & set(data):
+        raise ValueError(
+            f"retention={shown(data)} lacks all of the fields {list(COEFFICIENTS)}: allowed are some of them, the "
+            "others are then 0; a device that does not drift says so with 'A': 0"
+        )
     return cls(**{k: v for k, v in data.items() if k != "type"})
 
 

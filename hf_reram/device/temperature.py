@@ -3,7 +3,7 @@
 import math
 import re
 
-from .checks import is_finite, shown
+from .checks import is_finite, plain, shown
 
 COLDEST, HOTTEST = 200.0, 2000.0  # K; colder ones are degrees Celsius that were meant
 ZERO_CELSIUS = 273.15
@@ -20,6 +20,7 @@ def parse_temperature(temperature: str | float, name: str = "temperature") -> fl
         ValueError: the text is no temperature, or it lies outside 200 to 2000 K.
     """
     allowed = f"{COLDEST:g} to {HOTTEST:g} K, or a text such as '85C' or '358K'"
+    temperature = plain(temperature)
     kelvin, unit = math.nan, None
     if isinstance(temperature, str):
         if match := _PATTERN.fullmatch(temperature):

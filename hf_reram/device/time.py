@@ -3,7 +3,7 @@
 import math
 import re
 
-from .checks import is_finite, shown
+from .checks import is_finite, plain, shown
 
 YEAR = 365.25 * 86400.0
 UNITS = {
@@ -27,6 +27,7 @@ def parse_time(time: str | float) -> float:
     Raises:
         ValueError: the text is no such time, or the time is negative, infinite or NaN.
     """
+    time = plain(time)
     allowed = f"a number of seconds >= 0 or a text such as '1s', '1h', '1d', '10y' (units: {', '.join(UNITS)})"
     if isinstance(time, str):
         match = _PATTERN.fullmatch(time)

@@ -8,13 +8,15 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers.utils import cached_file
 
+from ..config import ReRAMConfig
 from ..device.checks import read_json, shown
 from ..model.find import crossbar_layers
-from .crossbars import stored_crossbars
+from .crossbars import put_on, stored_crossbars
 from .report import attach_report, stored_report
 
 UNREADABLE = (SafetensorError, StrictDataclassError)
 ADAPTER, CONFIG = "adapter_config.json", "config.json"
+ASKED = "quantization_config"
 
 
 def load_model(name: str | os.PathLike, **where: Any) -> Any:
@@ -22,14 +24,15 @@ def load_model(name: str | os.PathLike, **where: Any) -> Any:
     checkpoint that they were trained on, and on the crossbars that were saved beside them.
 
     Args:
-        name: folder or Hub id, also of a timm model. where: as in ``from_pretrained``.
+        name: folder or Hub id, also of a timm model. where: as in ``from_pretrained``, a ``quantization_config`` too.
 
     Raises:
         ValueError: the config names no such class, or what stands there is no such checkpoint.
         OSError: nothing is there, or it cannot be reached. ImportError: a package is missing that the model needs.
     """
     try:
-        return _load_adapted(name, where) if has_file(name, ADAPTER, **where) else _load_whole(name, where)
+        asked = {key: where.pop(key) for key in (ASKED,) if where.get(key) is not None}
+        return (_load_adapted if has_file(name, ADAPTER, **where) else _load_whole)(name, where, asked)
     except RecursionError:
         raise ValueError(f"{name} cannot be loaded: its config is nested too deeply") from None
     except torch.OutOfMemoryError:
@@ -39,7 +42,7 @@ def load_model(name: str | os.PathLike, **where: Any) -> Any:
         raise ValueError(f"{name} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
-def _load_adapted(name: str | os.PathLike, where: dict[str, Any]) -> Any:
+def _load_adapted(name: str | os.PathLike, where: dict[str, Any], asked: dict[str, Any]) -> Any:
     from peft import PeftConfig, PeftModel
 
     base_name = PeftConfig.from_pretrained(str(name), **where).base_model_name_or_path
@@ -47,19 +50,25 @@ def _load_adapted(name: str | os.PathLike, where: dict[str, Any]) -> Any:
         raise ValueError(f"{name}: base_model_name_or_path={shown(base_name)}: allowed is a folder or Hub id")
     if has_file(base_name, ADAPTER):
         raise ValueError(f"{name}: base_model_name_or_path={base_name!r} has adapters itself: allowed is a whole model")
-    base, crossbars = load_model(base_name), stored_crossbars(name, **where)
+    config = asked.get(ASKED)
+    if isinstance(config, dict) and config.get("quant_method") == ReRAMConfig.quant_method:
+        config = ReRAMConfig.from_dict(config)
+    ours = isinstance(config, ReRAMConfig)  # for what the adapters were trained on, and not for the base alone
+    base, crossbars = load_model(base_name, **({} if ours else asked)), stored_crossbars(name, **where)
     if crossbars is not None and crossbars.before_adapters:
         crossbars.put_on(base)
     model = PeftModel.from_pretrained(base, name, **where)
     if crossbars is not None:
         crossbars.put_on(model)
         crossbars.load_numbers(model)
+    if isinstance(config, ReRAMConfig):
+        put_on(model, config)
     if crossbar_layers(model) and (report := stored_report(name, **where)) is not None:
         attach_report(model, report, name)
     return model
 
 
-def _load_whole(name: str | os.PathLike, where: dict[str, Any]) -> Any:
+def _load_whole(name: str | os.PathLike, where: dict[str, Any], asked: dict[str, Any]) -> Any:
     import transformers
 
     file: Any = cached_file(name, CONFIG, **where) if has_file(name, CONFIG, **where) else None
@@ -73,7 +82,7 @@ def _load_whole(name: str | os.PathLike, where: dict[str, Any]) -> Any:
     for architecture in given if isinstance(given, (list, tuple)) else ():
         cls: Any = getattr(transformers, architecture, None) if isinstance(architecture, str) else None
         if _is_model_of(cls, config):
-            return cls.from_pretrained(name, config=config, **where)
+            return cls.from_pretrained(name, config=config, **where, **asked)
     kind = type(config).__name__
     raise ValueError(f"{name}: architectures={shown(given)}: allowed is a list of transformers' classes for {kind}")
 

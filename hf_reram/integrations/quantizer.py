@@ -6,18 +6,21 @@ checkpoint as the plain digital model that its weights are.
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 
-from ..config import TRAINING_FIELDS, ReRAMConfig
+from ..config import ReRAMConfig
+from ..device.checks import read_json
+from ..hub.crossbars import put_on
 from ..hub.report import attach_stored_report
 from ..model.find import crossbar_layers, crossbar_states
-from ..model.patch import initialize_layers, make_range_trainable, patch_model, swap_layers, take_off, unpatch_model
-from ..model.reconfigure import reconfigure
+from ..model.patch import initialize_layers, make_range_trainable, swap_layers, take_off, unpatch_model
 from ..nn.layer import BUFFERS, FILLS
+from ..nn.scalars import check_numbers
 from .resizing import SET_HEAD, attach_resizing
 from .saving import SAVE, attach_saving
 from .upload import UPLOAD, attach_upload
@@ -35,11 +38,15 @@ class ReRAMQuantizer(HfQuantizer):
     quantization_config: ReRAMConfig
     parts: Sequence[tuple[Any, ReRAMConfig]] = ()  # of the model that were patched by themselves, and their configs
     files: Any = None  # that the weights come from
+    asked: ReRAMConfig | None = None  # whose cells the loaded model is to be put on
     given: dict[str, Any] | None = None  # the state dict that save_pretrained is given, while it saves
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         self.files = checkpoint_files if self.pre_quantized else None
         self.parts = stored_parts(model) if self.pre_quantized else []
+        self.asked = getattr(self.quantization_config, "asked", None)
+        if self.pre_quantized:
+            self._start_from_files(model)
         for part, config in self.parts or [(model, self.quantization_config)]:
             swap_layers(part, config, stored=self.pre_quantized)
         for layer in crossbar_layers(model).values():
@@ -48,6 +55,31 @@ class ReRAMQuantizer(HfQuantizer):
         ignored = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or [])  # what is missing we say below
         model._keys_to_ignore_on_load_missing = ignored + [rf"(^|\.){name}$" for name in BUFFERS]
         return model
+
+    def _start_from_files(self, model):
+        """The checkpoint's numbers are those of its own config.json. Another ReRAMConfig in the config that
+        ``from_pretrained`` was given is asked for, as its argument ``quantization_config`` is."""
+        stored = {name: ReRAMConfig.from_dict(data) for name, data in configs_beside(self.files).items()}
+        known = [config.to_dict() for config in stored.values()]
+        if not stored or (not self.parts and self.quantization_config.to_dict() in known):
+            return
+        names = {id(value): name for name, value in vars(model.config).items()}
+        foreign = []
+        for part, config in self.parts:
+            own = stored.get(names.get(id(part.config), ""))
+            if config.to_dict() not in (known if own is None else [own.to_dict()]):
+                foreign.append(part)
+        if foreign:
+            raise ValueError(
+                f"the quantization_config of {', '.join(type(part).__name__ for part in foreign)} is not the "
+                "checkpoint's: allowed is another one for the whole model, as quantization_config of from_pretrained"
+            )
+        if self.quantization_config.to_dict() not in known:
+            self.asked = self.asked or self.quantization_config
+        if not self.parts:
+            if len(stored) > 1:
+                raise ValueError("quantization_config: the checkpoint has several, allowed is one of them")
+            self.quantization_config = model.config.quantization_config = next(iter(stored.values()))
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         needed = [name for name in (*BUFFERS, "weight") if name not in ADDED_LATER]
@@ -61,6 +93,7 @@ class ReRAMQuantizer(HfQuantizer):
             for buffer in ADDED_LATER:
                 if not _was_loaded(getattr(layer, buffer)):
                     getattr(layer, buffer).data.fill_(FILLS[buffer])
+            check_numbers(layer, {buffer: getattr(layer, buffer) for buffer in BUFFERS})
         initialize_layers(model, missing)
         if missing and self.pre_quantized:
             logger.warning(
@@ -74,11 +107,11 @@ class ReRAMQuantizer(HfQuantizer):
                 layer.note_choice(known=name in missing)
         # transformers refuses .half() and .float() for quantized models; here weights are ordinary parameters.
         model.is_quantized = False
-        asked = getattr(self.quantization_config, "asked", None)
         if crossbar_layers(model) and not self.parts:  # the one whose changes it hears
             model.config.quantization_config = self.quantization_config = crossbar_states(model)[0].config
-        if asked is not None and crossbar_layers(model):
-            _put_on(model, asked)
+        for part in [part for part, _ in self.parts] or [model]:
+            if self.asked is not None and crossbar_layers(part):
+                put_on(part, self.asked)
         if crossbar_layers(model):
             attach_stored_report(model, self.files)
         attach_methods(model)
@@ -141,30 +174,36 @@ def merged(stored: Any, asked: ReRAMConfig) -> ReRAMConfig:
     Raises:
         ValueError: the checkpoint's weights are quantized by another method.
     """
-    data = stored if isinstance(stored, dict) else stored.to_dict()
-    if data.get("quant_method") != ReRAMConfig.quant_method:
-        raise ValueError(
-            f"quantization_config={type(asked).__name__}: the checkpoint is quantized by "
-            f"{data.get('quant_method')!r}; crossbars hold weights that are not"
-        )
-    config = ReRAMConfig.from_dict(data)
+    config = ReRAMConfig.from_dict(_ours(stored if isinstance(stored, dict) else stored.to_dict()))
     config.asked = asked  # type: ignore[attr-defined]
     return config
 
 
-def _put_on(model: Any, asked: ReRAMConfig) -> None:
-    """Put a loaded model on other cells; of those that it is on, only loss, times and temperature change."""
-    configs = [state.config for state in crossbar_states(model)]
-    if all(asked.hardware() == config.hardware() for config in configs):
-        reconfigure(model, **{name: getattr(asked, name) for name in TRAINING_FIELDS})
-        return
-    patch_model(unpatch_model(model), asked)
-    logger.warning(
-        "the checkpoint is of %s, and its calibration with it: put on %s as quantization_config says, the model is not "
-        "calibrated, call hf_reram.calibrate(model, batches)",
-        ", ".join(config.device.name for config in configs),
-        asked.device.name,
-    )
+def _ours(data: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's quantization_config, if it is a ReRAMConfig."""
+    if data.get("quant_method") != ReRAMConfig.quant_method:
+        raise ValueError(
+            f"quantization_config=ReRAMConfig(...): the checkpoint is quantized by {data.get('quant_method')!r}; "
+            "crossbars hold weights that are not"
+        )
+    return data
+
+
+def configs_beside(files: Sequence[str] | None) -> dict[str, dict[str, Any]]:
+    """The ReRAMConfigs, in JSON, of the config.json beside a checkpoint's weights: the model's, under the name "", or
+    those of its parts, under the parts' names there.
+
+    Raises:
+        ValueError: the weights are quantized by another method.
+    """
+    file = Path(files[0]).parent / CONFIG_NAME if files else None
+    data = read_json(file) if file is not None and file.exists() else {}
+    whole = data.get("quantization_config")
+    if isinstance(whole, dict):
+        return {"": _ours(whole)}
+    parts = {name: part.get("quantization_config") for name, part in data.items() if isinstance(part, dict)}
+    method = ReRAMConfig.quant_method
+    return {n: part for n, part in parts.items() if isinstance(part, dict) and part.get("quant_method") == method}
 
 
 def stored_parts(model: Any) -> list[tuple[Any, ReRAMConfig]]:

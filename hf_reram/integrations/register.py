@@ -1,4 +1,5 @@
-"""Tells transformers of hf_reram's quantizer and pipelines, as soon as transformers has the modules to be told.
+"""Tells transformers of hf_reram's quantizer and pipelines, and PEFT of crossbars, as soon as these have the modules to
+be told.
 
 ``transformers.quantizers.auto`` takes half the time of torch and transformers together, and all of it is needed by
 ``from_pretrained`` alone. So nothing is imported here: a finder on ``sys.meta_path`` waits for transformers to import
@@ -8,7 +9,9 @@ Other threads may be importing hf_reram meanwhile, and wait for what this thread
 classes that stand in for ours, and import them when they are used.
 """
 
+import functools
 import importlib
+import inspect
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
@@ -24,11 +27,13 @@ _WAITING: dict[str, Callable[[Any], None]] = {}
 
 
 def register_quantizer() -> None:
-    """Let ``save_pretrained`` keep the crossbars of a patched model, and ``from_pretrained`` bring them back."""
+    """Let ``save_pretrained`` keep the crossbars of a patched model, PEFT's too, and ``from_pretrained`` bring them
+    back."""
     if _attach not in ON_PATCH:
         ON_PATCH.append(_attach)
         ON_UNPATCH.append(_detach)
     _when_imported("transformers.quantizers.auto", _tell_quantizers)
+    _when_imported("peft.peft_model", _tell_adapters)
 
 
 def _attach(model: Any, config: Any) -> None:
@@ -74,21 +79,32 @@ def _tell_quantizers(auto: Any) -> None:
     _tell_of_parts(auto)
 
 
+def _is_ours(config: Any) -> bool:
+    """Whether it is a ReRAMConfig; asked without importing ours."""
+    return type(config).__module__ == "hf_reram.config"
+
+
 def _tell_of_parts(auto: Any) -> None:
     """Have a ReRAMConfig found that stands in the config of a part, such as an encoder that was patched by itself:
-    transformers looks into that of the whole and of its text decoder only."""
+    transformers looks into that of the whole and of its text decoder only. And have one heard in any form."""
     theirs = auto.get_hf_quantizer
     if theirs.__module__ == __name__:
         return
 
-    def get_hf_quantizer(config, *args, **kwargs):
+    def get_hf_quantizer(config, quantization_config=None, *args, **kwargs):
         known = (config, config.get_text_config(decoder=True))
+        if isinstance(quantization_config, dict) and quantization_config.get("quant_method") == METHOD:
+            quantization_config = load("hf_reram.config", "ReRAMConfig").from_dict(quantization_config)
+        for part in known:
+            stored: Any = getattr(part, "quantization_config", None)
+            if _is_ours(stored):
+                part.quantization_config = stored.to_dict()  # transformers asks for its keys
         if all(getattr(part, "quantization_config", None) is None for part in known):
             for part in list(vars(config).values()):
                 stored = getattr(part, "quantization_config", None)
                 if isinstance(stored, dict) and stored.get("quant_method") == METHOD:
                     config.quantization_config = stored
-        return theirs(config, *args, **kwargs)
+        return theirs(config, quantization_config, *args, **kwargs)
 
     modules: list[Any] = [auto, sys.modules.get("transformers.modeling_utils")]
     for module in modules:
@@ -104,11 +120,27 @@ def _tell_of_two_configs(quantizers: Any) -> None:
         return
 
     def merge_quantization_configs(cls, quantization_config, quantization_config_from_args):
-        if type(quantization_config_from_args).__module__ != "hf_reram.config":
+        if not _is_ours(quantization_config_from_args):
             return theirs(quantization_config, quantization_config_from_args)
         return load("hf_reram.integrations.quantizer", "merged")(quantization_config, quantization_config_from_args)
 
     quantizers.merge_quantization_configs = classmethod(merge_quantization_configs)
+
+
+def _tell_adapters(peft_model: Any) -> None:
+    """Have the crossbars saved beside adapters, which PEFT saves alone."""
+    theirs = peft_model.PeftModel.save_pretrained
+    if theirs.__module__ == __name__:
+        return
+
+    @functools.wraps(theirs, assigned=("__name__", "__qualname__", "__doc__"))
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        theirs(self, save_directory, *args, **kwargs)
+        given = inspect.signature(theirs).bind(self, save_directory, *args, **kwargs).arguments
+        if given.get("is_main_process", True) and load("hf_reram.model.find", "crossbar_layers")(self):
+            load("hf_reram.hub.crossbars", "save_crossbars")(self, save_directory)
+
+    peft_model.PeftModel.save_pretrained = save_pretrained
 
 
 def register_pipelines() -> None:

@@ -10,11 +10,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveS
 from transformers.utils import PushInProgress
 
 from ..evaluation.trainer import EvaluationMixin
-from ..hub.crossbars import save_crossbars
 from ..hub.report import report_of
 from ..hub.trainer import HubMixin
-from ..model.adapters import has_adapters
-from ..model.find import crossbar_layers
 from ..model.sharding import is_sharded
 from ..training.checkpoints import marked, staged
 from ..training.mixin import TrainingMixin
@@ -101,9 +98,6 @@ class ReRAMTrainerMixin(TrainingMixin, EvaluationMixin, HubMixin):
             return super()._save(output_dir, state_dict)
         with staged(output_dir) as staging:
             super()._save(staging, state_dict)
-            model = self.accelerator.unwrap_model(self.model)
-            if has_adapters(model) and crossbar_layers(model):
-                save_crossbars(model, staging)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """As Trainer's, without what has to be unpickled, and with a card that is the new weights'."""

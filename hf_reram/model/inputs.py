@@ -16,10 +16,11 @@ from .find import crossbar_layers, unwrapped
 def call_model(model: nn.Module, batch):
     """Call the model with a batch, moved to its device, without arguments that its forward does not take, such as the
     labels that a DataLoader gives beside the inputs: of a tuple, what the forward has no place for, and vectors at its
-    end that the forward does not need.
+    end that the forward does not need; of one for a Hugging Face model, all labels behind its first value.
 
     Raises:
-        TypeError: a batch that is none, or that the model cannot be called with.
+        TypeError: a batch that is none, or that the model cannot be called with, or a tuple for a Hugging Face model
+            whose later values may be labels or inputs.
     """
     if not isinstance(batch, (Tensor, Mapping, tuple, list)):
         raise TypeError(
@@ -51,6 +52,8 @@ def _inputs_of(model: nn.Module, batch: Sequence) -> list:
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     needed = sum(p.default is inspect.Parameter.empty for p in positional)
     found = list(batch)[: len(positional)]
+    if hasattr(unwrapped(model), "main_input_name"):  # a PreTrainedModel, where masks and labels look alike
+        found = _without_labels(model, found, [p.name for p in positional], max(needed, 1))
     while len(found) > max(needed, 1) and isinstance(found[-1], Tensor) and found[-1].dim() < 2 <= found[0].dim():
         found.pop()
     if len(found) < needed:
@@ -60,6 +63,22 @@ def _inputs_of(model: nn.Module, batch: Sequence) -> list:
             "dict of the model's arguments, a tuple or list of them, and a tensor"
         )
     return found
+
+
+def _without_labels(model: nn.Module, values: list, names: list[str], needed: int) -> list:
+    """The values that a PreTrainedModel needs, if what follows them is labels for sure."""
+    first = values[0] if values and isinstance(values[0], Tensor) else torch.empty(0)
+    widths = (1, getattr(getattr(unwrapped(model), "config", None), "num_labels", 1))
+    for place, (name, value) in enumerate(zip(names[needed:], values[needed:]), needed):
+        scalars = not isinstance(value, Tensor) or value.dim() < 2
+        classes = not scalars and value.dim() == 2 and value.shape[1] in widths and value.shape != first.shape[:2]
+        if not (scalars or classes or "label" in name):
+            raise TypeError(
+                f"nothing tells whether value {place} of the tuple, of shape {tuple(value.shape)}, is labels or "
+                f"{type(unwrapped(model)).__name__}'s {name!r}: allowed is a dict of the model's arguments, such as "
+                f"{{{names[0]!r}: ..., 'labels': ...}}"
+            )
+    return values[:needed]
 
 
 def uncompiled() -> AbstractContextManager:

@@ -1,6 +1,5 @@
 """Put a model's layers on crossbars in place, and take them off again."""
 
-import copy
 from typing import Any
 
 import torch
@@ -73,7 +72,7 @@ def swap_layers(model: Any, config: ReRAMConfig, stored: bool = False) -> None:
     for name, module in selected.items():
         if module.weight.device.type != "meta" and not torch.isfinite(whole(module.weight.detach())).all():
             raise ValueError(f"the weight of layer {name!r} holds NaN or infinite values")
-    state = CrossbarState(copy.deepcopy(config), model)
+    state = CrossbarState(ReRAMConfig.from_dict(config.to_dict()), model)
     try:
         for name, module in selected.items():
             module.__class__, digital = crossbar_class(module), type(module)

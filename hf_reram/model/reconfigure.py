@@ -59,7 +59,7 @@ def _heard(state: CrossbarState, config: ReRAMConfig, name: str, value: Any) -> 
     own, root = config is state.config, state.root
     if own and name in TRAINING_FIELDS and root is not None:
         reconfigure(root, **{name: value})
-    elif not _is_same(state.config, name, value):
+    elif value != getattr(state.config, name):
         way = (
             f"hf_reram.reconfigure(model, {name}=...)"
             if name in TRAINING_FIELDS
@@ -73,14 +73,6 @@ def _heard(state: CrossbarState, config: ReRAMConfig, name: str, value: Any) -> 
             way,
         )
     return own
-
-
-def _is_same(config: ReRAMConfig, name: str, value: Any) -> bool:
-    """Whether it is what the config has, maybe in another form."""
-    try:
-        return getattr(ReRAMConfig.from_dict({**config.to_dict(), name: value}), name) == getattr(config, name)
-    except ValueError:
-        return False
 
 
 nn_state.on_change = _heard

@@ -8,11 +8,12 @@ import regex
 from torch import nn
 from transformers.utils import logging
 
-from ..config import ReRAMConfig
+from ..config import SELECTION_FIELDS, ReRAMConfig
 from ..device.checks import shown
+from ..nn import CrossbarLayer
 from ..nn.registry import crossbar_class, is_kind
 from .bypass import left_digital
-from .find import walk
+from .find import crossbar_layers, crossbar_states, walk
 
 logger = logging.get_logger(__name__)
 
@@ -30,15 +31,18 @@ _TABLES: Any = (nn.Embedding, nn.utils.parametrize.ParametrizationList)
 
 
 def select_layers(model: nn.Module, config: ReRAMConfig, stored: bool = False) -> dict[str, nn.Module]:
-    """The layers that ``config`` puts on crossbars, by qualified name; see :func:`patch_model`. ``stored``: the config
-    is a checkpoint's, whose names may be those of a model with another head, or of one without."""
+    """The layers that ``config`` puts on crossbars, by qualified name, also those that are there already; see
+    :func:`patch_model`. ``stored``: the config is a checkpoint's, whose names may be those of a model with another
+    head, or of one without."""
     tied, adapters, bypassed = _tied_names(model), _adapters(model), left_digital(model)
     able: dict[str, nn.Module] = {}
     unable: dict[str, str] = {}  # and why
     for name, module in walk(model):
         if not is_kind(module) or name in tied or id(module) in adapters:
             continue
-        if name in bypassed:
+        if isinstance(module, CrossbarLayer):
+            able[name] = module
+        elif name in bypassed:
             unable[name] = bypassed[name]
         elif crossbar_class(module) is None:
             unable[name] = f"{type(module).__name__} has a forward, or a part of it, of its own"
@@ -71,6 +75,21 @@ def select_layers(model: nn.Module, config: ReRAMConfig, stored: bool = False) -
     if reasons:
         logger.warning("these layers stay digital: %s", reasons)
     return {name: able[name] for name in able if name in chosen}
+
+
+def lies_as(model: nn.Module, config: ReRAMConfig, stored: bool = False) -> bool:
+    """Whether a patched model's layers lie on cells as ``config`` says, which may name the same layers in other words.
+
+    Args:
+        stored: see :func:`select_layers`.
+    """
+    hardware = [state.config.hardware() for state in crossbar_states(model)]
+    asked = config.hardware()
+    if any(own[name] != asked[name] for own in hardware for name in asked if name not in SELECTION_FIELDS):
+        return False
+    return all(own == asked for own in hardware) or (
+        select_layers(model, config, stored).keys() == crossbar_layers(model).keys()
+    )
 
 
 def unsupported(model: nn.Module) -> list[str]:

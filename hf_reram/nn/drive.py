@@ -90,7 +90,8 @@ def tokens_kept(layer: "CrossbarLayer", x: Tensor) -> tuple[Tensor | None, Tenso
 
 
 def input_range(layer: "CrossbarLayer", x: Tensor, now: Scalars) -> Any:
-    """A float, or a tensor where it is learned; that of the batch where the layer is not calibrated.
+    """A float, or a tensor where it is learned; that of the batch where the layer is not calibrated, a tensor too in
+    compiled code.
 
     Raises:
         ValueError: not calibrated and ``x`` holds NaN.
@@ -98,6 +99,8 @@ def input_range(layer: "CrossbarLayer", x: Tensor, now: Scalars) -> Any:
     if isinstance(layer.input_range, nn.Parameter):
         return layer.input_range.clamp(min=1e-12).reshape(())  # which leaves x its dtype
     span = now.input_range
+    if span <= 0 and torch.compiler.is_compiling() and x.numel():  # no graph may depend on what x holds
+        return x.detach().abs().amax().float().mul(1 + 1e-5).clamp(min=1e-12)
     if span <= 0:
         span = float(x.detach().abs().max()) * (1 + 1e-5) if x.numel() else 1.0
         if math.isnan(span):

@@ -12,7 +12,7 @@ from .drive import drive
 from .joined import new_joined
 from .layout import Layout
 from .readout import read
-from .scalars import BUFFERS, Scalars, from_text, read_scalars, same_versions, to_text, versions
+from .scalars import BUFFERS, Scalars, check_numbers, from_text, read_scalars, same_versions, to_text, versions
 from .state import CrossbarState
 from .tensors import is_shard
 from .terms import account
@@ -293,6 +293,9 @@ class CrossbarLayer(Layout):
                 f"layer {self.crossbar_name!r} is deployed as a chip, whose cells are programmed: load outside of "
                 "deploy"
             )
+        state, prefix = args[:2]
+        given = {name: state.get(prefix + name) for name in BUFFERS}
+        check_numbers(self, {name: value for name, value in given.items() if isinstance(value, Tensor)})
         super()._load_from_state_dict(*args, **kwargs)
         for name in BUFFERS:
             tensor = getattr(self, name, None)
@@ -301,7 +304,7 @@ class CrossbarLayer(Layout):
         self.forget_white_noise()
         if "meta" not in (self.input_range.device.type, self.weight.device.type):
             self.scalars()  # compiled code does not look
-            if f"{args[1]}weight_scale" in args[0]:
+            if f"{prefix}weight_scale" in state:
                 self.note_choice(known=False)
 
     def __reduce_ex__(self, protocol):

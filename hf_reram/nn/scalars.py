@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..config import SMALLEST_SHRINK
 from .tensors import whole
 
 # Results of calibration, kept beside the weight and saved with it, always in float32. All have one element except
@@ -22,6 +23,25 @@ BUFFERS = (
     "input_offset",
     "input_scale",
 )
+
+MAX_PAIRS = 64  # of a weight
+
+_LARGEST = torch.finfo(torch.float32).max
+_POSITIVE = torch.finfo(torch.float32).tiny
+
+# What calibration may leave, both ends included; other numbers in a checkpoint are no calibration's.
+LIMITS = {
+    "input_range": (0.0, _LARGEST),
+    "range_shrink": (SMALLEST_SHRINK * (1 - 1e-7), 1.0),  # as float32 has it
+    "gain": (0.0, _LARGEST),
+    "adc_range": (0.0, _LARGEST),
+    "weight_scale": (0.0, _LARGEST),
+    "input_floor": (-1.0, 0.0),
+    "pairs_per_weight": (1, MAX_PAIRS),
+    "per_token": (0, 1),
+    "input_offset": (-_LARGEST, _LARGEST),
+    "input_scale": (_POSITIVE, _LARGEST),
+}
 
 # Those that are read as numbers.
 READ = tuple(name for name in BUFFERS if name != "weight_scale")
@@ -46,6 +66,33 @@ class Scalars(NamedTuple):
     equalized: bool
     pairs: int
     per_token: bool
+
+
+def check_numbers(layer: Any, given: dict[str, torch.Tensor]) -> None:
+    """Look at numbers of calibration that were, or will be, loaded into a layer.
+
+    Args:
+        given: by the buffers' names.
+
+    Raises:
+        ValueError: NaN, infinite, or outside of :data:`LIMITS`; names the layer, the number and what is allowed.
+    """
+    for name, tensor in given.items():
+        low, high = LIMITS[name]
+        if name in layer._parameters:  # learned: an optimizer may take it anywhere
+            low = -high
+        if tensor.is_meta:
+            continue
+        values = whole(tensor.detach()).float()
+        good = (values >= low) & (values <= high)  # NaN is not
+        if integer := isinstance(low, int):
+            good &= values == values.round()
+        if not good.all():
+            allowed = f"{'an integer' if integer else 'a number'} from {low:g} to {high:g}"
+            raise ValueError(
+                f"layer {layer.crossbar_name!r}: {name}={float(values[~good][0]):g} in the checkpoint: allowed is "
+                f"{'a finite number' if low == -_LARGEST else allowed}"
+            )
 
 
 def to_text(now: Scalars) -> str:

@@ -23,6 +23,7 @@ from ..model.find import crossbar_layers, crossbar_state, crossbar_states, unwra
 from ..model.inputs import call_model, evaluating, forked_rng
 from ..model.patch import patch_model, unpatch_model
 from ..model.reconfigure import reconfigure, watch
+from ..model.select import lies_as
 from ..nn.clipping import clipped_beyond_choice, warn_clipped
 from .callbacks import HoldWeights, NameUncalled
 from .checkpoints import last_checkpoint, set_incomplete_aside
@@ -97,11 +98,11 @@ class TrainingMixin(Base):
     def _prepare_crossbars(self, model: nn.Module) -> None:
         patched, wanted = bool(crossbar_layers(model)), self._given_config  # not an earlier trial's
         if patched and wanted is not None:
-            if any(state.config.hardware() != wanted.hardware() for state in crossbar_states(model)):
+            if lies_as(model, wanted):
+                reconfigure(model, **{name: getattr(wanted, name) for name in TRAINING_FIELDS})
+            else:
                 unpatch_model(model)
                 patched = False
-            else:
-                reconfigure(model, **{name: getattr(wanted, name) for name in TRAINING_FIELDS})
         if not patched:
             if wanted is None:
                 raise ValueError(f"the model is not patched: {type(self).__name__} needs reram_config=ReRAMConfig(...)")
@@ -178,7 +179,10 @@ class TrainingMixin(Base):
         stored = data.get("quantization_config") if isinstance(data, dict) else None
         if not isinstance(stored, dict) or stored.get("quant_method") != ReRAMConfig.quant_method:
             return
-        before, now = ReRAMConfig.from_dict(stored).hardware(), crossbar_state(self.model).config.hardware()
+        config = ReRAMConfig.from_dict(stored)
+        if lies_as(self.model, config, stored=True):
+            return
+        before, now = config.hardware(), crossbar_state(self.model).config.hardware()
         if other := [name for name in now if before[name] != now[name]]:
             raise ValueError(
                 f"{folder} was calibrated with another {', '.join(other)}: resume with the same ReRAMConfig, or start "

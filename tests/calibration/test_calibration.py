@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification
 
 from hf_reram import (
     ReRAMConfig,
@@ -344,6 +345,61 @@ def test_batches_of_a_data_loader(model):
     found = crossbar_layers(model).popitem()[1].input_range.clone()
     calibrate(model, [x[i : i + 8] for i in range(0, 32, 8)])
     assert torch.equal(crossbar_layers(model).popitem()[1].input_range, found)
+
+
+IDS, MASK = torch.arange(1, 33).reshape(4, 8) % 29 + 1, torch.ones(4, 8, dtype=torch.long)
+CLASSES, TOKENS = torch.tensor([0, 1, 2, 1]), torch.arange(32).reshape(4, 8) % 2
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [CLASSES, CLASSES[:, None], nn.functional.one_hot(CLASSES, 3).float(), ["a", "b", "c", "b"]],
+    ids=["classes", "a column", "one hot", "texts"],
+)
+def test_labels_in_a_tuple_are_no_masks_of_a_hugging_face_model(tiny_bert, labels):
+    patch_model(tiny_bert, ReRAMConfig())
+    calibrate(tiny_bert, [(IDS, labels)])
+    found = numbers(tiny_bert)
+    calibrate(tiny_bert, [{"input_ids": IDS}])
+    assert all(torch.equal(value, found[key]) for key, value in numbers(tiny_bert).items())
+
+
+@pytest.mark.parametrize("wrap", [tuple, list])
+@pytest.mark.parametrize("others", [(TOKENS,), (MASK, TOKENS), (MASK, CLASSES)], ids=["tokens", "both", "a mask"])
+def test_what_may_be_masks_or_labels_is_refused(tiny_bert, others, wrap):
+    patch_model(tiny_bert, ReRAMConfig())
+    with pytest.raises(TypeError, match=r"value 1 of the tuple.*'attention_mask'.*a dict of the model's arguments"):
+        calibrate(tiny_bert, [wrap((IDS, *others))])
+    assert not any(layer.calibrated for layer in crossbar_layers(tiny_bert).values())
+
+
+def test_token_ids_and_labels_of_a_language_model_are_refused():
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=16))
+    patch_model(model, ReRAMConfig())
+    with pytest.raises(TypeError, match="allowed is a dict of the model's arguments"):
+        calibrate(model, [(IDS, IDS)])
+    calibrate(model, [(IDS,)])
+    assert all(layer.calibrated for layer in crossbar_layers(model).values())
+
+
+@pytest.mark.parametrize("labels", [CLASSES, torch.rand(4, 3)], ids=["classes", "soft"])
+def test_images_and_labels_go_on_working(labels):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = ViTForImageClassification(ViTConfig(**shape, image_size=16, patch_size=8, num_labels=3))
+    patch_model(model, ReRAMConfig())
+    images = torch.randn(4, 3, 16, 16)
+    calibrate(model, [(images, labels)])
+    found = numbers(model)
+    calibrate(model, [images])
+    assert all(torch.equal(value, found[key]) for key, value in numbers(model).items())
+
+
+def test_a_batch_that_does_not_fit_is_named():
+    model = patch_model(nn.Sequential(nn.Linear(4, 4)), ReRAMConfig())
+    with pytest.raises(ValueError, match="the model cannot be called with a batch of type Tensor"):
+        calibrate(model, [torch.zeros(3, 5)])
 
 
 class Timed(nn.Module):

@@ -1,11 +1,12 @@
 import json
 
+import numpy as np
 import pytest
+from torch import nn
 
-from hf_reram import ReRAMConfig
+from hf_reram import DeviceConfig, ReRAMConfig, crossbar_layers, patch_model
 
-
-@pytest.mark.parametrize(
+WRONG = pytest.mark.parametrize(
     ("field", "value"),
     [
         ("device", "unobtainium"),
@@ -39,13 +40,83 @@ from hf_reram import ReRAMConfig
         ("temperature", "hot"),
         ("calibration_batches", 0),
         ("calibration_batches", None),
+        ("redundancy", -1),
+        ("redundancy", np.float32(5)),
+        ("input_range", "dynamic"),
+        ("center_inputs", "no"),
+        ("retention_warmup", 2),
+        ("retention_loss", "drfit"),
+        ("range_shrink", 7),
+        ("tile_size", "abc"),
+        ("adc_bits", np.int64(1)),
     ],
 )
+
+
+@WRONG
 def test_wrong_config_values_are_value_errors(field, value):
     with pytest.raises(ValueError) as error:
         ReRAMConfig(**{field: value})
     assert field in str(error.value)
     assert "allowed" in str(error.value) or "lacks" in str(error.value)
+
+
+@WRONG
+def test_a_wrong_value_that_is_set_later_is_refused_and_the_old_one_stays(field, value):
+    config = ReRAMConfig(tile_size=8, dac_bits=8, adc_bits=8)
+    before = config.to_dict()
+    with pytest.raises(ValueError) as error:
+        setattr(config, field, value)
+    assert field in str(error.value)
+    assert "allowed" in str(error.value) or "lacks" in str(error.value)
+    assert config.to_dict() == before
+    # Where it is put there past the check, the model says so.
+    if field not in ("device", "learn_input_range"):
+        config.__dict__[field] = value
+        model = nn.Sequential(nn.Linear(4, 4))
+        with pytest.raises(ValueError, match=field):
+            patch_model(model, config)
+        assert not crossbar_layers(model)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "found"),
+    [
+        ("device", "generic", DeviceConfig.from_preset("generic")),
+        ("device", DeviceConfig.from_preset("cmo-hfox-ibm").to_dict(), DeviceConfig.from_preset("cmo-hfox-ibm")),
+        ("temperature", "85C", 358.15),
+        ("retention_times", "10y", ["10y"]),
+        ("retention_times", (np.int64(60), "1d"), [60, "1d"]),
+        ("retention_loss", None, "none"),
+        ("tile_size", np.int32(8), 8),
+        ("redundancy", np.float32(0.5), 0.5),
+        ("target_modules", ("b", "a"), ["a", "b"]),
+        ("input_range", "per_token", "per_token"),
+    ],
+)
+def test_what_is_set_later_is_what_the_constructor_makes_of_it(field, value, found):
+    config = ReRAMConfig()
+    setattr(config, field, value)
+    assert getattr(config, field) == getattr(ReRAMConfig(**{field: value}), field) == found
+    assert type(getattr(config, field)) is type(found)
+    assert ReRAMConfig.from_dict(json.loads(config.to_json_string())).to_dict() == config.to_dict()
+
+
+def test_the_older_way_to_learn_ranges_can_be_set_later():
+    config = ReRAMConfig()
+    config.learn_input_range = True
+    assert config.input_range == "learned"
+    config.learn_input_range = False
+    assert config.input_range == "static"
+    config.input_range = "auto"
+    with pytest.raises(ValueError, match="input_range='auto': allowed is 'learned'"):
+        config.learn_input_range = True
+    with pytest.raises(ValueError, match="weight_scale='per_tile'"):
+        config.weight_scale = "per_tile"
+    config.tile_size = 4
+    config.weight_scale = "per_tile"
+    with pytest.raises(ValueError, match="quant_method='gptq': allowed is 'reram'"):
+        config.quant_method = "gptq"
 
 
 def test_config_round_trips_through_json_with_the_device_in_full(tmp_path):

@@ -1,12 +1,19 @@
+import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
 
 from hf_reram import DeviceConfig, ReRAMConfig
 from hf_reram.device import preset_names
+from hf_reram.device.cell import logger
 from hf_reram.device.temperature import parse_temperature
-from tests.samples.devices import device
+from hf_reram.device.time import parse_time
+from hf_reram.tasks.demo import CORNER
+from tests.samples.devices import SILENT, device
+
+STEEP = {"type": "table", "times": [1.0], "std": [[300.0]]}
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -34,6 +41,8 @@ def test_presets_round_trip_and_tell_their_source(name, tmp_path):
         {"retention": {"type": "magic"}},
         {"retention": {"type": "generic", "tau": 0}},
         {"retention": {"type": "generic", "B": 1}},
+        {"retention": {"type": "generic"}},
+        {"retention": {"type": "generic", "tau": 2.0}},
         {"retention": {"type": "table", "times": [2, 1], "std": [[1], [1]]}},
         {"retention": {"type": "table", "times": [1, 2], "std": [[1]]}},
         {"assumed": ["nothing"]},
@@ -66,15 +75,61 @@ def test_temperatures_that_are_none(wrong):
         ({"g_min": 1e-6, "g_max": 5e-5}, "are these in S?"),
         ({"g_min": 1e3, "g_max": 5e4}, "are these in nS?"),
         ({"g_min": 1.0, "g_max": 50.0, "programming": (40.0,)}, "errors of up to 40 µS, of a window of 49 µS"),
-        ({"g_min": 1.0, "g_max": 50.0}, "has no retention"),
+        ({"g_min": 100, "g_max": 5000}, "are these in nS?"),
+        ({"g_min": 1.0, "g_max": 50.0, "programming": (-5.0,)}, "a standard deviation of -5 µS within the window"),
+        ({"g_min": 1.0, "g_max": 50.0, "read_noise": 5.0}, "read_noise=5 µA, where a cell that is all on adds 9.8 µA"),
+        ({"g_min": 1.0, "g_max": 50.0, "retention": STEEP}, "errors of up to 300 µS, of a window of 49 µS"),
+        ({"g_min": 1.0, "g_max": 50.0, "retention": {**STEEP, "std": [[-1.0]]}}, "a standard deviation of -1 µS"),
+        (
+            {"g_min": 1.0, "g_max": 50.0, "retention": {**STEEP, "std": [[1.0]], "mean": [[-99.0]]}},
+            "mean shift: errors of up to 99 µS",
+        ),
     ],
 )
 def test_what_is_hardly_meant_is_told(fields, told, caplog):
-    retention = {} if told == "has no retention" else {"retention": {"type": "generic"}}
-    name = f"doubted: {told}"  # each is told once
+    name = f"doubted: {fields}"  # each is told once
     with caplog.at_level("WARNING", "hf_reram"):
-        DeviceConfig.from_dict({**fields, **retention, "name": name})
+        DeviceConfig.from_dict({"retention": SILENT, **fields, "name": name})
     assert told in caplog.text and name in caplog.text
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_and_the_demos_device_are_not_doubted(name, caplog):
+    logger.warning_once.cache_clear()
+    with caplog.at_level("WARNING", "hf_reram"):
+        DeviceConfig.from_preset(name)
+        dataclasses.replace(CORNER, name="again")
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("std", [0.8, 0.02])
+def test_conductances_in_siemens_beside_errors_in_microsiemens_are_refused(std):
+    with pytest.raises(ValueError, match=r"device\.retention=.*is g_max=5e-05 in S\?"):
+        DeviceConfig(g_min=1e-6, g_max=5e-5, retention={**STEEP, "std": [[std]]})
+
+
+def made_of_a_dict(**fields):
+    return DeviceConfig.from_dict(fields)
+
+
+@pytest.mark.parametrize("make", [DeviceConfig, made_of_a_dict])
+def test_a_device_without_retention_drifts_as_the_generic_preset_and_says_so(make, caplog):
+    with caplog.at_level("WARNING", "hf_reram"):
+        cell = make(g_min=1.0, g_max=50.0, name=f"undrifting {make.__name__}")
+    assert "has no retention: it is taken to drift as the preset 'generic'" in caplog.text and cell.name in caplog.text
+    generic = DeviceConfig.from_preset("generic")
+    assert cell.retention == generic.retention and cell.assumed == ("retention",)
+    assert float(cell.retention_std(20.0, "10y")) == pytest.approx(0.3 + 0.04 * math.log1p(parse_time("10y")))
+    assert float(cell.retention_mean(20.0, "10y")) == pytest.approx(-0.002 * 19 * math.log1p(parse_time("10y")))
+    caplog.clear()
+    assert DeviceConfig.from_dict(json.loads(json.dumps(cell.to_dict()))) == cell  # in full, so that nobody assumes
+    assert not caplog.text
+
+
+def test_a_device_that_does_not_drift_says_so():
+    cell = DeviceConfig(g_min=2.0, g_max=50.0, retention={"type": "generic", "A": 0})
+    assert float(cell.retention_std(20.0, "10y")) == float(cell.retention_mean(20.0, "10y")) == 0.0
+    assert cell.assumed == ()
 
 
 def test_numpy_numbers_are_numbers():
@@ -85,3 +140,12 @@ def test_numpy_numbers_are_numbers():
     )
     assert (config.retention_weight, config.dac_bits, config.retention_times) == (0.5, 8, [1, 60])
     assert ReRAMConfig.from_dict(json.loads(json.dumps(config.to_dict()))).to_dict() == config.to_dict()
+    table = {"type": "table", "times": np.array([1.0, 10.0]), "std": np.ones((2, 2)), "extrapolate": np.bool_(True)}
+    formula = {"type": "generic", "A": np.float64(0), "saturates": np.bool_(False)}
+    for retention in (table, formula):
+        cell = DeviceConfig(
+            g_min=1, g_max=50, retention=retention, reference_temperature=np.int64(300), programming=np.array([0.1])
+        )
+        assert DeviceConfig.from_dict(json.loads(json.dumps(cell.to_dict()))) == cell
+    assert cell.equivalent_time(np.int64(60), np.float32(300)) == 60.0 and cell.programming == (0.1,)
+    assert ReRAMConfig(retention_times=np.array([5, 6])).retention_times == [5, 6]

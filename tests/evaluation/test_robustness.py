@@ -22,6 +22,17 @@ def mean_square(model):
         return {"power": float(model(torch.ones(3, 8)).square().mean()), "constant": 2.0}
 
 
+def test_a_device_without_retention_drifts_in_the_report_which_names_what_is_assumed():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 4)).eval()
+    patch_model(model, ReRAMConfig(device={"g_min": 1, "g_max": 50, "v0": 0.25, "read_voltage": 0.2, "name": "mine"}))
+    calibrate(model, [torch.randn(32, 8)])
+    report = evaluate_robustness(model, mean_square, times=["1s", "10y"], seeds=2, progress=False)
+    assert "assumed, not measured: retention" in report.notes
+    found = [m.metrics["power"] for m in report.measurements]
+    assert len(set(found)) == 4 and found[:2] != found[2:] and report.ideal["power"] not in found
+
+
 def test_report_holds_every_chip_and_its_references(model, tmp_path):
     report = evaluate_robustness(
         model, mean_square, times=["1s", "1d"], temperatures=[300, 350], seeds=3, progress=False

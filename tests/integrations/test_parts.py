@@ -56,6 +56,27 @@ def test_each_part_comes_back_on_its_own_device(parts, tmp_path):
         torch.testing.assert_close(logits(again), logits(model))
 
 
+def test_parts_go_on_another_device_each_by_itself(tmp_path, caplog):
+    model = towers()
+    for part, device in DEVICES.items():
+        patch_model(getattr(model, part), ReRAMConfig(device=device))
+    calibrate(model, [BATCH]).save_pretrained(tmp_path / "first")
+    asked = ReRAMConfig(device="cmo-hfox-ibm")
+    with caplog.at_level("WARNING", "hf_reram"):
+        model = EncoderDecoderModel.from_pretrained(tmp_path / "first", quantization_config=asked).eval()
+    assert "is of hfox-neurram, and its calibration with it: put on cmo-hfox-ibm" in caplog.text
+    assert set(devices(model).values()) == {"cmo-hfox-ibm"}
+    calibrations = {name: layer.calibrated for name, layer in crossbar_layers(model).items()}
+    assert all(done == name.startswith("decoder") for name, done in calibrations.items())
+    calibrate(model, [BATCH]).save_pretrained(tmp_path / "second")
+    again = EncoderDecoderModel.from_pretrained(tmp_path / "second").eval()
+    torch.testing.assert_close(logits(again), logits(model))
+    config = EncoderDecoderModel.config_class.from_pretrained(tmp_path / "first")
+    config.encoder.quantization_config = asked.to_dict()
+    with pytest.raises(ValueError, match="quantization_config of BertModel is not the checkpoint's"):
+        EncoderDecoderModel.from_pretrained(tmp_path / "first", config=config)
+
+
 def test_towers_of_images_and_texts_too(tmp_path):
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = CLIPConfig(

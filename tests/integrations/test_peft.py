@@ -276,6 +276,35 @@ def test_adapters_open_again_on_the_crossbars_that_they_were_trained_beside(firs
     assert all(layer.calibrated for layer in crossbar_layers(middle).values()) and len(crossbar_layers(middle)) > 4
 
 
+@pytest.mark.parametrize("first", ["adapters", "crossbars"])
+def test_adapters_saved_without_a_trainer_have_their_crossbars_beside_them(digital_base, tmp_path, first):
+    model = BertForSequenceClassification.from_pretrained(digital_base)
+    lora, config = LoraConfig(r=4, target_modules=["query"], init_lora_weights=False), ReRAMConfig(dac_bits=8)
+    if first == "crossbars":
+        patch_model(model, config)
+    model = get_peft_model(model, lora)
+    if first == "adapters":
+        patch_model(model, config)
+    calibrate(model, [bert_batch()])
+    model.save_pretrained(tmp_path / "other", is_main_process=False)
+    assert not (tmp_path / "other" / "crossbars.safetensors").exists()
+    model.save_pretrained(tmp_path / "adapter")
+    again = load_model(tmp_path / "adapter").eval()
+    assert len(crossbar_layers(again)) == len(crossbar_layers(model)) == 14
+    for chip in (True, False):
+        torch.testing.assert_close(logits(again, bert_batch(), chip), logits(model.eval(), bert_batch(), chip))
+    other = load_model(tmp_path / "adapter", quantization_config=ReRAMConfig(device="cmo-hfox-ibm").to_dict())
+    layers = crossbar_layers(other).values()
+    assert len(layers) == 14 and not any(layer.calibrated for layer in layers)
+    assert {layer.crossbar.config.device.name for layer in layers} == {"cmo-hfox-ibm"}
+
+
+def test_a_digital_model_with_adapters_is_saved_as_by_peft(digital_base, tmp_path):
+    model = get_peft_model(BertForSequenceClassification.from_pretrained(digital_base), LoraConfig())
+    model.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "crossbars.safetensors").exists()
+
+
 def test_a_foreign_file_beside_adapters_is_a_clear_error(digital_base, tmp_path):
     model = get_peft_model(BertForSequenceClassification.from_pretrained(digital_base), LoraConfig())
     model.save_pretrained(tmp_path / "adapter")
@@ -327,6 +356,10 @@ def test_adapters_that_nothing_wraps_are_told_apart_too(base):
     [
         (lambda t: t.update({"bert.pooler.dense.weight": torch.zeros(16, 16)}), "no crossbar"),
         (lambda t: t.update({key: t[key] * torch.nan for key in list(t)[:1]}), "NaN or infinite"),
+        (
+            lambda t: t.update({k: t[k] + 99 for k in t if k.endswith("per_weight")}),
+            "pairs_per_weight=100 .* from 1 to 64",
+        ),
         (lambda t: t.pop(next(key for key in t if key.endswith("input_range"))), "lacks numbers"),
     ],
 )

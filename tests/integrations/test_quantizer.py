@@ -3,9 +3,9 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, BertForSequenceClassification
 
-from hf_reram import ReRAMConfig, calibrate, crossbar_layers, deploy, patch_model, summarize
+from hf_reram import ReRAMConfig, calibrate, crossbar_layers, deploy, load_model, patch_model, summarize
 from hf_reram.integrations.quantizer import ADDED_LATER
 from tests.samples.models import bert_batch
 
@@ -33,6 +33,39 @@ def test_checkpoints_come_back_whole(tiny_bert, tmp_path, dtype, shard):
     assert not list(tmp_path.glob("*.bin"))
 
 
+@pytest.mark.parametrize(
+    ("number", "value", "allowed"),
+    [
+        ("range_shrink", 0.0, "from 1e-09 to 1"),
+        ("range_shrink", 5.0, "from 1e-09 to 1"),
+        ("gain", float("nan"), "a number from 0"),
+        ("input_range", -1.0, "a number from 0"),
+        ("adc_range", float("inf"), "a number from 0"),
+        ("weight_scale", -0.1, "a number from 0"),
+        ("input_floor", 5.0, "from -1 to 0"),
+        ("pairs_per_weight", -3.0, "an integer from 1 to 64"),
+        ("pairs_per_weight", 1e9, "an integer from 1 to 64"),
+        ("pairs_per_weight", 1.5, "an integer from 1 to 64"),
+        ("per_token", 0.5, "an integer from 0 to 1"),
+        ("input_offset", float("-inf"), "a finite number"),
+        ("input_scale", 0.0, "a number from"),
+    ],
+)
+def test_numbers_that_no_calibration_leaves_are_refused(tiny_bert, tmp_path, number, value, allowed):
+    calibrated(tiny_bert).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    key = f"bert.encoder.layer.0.attention.self.query.{number}"
+    weights[key].view(-1)[0] = value
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    message = rf"layer 'bert.encoder.layer.0.attention.self.query': {number}=.* allowed is .*{allowed}"
+    with pytest.raises(ValueError, match=message):
+        BertForSequenceClassification.from_pretrained(tmp_path)
+    before = tiny_bert.state_dict()[key].clone()
+    with pytest.raises(ValueError, match=message):
+        tiny_bert.load_state_dict(weights)
+    assert torch.equal(tiny_bert.state_dict()[key], before)
+
+
 def test_a_checkpoint_from_before_some_buffers_loads_as_it_was(tiny_bert, tmp_path):
     calibrated(tiny_bert, device="cmo-hfox-ibm", dac_bits=8, center_inputs=False)
     for layer in crossbar_layers(tiny_bert).values():
@@ -48,6 +81,68 @@ def test_a_checkpoint_from_before_some_buffers_loads_as_it_was(tiny_bert, tmp_pa
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     state = again.state_dict()
     assert all(torch.equal(state[key], value) for key, value in tiny_bert.state_dict().items())
+
+
+CMO = ReRAMConfig(device="cmo-hfox-ibm")
+
+
+def as_argument(folder, asked):
+    return BertForSequenceClassification.from_pretrained(folder, quantization_config=asked)
+
+
+def in_the_config(folder, asked):
+    config = AutoConfig.from_pretrained(folder)
+    config.quantization_config = asked
+    return BertForSequenceClassification.from_pretrained(folder, config=config)
+
+
+def by_load_model(folder, asked):
+    return load_model(folder, quantization_config=asked)
+
+
+@pytest.mark.parametrize("load", [as_argument, in_the_config, by_load_model])
+@pytest.mark.parametrize("asked", [CMO, CMO.to_dict(), {"quant_method": "reram", "device": "cmo-hfox-ibm"}])
+def test_another_device_is_asked_for_in_any_way(tiny_bert, tmp_path, caplog, load, asked):
+    calibrated(tiny_bert).save_pretrained(tmp_path)
+    with caplog.at_level("WARNING", "hf_reram"):
+        model = load(tmp_path, asked)
+    assert "of hfox-neurram, and its calibration with it: put on cmo-hfox-ibm" in caplog.text
+    layers = crossbar_layers(model).values()
+    assert len(layers) == 14 and not any(layer.calibrated for layer in layers)
+    assert {layer.crossbar.config.device.name for layer in layers} == {"cmo-hfox-ibm"}
+    assert model.config.quantization_config.to_dict() == CMO.to_dict()
+
+
+@pytest.mark.parametrize("load", [as_argument, in_the_config, by_load_model])
+@pytest.mark.parametrize("words", [{}, {"target_modules": "all-linear"}, {"retention_times": ["10y"]}])
+def test_the_same_cells_keep_their_calibration(tiny_bert, tmp_path, caplog, load, words):
+    calibrated(tiny_bert).save_pretrained(tmp_path)
+    with caplog.at_level("WARNING", "hf_reram"):
+        model = load(tmp_path, ReRAMConfig(**words))
+    assert not caplog.text
+    state = tiny_bert.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+    assert model.config.quantization_config.retention_times == words.get("retention_times", ["1d"])
+
+
+@pytest.mark.parametrize("load", [as_argument, in_the_config, by_load_model])
+def test_a_digital_checkpoint_goes_on_what_is_asked_for(tiny_bert, tmp_path, load):
+    tiny_bert.save_pretrained(tmp_path)
+    layers = crossbar_layers(load(tmp_path, CMO)).values()
+    assert len(layers) == 14 and {layer.crossbar.config.device.name for layer in layers} == {"cmo-hfox-ibm"}
+    assert not any(layer.calibrated for layer in layers)
+
+
+@pytest.mark.parametrize("words", [{}, {"target_modules": "all-linear"}])
+def test_what_was_digital_stays_so_on_another_device_or_is_named(tiny_bert, tmp_path, caplog, words):
+    patch_model(tiny_bert.bert, ReRAMConfig())
+    calibrate(tiny_bert, [bert_batch()]).save_pretrained(tmp_path)
+    with caplog.at_level("WARNING", "hf_reram"):
+        model = as_argument(tmp_path, ReRAMConfig(device="cmo-hfox-ibm", **words))
+    assert "they stay digital: classifier" in caplog.text
+    told = "were digital in the checkpoint, and are on crossbars now: classifier"
+    assert (told in caplog.text) == bool(words)
+    assert ("classifier" in crossbar_layers(model)) == bool(words) and len(crossbar_layers(model)) == 13 + len(words)
 
 
 def test_a_digital_checkpoint_is_patched_by_from_pretrained(tiny_bert, tmp_path):
@@ -111,7 +206,8 @@ def test_a_newer_checkpoint_is_a_clear_error(tiny_bert, tmp_path):
 
 def test_a_state_dict_that_is_given_is_saved(tiny_bert, tmp_path):
     calibrated(tiny_bert)
-    whole = {name: value + 1 for name, value in tiny_bert.state_dict().items()}
+    halves = ("range_shrink", "input_floor")  # which may not grow beyond 1 and 0
+    whole = {n: value / 2 if n.endswith(halves) else value + 1 for n, value in tiny_bert.state_dict().items()}
     tiny_bert.save_pretrained(tmp_path / "whole", state_dict=whole)
     again = BertForSequenceClassification.from_pretrained(tmp_path / "whole").state_dict()
     assert all(torch.equal(again[name], value) for name, value in whole.items())

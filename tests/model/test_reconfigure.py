@@ -166,7 +166,7 @@ def test_the_config_that_was_handed_over_says_that_it_has_no_effect(tiny_bert, c
         config.temperature = 350
         config.adc_bits = 8
     assert (
-        "ReRAMConfig.temperature=350 has no effect" in caplog.text and "reconfigure(model, temperature" in caplog.text
+        "ReRAMConfig.temperature=350.0 has no effect" in caplog.text and "reconfigure(model, temperature" in caplog.text
     )
     assert "ReRAMConfig.adc_bits=8 has no effect" in caplog.text
     assert config.temperature == 350  # for the next model

@@ -205,6 +205,25 @@ def test_inductor(loss):
     assert found[:2] == pytest.approx(expected[:2], rel=1e-4)
 
 
+@pytest.mark.parametrize("options", [{}, CONVERTERS, {"retention_loss": "output"}], ids=str)
+def test_a_model_that_is_not_calibrated(options):
+    """Each batch spans an input range of its own, which is no constant of the graph."""
+    torch.manual_seed(0)
+    model = patch_model(nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3)), ReRAMConfig(**options))
+    call = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for x in (torch.randn(4, 6), 5 * torch.randn(4, 6), torch.zeros(4, 6)):
+        with torch.no_grad():
+            torch.testing.assert_close(call.eval()(x), model.eval()(x), rtol=1e-5, atol=1e-6)
+        grads = []
+        for way in (model.train(), call.train()):
+            with sampled_drift(model, seed=0):
+                loss = way(x).square().mean()
+                loss = add_retention_loss(loss, model)[0] if options.get("retention_loss") else loss
+                grads.append(torch.autograd.grad(loss, list(model.parameters())))
+        for one, other in zip(*grads, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("way", ["compile", "export"])
 @pytest.mark.parametrize("options", [{}, CONVERTERS, {"center_inputs": False, "learn_input_range": True}], ids=str)
 def test_a_checkpoint_that_was_just_loaded(tmp_path, options, way):

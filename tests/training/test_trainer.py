@@ -408,6 +408,24 @@ def test_another_loss_keeps_the_calibration_of_a_model_without_training_data(tmp
     assert trainer.reram_config.retention_loss == "drift"
 
 
+def test_the_same_layers_in_other_words_keep_their_calibration(tmp_path):
+    model = calibrate(patch_model(fresh_bert(), ReRAMConfig()), [bert_batch()])
+    ranges = {name: float(layer.input_range) for name, layer in crossbar_layers(model).items()}
+    for words in ({"target_modules": "all-linear"}, {"target_modules": ".*"}, {"target_modules": sorted(ranges)}):
+        trainer = ReRAMTrainer(model, arguments(tmp_path), reram_config=ReRAMConfig(**words))
+        assert {name: float(layer.input_range) for name, layer in crossbar_layers(trainer.model).items()} == ranges
+    fewer = ReRAMTrainer(model, arguments(tmp_path), reram_config=ReRAMConfig(modules_to_not_convert=["classifier"]))
+    layers = crossbar_layers(fewer.model)
+    assert set(layers) == set(ranges) - {"classifier"} and not any(layer.calibrated for layer in layers.values())
+
+
+def test_resuming_with_the_same_layers_in_other_words(tmp_path):
+    saved = {"save_strategy": "steps", "save_steps": 2}
+    trainer_of(tmp_path, arguments_=saved).train()
+    words = ReRAMConfig(retention_loss="output", target_modules="all-linear")
+    trainer_of(tmp_path, words, arguments_=saved).train(resume_from_checkpoint=True)
+
+
 def test_resuming_on_other_hardware_is_refused(tmp_path):
     saved = {"save_strategy": "steps", "save_steps": 2}
     trainer_of(tmp_path, arguments_=saved).train()
