@@ -178,8 +178,11 @@ class CrossbarLayer(Layout):
         return self._scalars
 
     def note_choice(self, known: bool = True) -> None:
-        """Remember how much of the weights is clipped now, by choice, or where that is not ``known``."""
+        """Remember how much of the weights is clipped by scales that were just set, by choice, or where that is not
+        ``known``."""
         self.clipped_by_choice, self.choice_is_known = clipped_share(self), known
+        if self.crossbar.following is not None:
+            self.crossbar.following.forget(self.crossbar_name)
 
     def _has_changed(self) -> bool:
         """Whether the weight was changed since this was asked last, by PyTorch's count or, on CPUs, in a few of its
