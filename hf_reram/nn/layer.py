@@ -32,6 +32,7 @@ _PASSING: dict[str, Any] = {
     "_offset": None,
     "_white_std": None,
     "_looked": None,
+    "_held": None,
 }
 
 
@@ -100,6 +101,7 @@ class CrossbarLayer(Layout):
     _offset: Tensor | None = None  # o / a
     _white_std: float | None = None
     _looked: Any = None  # some of the weights that were looked at last, and their version
+    _held: Any = None  # the weight and its version when it was last held within its range, None where others wrote it
 
     # The signal
 
@@ -120,6 +122,9 @@ class CrossbarLayer(Layout):
         counter.calls = 1 if compiled else counter.calls + 1
         if self.training:
             self.crossbar.enter(self.crossbar_name, input.shape[0] if input.dim() else 1)
+            if not compiled and self._held is not None and self._held != self._count():
+                self._held = None
+                self.crossbar.note_changed(self)
         elif self.chip is None and not compiled and self._has_changed():
             self.crossbar.note_changed(self)
         return self.scalars()
@@ -183,6 +188,22 @@ class CrossbarLayer(Layout):
         self.clipped_by_choice, self.choice_is_known = clipped_share(self), known
         if self.crossbar.following is not None:
             self.crossbar.following.forget(self.crossbar_name)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether nothing but an optimizer's step has written the weight since it was last held within its range."""
+        return self._held is not None
+
+    def note_held(self) -> None:
+        """The weight lies within its range now: what a training forward finds changed was no step."""
+        self._held = self._count()
+        self.crossbar.clipped.pop(self.crossbar_name, None)
+
+    def _count(self) -> Any:
+        weight = self._parameters.get("weight")
+        if weight is None or is_shard(weight) or weight.is_inference():
+            return None
+        return id(weight), weight._version
 
     def _has_changed(self) -> bool:
         """Whether the weight was changed since this was asked last, by PyTorch's count or, on CPUs, in a few of its

@@ -62,8 +62,8 @@ class Following:
 
 
 def looks(layer: "CrossbarLayer") -> bool:
-    """Whether a layer's forward looks: one in training, of a layer that is trained itself and no chip, in eager mode.
-    """
+    """Whether a layer's forward looks: one in training and in eager mode, of a layer that is trained itself and no
+    chip."""
     if torch.compiler.is_compiling():  # first, so that no graph depends on the rest
         return False
     following = layer.crossbar.following
