@@ -31,6 +31,7 @@ _PASSING: dict[str, Any] = {
     "_scalars_of": None,
     "_offset": None,
     "_white_std": None,
+    "_white_of": None,
     "_looked": None,
     "_held": None,
 }
@@ -99,7 +100,8 @@ class CrossbarLayer(Layout):
     _scalars_of: Any = None  # the buffers and their versions
     _constants: str | None = None  # the same for compiled code
     _offset: Tensor | None = None  # o / a
-    _white_std: float | None = None
+    _white_std: Tensor | None = None
+    _white_of: Any = None  # the weight and its scale, and their versions
     _looked: Any = None  # some of the weights that were looked at last, and their version
     _held: Any = None  # the weight and its version when it was last held within its range, None where others wrote it
 
@@ -234,14 +236,21 @@ class CrossbarLayer(Layout):
                 self._offset = self.input_offset / self.input_scale
         return self._offset
 
-    def white_noise_std(self) -> float:
-        """Spread, in units of weight_scale, of white noise with the power of the device's retention error."""
-        if self._white_std is None:
+    def white_noise_std(self) -> Tensor:
+        """Spread, in units of weight_scale, of white noise with the power of the device's retention error. It is
+        measured anew where weights or scales have changed, which compiled code does not see: for that
+        :func:`hf_reram.sampled_drift` asks before."""
+        if torch.compiler.is_compiling():
+            return white_noise_std(self) if self._white_std is None else self._white_std
+        scale = -1 if self.weight_scale.is_inference() else self.weight_scale._version
+        before, self._white_of = self._white_of, (self._count(), scale)
+        if self._white_std is None or self._white_of != before or before[0] is None:
             self._white_std = white_noise_std(self)
         return self._white_std
 
     def forget_white_noise(self) -> None:
-        """Have the power of "noise" measured anew, after weight_scale has changed."""
+        """Have the power of "noise" measured anew, where something else has changed than the weight and its scale, or
+        FSDP2 has gathered other weights, of which nothing keeps count."""
         self._white_std = None
 
     # On and off

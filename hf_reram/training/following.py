@@ -63,7 +63,6 @@ def follow_training(model: nn.Module) -> None:
         _follow_inputs(layers)
         for layer in layers.values() if not following.settled else ():
             _follow_weights(layer)
-            layer.forget_white_noise()
     for state in states:
         following = state.following
         following.seen.clear()

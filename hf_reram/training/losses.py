@@ -226,8 +226,12 @@ def sampled_drift(
                 layer.crossbar.sampling.shared[layer.crossbar_name] = holder.crossbar_name
     for layer in layers.values():
         wanted = layer.crossbar.sampling
-        if wanted is not None and wanted.kind == "noise" and not is_shard(layer.weight):
-            layer.white_noise_std()  # known before compiled code needs it; FSDP2 has the weights in the forward alone
+        if wanted is None or wanted.kind != "noise":
+            continue
+        if is_shard(layer.weight):
+            layer.forget_white_noise()  # FSDP2 has the weights in the forward alone
+        else:
+            layer.white_noise_std()  # known before compiled code needs it
     try:
         yield
     finally:

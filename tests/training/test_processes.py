@@ -68,5 +68,5 @@ def test_a_process_without_crossbars_takes_part_in_the_log(python, tmp_path, los
             assert one[name] == two[name] > 0
         total = one["task_loss"] + (0.3 * one["retention_loss"] if loss == "output" else 0)
         assert one["loss"] == pytest.approx(total, rel=1e-3)
-        same = 0.02 if way == "frozen" and loss == "output" else 1e-4  # a ratio of means, a mean of ratios
+        same = 0.1 if way == "frozen" and loss == "output" else 1e-4  # a ratio of means, a mean of ratios
         assert one["retention_loss"] == pytest.approx(one["noise_to_signal"], rel=same)
