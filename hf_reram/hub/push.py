@@ -15,6 +15,7 @@ from ..evaluation.files import write_whole
 from ..evaluation.report import RobustnessReport
 from ..model.adapters import has_adapters
 from ..model.find import crossbar_layers, crossbar_state
+from ..training.checkpoints import CONFIGS
 from .about import about_model
 from .crossbars import CROSSBARS, save_crossbars
 from .load import ADAPTER, has_file, load_model
@@ -27,7 +28,7 @@ logger = logging.get_logger(__name__)
 SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".tiktoken", ".jinja", ".md", ".png", ".jpg", ".svg", ".csv")
 OTHERS = ("LICENSE", "NOTICE")
 FOLDERS = ("additional_chat_templates",)
-LEFT_OUT = ("trainer_state.json",)
+LEFT_OUT = ("trainer_state.json", CONFIGS)
 # Of the files before, these would speak of, or be read instead of, the new weights.
 REPLACED = (REPORT, COMPARISON, PLOT)
 WEIGHTS = re.compile(r"model([.-][^/]*)?\.safetensors(\.index\.json)?")

@@ -2,6 +2,7 @@
 
 import os
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import IterableDataset
@@ -9,11 +10,14 @@ from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress
 
+from ..config import ReRAMConfig
 from ..evaluation.trainer import EvaluationMixin
+from ..hub.crossbars import CROSSBARS, StoredCrossbars
 from ..hub.report import report_of
 from ..hub.trainer import HubMixin
+from ..model.find import crossbar_states
 from ..model.sharding import is_sharded
-from ..training.checkpoints import marked, staged
+from ..training.checkpoints import marked, staged, write_configs
 from ..training.mixin import TrainingMixin
 
 
@@ -90,7 +94,14 @@ class ReRAMTrainerMixin(TrainingMixin, EvaluationMixin, HubMixin):
     def _save_checkpoint(self, model, trial) -> None:
         folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         with marked(folder) if self.args.should_save else nullcontext():
+            if self.args.should_save:
+                write_configs([state.config for state in crossbar_states(self.model)], folder)
             super()._save_checkpoint(model, trial)
+
+    def checkpoint_configs(self, folder: str | os.PathLike) -> list[ReRAMConfig]:
+        """As :class:`TrainingMixin`'s, and of older checkpoints of adapters what is beside them."""
+        found, file = super().checkpoint_configs(folder), Path(folder) / CROSSBARS
+        return [StoredCrossbars(str(file)).config] if not found and file.exists() else found
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         output_dir = output_dir if output_dir is not None else self.args.output_dir or "."

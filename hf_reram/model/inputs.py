@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn import CrossbarLayer
 from .find import crossbar_layers, unwrapped
 
 
@@ -90,12 +91,19 @@ def uncompiled() -> AbstractContextManager:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in evaluation mode for as long as the context lasts; every module's own mode is restored afterwards."""
+    """The model in evaluation mode for as long as the context lasts; every module's own mode is restored afterwards.
+    What forwards inside see is no part of a training that numbers of calibration follow, whatever mode they run in."""
     modes = {module: module.training for module in model.modules()}
+    states = {module.crossbar for module in modes if isinstance(module, CrossbarLayer)}
+    followings = [(state, state.following) for state in states]
+    for state in states:
+        state.following = None
     model.eval()
     try:
         yield model
     finally:
+        for state, following in followings:
+            state.following = following
         for module, mode in modes.items():
             module.training = mode
 

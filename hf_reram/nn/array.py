@@ -1,7 +1,6 @@
 """What the cells hold: the weights as they were programmed, as the device's error leaves them in training, or a
 chip's."""
 
-import math
 import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +14,10 @@ from .tensors import is_shard, whole
 
 if TYPE_CHECKING:
     from .layer import CrossbarLayer
+
+
+# Weights that tell the power of noise: their sampling error is mostly below a hundredth.
+MEASURED = 1 << 16
 
 
 class Held(NamedTuple):
@@ -214,15 +217,24 @@ def clipped_share(layer: "CrossbarLayer", scale: Tensor | None = None) -> float:
 
 
 @torch.no_grad()
-def white_noise_std(layer: "CrossbarLayer") -> float:
-    """Spread, in units of weight_scale, of white noise with the power of the device's error over all of the layer's
-    weights: ``Σ E ΔW² / Σ w_scale²``."""
-    weight, scale, error = wide(program(layer, layer.weight)), layer.held_scale(torch.float32), layer.error
-    power = float(WeightVariance.apply(weight, scale, error.spread(weight)).sum(dtype=torch.float64))
-    shifts = (weight_mean(weight, scale, mean.table(weight)).square() for mean in error.shifts)
-    power += sum(float(shift.sum(dtype=torch.float64)) for shift in shifts) / len(error.means)
-    unit = float(scale.expand(weight.shape).square().sum(dtype=torch.float64))
-    return math.sqrt(max(power, 0.0) / unit) if unit > 0 else 0.0
+def white_noise_std(layer: "CrossbarLayer") -> Tensor:
+    """Spread, in units of weight_scale, of white noise with the power of the device's error over the layer's weights,
+    of large ones over a part of them, since each step asks: ``Σ E ΔW² / Σ w_scale²``; without dimensions, where the
+    weights are, so that nobody waits for it."""
+    whole_weight, error = program(layer, layer.weight), layer.error
+    rows = layer.to_rows(whole_weight)
+    every = max(1, rows.numel() // MEASURED)
+    outputs = min(every, max(1, rows.shape[1] // 64))  # which mostly have scales of their own, and so are much alike
+    inputs = min(every // outputs, max(1, rows.shape[2] // 64))
+    part = slice(None), slice(None, None, outputs), slice(None, None, inputs)
+    weight = wide(rows[part]).contiguous()
+    scale = layer.to_rows(layer.held_scale(torch.float32).expand(whole_weight.shape))[part]
+    power = WeightVariance.apply(weight, scale, error.spread(weight)).sum(dtype=torch.float64)
+    for mean in error.shifts:
+        shift = weight_mean(weight, scale, mean.table(weight))
+        power = power + shift.square().sum(dtype=torch.float64) / len(error.means)
+    unit = scale.square().sum(dtype=torch.float64)
+    return torch.where(unit > 0, power / unit, 0.0).sqrt()
 
 
 def wide(t: Tensor) -> Tensor:

@@ -31,7 +31,9 @@ _PASSING: dict[str, Any] = {
     "_scalars_of": None,
     "_offset": None,
     "_white_std": None,
+    "_white_of": None,
     "_looked": None,
+    "_held": None,
 }
 
 
@@ -98,8 +100,10 @@ class CrossbarLayer(Layout):
     _scalars_of: Any = None  # the buffers and their versions
     _constants: str | None = None  # the same for compiled code
     _offset: Tensor | None = None  # o / a
-    _white_std: float | None = None
+    _white_std: Tensor | None = None
+    _white_of: Any = None  # the weight and its scale, and their versions
     _looked: Any = None  # some of the weights that were looked at last, and their version
+    _held: Any = None  # the weight and its version when it was last held within its range, None where others wrote it
 
     # The signal
 
@@ -120,6 +124,9 @@ class CrossbarLayer(Layout):
         counter.calls = 1 if compiled else counter.calls + 1
         if self.training:
             self.crossbar.enter(self.crossbar_name, input.shape[0] if input.dim() else 1)
+            if not compiled and self._held is not None and self._held != self._count():
+                self._held = None
+                self.crossbar.note_changed(self)
         elif self.chip is None and not compiled and self._has_changed():
             self.crossbar.note_changed(self)
         return self.scalars()
@@ -178,8 +185,27 @@ class CrossbarLayer(Layout):
         return self._scalars
 
     def note_choice(self, known: bool = True) -> None:
-        """Remember how much of the weights is clipped now, by choice, or where that is not ``known``."""
+        """Remember how much of the weights is clipped by scales that were just set, by choice, or where that is not
+        ``known``."""
         self.clipped_by_choice, self.choice_is_known = clipped_share(self), known
+        if self.crossbar.following is not None:
+            self.crossbar.following.forget(self.crossbar_name)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether nothing but an optimizer's step has written the weight since it was last held within its range."""
+        return self._held is not None
+
+    def note_held(self) -> None:
+        """The weight lies within its range now: what a training forward finds changed was no step."""
+        self._held = self._count()
+        self.crossbar.clipped.pop(self.crossbar_name, None)
+
+    def _count(self) -> Any:
+        weight = self._parameters.get("weight")
+        if weight is None or is_shard(weight) or weight.is_inference():
+            return None
+        return id(weight), weight._version
 
     def _has_changed(self) -> bool:
         """Whether the weight was changed since this was asked last, by PyTorch's count or, on CPUs, in a few of its
@@ -210,14 +236,21 @@ class CrossbarLayer(Layout):
                 self._offset = self.input_offset / self.input_scale
         return self._offset
 
-    def white_noise_std(self) -> float:
-        """Spread, in units of weight_scale, of white noise with the power of the device's retention error."""
-        if self._white_std is None:
+    def white_noise_std(self) -> Tensor:
+        """Spread, in units of weight_scale, of white noise with the power of the device's retention error. It is
+        measured anew where weights or scales have changed, which compiled code does not see: for that
+        :func:`hf_reram.sampled_drift` asks before."""
+        if torch.compiler.is_compiling():
+            return white_noise_std(self) if self._white_std is None else self._white_std
+        scale = -1 if self.weight_scale.is_inference() else self.weight_scale._version
+        before, self._white_of = self._white_of, (self._count(), scale)
+        if self._white_std is None or self._white_of != before or before[0] is None:
             self._white_std = white_noise_std(self)
         return self._white_std
 
     def forget_white_noise(self) -> None:
-        """Have the power of "noise" measured anew, after weight_scale has changed."""
+        """Have the power of "noise" measured anew, where something else has changed than the weight and its scale, or
+        FSDP2 has gathered other weights, of which nothing keeps count."""
         self._white_std = None
 
     # On and off

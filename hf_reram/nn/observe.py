@@ -55,15 +55,20 @@ class Following:
     rms: dict[str, Tensor] = field(default_factory=dict)
     clamped: dict[str, Tensor] = field(default_factory=dict)
 
+    def forget(self, name: str) -> None:
+        """What was seen of a layer whose numbers are others now."""
+        for found in (self.seen, self.conversions, self.rms):
+            found.pop(name, None)
+
 
 def looks(layer: "CrossbarLayer") -> bool:
-    """Whether a layer's forward looks: one in training, of a layer that is trained itself, in eager mode."""
+    """Whether a layer's forward looks: one in training and in eager mode, of a layer that is trained itself and no
+    chip."""
     if torch.compiler.is_compiling():  # first, so that no graph depends on the rest
         return False
     following = layer.crossbar.following
-    return (
-        following is not None and following.looks and layer.training and layer.weight.requires_grad and not runs_again()
-    )
+    trains = layer.training and layer.weight.requires_grad and layer.chip is None
+    return following is not None and following.looks and trains and not runs_again()
 
 
 class _Last:

@@ -6,7 +6,6 @@ from transformers import TrainerCallback
 
 from ..model.deploy import warn_uncalled
 from ..model.find import crossbar_layers, crossbar_states, reset_calls, uncalled
-from ..nn.clipping import warn_clipped
 from .following import begin_following, follow_training, stop_following
 from .losses import hold_weights
 
@@ -22,8 +21,7 @@ class HoldWeights(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._sums.clear()
-        self.trainer._logged_step = state.global_step
-        warn_clipped(crossbar_layers(self.trainer.model).values())  # before they are cut off
+        self.trainer.calibrate_rewritten()  # before weights are cut off
         hold_weights(self.trainer.model)
         begin_following(self.trainer.model, state.global_step, self._settled(state))
 
@@ -35,8 +33,10 @@ class HoldWeights(TrainerCallback):
         for part in crossbar_states(self.trainer.model):
             if part.following is not None:
                 part.following.settled = self._settled(state)
-        if control.should_save:  # as a training that is resumed there does
-            begin_following(self.trainer.model, state.global_step, self._settled(state))
+
+    def on_save(self, args, state, control, **kwargs):
+        """As a training that is resumed there does."""
+        begin_following(self.trainer.model, state.global_step, self._settled(state))
 
     def on_train_end(self, args, state, control, **kwargs):
         stop_following(self.trainer.model)

@@ -1,5 +1,6 @@
 """Checkpoints that are there whole or not at all, whatever interrupts the saving."""
 
+import json
 import os
 import re
 import shutil
@@ -9,11 +10,15 @@ from pathlib import Path
 
 from transformers.utils import logging
 
+from ..config import ReRAMConfig
+from ..device.checks import read_json
+
 logger = logging.get_logger(__name__)
 
 STATE = "trainer_state.json"  # Trainer writes it last
 STAGING = ".incomplete"
 MARK = ".hf_reram-saving"
+CONFIGS = "hf_reram.json"
 CARD = "README.md"  # PEFT writes one with every save
 
 
@@ -22,12 +27,15 @@ def staged(folder: str | os.PathLike) -> Iterator[str]:
     """Another folder to write into, whose files then replace those of the same name in ``folder``, except a README.md,
     in which a person may have written. If writing fails, ``folder`` is as it was."""
     folder = Path(folder)
-    staging = folder / STAGING
+    staging, number = folder / STAGING, 1
+    while staging.exists() and not (staging / MARK).exists():  # a person's
+        staging, number = folder / f"{STAGING}-{number}", number + 1
     shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
     staging.mkdir(parents=True)
+    (staging / MARK).touch()
     try:
         yield str(staging)
-        for path in sorted(path for path in staging.rglob("*") if path.is_file()):
+        for path in sorted(path for path in staging.rglob("*") if path.is_file() and path != staging / MARK):
             target = folder / path.relative_to(staging)
             if path.name == CARD and target.exists():
                 continue
@@ -45,6 +53,28 @@ def marked(checkpoint: str | os.PathLike) -> Iterator[None]:
     (folder / MARK).touch()
     yield
     (folder / MARK).unlink(missing_ok=True)
+
+
+def write_configs(configs: list[ReRAMConfig], checkpoint: str | os.PathLike) -> None:
+    """Have a checkpoint say what hardware it was trained on, whatever else stands in it: beside adapters and shards
+    there is no config.json."""
+    text = json.dumps([config.to_dict() for config in configs], indent=2)
+    (Path(checkpoint) / CONFIGS).write_text(text + "\n", encoding="utf-8")
+
+
+def read_configs(checkpoint: str | os.PathLike) -> list[ReRAMConfig] | None:
+    """What :func:`write_configs` wrote, None where it wrote nothing.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    file = Path(checkpoint) / CONFIGS
+    if not file.exists():
+        return None
+    stored = read_json(file)
+    if not isinstance(stored, list) or not all(isinstance(config, dict) for config in stored):
+        raise ValueError(f"{file} holds {stored!r:.80}: allowed is a list of ReRAMConfigs")
+    return [ReRAMConfig.from_dict(config) for config in stored]
 
 
 def last_checkpoint(folder: str | os.PathLike) -> str | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..calibration.input_scales import TINY, TYPICAL_CLIP
 from ..device.iv import LINEAR_B
 from ..model.find import crossbar_states, patched_layers
+from ..model.sharding import processes
 from ..nn import CrossbarLayer
 from ..nn.array import cell_weight
 from ..nn.observe import FULL_SCALES, Following, Seen
@@ -62,7 +63,6 @@ def follow_training(model: nn.Module) -> None:
         _follow_inputs(layers)
         for layer in layers.values() if not following.settled else ():
             _follow_weights(layer)
-            layer.forget_white_noise()
     for state in states:
         following = state.following
         following.seen.clear()
@@ -74,9 +74,10 @@ def follow_training(model: nn.Module) -> None:
 @torch.no_grad()
 def begin_following(model: nn.Module, steps: int = 0, settled: bool = False) -> None:
     """Begin, or begin anew from the weights as they are, after ``steps`` steps of the optimizer; ``settled``: only
-    look, for :func:`clamped_shares`."""
+    look, for :func:`clamped_shares`, which go on knowing what was seen before."""
     for state in crossbar_states(model):
-        state.following = Following(steps, is_due(steps), settled)
+        clamped = {} if state.following is None else state.following.clamped
+        state.following = Following(steps, is_due(steps), settled, clamped=clamped)
     for layer in _trained_layers(model).values():
         layer.crossbar.following.rms[layer.crossbar_name] = _weight_rms(layer)
 
@@ -109,7 +110,7 @@ def _trained_layers(model: nn.Module) -> dict[str, Any]:
 def _follow_inputs(layers: dict[str, Any]) -> None:
     seen = {name: layer.crossbar.following.seen.get(layer.crossbar_name) for name, layer in layers.items()}
     errors = {name: layer.crossbar.following.conversions.get(layer.crossbar_name) for name, layer in layers.items()}
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if layers and processes() > 1:
         _exchange(layers, seen, errors)
     for name, layer in layers.items():
         if (found := seen[name]) is not None:

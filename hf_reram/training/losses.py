@@ -15,6 +15,7 @@ from ..model.hooks import MASTERS
 from ..model.sharding import processes
 from ..nn import CrossbarLayer
 from ..nn.attach import Add
+from ..nn.clipping import warn_clipped
 from ..nn.forward import Forward, add_term
 from ..nn.physics import sampling
 from ..nn.state import CrossbarState
@@ -225,8 +226,12 @@ def sampled_drift(
                 layer.crossbar.sampling.shared[layer.crossbar_name] = holder.crossbar_name
     for layer in layers.values():
         wanted = layer.crossbar.sampling
-        if wanted is not None and wanted.kind == "noise" and not is_shard(layer.weight):
-            layer.white_noise_std()  # known before compiled code needs it; FSDP2 has the weights in the forward alone
+        if wanted is None or wanted.kind != "noise":
+            continue
+        if is_shard(layer.weight):
+            layer.forget_white_noise()  # FSDP2 has the weights in the forward alone
+        else:
+            layer.white_noise_std()  # known before compiled code needs it
     try:
         yield
     finally:
@@ -237,15 +242,20 @@ def sampled_drift(
 @torch.no_grad()
 def hold_weights(model: nn.Module) -> None:
     """Move every weight that lies outside its cells' range back to its edge, in place; also those that FSDP2 has
-    sharded, and what DeepSpeed's ZeRO 1 and 2 keep of them in float32.
+    sharded, and what DeepSpeed's ZeRO 1 and 2 keep of them in float32. Where something else than a step of the
+    optimizer has written weights that are cut now, as ``load_state_dict`` may before the first step, layers and shares
+    are named in a warning; of sharded weights only a :class:`hf_reram.ReRAMTrainer` looks, before it trains.
 
     Raises:
         ValueError: the model is not patched.
         NotImplementedError: ZeRO 3 has taken the weights apart.
     """
-    for layer in patched_layers(model).values():
-        if layer.weight.requires_grad:
-            _clamp_to_scale(layer)
+    trained = [layer for layer in patched_layers(model).values() if layer.weight.requires_grad]
+    warn_clipped(layer for layer in trained if not layer.is_held and not is_shard(layer.weight))
+    for layer in trained:
+        _clamp_to_scale(layer)
+    for layer in trained:  # after all, which may share their weights
+        layer.note_held()
 
 
 def _clamp_to_scale(layer: CrossbarLayer) -> None:

@@ -1,6 +1,7 @@
 """The part of a Trainer that trains a model on simulated ReRAM crossbars."""
 
 import copy
+import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -26,7 +27,7 @@ from ..model.reconfigure import reconfigure, watch
 from ..model.select import lies_as
 from ..nn.clipping import clipped_beyond_choice, warn_clipped
 from .callbacks import HoldWeights, NameUncalled
-from .checkpoints import last_checkpoint, set_incomplete_aside
+from .checkpoints import last_checkpoint, read_configs, set_incomplete_aside
 from .diagnosis import explain
 from .distillation import check_temperature, divergence
 from .following import clamped_shares
@@ -36,6 +37,9 @@ logger = logging.get_logger(__name__)
 
 # Of Trainer, beside which the mixin stands.
 Base: Any = object
+
+# What the log has beside the loss: sums over steps and processes, and what they are divided by.
+LOGGED = ("task_loss", "retention_loss", "noise_to_signal")
 
 # Share of a layer's inputs beyond its range from which on there is a warning.
 MUCH_CLAMPED = 0.05
@@ -68,8 +72,7 @@ class TrainingMixin(Base):
         self.calibration_dataset, self.freeze_batch_norm = calibration_dataset, freeze_batch_norm
         self.follow_training = follow_training
         self._sums: dict[str, Tensor] = {}
-        self._logged_step = 0
-        self._looked_at_loss = self._told_of_clamped = self._joined = False
+        self._looked_at_loss = self._told_of_clamped = self._joined = self._guided = False
         super().__init__(*args, **kwargs)
         if teacher is not None:
             _refuse_shared(teacher, self.model)
@@ -82,6 +85,7 @@ class TrainingMixin(Base):
         self._prepare_crossbars(self.model)
         if teacher is not None:
             self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
+            self.teacher.register_forward_pre_hook(self._note_guide)
         if self.label_names and self.teacher is not None:
             self.can_return_loss = True
         self.add_callback(HoldWeights(self))
@@ -111,10 +115,18 @@ class TrainingMixin(Base):
         self.reram_config = state.config
         if self._handed_config is not None:
             watch(self._handed_config, model)
+        self._settle_crossbars(model, any(part.term == "sensitivity" for part in crossbar_states(model)))
+
+    def calibrate_rewritten(self) -> None:
+        """Calibrate anew where something has written other weights since the model was prepared, as
+        ``load_state_dict`` may: they would be cut to what the cells hold."""
+        self._settle_crossbars(self.model, False)
+
+    def _settle_crossbars(self, model: nn.Module, needs_sensitivity: bool) -> None:
+        """Calibrate where there is need to, and name layers where there are no data to do it with."""
         layers = crossbar_layers(model).values()
         warn_clipped(layers)
         calibrated = all(layer.calibrated for layer in layers) and not clipped_beyond_choice(layers)
-        needs_sensitivity = any(part.term == "sensitivity" for part in crossbar_states(model))
         if calibrated and not needs_sensitivity:
             return
         batches = self._calibration_batches()
@@ -139,6 +151,11 @@ class TrainingMixin(Base):
         dataset = self.calibration_data()
         if dataset is None:
             return None
+        if self.calibration_dataset is None and isinstance(dataset, Iterable) and iter(dataset) is iter(dataset):
+            raise ValueError(
+                f"train_dataset is a {type(dataset).__name__} that can be read once, so that what calibration reads "
+                "would be lost to the training: give calibration_dataset=, or one whose __iter__ begins anew"
+            )
         # Not get_train_dataloader: every process must see the same batches, and training none of them consumed.
         shuffle = has_length(dataset) and not isinstance(dataset, IterableDataset)
         loader = DataLoader(
@@ -172,18 +189,31 @@ class TrainingMixin(Base):
             self._refuse_other_hardware(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _refuse_other_hardware(self, checkpoint: str | bool) -> None:
-        folder = last_checkpoint(self.args.output_dir or ".") if checkpoint is True else checkpoint
-        file = Path(folder or ".") / "config.json"
+    def checkpoint_configs(self, folder: str | os.PathLike) -> list[ReRAMConfig]:
+        """Configs that a checkpoint was trained with, of each part of the model that was patched by itself; none where
+        nothing tells.
+
+        Raises:
+            ValueError: a file of it holds something else.
+        """
+        if (configs := read_configs(folder)) is not None:
+            return configs
+        file = Path(folder) / "config.json"
         data = read_json(file) if file.exists() else {}
         stored = data.get("quantization_config") if isinstance(data, dict) else None
         if not isinstance(stored, dict) or stored.get("quant_method") != ReRAMConfig.quant_method:
+            return []
+        return [ReRAMConfig.from_dict(stored)]
+
+    def _refuse_other_hardware(self, checkpoint: str | bool) -> None:
+        folder = last_checkpoint(self.args.output_dir or ".") if checkpoint is True else checkpoint
+        before = self.checkpoint_configs(str(folder)) if folder else []
+        if len(before) == 1 and lies_as(self.model, before[0], stored=True):
             return
-        config = ReRAMConfig.from_dict(stored)
-        if lies_as(self.model, config, stored=True):
-            return
-        before, now = config.hardware(), crossbar_state(self.model).config.hardware()
-        if other := [name for name in now if before[name] != now[name]]:
+        now = [state.config.hardware() for state in crossbar_states(self.model)]
+        pairs = [(config.hardware(), own) for config, own in zip(before, now)]
+        other = sorted({name for one, two in pairs for name in two if one[name] != two[name]})
+        if other:
             raise ValueError(
                 f"{folder} was calibrated with another {', '.join(other)}: resume with the same ReRAMConfig, or start "
                 "from its weights with hf_reram.patch_model and calibrate"
@@ -192,9 +222,14 @@ class TrainingMixin(Base):
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         kept = dict(inputs)
         overridden = type(self).compute_loss is not TrainingMixin.compute_loss
-        self._joined = False
+        self._joined = self._guided = False
         with self._sampled_drift() if overridden else nullcontext():
             loss = super().training_step(model, inputs, num_items_in_batch)
+        if overridden and self.teacher is not None and not self._guided:
+            raise RuntimeError(
+                f"{type(self).__name__}.compute_loss neither calls super().compute_loss nor self.teacher, so that "
+                "teacher= teaches nothing: call one of them"
+            )
         if overridden and not self._joined and self._left_terms():
             raise RuntimeError(
                 f"{type(self).__name__}.compute_loss calls neither super().compute_loss nor "
@@ -209,6 +244,12 @@ class TrainingMixin(Base):
             why = "" if several else ": " + self._why(kept)  # to run the model again, all would have to
             raise FloatingPointError(f"the loss of step {self.state.global_step + 1} is {float(loss)}{why}")
         return loss
+
+    def compute_loss_context_manager(self) -> Any:
+        """As ``Trainer``'s, around whatever ``compute_loss`` there is, with batch norm frozen where that is wanted."""
+        if self.freeze_batch_norm:
+            freeze_batch_norm(self.model)  # which model.train() has just ended
+        return super().compute_loss_context_manager()
 
     def _left_terms(self) -> bool:
         """Whether the step's forwards hold a retention loss that was not taken."""
@@ -238,8 +279,6 @@ class TrainingMixin(Base):
         """The task loss, and in training the teacher's divergence and the retention loss, as the config says."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self.freeze_batch_norm:
-            freeze_batch_norm(self.model)
         if num_items_in_batch is not None and self.model_accepts_loss_kwargs and not self._looked_at_loss:
             self._look_at_loss(model, inputs, num_items_in_batch)
         state = crossbar_state(self.model)
@@ -264,12 +303,11 @@ class TrainingMixin(Base):
             weight = state.config.retention_weight * share
             loss, retention = task_loss + weight * retention, retention.detach()
         ratios = measured_ratios(self.model)
-        self._count("task_loss", task_loss.detach().float() / (1 if scaled else steps))
+        self._count("task_loss", task_loss.detach() / (1 if scaled else steps), 1 / steps)
         if retention is not None:
-            self._count("retention_loss", retention.float() / steps)
+            self._count("retention_loss", retention / steps, 1 / steps)
         if ratios:
-            mean = torch.stack(list(ratios.values())).mean().to(self.args.device)
-            mean = torch.stack((mean, torch.ones_like(mean)))
+            mean = torch.stack(list(ratios.values())).mean()
             self._count("noise_to_signal", mean)
             if retention is None:
                 self._count("retention_loss", mean)
@@ -306,6 +344,9 @@ class TrainingMixin(Base):
         guided = self._ga_mean(divergence(outputs, guide, heat, model=model), num_items_in_batch)
         return (1 - self.teacher_weight) * loss + self.teacher_weight * guided, outputs
 
+    def _note_guide(self, *_) -> None:
+        self._guided = True
+
     def _without_labels(self, inputs: dict) -> dict:
         return {key: value for key, value in inputs.items() if key not in self.label_names}
 
@@ -329,17 +370,19 @@ class TrainingMixin(Base):
         every = every if self.args.logging_strategy == IntervalStrategy.STEPS else min(every, 10)
         return (self.state.global_step + 1) % every == 0 or self.state.global_step == 0
 
-    def _count(self, name: str, value: Tensor) -> None:
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
+    def _count(self, name: str, value: Tensor, weight: float = 1.0) -> None:
+        value = value.to(self.args.device, torch.float32)
+        pair = torch.stack((value, torch.full_like(value, weight)))
+        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        if "loss" in logs and self._sums:
-            steps = max(self.state.global_step - self._logged_step, 1)
-            for name, total in self._sums.items():
-                total = self.accelerator.reduce(total, reduction="mean")
-                logs[name] = float(total[0] / total[1]) if total.dim() else float(total) / steps
+        if "loss" in logs:
+            nothing = torch.zeros(2, device=self.args.device)  # of a process that has called no crossbar
+            sums = torch.stack([self._sums.get(name, nothing) for name in LOGGED])
+            for name, (total, weight) in zip(LOGGED, self.accelerator.reduce(sums).tolist()):
+                if weight:
+                    logs[name] = total / weight
             self._sums.clear()
-            self._logged_step = self.state.global_step
             self._log_clamped(logs)
         super().log(logs, *args, **kwargs)
 

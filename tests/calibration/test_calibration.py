@@ -436,4 +436,4 @@ def test_noise_has_the_power_of_the_devices_error(mean, seconds):
         with deploy(model, seconds, seed=seed):
             ideal = torch.minimum(layer.weight.abs(), layer.held_scale()) * layer.weight.sign()
             power.append(float(((layer.chip.weight - ideal) / layer.held_scale()).square().mean()))
-    assert layer.white_noise_std() ** 2 == pytest.approx(sum(power) / len(power), rel=0.03)
+    assert float(layer.white_noise_std()) ** 2 == pytest.approx(sum(power) / len(power), rel=0.03)

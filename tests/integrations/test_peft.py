@@ -305,6 +305,26 @@ def test_a_digital_model_with_adapters_is_saved_as_by_peft(digital_base, tmp_pat
     assert not (tmp_path / "adapter" / "crossbars.safetensors").exists()
 
 
+@pytest.mark.parametrize("older", [False, True])
+def test_adapters_are_not_resumed_on_other_hardware(digital_base, tmp_path, older):
+    """A checkpoint of adapters has no config.json."""
+    batch = bert_batch(16)
+    data = [{key: value[i] for key, value in batch.items()} for i in range(16)]
+    for device in ("hfox-neurram", "cmo-hfox-ibm"):
+        model = with_lora(digital_base)
+        args = TrainingArguments(
+            tmp_path / "out", max_steps=2, save_steps=1, use_cpu=True, report_to=[], disable_tqdm=True
+        )
+        trainer = ReRAMTrainer(model, args, train_dataset=data, reram_config=ReRAMConfig(device=device))
+        if device == "hfox-neurram":
+            trainer.train()
+            assert not (tmp_path / "out" / "checkpoint-1" / "config.json").exists()
+    if older:
+        (tmp_path / "out" / "checkpoint-1" / "hf_reram.json").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-1 was calibrated with another device"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+
+
 def test_a_foreign_file_beside_adapters_is_a_clear_error(digital_base, tmp_path):
     model = get_peft_model(BertForSequenceClassification.from_pretrained(digital_base), LoraConfig())
     model.save_pretrained(tmp_path / "adapter")

@@ -16,6 +16,7 @@ from hf_reram import (
     crossbar_layers,
     deploy,
     evaluate_robustness,
+    hold_weights,
     inspect_layers,
     patch_model,
 )
@@ -126,6 +127,32 @@ def test_a_state_dict_of_other_weights_is_named(said):
     model.load_state_dict({k: 30 * v for k, v in other.items() if k.endswith("weight")}, strict=False)
     call(model)
     assert set(said()) == set(crossbar_layers(model))
+
+
+def test_weights_that_a_loop_of_ones_own_loads_are_named_before_they_are_cut(said):
+    """Not those that its steps move beyond their range."""
+    model, other = patched(retention_loss="none").train(), tiny_bert().state_dict()
+    larger = {k: 3 * v for k, v in other.items() if k.endswith("weight")}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+
+    def step() -> dict[str, int]:
+        model(**bert_batch()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        hold_weights(model)
+        return said()
+
+    model.load_state_dict(larger, strict=False)
+    assert set(named := step()) == set(crossbar_layers(model)) and min(named.values()) > 40
+    assert step() == {}
+    with torch.no_grad():
+        for layer in crossbar_layers(model).values():
+            layer.weight.mul_(1.01)  # what was cut lies at the edge
+    hold_weights(model)
+    assert said() == {}
+    model.load_state_dict(larger, strict=False)
+    assert set(step()) == set(crossbar_layers(model))
+    assert step() == {}
 
 
 def test_a_state_dict_with_its_own_numbers_is_not(said):

@@ -111,6 +111,22 @@ def test_chips_need_no_new_graph():
     assert counter.frame_count == 1
 
 
+def test_new_powers_of_noise_need_no_new_graph():
+    """It is that of the weights as they are."""
+    model, batch = FewLayers().train(), bert_batch()
+    patch_model(model, ReRAMConfig(retention_loss="noise"))
+    calibrate(model, [batch])
+    counter = torch._dynamo.testing.CompileCounter()
+    call = torch.compile(model, fullgraph=True, backend=counter)
+    for size in (1.0, 0.3, 0.3):
+        with torch.no_grad():
+            for layer in crossbar_layers(model).values():
+                layer.weight *= size
+        with sampled_drift(model, seed=1):
+            torch.testing.assert_close(call(**batch).logits, model(**batch).logits, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1
+
+
 def test_new_seeds_need_no_new_graph():
     model, batch = FewLayers().train(), bert_batch()
     patch_model(model, ReRAMConfig(retention_loss="drift"))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hf_reram import ReRAMConfig, add_retention_loss, calibrate, deploy, patch_model, sampled_drift
-from hf_reram.nn.ops.functions import Quantize, ShrunkSinh
+from hf_reram.nn.ops.functions import OutputPower, Quantize, ShrunkSinh
 from tests.samples.devices import SILENT, device
 
 HALVES = [torch.float16, torch.bfloat16]
@@ -157,3 +157,14 @@ def test_weights_at_their_edge_keep_the_gradient_of_the_mean_shift(dtype, clip):
     alone = 2e3 * float(term) * weight.abs() / weight.square().sum()  # what of it the signal alone gives
     assert float(term) == pytest.approx((0.02 * math.log1p(86400)) ** 2, rel=0.02)
     assert float((grad.abs() / alone.clamp(min=float(alone.mean()))).max()) < 0.02
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_amounts_below_what_half_precision_holds_count_in_gradients_of_powers(dtype):
+    """As where GradScaler's 65536 is spread over many tokens; the products are of a size that it holds."""
+    y = torch.linspace(-300, 300, 64, dtype=dtype).view(8, 8).requires_grad_()
+    bias, keep = torch.ones(8, dtype=dtype), torch.tensor([1.0] * 6 + [0.0] * 2)
+    same, power = OutputPower.apply(y, bias, keep)
+    (0.0 * same.float().sum() + 1e-8 * power).backward()
+    wanted = 2e-8 * (y.detach().double() - 1) * keep[:, None]
+    assert float((y.grad.double() - wanted).norm() / wanted.norm()) < 0.02

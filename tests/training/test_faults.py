@@ -1,6 +1,7 @@
 """What is on disk, and what a resumption makes of it, after a kill or with a full disk; losses that are not finite."""
 
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from hf_reram import ReRAMConfig, ReRAMTrainer
-from hf_reram.training.checkpoints import MARK, last_checkpoint, set_incomplete_aside, staged
+from hf_reram.training.checkpoints import MARK, STAGING, last_checkpoint, set_incomplete_aside, staged
 from tests.samples.models import bert_batch
 
 
@@ -66,6 +67,23 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
             (Path(staging) / name).write_text("new")
     found = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
     assert found == {"weights": "new", "README.md": "a person's", "part/of": "new"}
+
+
+def test_a_persons_folder_of_the_stagings_name_stays(tmp_path):
+    (tmp_path / STAGING).mkdir()
+    (tmp_path / STAGING / "mine").write_text("a person's")
+    for _ in range(2):
+        with pytest.raises(OSError, match="full"), staged(tmp_path) as staging:
+            raise OSError("disk full")
+        with staged(tmp_path) as staging:
+            (Path(staging) / "weights").write_text("new")
+    (tmp_path / f"{STAGING}-1").mkdir()  # of a process that was killed
+    for name in (MARK, "weights"):
+        (tmp_path / f"{STAGING}-1" / name).write_text("old")
+    with staged(tmp_path) as staging:
+        assert os.listdir(staging) == [MARK]
+    found = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {f"{STAGING}/mine": "a person's", "weights": "new"}
 
 
 def test_only_what_carries_our_mark_is_set_aside_and_nothing_is_deleted(tmp_path):

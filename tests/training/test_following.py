@@ -10,11 +10,14 @@ from hf_reram import (
     ReRAMTrainer,
     calibrate,
     crossbar_layers,
+    evaluate_robustness,
     follow_training,
     hold_weights,
+    inspect_layers,
     patch_model,
     stop_following,
 )
+from hf_reram.calibration.sensitivity import measure_sensitivity
 from hf_reram.calibration.settle import calibrate as calibrate_again
 from hf_reram.nn.layer import BUFFERS
 from hf_reram.training.following import begin_following, clamped_shares, is_due
@@ -228,3 +231,53 @@ def test_sampled_drift_warms_up_in_proportion_to_the_steps(tmp_path, warmup, wan
         found.append(strengths)
     both = [strength for strength in wanted for _ in range(2)]
     assert found[0] == pytest.approx(both) and found[1] == pytest.approx(both[6:])
+
+
+MEASURES = {
+    "inspect": lambda model, x: inspect_layers(model, "1d", batches=[x]),
+    "sensitivity": lambda model, x: measure_sensitivity(model, [x]),
+    "evaluate": lambda model, x: evaluate_robustness(
+        model, lambda m: float(m.train()(x).sum()), ["1d"], seeds=1, progress=False
+    ),
+}
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_what_is_measured_between_a_forward_and_its_step_is_not_followed(measure):
+    """Inputs fifty times as large would take the range with them; a chip that is called in training mode, too."""
+    found = []
+    for measures in (False, True):
+        model, x = layer_in_training(adc_bits=6)
+        follow_training(model)
+        for _ in range(3):
+            model(x).square().mean().backward()
+            if measures:
+                with torch.no_grad():
+                    MEASURES[measure](model, 50 * x)
+                model.train()
+            follow_training(model)
+        found.append({name: getattr(model[0], name) for name in BUFFERS})
+    assert all(torch.equal(found[0][name], found[1][name]) for name in BUFFERS)
+
+
+@pytest.mark.parametrize("way", ["calibrate", "load"])
+def test_scales_that_are_set_during_a_training_are_those_of_their_weights(way):
+    """They are not multiplied once more by what the weights have grown."""
+    model, x = layer_in_training()
+    other, _ = layer_in_training()
+    with torch.no_grad():
+        other[0].weight.mul_(3)
+    calibrate_again(other, [x])
+    follow_training(model)
+    if way == "load":
+        model.load_state_dict(other.state_dict())
+    else:
+        with torch.no_grad():
+            model[0].weight.mul_(3)
+        calibrate_again(model, [x])
+    follow_training(model)
+    assert torch.equal(model[0].weight_scale, other[0].weight_scale)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    follow_training(model)
+    torch.testing.assert_close(model[0].weight_scale, 2 * other[0].weight_scale)

@@ -94,15 +94,31 @@ def test_bad_strengths_are_named(tiny_bert, bad):
 
 
 def test_white_noise_has_the_power_of_the_drift():
+    """Also once the weights are others."""
     model = nn.Sequential(nn.Linear(64, 40, bias=False)).train()
     patch_model(model, ReRAMConfig(weight_clip=2.5, retention_loss="noise", range_shrink=1.0))
     eye = torch.eye(64)
     with torch.no_grad():
-        power = {}
-        for kind in ("drift", "noise"):
-            with sampled_drift(model, kind):
-                power[kind] = torch.stack([model(eye) for _ in range(300)]).var(0).mean()
-    assert float(power["noise"] / power["drift"]) == pytest.approx(1, rel=0.03)
+        for size in (1.0, 0.3):
+            model[0].weight *= size
+            power = {}
+            for kind in ("drift", "noise"):
+                with sampled_drift(model, kind):
+                    power[kind] = torch.stack([model(eye) for _ in range(300)]).var(0).mean()
+            assert float(power["noise"] / power["drift"]) == pytest.approx(1, rel=0.03)
+
+
+@pytest.mark.parametrize("kind", [lambda: nn.Linear(300, 1000), lambda: nn.Conv2d(64, 128, 5)])
+def test_a_part_of_many_weights_tells_the_power_of_noise(monkeypatch, kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(kind())
+    with torch.no_grad():
+        model[0].weight *= torch.rand(len(model[0].weight)).view(-1, *[1] * (model[0].weight.dim() - 1))
+    patch_model(model, ReRAMConfig(retention_loss="noise"))
+    found = float(model[0].white_noise_std())
+    monkeypatch.setattr("hf_reram.nn.array.MEASURED", model[0].weight.numel())
+    model[0].forget_white_noise()
+    assert found != float(model[0].white_noise_std()) == pytest.approx(found, rel=0.01)
 
 
 def grads_of(model, step):

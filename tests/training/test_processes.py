@@ -55,3 +55,18 @@ def test_frozen_batch_norm_stays_on_two_processes_too(python, tmp_path):
                 assert torch.equal(value, rank["before"][name]), name
         for name in ("first.weight", "norm.weight", "last.weight"):
             assert not torch.equal(rank["after"][name], rank["before"][name]), name
+
+
+@pytest.mark.parametrize(("loss", "way"), [("drift", "skipped"), ("output", "skipped"), ("output", "frozen")])
+def test_a_process_without_crossbars_takes_part_in_the_log(python, tmp_path, loss, way):
+    """Means are over the processes that have something to say; and nothing is followed where all is frozen."""
+    out = str(tmp_path / "logs")
+    ranks = loaded(out, *python.run_two("-m", "tests.training.uncalled_script", out, loss, way))
+    for step in range(2):
+        one, two = (rank[step] for rank in ranks)
+        for name in ("task_loss", "retention_loss", "noise_to_signal"):
+            assert one[name] == two[name] > 0
+        total = one["task_loss"] + (0.3 * one["retention_loss"] if loss == "output" else 0)
+        assert one["loss"] == pytest.approx(total, rel=1e-3)
+        same = 0.1 if way == "frozen" and loss == "output" else 1e-4  # a ratio of means, a mean of ratios
+        assert one["retention_loss"] == pytest.approx(one["noise_to_signal"], rel=same)

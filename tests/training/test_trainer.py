@@ -6,6 +6,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from torch.distributions import Bernoulli, Categorical, kl_divergence
+from torch.utils.data import IterableDataset
 from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
@@ -14,6 +15,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_reram import (
     ReRAMConfig,
@@ -28,6 +30,7 @@ from hf_reram import (
     report_of,
 )
 from hf_reram.config import RETENTION_LOSSES
+from hf_reram.training.checkpoints import CONFIGS
 from tests.samples import models
 from tests.samples.models import bert_batch
 
@@ -130,6 +133,19 @@ def test_resuming_gives_the_losses_of_an_uninterrupted_run(tmp_path):
     for key in ("loss", "task_loss", "retention_loss"):
         one, two = ([e[key] for e in t.state.log_history if "loss" in e] for t in (whole, again))
         assert two[3:] == pytest.approx(one[3:], rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"save_strategy": "steps", "save_steps": 8}, {"save_strategy": "epoch"}])
+def test_resuming_gives_the_weights_of_an_uninterrupted_run(tmp_path, options):
+    """Bit for bit, and so the numbers that follow the weights, also from the end of an epoch."""
+    options = {"max_steps": -1, "num_train_epochs": 4, "learning_rate": 5e-3, "logging_steps": 8, **options}
+    found = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-16")):
+        trainer = trainer_of(tmp_path, ReRAMConfig(), arguments_=options, data=examples(64))
+        trainer.train(resume_from_checkpoint=checkpoint)
+        found.append(trainer.model.state_dict())
+        assert all("clamped" in log for log in trainer.state.log_history if "loss" in log)  # at the steps of saving
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_a_finished_training_that_is_resumed_keeps_its_weights(tmp_path):
@@ -340,6 +356,53 @@ def test_a_compute_loss_may_add_the_retention_loss_itself(tmp_path):
     torch.testing.assert_close(trained(tmp_path, AddedLoss, "output"), trained(tmp_path, ReRAMTrainer, "output"))
 
 
+class GuidedLoss(ReRAMTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs, guide = model(**inputs), self.teacher(**inputs)
+        return nn.functional.mse_loss(outputs.logits, guide.logits)
+
+
+@pytest.mark.parametrize("kind", [OwnLoss, GuidedLoss])
+def test_a_teacher_whom_a_compute_loss_does_not_ask_is_refused(tmp_path, kind):
+    config = ReRAMConfig(retention_loss="none")
+    trainer = kind(
+        fresh_bert(), arguments(tmp_path), train_dataset=examples(), reram_config=config, teacher=fresh_bert(1)
+    )
+    if kind is GuidedLoss:
+        trainer.train()
+        return
+    with pytest.raises(RuntimeError, match=r"OwnLoss\.compute_loss .* so that teacher= teaches nothing"):
+        trainer.train()
+
+
+class Once(IterableDataset):
+    """As a socket is one."""
+
+    def __init__(self, rows):
+        self.rows = iter(rows)
+
+    def __iter__(self):
+        return self.rows
+
+
+def test_data_that_can_be_read_once_are_not_lost_to_calibration(tmp_path):
+    with pytest.raises(ValueError, match=r"train_dataset is a Once that can be read once.* give calibration_dataset="):
+        trainer_of(tmp_path, data=Once(examples()))
+    trainer = trainer_of(tmp_path, data=Once(examples()), calibration_dataset=Once(examples()))
+    trainer.train()
+    assert trainer.state.global_step == 4
+
+
+def test_weights_that_are_loaded_before_the_training_are_calibrated_for(tmp_path):
+    trainer = trainer_of(tmp_path, arguments_={"learning_rate": 0.0})
+    weights = {k: 3 * v if v.dim() == 2 else v for k, v in models.tiny_bert(num_hidden_layers=1).state_dict().items()}
+    trainer.model.load_state_dict(weights, strict=False)
+    before = trainer.model.classifier.weight.clone()
+    trainer.train()
+    cut = (trainer.model.classifier.weight != before).float().mean()
+    assert cut < 0.2  # about what a calibration clips by choice; more than half lay beyond
+
+
 def test_each_trial_has_the_config_that_it_patches_with(tmp_path):
     weights = iter([0.1, 0.2])
 
@@ -426,12 +489,23 @@ def test_resuming_with_the_same_layers_in_other_words(tmp_path):
     trainer_of(tmp_path, words, arguments_=saved).train(resume_from_checkpoint=True)
 
 
-def test_resuming_on_other_hardware_is_refused(tmp_path):
+@pytest.mark.parametrize("missing", ["config.json", CONFIGS])
+def test_resuming_on_other_hardware_is_refused(tmp_path, missing):
+    """Also from shards (FSDP2), which have no config.json, and from what older versions saved."""
     saved = {"save_strategy": "steps", "save_steps": 2}
     trainer_of(tmp_path, arguments_=saved).train()
+    (tmp_path / "checkpoint-4" / missing).unlink()
     other = trainer_of(tmp_path, ReRAMConfig(retention_loss="output", weight_clip=None), arguments_=saved)
     with pytest.raises(ValueError, match="calibrated with another weight_clip: resume with the same ReRAMConfig"):
         other.train(resume_from_checkpoint=True)
+    trainer_of(tmp_path, ReRAMConfig(retention_loss="drift"), arguments_=saved).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", "[{}", '[{"device": "none"}]'])
+def test_what_a_checkpoint_says_of_its_hardware_is_checked(tmp_path, text):
+    (tmp_path / CONFIGS).write_text(text)
+    with pytest.raises(ValueError, match=r"hf_reram.json|device"):
+        trainer_of(tmp_path).train(resume_from_checkpoint=str(tmp_path))
 
 
 def test_labels_that_are_all_ignored_say_nothing_of_a_models_loss(tmp_path):
@@ -443,7 +517,8 @@ def test_labels_that_are_all_ignored_say_nothing_of_a_models_loss(tmp_path):
     assert not trainer._looked_at_loss and trainer.model.training
 
 
-def test_frozen_batch_norm_stays_so_with_accumulated_batches(tmp_path):
+@pytest.mark.parametrize("kind", [ReRAMTrainer, OwnLoss])
+def test_frozen_batch_norm_stays_so_with_accumulated_batches(tmp_path, kind):
     class Normed(nn.Module):
         def __init__(self):
             super().__init__()
@@ -451,10 +526,10 @@ def test_frozen_batch_norm_stays_so_with_accumulated_batches(tmp_path):
 
         def forward(self, x, labels=None, **kwargs):
             logits = self.last(self.norm(self.first(x)))
-            return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+            return SequenceClassifierOutput(loss=nn.functional.cross_entropy(logits, labels), logits=logits)
 
     data = [{"x": torch.randn(6), "labels": torch.tensor(i % 3)} for i in range(32)]
-    trainer = ReRAMTrainer(
+    trainer = kind(
         Normed(),
         arguments(tmp_path, gradient_accumulation_steps=2, max_steps=2),
         train_dataset=data,

@@ -314,7 +314,7 @@ def _with_power(
     shape = (-1, *amount.shape) if amount.dim() else y.shape
     rows, grads = y.reshape(shape), grad.reshape(shape)
     if not cpu.takes(rows, grads):
-        return (grads + reference.power_gradient(amount, rows, bias, keep)).view(grad.shape)
+        return (grads + reference.power_gradient(amount, rows, bias, keep)).to(grad.dtype).view(grad.shape)
     out = grads if in_place else torch.empty_like(grads)
     return cpu.add_power_gradient(grads, amount, rows, bias, keep, out).view(grad.shape)
 

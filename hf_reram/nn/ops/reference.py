@@ -308,10 +308,12 @@ def total_power(y: Tensor, bias: Tensor | None, keep: Tensor | None) -> Tensor:
 
 
 def power_gradient(amount: Tensor, y: Tensor, bias: Tensor | None, keep: Tensor | None) -> Tensor:
-    """``2 · amount · k · (y - bias)``, the gradient of both powers."""
-    signal = y if bias is None else y - bias.to(y.dtype)
-    result = signal * (2 * amount).to(y.dtype)
-    return result if keep is None else result * rows_like(keep, y)
+    """``2 · amount · k · (y - bias)``, the gradient of both powers; of float16 in float32, since an amount, of which
+    there is one for many elements, may lie below what float16 holds although its products do not."""
+    wide = y.float() if y.dtype == torch.float16 else y
+    signal = wide if bias is None else wide - bias.to(wide.dtype)
+    result = signal * (2 * amount).to(wide.dtype)
+    return result if keep is None else result * rows_like(keep, result)
 
 
 def rows_like(keep: Tensor, like: Tensor) -> Tensor:
