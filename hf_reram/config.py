@@ -126,7 +126,6 @@ class ReRAMConfig(QuantizationConfigMixin):
     def __post_init__(self, learn_input_range: bool | None):
         for f in fields(self):
             refuse_deep(f"ReRAMConfig.{f.name}", getattr(self, f.name))
-            setattr(self, f.name, plain(getattr(self, f.name)))
         if isinstance(self.device, str):
             self.device = DeviceConfig.from_preset(self.device)
         elif not isinstance(self.device, DeviceConfig):
@@ -164,6 +163,7 @@ class ReRAMConfig(QuantizationConfigMixin):
     # Changes
 
     def __setattr__(self, name: str, value: Any) -> None:
+        value = plain(value)
         told = self.__dict__.get("_told")
         new = name in self.__dataclass_fields__ and bool(told) and value != getattr(self, name)
         if new and sum(state.hear(self, name, value) for state in list(told or ())):  # all of them

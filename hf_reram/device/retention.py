@@ -11,7 +11,7 @@ import warnings
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .checks import number, numbers, plain, polynomial, refuse_deep, shown
+from .checks import flag, number, numbers, polynomial, refuse_deep, shown
 
 LONGEST = 1e30  # s; equivalent times beyond are taken as this
 BOLTZMANN = 8.617333262e-5  # eV/K, CODATA 2018
@@ -73,8 +73,7 @@ class TableRetention:
             rows = tuple(polynomial("retention", name, row) for row in table)
             width = max(len(row) for row in rows)
             object.__setattr__(self, name, tuple(row + (0.0,) * (width - len(row)) for row in rows))
-        if not isinstance(self.extrapolate, bool):
-            raise ValueError(f"retention.extrapolate={shown(self.extrapolate)}: allowed is true or false")
+        object.__setattr__(self, "extrapolate", flag("retention", "extrapolate", self.extrapolate))
 
     def holds_at(self, time: float) -> bool:
         """Whether ``time`` lies past the last fit, so that the last value is held."""
@@ -163,8 +162,7 @@ class GenericRetention:
     saturates: bool = True
 
     def __post_init__(self):
-        if not isinstance(plain(self.saturates), bool):
-            raise ValueError(f"retention.saturates={shown(self.saturates)}: allowed is True or False")
+        object.__setattr__(self, "saturates", flag("retention", "saturates", self.saturates))
         for field in fields(self)[:-1]:
             exclusive = field.name == "tau"
             value = number("retention", field.name, getattr(self, field.name), 0, exclusive)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from ..device.checks import is_finite, shown
+from ..device.checks import is_finite, plain, shown
 
 
 class Kind(NamedTuple):
@@ -69,9 +69,9 @@ OBJECT = Kind("an object", lambda value: isinstance(value, Mapping), dict)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 COUNT = Kind("an integer of at least 0", lambda value: _whole(value) and value >= 0)
 SEED = Kind("an integer", _whole)
-NUMBER = Kind("a finite number", is_finite)
-TIME = Kind("a number of seconds from 0 to 1e30", lambda value: is_finite(value) and 0 <= value <= 1e30)
-HEAT = optional(Kind("a number of kelvins above 0", lambda value: is_finite(value) and value > 0))
+NUMBER = Kind("a finite number", is_finite, plain)
+TIME = Kind("a number of seconds from 0 to 1e30", lambda value: is_finite(value) and 0 <= value <= 1e30, plain)
+HEAT = optional(Kind("a number of kelvins above 0", lambda value: is_finite(value) and value > 0, plain))
 NUMBERS = Kind(
     "an object of numbers",
     lambda value: _by_name(value, _metric),

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+from ..device.checks import plain
 from ..device.time import format_time, parse_time
 from ..model.deploy import deploy
 from .content import content_of
@@ -23,6 +24,7 @@ class EvaluationMixin(Base):
     reports."""
 
     def __init__(self, *args, eval_times: Sequence[str | float] = (), eval_chips: int = 3, **kwargs):
+        eval_chips = plain(eval_chips)
         if isinstance(eval_chips, bool) or not isinstance(eval_chips, int) or eval_chips < 1:
             raise ValueError(f"eval_chips={eval_chips!r}: allowed is an integer of at least 1")
         if isinstance(eval_times, str):
