@@ -53,8 +53,12 @@ def _by_name(value: Any, holds: Callable[[Any], bool]) -> bool:
 
 
 def _metric(value: Any) -> bool:
-    """NaN and infinity, which an evaluation may find, are null in JSON, or words of Python's own."""
-    return value is None or is_finite(value) or (isinstance(value, float) and not math.isfinite(value))
+    """NaN and infinity, which an evaluation may find, are null and texts in JSON, or words of Python's own."""
+    return value is None or value in ("inf", "-inf") or is_finite(value) or isinstance(value, float)
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value) if isinstance(value, str) else plain(value)
 
 
 def _whole(value: Any) -> bool:
@@ -75,5 +79,6 @@ HEAT = optional(Kind("a number of kelvins above 0", lambda value: is_finite(valu
 NUMBERS = Kind(
     "an object of numbers",
     lambda value: _by_name(value, _metric),
-    lambda value: {name: math.nan if number is None else number for name, number in value.items()},
+    lambda value: {name: _number(number) for name, number in value.items()},
 )
+METRICS = Kind("an object of at least one number", lambda value: NUMBERS.holds(value) and bool(value), NUMBERS.read)
