@@ -4,16 +4,20 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+from transformers.utils import logging
+
 from ..device.checks import plain
 from ..device.time import format_time, parse_time
 from ..model.deploy import deploy
 from .content import content_of
 from .precision import restored
-from .report import RobustnessReport
+from .report import RobustnessReport, Statistic
 from .robustness import DEFAULT_TIMES, evaluate_robustness
 
 if TYPE_CHECKING:
     from transformers.trainer_utils import EvalLoopOutput
+
+logger = logging.get_logger(__name__)
 
 # Of Trainer, beside which the mixin stands.
 Base: Any = object
@@ -29,7 +33,7 @@ class EvaluationMixin(Base):
             raise ValueError(f"eval_chips={eval_chips!r}: allowed is an integer of at least 1")
         if isinstance(eval_times, str):
             eval_times = [eval_times]
-        self.eval_times, self.eval_chips = [parse_time(t) for t in eval_times], eval_chips
+        self.eval_times, self.eval_chips = list(dict.fromkeys(parse_time(t) for t in eval_times)), eval_chips
         super().__init__(*args, **kwargs)
 
     def evaluation_loop(
@@ -50,8 +54,16 @@ class EvaluationMixin(Base):
                 with deploy(self.model, time, seed=seed):
                     one = measure(dataloader, description, prediction_loss_only, ignore_keys, prefix)
                 chips.append(_numbers_of(one.metrics, prefix))
-            for name in chips[0]:
-                metrics[name] = sum(chip[name] for chip in chips) / len(chips)
+            for name in dict.fromkeys(name for chip in chips for name in chip):
+                found = Statistic.of(chip[name] for chip in chips if name in chip)
+                metrics[name] = found.mean
+                if found.chips < len(chips):
+                    logger.warning(
+                        "%s is not finite or missing on %d of %d chips: its mean is over the others",
+                        name,
+                        len(chips) - found.chips,
+                        len(chips),
+                    )
         return output
 
     def _uncast(self, measure: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,8 +89,8 @@ class EvaluationMixin(Base):
         """The model as chips over time, on ``eval_dataset``; see :func:`hf_reram.evaluate_robustness`.
 
         Args:
-            eval_dataset: None takes the trainer's; of a dict of data sets each metric has the data set's name before
-                it, as in ``Trainer.evaluate``.
+            eval_dataset: None takes the trainer's; of a dict (or ``DatasetDict``) of data sets each metric has the data
+                set's name before it, as in ``Trainer.evaluate``.
             metrics: which of the metrics to keep, with or without the prefix "eval_"; None keeps all.
             kwargs: of :func:`hf_reram.evaluate_robustness`; the ``key`` of a ``resume`` file is made of the data sets'
                 content where none is given. Several processes evaluate each chip together.
@@ -95,7 +107,7 @@ class EvaluationMixin(Base):
                 )
             kwargs["together"] = True
         datasets = self.eval_dataset if eval_dataset is None else eval_dataset
-        several = isinstance(datasets, dict) and not hasattr(datasets, "column_names")
+        several = isinstance(datasets, dict)  # as Trainer.evaluate says, a DatasetDict among them
         parts = {f"{name}_": part for name, part in datasets.items()} if several else {"": eval_dataset}
         loaders = {name: self.get_eval_dataloader(part) for name, part in parts.items()}
         measure = self._uncast(super().evaluation_loop)
