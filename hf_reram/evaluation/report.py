@@ -74,6 +74,7 @@ class RobustnessReport:
         weights: :func:`hf_reram.model.digest.weights_digest` of the model that was measured.
         uncalled: crossbar layers that did not run in some of the evaluations: they were no chip.
         about: what the model card says beside numbers, see :class:`hf_reram.hub.about.About`.
+        model_config: :func:`hf_reram.model.digest.settings_of` that model; empty in reports of older versions.
 
     Raises:
         ValueError: a chip was measured twice at the same time and temperature.
@@ -88,6 +89,7 @@ class RobustnessReport:
     weights: str = ""
     about: dict[str, Any] = field(default_factory=dict)
     uncalled: list[str] = field(default_factory=list)
+    model_config: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         count = Counter((m.time, m.temperature, m.seed) for m in self.measurements)
@@ -292,4 +294,4 @@ FIELDS = {
     "summary": TEXT,
     "notes": TEXTS,
 }
-OPTIONAL = {"weights": TEXT, "about": OBJECT, "uncalled": TEXTS}
+OPTIONAL = {"weights": TEXT, "about": OBJECT, "uncalled": TEXTS, "model_config": OBJECT}

@@ -19,7 +19,7 @@ from ..device.seeds import checked_seed, derived_seed
 from ..device.temperature import parse_temperature
 from ..device.time import parse_time
 from ..model.deploy import deploy, digital, refuse_modes, uncalibrated
-from ..model.digest import model_digest, weights_digest
+from ..model.digest import model_digest, settings_of, weights_digest
 from ..model.find import crossbar_layers, crossbar_states, replaced, reset_calls, uncalled
 from ..model.inputs import evaluating, forked_rng
 from ..model.sharding import of_each, of_first, processes, talks
@@ -59,7 +59,8 @@ def evaluate_robustness(
             read noise the same in every evaluation, whatever else is evaluated beside it.
         references: also evaluate the digital model and the ideal crossbar (I-V curve and converters, nothing else).
         progress: show a progress bar.
-        resume: a file that keeps each finished run; those of the same weights, config and ``key`` are not run again.
+        resume: a file that keeps each finished run; those of the same weights, configs (the model's own too) and
+            ``key`` are not run again.
         key: what ``evaluate`` depends on beside the model, such as its data set, split, samples and seed: any JSON
             value. Nothing else tells ``resume`` whether it is the same evaluation.
         share_chips: with several processes, each runs its share of the chips, and all get the whole report;
@@ -143,6 +144,7 @@ def evaluate_robustness(
         summary=str(summarize(model)),
         notes=_notes(model, seconds, kelvins),
         weights=weights,
+        model_config=settings_of(model),
         uncalled=[name for name in [*crossbar_layers(model), *replaced(model)] if name in silent],
     )
     if differs:

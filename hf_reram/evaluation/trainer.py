@@ -1,6 +1,6 @@
 """The part of a Trainer that evaluates a model as chips."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ from transformers.utils import logging
 from ..device.checks import plain
 from ..device.time import format_time, parse_time
 from ..model.deploy import deploy
-from .content import content_of
+from .content import content_of, part_of
 from .precision import restored
 from .report import RobustnessReport, Statistic
 from .robustness import DEFAULT_TIMES, evaluate_robustness
@@ -18,6 +18,34 @@ if TYPE_CHECKING:
     from transformers.trainer_utils import EvalLoopOutput
 
 logger = logging.get_logger(__name__)
+
+# What an evaluation depends on of a Trainer, and of its arguments.
+PARTS = (
+    "compute_metrics",
+    "preprocess_logits_for_metrics",
+    "data_collator",
+    "compute_loss_func",
+    "processing_class",
+    "label_names",
+    "_gen_kwargs",
+)
+ARGUMENTS = (
+    "eval_batch_size",
+    "bf16_full_eval",
+    "fp16_full_eval",
+    "tf32",
+    "label_smoothing_factor",
+    "prediction_loss_only",
+    "include_for_metrics",
+    "batch_eval_metrics",
+    "eval_do_concat_batches",
+    "remove_unused_columns",
+    "dataloader_drop_last",
+    "train_sampling_strategy",
+    "length_column_name",
+    "use_liger_kernel",
+    "predict_with_generate",
+)
 
 # Of Trainer, beside which the mixin stands.
 Base: Any = object
@@ -77,6 +105,19 @@ class EvaluationMixin(Base):
 
         return measured
 
+    def _evaluation_key(self, loaders: Mapping[str, Any], metrics: Sequence[str] | None) -> list[Any]:
+        """What figures depend on beside the model, as JSON values."""
+        parts = {name: part_of(name, getattr(self, name, None)) for name in PARTS}
+        parts["generation_config"] = part_of("generation_config", self.generation_settings())
+        return [
+            {name: content_of(loader.dataset) for name, loader in loaders.items()},
+            None if metrics is None else list(metrics),
+            {name: part_of(name, getattr(self.args, name, None)) for name in ARGUMENTS},
+            self.accelerator.mixed_precision,
+            part_of("trainer", type(self)),
+            parts,
+        ]
+
     def evaluate_robustness(
         self,
         times: Sequence[str | float] = DEFAULT_TIMES,
@@ -93,10 +134,12 @@ class EvaluationMixin(Base):
                 set's name before it, as in ``Trainer.evaluate``.
             metrics: which of the metrics to keep, with or without the prefix "eval_"; None keeps all.
             kwargs: of :func:`hf_reram.evaluate_robustness`; the ``key`` of a ``resume`` file is made of the data sets'
-                content where none is given. Several processes evaluate each chip together.
+                content, the trainer's functions (as ``compute_metrics``) and the arguments that an evaluation depends
+                on, where none is given. Several processes evaluate each chip together.
 
         Raises:
-            ValueError: ``metrics`` names one that the evaluation does not give, or ``share_chips`` with several
+            ValueError: ``metrics`` names one that the evaluation does not give, a ``resume`` file without ``key`` where
+                nothing tells one of the trainer's functions from another, or ``share_chips`` with several
                 processes, whose parts of the data would be gathered from different chips.
         """
         if self.args.world_size > 1:
@@ -113,8 +156,7 @@ class EvaluationMixin(Base):
         measure = self._uncast(super().evaluation_loop)
         self.prepare_generation()
         if kwargs.get("resume") is not None and kwargs.get("key") is None:
-            content = {name: content_of(loader.dataset) for name, loader in loaders.items()}
-            kwargs["key"] = [content, None if metrics is None else list(metrics), self.args.eval_batch_size]
+            kwargs["key"] = self._evaluation_key(loaders, metrics)
 
         def evaluate(model) -> dict[str, float]:
             found = {}

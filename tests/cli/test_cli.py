@@ -42,6 +42,29 @@ def test_eval_and_inspect_of_a_plain_checkpoint(tmp_path):
     assert len(json.loads(shown.stdout)["layers"]) == 3
 
 
+@pytest.mark.parametrize("change", ["processor", "labels"])
+def test_an_evaluation_with_another_preprocessing_or_config_is_another(tmp_path, change):
+    base = image_sample.save_model(tmp_path / "base")
+    image_sample.dataset(8).to_parquet(tmp_path / "images.parquet")
+    command = ["eval", str(tmp_path / "base"), "--dataset", str(tmp_path / "images.parquet"), "--chips", "1", "--json"]
+    command += ["--times", "1d", "--output", str(tmp_path / "out"), "--device", "cmo-hfox-ibm"]
+
+    def logs():
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 0, done.output
+        return len(list((tmp_path / "out").glob("chips-*.jsonl")))
+
+    assert (logs(), logs()) == (1, 1)  # the second one reads what the first has done
+    if change == "processor":  # the model sees other pixels
+        image_sample.ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.1] * 3).save_pretrained(
+            tmp_path / "base"
+        )
+    else:
+        base.config.id2label = {0: "d", 1: "c", 2: "b", 3: "a"}
+        base.config.save_pretrained(tmp_path / "base")
+    assert logs() == 2
+
+
 @pytest.mark.parametrize(
     "command",
     [

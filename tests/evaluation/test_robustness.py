@@ -157,6 +157,21 @@ def test_runs_of_another_evaluation_are_not_taken_over(model, tmp_path):
         evaluate_robustness(model, mean_square, key=object(), **options)
 
 
+def test_runs_of_another_config_of_the_model_are_not_taken_over(tiny_bert, tmp_path):
+    patch_model(tiny_bert, ReRAMConfig())
+    calibrate(tiny_bert, [bert_batch()])
+    options = {"times": ["1d"], "seeds": 1, "progress": False, "resume": tmp_path / "log.jsonl"}
+
+    def loss(model):
+        return float(model(**bert_batch()).loss.detach())
+
+    evaluate_robustness(tiny_bert, loss, **options)
+    evaluate_robustness(tiny_bert, lambda m: pytest.fail("not again"), **options)
+    tiny_bert.config.id2label = {0: "c", 1: "b", 2: "a"}
+    with pytest.raises(ValueError, match="another config"):
+        evaluate_robustness(tiny_bert, loss, **options)
+
+
 def test_one_metric_that_is_nan_is_shown_and_not_the_end(model, tmp_path, caplog):
     runs = []
 

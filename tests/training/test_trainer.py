@@ -1,5 +1,6 @@
 import copy
 import logging
+import threading
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from transformers import (
     EarlyStoppingCallback,
     TrainerCallback,
     TrainingArguments,
+    default_data_collator,
     set_seed,
 )
 
@@ -416,6 +418,59 @@ def test_a_resumed_evaluation_knows_its_data(tmp_path):
     assert trainer.evaluate_robustness(eval_dataset=examples(8), **options).measurements == first.measurements
     with pytest.raises(ValueError, match="another evaluation"):
         trainer.evaluate_robustness(eval_dataset=examples(16), **options)
+
+
+def ones(rows):
+    return {"input_ids": [[1] * 6 for _ in rows["input_ids"]], "labels": rows["labels"]}
+
+
+def twos(rows):
+    return {"input_ids": [[2] * 6 for _ in rows["input_ids"]], "labels": rows["labels"]}
+
+
+def cut(rows):
+    return {key: value[:, :3] if value.dim() > 1 else value for key, value in default_data_collator(rows).items()}
+
+
+class Smoothed(ReRAMTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        return (loss * 2, outputs) if return_outputs else loss * 2
+
+
+def test_a_resumed_evaluation_knows_what_it_evaluates_with(tmp_path):
+    """Of what changes a figure but no weight, each is another evaluation."""
+    model = patch_model(fresh_bert(), ReRAMConfig())
+    calibrate(model, [bert_batch()])
+    data = Dataset.from_list([{key: value.tolist() for key, value in row.items()} for row in examples(8)])
+    options = {"times": ["1d"], "seeds": 1, "progress": False, "references": False}
+
+    def run(kind=ReRAMTrainer, eval_dataset=data, arguments_=None, resume="log.jsonl", **parts):
+        parts = {"compute_metrics": accuracy, **parts}
+        args = arguments(tmp_path, **{"remove_unused_columns": False, **(arguments_ or {})})
+        trainer = kind(model, args, train_dataset=examples(), eval_dataset=eval_dataset, **parts)
+        return trainer.evaluate_robustness(resume=tmp_path / resume, **options)
+
+    first = run()
+    assert run().measurements == first.measurements
+    for change in (
+        {"compute_metrics": lambda p: {"accuracy": 1 - accuracy(p)["accuracy"]}},
+        {"preprocess_logits_for_metrics": lambda logits, labels: -logits},
+        {"data_collator": cut},
+        {"eval_dataset": data.with_transform(ones)},
+        {"arguments_": {"bf16_full_eval": True}},
+        {"arguments_": {"label_smoothing_factor": 0.5}},
+        {"arguments_": {"per_device_eval_batch_size": 4}},
+        {"kind": Smoothed},
+    ):
+        with pytest.raises(ValueError, match="another evaluation"):
+            run(**change)
+    run(eval_dataset=data.with_transform(ones), resume="ones.jsonl")
+    with pytest.raises(ValueError, match="another evaluation"):
+        run(eval_dataset=data.with_transform(twos), resume="ones.jsonl")
+    lock = threading.Lock()
+    with pytest.raises(ValueError, match="the compute_metrics cannot be told from another one: say with key="):
+        run(compute_metrics=lambda p: {"locked": lock.locked()}, resume="other.jsonl")
 
 
 def test_a_saved_model_has_its_report_beside_it(tmp_path):
