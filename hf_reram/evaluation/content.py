@@ -62,8 +62,9 @@ def part_of(name: str, value: Any) -> Any:
 
 def described(value: Any) -> Any:
     """A JSON value that another value has only if it is the same: numbers and texts as they are, all else as a SHA-256
-    of what it is made of. Functions are their code, with what they close over and the functions and constants that
-    they name; objects their class and what they pickle. Of installed packages names alone count.
+    of what it is made of. Functions are their code, with what they close over and the functions, constants and
+    classes of objects that they name; objects their class and what they pickle. Of installed packages names alone
+    count.
 
     Raises:
         ValueError: parts of it cannot be told, as locks or open files.
@@ -146,8 +147,10 @@ class _Description:
             for name in sorted(_names(code))
             if name in value.__globals__ and name[:2] != "__"
         }
-        simple = (bool, int, float, str, bytes, tuple, type, types.FunctionType)
-        return [*parts, of(code), *([name, of(item)] for name, item in named.items() if isinstance(item, simple))]
+        fixed = (bool, int, float, str, bytes, tuple, frozenset, type, types.FunctionType, types.ModuleType)
+        # Of objects the class: they may be large, and change in an evaluation.
+        used = [[name, of(item if isinstance(item, fixed) else type(item))] for name, item in named.items()]
+        return [*parts, of(code), *used]
 
     def body(self, cls: type) -> Iterator[Any]:
         """What makes instances of a class do what they do, and is no installed package's."""

@@ -48,9 +48,7 @@ def plot_reports(
         for j, kelvin in enumerate(report.temperatures):
             statistics = [report.found(metric, t, kelvin) for t in times]
             mean = [s.mean for s in statistics]
-            name = (
-                _plain(label) if len(report.temperatures) == 1 or kelvin is None else f"{_plain(label)}, {kelvin:g} K"
-            )
+            name = _plain(label) + ("" if kelvin is None else f", {kelvin:g} K")
             axes.plot(times, mean, color=color, marker=MARKERS[i % 7], ms=5, ls=("-", "--", ":")[j % 3], label=name)
             low, high = ([s.mean + sign * s.std for s in statistics] for sign in (-1, 1))
             axes.fill_between(times, low, high, color=color, alpha=0.15, lw=0)

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ..nn.tensors import whole
-from .adapters import adapters_in_use, has_adapters
-from .find import WRAPPERS, crossbar_states, walk
+from .adapters import adapter_scales, adapters_in_use
+from .find import WRAPPERS, crossbar_states, unwrapped, walk
 from .sharding import reshard
 
 # Of a model's config: where it is from, how it is stored and called, and what a robust model's config says elsewhere.
@@ -28,7 +28,6 @@ COSMETIC = (
     "output_attentions",
 )
 TRAINING_ONLY = ("drop", "initializer")  # in the names of what an evaluation does not see
-ADAPTERS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")  # of their configs, what scales them
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -61,7 +60,7 @@ def weights_digest(model: nn.Module) -> str:
 
 def settings_of(model: nn.Module) -> dict[str, Any]:
     """What an evaluation of the model depends on beside its weights and its ReRAMConfig, as plain JSON values by name:
-    the config of the Hugging Face model, or of those inside, without what changes no figure."""
+    the config of the Hugging Face model, or of those inside, without what changes no figure, and adapters' scales."""
     found: dict[str, Any] = {}
     inside: set[nn.Module] = set()
     for name, module in walk(model):
@@ -69,12 +68,8 @@ def settings_of(model: nn.Module) -> dict[str, Any]:
         if callable(to_dict) and module not in inside:
             inside |= set(module.modules())
             found |= {f"{name}.{key}" if name else key: value for key, value in _telling(to_dict()).items()}
-    if has_adapters(model):
-        adapters: Any = model.peft_config
-        found["adapters"] = {
-            adapter: {key: getattr(config, key) for key in ADAPTERS if hasattr(config, key)}
-            for adapter, config in adapters.items()
-        }
+    if scales := adapter_scales(unwrapped(model)):
+        found["adapters"] = scales
     text = json.dumps(found, default=lambda value: sorted(map(str, value)) if isinstance(value, set) else str(value))
     return json.loads(text, parse_constant=str)
 

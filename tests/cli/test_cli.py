@@ -6,9 +6,10 @@ import typer
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from hf_reram import ReRAMConfig, calibrate, patch_model
+from hf_reram import ReRAMConfig, RobustnessReport, calibrate, patch_model
 from hf_reram.cli import app
 from hf_reram.cli.model import patched
+from hf_reram.evaluation.report import Measurement
 from hf_reram.hub.load import load_model
 from hf_reram.model.find import crossbar_state
 from hf_reram.tasks.flags import mapping_flags
@@ -134,6 +135,20 @@ def test_names_are_no_markup(capsys):
     output.show_table("[/t]", ["[red]x", "y"], [["[/r]", "1"]])
     shown = capsys.readouterr().out
     assert "a [/b] [red]c" in shown and "[/t]" in shown and "[/r]" in shown
+
+
+def test_a_table_of_a_single_chip_shows_no_spread_and_counts_each_time(capsys):
+    from hf_reram.cli.evaluate import _show
+
+    chips = [
+        Measurement(t, None, s, {"f1": 50.0 + s} | ({"em": 1.0} if t < 2 else {})) for t in (1.0, 9.0) for s in (0, 1)
+    ]
+    _show(RobustnessReport(chips, {"f1": 60.0}, {"f1": 55.0}), "em")
+    shown = capsys.readouterr().out
+    assert "over none: after" in shown.replace("\n", " ") and "1.000 ± 0.000" in shown and "nan" not in shown
+    _show(RobustnessReport(chips[::2], {"f1": 60.0}, {"f1": 55.0}), "f1")
+    shown = capsys.readouterr().out
+    assert "of a single chip" in shown and "±" not in shown.split("95 %")[1].split("mean")[-1]
 
 
 @pytest.fixture(scope="module")

@@ -62,6 +62,23 @@ class Other(Scorer):
     scale = 2.0
 
 
+def test_sets_are_told_whatever_their_order():
+    """Which another process may have: texts are hashed there anew."""
+    one, other = {0, 8}, {8, 0}
+    assert list(one) != list(other)
+    assert described(one) == described(other) == described({8, 0}) != described({0, 16})
+    code = make(2, "def score(x): return x in {0, 8}").__code__
+    consts = tuple(frozenset(other) if part == one else part for part in code.co_consts)
+    assert [list(a) for a, b in zip(code.co_consts, consts) if a is not b] == [list(one)]
+    assert described(code) == described(code.replace(co_consts=consts))
+
+
+def test_of_an_object_that_a_function_names_the_class_counts():
+    code = "class Score:\n  def __call__(self, x): return x\nmetric = Score()\ndef score(x): return metric(x)"
+    changed = code.replace("return x", "return -x", 1)
+    assert described(make(2, code)) == described(make(2, code)) != described(make(2, changed))
+
+
 def test_objects_are_told_by_class_and_content():
     table = {"a": torch.arange(3.0), "b": [np.arange(2), None], "c": {1, "x"}}
     again = {"a": torch.arange(3.0), "b": [np.arange(2), None], "c": {"x", 1}}
