@@ -127,7 +127,6 @@ class ReRAMConfig(QuantizationConfigMixin):
     def __post_init__(self, learn_input_range: bool | None):
         for f in fields(self):
             refuse_deep(f"ReRAMConfig.{f.name}", getattr(self, f.name))
-            setattr(self, f.name, plain(getattr(self, f.name)))
         if isinstance(self.device, str):
             self.device = DeviceConfig.from_preset(self.device)
         elif not isinstance(self.device, DeviceConfig):
@@ -170,10 +169,8 @@ class ReRAMConfig(QuantizationConfigMixin):
             super().__setattr__(name, value)
             return
         name, value = self._as_constructed(name, value)
-        told = self.__dict__.get("_told")
-        if (
-            told and value != getattr(self, name) and sum(state.hear(self, name, value) for state in list(told or ()))
-        ):  # all of them
+        told = list(self.__dict__.get("_told") or ()) if value != getattr(self, name) else []
+        if sum(state.hear(self, name, value) for state in told):  # all of them
             return
         super().__setattr__(name, value)
 

@@ -196,7 +196,8 @@ def main() -> None:
             rows[key] = run(task, loss, weight, arguments)
             output.write_text(json.dumps(rows, indent=2) + "\n")
         row = rows[key]
-        print(f"| {key} | {row['ideal']:.1f} | {row['aged']:.1f} ± {row['std']:.1f} |", flush=True)
+        spread = f" ± {row['std']:.1f}" if row["chips"] > 1 else ""
+        print(f"| {key} | {row['ideal']:.1f} | {row['aged']:.1f}{spread} |", flush=True)
     print(f"digital {row['digital']:.1f}; {arguments.chips} chips at {arguments.time}; {arguments.examples} examples")
 
 

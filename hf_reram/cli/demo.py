@@ -51,6 +51,6 @@ def demo(
     table.add_row("digital", *[f"{some.digital['accuracy']:.1f}"] * len(TIMES))
     for label, report in reports.items():
         cells = [report.statistic("accuracy", t) for t in TIMES]
-        table.add_row(label, *(f"{s.mean:.1f} ± {s.std:.1f}" for s in cells))
+        table.add_row(label, *(cell.shown(1) for cell in cells))
     console.print(table)
     say(f"Plot, report and checkpoint: {folder}/robustness.png, report.md, report.json, checkpoint/")

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -11,7 +11,7 @@ from ..device.time import format_time
 from ..evaluation.files import write_whole
 from ..evaluation.report import RobustnessReport
 from ..evaluation.robustness import evaluate_robustness, owner_of
-from ..evaluation.tables import places
+from ..evaluation.tables import at_kelvin, over_chips, places
 from ..hub.about import about_model, task_of
 from ..tasks.flags import mapping_flags
 from ..tasks.registry import TASKS, load_task
@@ -85,17 +85,17 @@ def evaluate(
 
 def _show(report: RobustnessReport, metric: str) -> None:
     rows: list[list[str]] = []
-    n = places(m.metrics[metric] for m in report.measurements)
+    n, cells = places(m.metrics[metric] for m in report.measurements if metric in m.metrics), {}
     for name, reference in (("digital", report.digital), ("ideal crossbar", report.ideal)):
         assert reference is not None
-        rows.append([name, "", f"{reference[metric]:.{n}f}", ""])
+        rows.append([name, "", f"{reference[metric]:.{n}f}" if metric in reference else "–", ""])
     for kelvin in report.temperatures:
         for time in report.times:
-            s = report.statistic(metric, time, kelvin)
+            s, when = report.found(metric, time, kelvin), f"after {format_time(time)}"
+            cells[f"{when}{at_kelvin(kelvin)}"] = s
             heat = "" if kelvin is None else f"{kelvin:g} K"
-            rows.append([f"after {format_time(time)}", heat, f"{s.mean:.{n}f} ± {s.std:.{n}f}", f"± {s.ci95:.{n}f}"])
-    chips: Any = report.statistic(metric, report.times[0]).chips
-    show_table(f"{metric}, {chips} chips", ["", "temperature", "mean ± std", "95 % of the mean"], rows)
+            rows.append([when, heat, s.shown(n), f"± {s.ci95:.{n}f}" if s.chips > 1 else "–"])
+    show_table(f"{metric}, {over_chips(cells)}", ["", "temperature", "mean ± std", "95 % of the mean"], rows)
     say(report.summary)
     for note in report.notes:
         say(f"- {note}")

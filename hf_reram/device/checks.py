@@ -26,7 +26,8 @@ def shown(value: Any) -> str:
 
 
 def is_finite(value: Any) -> bool:
-    """Whether a value is a number, and finite as a float."""
+    """Whether a value is a number, Python's or NumPy's, and finite as a float."""
+    value = plain(value)
     good = isinstance(value, (int, float)) and not isinstance(value, bool)
     return good and abs(value) <= sys.float_info.max
 
@@ -90,9 +91,19 @@ def number(owner: str, name: str, value, minimum: float = -math.inf, exclusive: 
     return float(value)
 
 
+def flag(owner: str, name: str, value) -> bool:
+    """``value`` as Python's if it is True or False."""
+    if not isinstance(plain(value), bool):
+        raise ValueError(f"{owner}.{name}={shown(value)}: allowed is True or False")
+    return plain(value)
+
+
 def plain(value: Any) -> Any:
-    """A NumPy number as Python's, an array as lists of them."""
-    return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
+    """A NumPy number, boolean or text as Python's, an array as lists of them."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    value = value.item() if isinstance(value, np.generic) else value
+    return float(value) if isinstance(value, np.longdouble) else value
 
 
 def numbers(owner: str, name: str, values, minimum: float = -math.inf) -> tuple[float, ...]:

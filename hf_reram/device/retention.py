@@ -11,7 +11,7 @@ import warnings
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .checks import number, numbers, plain, polynomial, refuse_deep, shown
+from .checks import flag, number, numbers, plain, polynomial, refuse_deep, shown
 
 LONGEST = 1e30  # s; equivalent times beyond are taken as this
 BOLTZMANN = 8.617333262e-5  # eV/K, CODATA 2018
@@ -75,7 +75,7 @@ class TableRetention:
             rows = tuple(polynomial("retention", name, row) for row in table)
             width = max(len(row) for row in rows)
             object.__setattr__(self, name, tuple(row + (0.0,) * (width - len(row)) for row in rows))
-        _put_flag(self, "extrapolate")
+        object.__setattr__(self, "extrapolate", flag("retention", "extrapolate", self.extrapolate))
 
     def holds_at(self, time: float) -> bool:
         """Whether ``time`` lies past the last fit, so that the last value is held."""
@@ -165,7 +165,7 @@ class GenericRetention:
     saturates: bool = True
 
     def __post_init__(self):
-        _put_flag(self, "saturates")
+        object.__setattr__(self, "saturates", flag("retention", "saturates", self.saturates))
         for field in fields(self)[:-1]:
             exclusive = field.name == "tau"
             value = number("retention", field.name, getattr(self, field.name), 0, exclusive)
@@ -188,13 +188,6 @@ def _warn_early(first: float) -> None:
     warnings.warn(
         f"retention was measured from {first:g} s on; its first value is taken for earlier times too", stacklevel=3
     )
-
-
-def _put_flag(model: Any, name: str) -> None:
-    flag = plain(getattr(model, name))
-    if not isinstance(flag, bool):
-        raise ValueError(f"retention.{name}={shown(flag)}: allowed is True or False")
-    object.__setattr__(model, name, flag)
 
 
 def _line(offset: Polynomial, slope: Polynomial, log: float) -> Polynomial:

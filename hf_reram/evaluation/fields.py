@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from ..device.checks import is_finite, shown
+from ..device.checks import is_finite, plain, shown
 
 
 class Kind(NamedTuple):
@@ -53,8 +53,12 @@ def _by_name(value: Any, holds: Callable[[Any], bool]) -> bool:
 
 
 def _metric(value: Any) -> bool:
-    """NaN and infinity, which an evaluation may find, are null in JSON, or words of Python's own."""
-    return value is None or is_finite(value) or (isinstance(value, float) and not math.isfinite(value))
+    """NaN and infinity, which an evaluation may find, are null and texts in JSON, or words of Python's own."""
+    return value is None or value in ("inf", "-inf") or is_finite(value) or isinstance(value, float)
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value) if isinstance(value, str) else plain(value)
 
 
 def _whole(value: Any) -> bool:
@@ -69,11 +73,12 @@ OBJECT = Kind("an object", lambda value: isinstance(value, Mapping), dict)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 COUNT = Kind("an integer of at least 0", lambda value: _whole(value) and value >= 0)
 SEED = Kind("an integer", _whole)
-NUMBER = Kind("a finite number", is_finite)
-TIME = Kind("a number of seconds from 0 to 1e30", lambda value: is_finite(value) and 0 <= value <= 1e30)
-HEAT = optional(Kind("a number of kelvins above 0", lambda value: is_finite(value) and value > 0))
+NUMBER = Kind("a finite number", is_finite, plain)
+TIME = Kind("a number of seconds from 0 to 1e30", lambda value: is_finite(value) and 0 <= value <= 1e30, plain)
+HEAT = optional(Kind("a number of kelvins above 0", lambda value: is_finite(value) and value > 0, plain))
 NUMBERS = Kind(
     "an object of numbers",
     lambda value: _by_name(value, _metric),
-    lambda value: {name: math.nan if number is None else number for name, number in value.items()},
+    lambda value: {name: _number(number) for name, number in value.items()},
 )
+METRICS = Kind("an object of at least one number", lambda value: NUMBERS.holds(value) and bool(value), NUMBERS.read)

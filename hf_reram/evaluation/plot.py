@@ -27,7 +27,7 @@ def plot_reports(
     """Write the PNG; see :meth:`hf_reram.RobustnessReport.plot`.
 
     Raises:
-        ValueError: not one label per report.
+        ValueError: not one label per report, or a report without measurements of the metric.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -36,6 +36,9 @@ def plot_reports(
         labels = ["crossbar"] if len(reports) == 1 else [f"model {i + 1}" for i in range(len(reports))]
     if len(labels) != len(reports):
         raise ValueError(f"labels={list(labels)!r}: allowed are {len(reports)} labels, one per report")
+    for report, label in zip(reports, labels):
+        if metric not in report.metrics:
+            raise ValueError(f"{label}: its report holds no measurements of {metric!r}: there are {report.metrics}")
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -43,11 +46,9 @@ def plot_reports(
         color = COLORS[i % len(COLORS)]
         times = [t for t in report.times if t > 0]
         for j, kelvin in enumerate(report.temperatures):
-            statistics = [report.statistic(metric, t, kelvin) for t in times]
+            statistics = [report.found(metric, t, kelvin) for t in times]
             mean = [s.mean for s in statistics]
-            name = (
-                _plain(label) if len(report.temperatures) == 1 or kelvin is None else f"{_plain(label)}, {kelvin:g} K"
-            )
+            name = _plain(label) + ("" if kelvin is None else f", {kelvin:g} K")
             axes.plot(times, mean, color=color, marker=MARKERS[i % 7], ms=5, ls=("-", "--", ":")[j % 3], label=name)
             low, high = ([s.mean + sign * s.std for s in statistics] for sign in (-1, 1))
             axes.fill_between(times, low, high, color=color, alpha=0.15, lw=0)

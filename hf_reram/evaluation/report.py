@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from ..device.checks import read_json, refuse_deep
+from ..device.temperature import parse_temperature
 from ..device.time import format_time, parse_time
 from .escape import escaped
-from .fields import HEAT, LIST, NUMBERS, OBJECT, SEED, TEXT, TEXTS, TIME, fields_of, optional
+from .fields import HEAT, LIST, METRICS, NUMBERS, OBJECT, SEED, TEXT, TEXTS, TIME, fields_of, optional
 from .files import write_whole
-from .tables import markdown, places
+from .tables import at_kelvin, markdown, over_chips, places
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,30 @@ class Measurement:
 @dataclass(frozen=True)
 class Statistic:
     """Over chips: mean, standard deviation (n - 1), half width of the 95 % confidence interval of the mean
-    (Student's t), and number of chips."""
+    (Student's t), and number of chips. One chip has no spread, so that the two are NaN; of none the mean is too."""
 
     mean: float
     std: float
     ci95: float
     chips: int
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> "Statistic":
+        """Of the finite ones among a metric's values, one a chip."""
+        from scipy.special import stdtrit
+
+        values = [value for value in values if math.isfinite(value)]
+        n = len(values)
+        mean = float(np.mean(values)) if n else math.nan
+        std = float(np.std(values, ddof=1)) if n > 1 else math.nan
+        return cls(mean, std, float(stdtrit(n - 1, 0.975)) * std / n**0.5 if n > 1 else math.nan, n)
+
+    def shown(self, decimals: int) -> str:
+        """Mean ± standard deviation, the figure of a single chip, or a dash where there is none."""
+        if not self.chips:
+            return "–"
+        mean = f"{self.mean:.{decimals}f}"
+        return mean if self.chips == 1 else f"{mean} ± {self.std:.{decimals}f}"
 
 
 @dataclass
@@ -54,6 +74,10 @@ class RobustnessReport:
         weights: :func:`hf_reram.model.digest.weights_digest` of the model that was measured.
         uncalled: crossbar layers that did not run in some of the evaluations: they were no chip.
         about: what the model card says beside numbers, see :class:`hf_reram.hub.about.About`.
+        model_config: :func:`hf_reram.model.digest.settings_of` that model; empty in reports of older versions.
+
+    Raises:
+        ValueError: a chip was measured twice at the same time and temperature.
     """
 
     measurements: list[Measurement]
@@ -65,11 +89,21 @@ class RobustnessReport:
     weights: str = ""
     about: dict[str, Any] = field(default_factory=dict)
     uncalled: list[str] = field(default_factory=list)
+    model_config: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        count = Counter((m.time, m.temperature, m.seed) for m in self.measurements)
+        if twice := [run for run, times in count.items() if times > 1]:
+            time, kelvin, seed = twice[0]
+            raise ValueError(
+                f"chip {seed} was measured {count[twice[0]]} times after {format_time(time)}{at_kelvin(kelvin)}, which "
+                "would count as several chips: allowed is one measurement"
+            )
 
     @property
     def metrics(self) -> list[str]:
-        """Names of the metrics, in the order in which ``evaluate`` gave them."""
-        return list(self.measurements[0].metrics) if self.measurements else []
+        """Names of the metrics that any chip has, in the order in which ``evaluate`` gave them."""
+        return list(dict.fromkeys(name for m in self.measurements for name in m.metrics))
 
     @property
     def times(self) -> list[float]:
@@ -81,50 +115,53 @@ class RobustnessReport:
         """Temperatures [K] in the order of evaluation."""
         return list(dict.fromkeys(m.temperature for m in self.measurements))
 
-    def statistic(self, metric: str, time: str | float, temperature: float | None = None) -> Statistic:
-        """The chips' statistic of one metric at one time, over those where it is finite; :meth:`not_finite` names the
+    @property
+    def main_temperature(self) -> float | None:
+        """The temperature [K] of figures that name none: None, the device's reference, where chips were evaluated
+        there, else the first one evaluated."""
+        found = self.temperatures
+        return None if not found or None in found else found[0]
+
+    def statistic(self, metric: str, time: str | float, temperature: str | float | None = None) -> Statistic:
+        """The chips' statistic of one metric at one time, over those where it is finite; :meth:`left_out` names the
         others.
 
         Args:
-            temperature: K; None takes the first one evaluated.
+            temperature: K, or a text such as "85C"; None takes :attr:`main_temperature`.
 
         Raises:
             ValueError: nothing was measured there.
         """
-        from scipy.special import stdtrit
-
-        if temperature is None and self.measurements:
-            temperature = self.temperatures[0]
-        seconds = parse_time(time)
-        values = [
-            m.metrics[metric]
-            for m in self.measurements
-            if m.time == seconds and m.temperature == temperature and metric in m.metrics
-        ]
-        if not values:
+        kelvin = self.main_temperature if temperature is None else parse_temperature(temperature)
+        if metric not in self.metrics or parse_time(time) not in self.times or kelvin not in self.temperatures:
             raise ValueError(
                 f"nothing measured for metric={metric!r}, time={time!r}, temperature={temperature!r}: there are "
                 f"metrics {self.metrics}, times {[format_time(t) for t in self.times]} "
                 f"and temperatures {self.temperatures}"
             )
-        values = [value for value in values if math.isfinite(value)]
-        if not values:
-            return Statistic(math.nan, math.nan, math.nan, 0)
-        n, std = len(values), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-        half = float(stdtrit(n - 1, 0.975)) * std / n**0.5 if n > 1 else 0.0
-        return Statistic(float(np.mean(values)), std, half, n)
+        return self.found(metric, parse_time(time), kelvin)
 
-    def not_finite(self) -> list[str]:
-        """What was measured and is NaN or infinite, in words; statistics leave it out."""
+    def found(self, metric: str, time: float, temperature: float | None) -> Statistic:
+        """As :meth:`statistic`, at just this temperature, and over no chips where nothing was measured."""
+        there = [m.metrics for m in self.measurements if m.time == time and m.temperature == temperature]
+        return Statistic.of(metrics[metric] for metrics in there if metric in metrics)
+
+    def left_out(self) -> list[str]:
+        """What statistics leave out, in words: what was measured and is NaN or infinite, and metrics that some chips
+        do not have."""
         runs = [("the digital model", self.digital or {}), ("the ideal crossbar", self.ideal or {})]
         for m in self.measurements:
             heat = "" if m.temperature is None else f" and {m.temperature:g} K"
             runs.append((f"chip {m.seed} after {format_time(m.time)}{heat}", m.metrics))
-        return [
+        infinite = [
             f"{name} is {value} on {run}"
             for run, metrics in runs
             for name, value in metrics.items()
             if not math.isfinite(value)
+        ]
+        names = self.metrics
+        return infinite + [
+            f"{name} is missing on {run}" for run, metrics in runs[2:] for name in names if name not in metrics
         ]
 
     # Files
@@ -133,16 +170,16 @@ class RobustnessReport:
         """Plain JSON values, with the statistics beside the measurements."""
         table = [
             {"metric": metric, "time": time, "label": format_time(time), "temperature": kelvin}
-            | asdict(self.statistic(metric, time, kelvin))
+            | asdict(self.found(metric, time, kelvin))
             for metric in self.metrics
             for kelvin in self.temperatures
             for time in self.times
         ]
-        return {"version": 1, **asdict(self), "statistics": table}
+        return _in_json({"version": 1, **asdict(self), "statistics": table})
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The report as JSON text, also written to ``path`` if given (whole or not at all)."""
-        text = json.dumps(_without_nan(self.to_dict()), indent=2, allow_nan=False) + "\n"
+        text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
         if path is not None:
             write_whole(path, text)
         return text
@@ -170,10 +207,9 @@ class RobustnessReport:
         try:
             refuse_deep("it", data)
             found = fields_of(data, FIELDS, OPTIONAL)
-            measurements = [_measurement(i, m) for i, m in enumerate(found.pop("measurements"))]
+            return cls([_measurement(i, m) for i, m in enumerate(found.pop("measurements"))], **found)
         except ValueError as error:
             raise ValueError(f"{path} is no robustness report: {error}") from error
-        return cls(measurements, **found)
 
     def to_markdown(self, decimals: int | None = None) -> str:
         """A table: metrics by row, references and times by column, mean ± standard deviation over chips.
@@ -183,7 +219,7 @@ class RobustnessReport:
         """
         hot = len(self.temperatures) > 1
         head = ["metric", *(["temperature"] if hot else []), "digital", "ideal crossbar"]
-        rows = []
+        rows, cells = [], {}
         for metric in self.metrics:
             measured = [m.metrics[metric] for m in self.measurements if metric in m.metrics]
             n = places(measured) if decimals is None else decimals
@@ -192,14 +228,15 @@ class RobustnessReport:
                 for reference in (self.digital, self.ideal):
                     row.append(f"{reference[metric]:.{n}f}" if reference and metric in reference else "–")
                 for time in self.times:
-                    s = self.statistic(metric, time, kelvin)
-                    row.append(f"{s.mean:.{n}f} ± {s.std:.{n}f}")
+                    s = self.found(metric, time, kelvin)
+                    row.append(s.shown(n))
+                    cells[f"{metric} after {format_time(time)}{at_kelvin(kelvin if hot else None)}"] = s
                 rows.append(row)
         table = markdown([*head, *(format_time(t) for t in self.times)], rows)
         foot = [escaped(f"{n[:1].upper()}{n[1:]}.") for n in self.notes]
-        if self.times:
-            chips = self.statistic(self.metrics[0], self.times[0]).chips
-            foot.insert(0, f"Mean ± standard deviation over {chips} chips.")
+        if cells:
+            what = over_chips(cells, at_kelvin(None if hot else self.main_temperature))
+            foot.insert(0, escaped(f"{what[:1].upper()}{what[1:]}."))
         if self.uncalled:
             silent = escaped(", ".join(self.uncalled))
             foot.append(f"Crossbar layers that were not called, and so were no chip: {silent}.")
@@ -220,24 +257,30 @@ class RobustnessReport:
         Args:
             others: more reports for the same plot. metric: None takes the first. labels: one a report.
             digital: metrics of the reference line; None takes this report's.
+
+        Raises:
+            ValueError: a report holds no measurements, or none of the metric; or not one label a report.
         """
         from .plot import plot_reports
 
-        return plot_reports(path, [self, *others], metric or self.metrics[0], labels, title, digital or self.digital)
+        metric = metric or next(iter(self.metrics), "")
+        return plot_reports(path, [self, *others], metric, labels, title, digital or self.digital)
 
 
-def _without_nan(value: Any) -> Any:
-    """For JSON, which has no NaN: null in its place."""
+def _in_json(value: Any) -> Any:
+    """For JSON, which has neither NaN nor infinity: null, and the texts "inf" and "-inf"."""
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: _in_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [_in_json(item) for item in value]
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return None if math.isnan(value) else str(value)
 
 
 def _measurement(index: int, data: Any) -> Measurement:
     try:
-        found = fields_of(data, {"time": TIME, "temperature": HEAT, "seed": SEED, "metrics": NUMBERS})
+        found = fields_of(data, {"time": TIME, "temperature": HEAT, "seed": SEED, "metrics": METRICS})
     except ValueError as error:
         raise ValueError(f"measurements[{index}]: {error}") from None
     return Measurement(**found)
@@ -251,4 +294,4 @@ FIELDS = {
     "summary": TEXT,
     "notes": TEXTS,
 }
-OPTIONAL = {"weights": TEXT, "about": OBJECT, "uncalled": TEXTS}
+OPTIONAL = {"weights": TEXT, "about": OBJECT, "uncalled": TEXTS, "model_config": OBJECT}

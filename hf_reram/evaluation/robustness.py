@@ -14,11 +14,12 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..device.checks import shown
 from ..device.seeds import checked_seed, derived_seed
 from ..device.temperature import parse_temperature
 from ..device.time import parse_time
 from ..model.deploy import deploy, digital, refuse_modes, uncalibrated
-from ..model.digest import model_digest, weights_digest
+from ..model.digest import model_digest, settings_of, weights_digest
 from ..model.find import crossbar_layers, crossbar_states, replaced, reset_calls, uncalled
 from ..model.inputs import evaluating, forked_rng
 from ..model.sharding import of_each, of_first, processes, talks
@@ -52,13 +53,14 @@ def evaluate_robustness(
         model: patched and calibrated.
         evaluate: called with the model in evaluation mode, returns metrics by name, or one number. It runs once per
             chip, time and temperature, and once for each reference.
-        times: see :func:`hf_reram.deploy`.
-        temperatures: K, or texts such as "85C"; None takes the config's.
-        seeds: how many chips, or the chips' numbers. Chip ``n`` is the same chip at every time, and its read noise
-            the same in every evaluation, whatever else is evaluated beside it.
+        times: see :func:`hf_reram.deploy`; equal ones count once.
+        temperatures: K, or texts such as "85C"; None takes the config's. Equal ones count once.
+        seeds: how many chips, or the chips' numbers, each once. Chip ``n`` is the same chip at every time, and its
+            read noise the same in every evaluation, whatever else is evaluated beside it.
         references: also evaluate the digital model and the ideal crossbar (I-V curve and converters, nothing else).
         progress: show a progress bar.
-        resume: a file that keeps each finished run; those of the same weights, config and ``key`` are not run again.
+        resume: a file that keeps each finished run; those of the same weights, configs (the model's own too) and
+            ``key`` are not run again.
         key: what ``evaluate`` depends on beside the model, such as its data set, split, samples and seed: any JSON
             value. Nothing else tells ``resume`` whether it is the same evaluation.
         share_chips: with several processes, each runs its share of the chips, and all get the whole report;
@@ -88,10 +90,10 @@ def evaluate_robustness(
     refuse_modes(model, "evaluate its robustness")
     if not callable(evaluate):
         raise ValueError(f"evaluate={evaluate!r}: allowed is a function of the model")
-    seconds = [parse_time(t) for t in times]
+    seconds = list(dict.fromkeys(parse_time(t) for t in times))
     own = {part.config.temperature for part in states}
     own_kelvin = own.pop() if len(own) == 1 else None  # None: each part its own
-    kelvins = [own_kelvin if t is None else parse_temperature(t) for t in temperatures]
+    kelvins = list(dict.fromkeys(own_kelvin if t is None else parse_temperature(t) for t in temperatures))
     for kelvin in kelvins:
         for part in states:
             part.config.device.equivalent_time(0.0, part.config.temperature if kelvin is None else kelvin)
@@ -142,12 +144,13 @@ def evaluate_robustness(
         summary=str(summarize(model)),
         notes=_notes(model, seconds, kelvins),
         weights=weights,
+        model_config=settings_of(model),
         uncalled=[name for name in [*crossbar_layers(model), *replaced(model)] if name in silent],
     )
     if differs:
         report.notes.append("processes measured different figures in the same evaluation: these are the first one's")
         logger.warning("%s", report.notes[-1])
-    report.notes += (missing := report.not_finite())
+    report.notes += (missing := report.left_out())
     for note in missing:
         logger.warning("%s: it is no part of the means", note)
     state.report = report  # for push_to_hub
@@ -232,11 +235,14 @@ def _chips(seeds: int | Iterable[int]) -> list[int]:
     try:
         if isinstance(seeds, (str, bytes)):
             raise ValueError
-        return [checked_seed(n) for n in (seeds if isinstance(seeds, Iterable) else range(checked_seed(seeds)))]
+        found = [checked_seed(n) for n in (seeds if isinstance(seeds, Iterable) else range(checked_seed(seeds)))]
     except ValueError:
         raise ValueError(
             f"seeds={seeds!r}: allowed are a number of chips or their numbers, integers from 0 to 2^63 - 1"
         ) from None
+    if len(set(found)) < len(found):
+        raise ValueError(f"seeds={shown(found)} names a chip twice, which is the same chip: allowed is each once")
+    return found
 
 
 def _complaint(model: nn.Module, names: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .fields import HEAT, NUMBERS, OBJECT, SEED, TEXT, TEXTS, TIME, fields_of
+from .fields import HEAT, METRICS, OBJECT, SEED, TEXT, TEXTS, TIME, fields_of
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class RunLog:
 
 
 RUN = {"kind": TEXT, "time": TIME, "temperature": HEAT, "seed": SEED}
-ENTRY = {"of": TEXT, "run": OBJECT, "metrics": NUMBERS}
+ENTRY = {"of": TEXT, "run": OBJECT, "metrics": METRICS}
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

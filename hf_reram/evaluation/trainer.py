@@ -1,18 +1,51 @@
 """The part of a Trainer that evaluates a model as chips."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+from transformers.utils import logging
+
+from ..device.checks import plain
 from ..device.time import format_time, parse_time
 from ..model.deploy import deploy
-from .content import content_of
+from .content import content_of, part_of
 from .precision import restored
-from .report import RobustnessReport
+from .report import RobustnessReport, Statistic
 from .robustness import DEFAULT_TIMES, evaluate_robustness
 
 if TYPE_CHECKING:
     from transformers.trainer_utils import EvalLoopOutput
+
+logger = logging.get_logger(__name__)
+
+# What an evaluation depends on of a Trainer, and of its arguments.
+PARTS = (
+    "compute_metrics",
+    "preprocess_logits_for_metrics",
+    "data_collator",
+    "compute_loss_func",
+    "processing_class",
+    "label_names",
+    "_gen_kwargs",
+)
+ARGUMENTS = (
+    "eval_batch_size",
+    "bf16_full_eval",
+    "fp16_full_eval",
+    "tf32",
+    "label_smoothing_factor",
+    "prediction_loss_only",
+    "include_for_metrics",
+    "batch_eval_metrics",
+    "eval_do_concat_batches",
+    "remove_unused_columns",
+    "dataloader_drop_last",
+    "train_sampling_strategy",
+    "length_column_name",
+    "use_liger_kernel",
+    "predict_with_generate",
+)
 
 # Of Trainer, beside which the mixin stands.
 Base: Any = object
@@ -23,11 +56,12 @@ class EvaluationMixin(Base):
     reports."""
 
     def __init__(self, *args, eval_times: Sequence[str | float] = (), eval_chips: int = 3, **kwargs):
+        eval_chips = plain(eval_chips)
         if isinstance(eval_chips, bool) or not isinstance(eval_chips, int) or eval_chips < 1:
             raise ValueError(f"eval_chips={eval_chips!r}: allowed is an integer of at least 1")
         if isinstance(eval_times, str):
             eval_times = [eval_times]
-        self.eval_times, self.eval_chips = [parse_time(t) for t in eval_times], eval_chips
+        self.eval_times, self.eval_chips = list(dict.fromkeys(parse_time(t) for t in eval_times)), eval_chips
         super().__init__(*args, **kwargs)
 
     def evaluation_loop(
@@ -48,8 +82,16 @@ class EvaluationMixin(Base):
                 with deploy(self.model, time, seed=seed):
                     one = measure(dataloader, description, prediction_loss_only, ignore_keys, prefix)
                 chips.append(_numbers_of(one.metrics, prefix))
-            for name in chips[0]:
-                metrics[name] = sum(chip[name] for chip in chips) / len(chips)
+            for name in dict.fromkeys(name for chip in chips for name in chip):
+                found = Statistic.of(chip[name] for chip in chips if name in chip)
+                metrics[name] = found.mean
+                if found.chips < len(chips):
+                    logger.warning(
+                        "%s is not finite or missing on %d of %d chips: its mean is over the others",
+                        name,
+                        len(chips) - found.chips,
+                        len(chips),
+                    )
         return output
 
     def _uncast(self, measure: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,6 +105,19 @@ class EvaluationMixin(Base):
 
         return measured
 
+    def _evaluation_key(self, loaders: Mapping[str, Any], metrics: Sequence[str] | None) -> list[Any]:
+        """What figures depend on beside the model, as JSON values."""
+        parts = {name: part_of(name, getattr(self, name, None)) for name in PARTS}
+        parts["generation_config"] = part_of("generation_config", self.generation_settings())
+        return [
+            {name: content_of(loader.dataset) for name, loader in loaders.items()},
+            None if metrics is None else list(metrics),
+            {name: part_of(name, getattr(self.args, name, None)) for name in ARGUMENTS},
+            self.accelerator.mixed_precision,
+            part_of("trainer", type(self)),
+            parts,
+        ]
+
     def evaluate_robustness(
         self,
         times: Sequence[str | float] = DEFAULT_TIMES,
@@ -75,14 +130,16 @@ class EvaluationMixin(Base):
         """The model as chips over time, on ``eval_dataset``; see :func:`hf_reram.evaluate_robustness`.
 
         Args:
-            eval_dataset: None takes the trainer's; of a dict of data sets each metric has the data set's name before
-                it, as in ``Trainer.evaluate``.
+            eval_dataset: None takes the trainer's; of a dict (or ``DatasetDict``) of data sets each metric has the data
+                set's name before it, as in ``Trainer.evaluate``.
             metrics: which of the metrics to keep, with or without the prefix "eval_"; None keeps all.
             kwargs: of :func:`hf_reram.evaluate_robustness`; the ``key`` of a ``resume`` file is made of the data sets'
-                content where none is given. Several processes evaluate each chip together.
+                content, the trainer's functions (as ``compute_metrics``) and the arguments that an evaluation depends
+                on, where none is given. Several processes evaluate each chip together.
 
         Raises:
-            ValueError: ``metrics`` names one that the evaluation does not give, or ``share_chips`` with several
+            ValueError: ``metrics`` names one that the evaluation does not give, a ``resume`` file without ``key`` where
+                nothing tells one of the trainer's functions from another, or ``share_chips`` with several
                 processes, whose parts of the data would be gathered from different chips.
         """
         if self.args.world_size > 1:
@@ -93,14 +150,13 @@ class EvaluationMixin(Base):
                 )
             kwargs["together"] = True
         datasets = self.eval_dataset if eval_dataset is None else eval_dataset
-        several = isinstance(datasets, dict) and not hasattr(datasets, "column_names")
+        several = isinstance(datasets, dict)  # as Trainer.evaluate says, a DatasetDict among them
         parts = {f"{name}_": part for name, part in datasets.items()} if several else {"": eval_dataset}
         loaders = {name: self.get_eval_dataloader(part) for name, part in parts.items()}
         measure = self._uncast(super().evaluation_loop)
         self.prepare_generation()
         if kwargs.get("resume") is not None and kwargs.get("key") is None:
-            content = {name: content_of(loader.dataset) for name, loader in loaders.items()}
-            kwargs["key"] = [content, None if metrics is None else list(metrics), self.args.eval_batch_size]
+            kwargs["key"] = self._evaluation_key(loaders, metrics)
 
         def evaluate(model) -> dict[str, float]:
             found = {}

@@ -1,5 +1,6 @@
 """The model card of a robust checkpoint, made from its robustness report alone."""
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -12,7 +13,17 @@ from ..device.retention import retention_to_dict
 from ..device.time import format_time, parse_time
 from ..evaluation.escape import code_block, code_span, escaped, python_text
 from ..evaluation.report import RobustnessReport
-from ..evaluation.tables import comparison_table, metrics_table, places
+from ..evaluation.tables import (
+    at_kelvin,
+    comparison_cells,
+    comparison_table,
+    metrics_cells,
+    metrics_table,
+    over_chips,
+    over_fewer,
+    places,
+    same_temperature,
+)
 from .about import AUTO_CLASSES, About
 
 BEGIN = "<!-- hf_reram writes what stands between this line and its end mark; text above and below is kept -->"
@@ -61,11 +72,12 @@ def model_card(
         metric=escaped(about.metric),
         dataset=", ".join(escaped(part) for part in (about.dataset, about.dataset_split) if part),
         examples=about.examples,
-        chips=report.statistic(about.metric, last).chips if measured else 0,
+        chips=escaped(over_chips(comparison_cells(rows, about.metric), same_temperature(rows))) if measured else "",
         table=comparison_table(rows, about.metric, digital=about.base_metrics).strip() if measured else "",
         details=metrics_table(rows, last, digital=about.base_metrics, metrics=_shown(about, report)).strip()
         if measured and len(report.metrics) > 1
         else "",
+        fewer=escaped(over_fewer(metrics_cells(rows, last, _shown(about, report)))),
         plot=plot if measured else None,
         hardware=_hardware(config),
         summary=escaped(report.summary),
@@ -99,6 +111,8 @@ def _metadata(about: About, report: RobustnessReport) -> ModelCardData:
     results: list[EvalResult] = []
 
     def add(metric: str, value: float, when: str) -> None:
+        if not math.isfinite(value):
+            return
         results.append(
             EvalResult(
                 task_type=about.task,
@@ -118,7 +132,9 @@ def _metadata(about: About, report: RobustnessReport) -> ModelCardData:
                 add(metric, values[metric], reference)
         for time in report.times:
             found = report.statistic(metric, time)
-            add(metric, found.mean, f"{device} {format_time(time)} after programming, mean of {found.chips} chips")
+            chips = "of one chip" if found.chips == 1 else f"mean of {found.chips} chips"
+            heat = at_kelvin(report.main_temperature)
+            add(metric, found.mean, f"{device} {format_time(time)} after programming{heat}, {chips}")
     hub = _on_hub(about.base_model)
     emissions = None if about.co2_grams is None else {"emissions": about.co2_grams, "training_type": "fine-tuning"}
     return ModelCardData(
@@ -142,7 +158,8 @@ def _headline(about: About, report: RobustnessReport) -> str:
     found = report.statistic(about.metric, last)
     base = about.base_metrics.get(about.metric)
     n = places([found.mean])
-    aged = f"{found.mean:.{n}f} ± {found.std:.{n}f} on chips {format_time(last)} after programming"
+    on = "one chip" if found.chips == 1 else "chips"
+    aged = f"{found.shown(n)} on {on} {format_time(last)} after programming{at_kelvin(report.main_temperature)}"
     return f"{escaped(about.metric)}: {aged}" + (f", {base:.{n}f} of the digital base." if base is not None else ".")
 
 

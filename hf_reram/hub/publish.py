@@ -159,4 +159,7 @@ def read_comparison(path: str | Path) -> dict[str, RobustnessReport]:
     data = read_json(path)
     if not isinstance(data, dict) or not data:
         raise ValueError(f"{path} holds {shown(data)}: allowed is an object of robustness reports by label")
-    return {label: RobustnessReport.from_dict(row, path) for label, row in data.items()}
+    found = {label: RobustnessReport.from_dict(row, path) for label, row in data.items()}
+    if empty := [label for label, report in found.items() if not report.measurements]:
+        raise ValueError(f"{path} holds no measurements of {shown(empty)}: allowed is at least one of each")
+    return found

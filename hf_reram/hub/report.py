@@ -10,7 +10,7 @@ from transformers.utils import cached_file, extract_commit_hash, logging
 
 from ..config import ReRAMConfig
 from ..evaluation.report import RobustnessReport
-from ..model.digest import weights_digest
+from ..model.digest import other_settings, settings_of, weights_digest
 from ..model.find import crossbar_state
 from ..model.summary import summarize
 from .about import about_model
@@ -41,7 +41,8 @@ def stored_report(name: str | os.PathLike, **where: Any) -> RobustnessReport | N
 
 def report_of(model: nn.Module) -> RobustnessReport | None:
     """The report of a patched model as it is now: the one that :func:`hf_reram.evaluate_robustness` made of it last, or
-    that came with its checkpoint. None where there is none, or where it was measured on other weights or hardware.
+    that came with its checkpoint. None where there is none, or where it was measured on other weights or hardware, or
+    with another config of the model.
 
     Raises:
         ValueError: the model is not patched.
@@ -51,19 +52,19 @@ def report_of(model: nn.Module) -> RobustnessReport | None:
 
 
 def why_foreign(model: nn.Module, report: RobustnessReport) -> str:
-    """Why a report is not a patched model's as it is now, in words: it was measured on other weights or other hardware.
-    Empty where it is the model's."""
+    """Why a report is not a patched model's as it is now, in words: it was measured on other weights, other hardware or
+    with another config of the model. Empty where it is the model's."""
     if report.weights != (found := weights_digest(model)):
         return f"on other weights (digest {report.weights[:12] or 'missing'}, these have {found[:12]})"
-    if not report.config:  # says nothing of its hardware
-        return ""
-    hardware = crossbar_state(model).config.hardware()
-    try:
-        measured = ReRAMConfig.from_dict(report.config).hardware()
-    except ValueError as error:
-        return f"with a config that cannot be read ({error})"
-    other = [name for name in hardware if measured[name] != hardware[name]]
-    return f"with another {', '.join(other)}" if other else ""
+    other = other_settings(settings_of(model), report.model_config)  # of older reports nothing
+    if report.config:  # says something of its hardware
+        hardware = crossbar_state(model).config.hardware()
+        try:
+            measured = ReRAMConfig.from_dict(report.config).hardware()
+        except ValueError as error:
+            return f"with a config that cannot be read ({error})"
+        other += [name for name in hardware if measured[name] != hardware[name]]
+    return f"with another {', '.join(other[:8])}{', …' if len(other) > 8 else ''}" if other else ""
 
 
 def unmeasured(model: Any, repo: str | None = None) -> RobustnessReport:

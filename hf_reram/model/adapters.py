@@ -34,3 +34,17 @@ def adapters_in_use(model: Any) -> list[str]:
         if module.disable_adapters or set(active) != there or len(there) > 1:
             found.append(f"{name} active {active} disabled {module.disable_adapters}")
     return found
+
+
+def adapter_scales(model: Any) -> dict[str, Any]:
+    """By what the modules inside a model multiply what their adapters in use add, by module and adapter."""
+    if "peft" not in sys.modules:
+        return {}
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found = {}
+    for name, module in model.named_modules():
+        scales = getattr(module, "scaling", None) if isinstance(module, BaseTunerLayer) else None
+        if isinstance(scales, dict):
+            found[name] = {adapter: scales[adapter] for adapter in module.active_adapters if adapter in scales}
+    return found

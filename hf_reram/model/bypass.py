@@ -89,9 +89,10 @@ def left_digital(model: nn.Module) -> dict[str, str]:
             for layer in (unwrapped(getattr(module, child, None)) for child in children):
                 if layer in names and is_kind(layer):
                     found[names[layer]] = READ.format(parent.rpartition(".")[2])
+        cls: Any = type(module)
         for child, layer in module.named_children():
-            if isinstance(layer, nn.Conv1d) and is_kind(layer) and child in _read_in(type(module)):
-                found[names[layer]] = READ.format(type(module).__name__)
+            if isinstance(layer, nn.Conv1d) and is_kind(layer) and child in _read_in(cls):
+                found[names[layer]] = READ.format(cls.__name__)
         if is_kind(module) and "base_layer" not in module._modules and (reason := _own_reason(module, offloads)):
             found[name] = reason
     return found

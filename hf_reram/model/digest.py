@@ -1,4 +1,5 @@
-"""A fingerprint of a model's weights, so that numbers are never shown for other weights than they were measured on."""
+"""A fingerprint of a model's weights, and what its forward depends on beside them, so that numbers are never shown for
+another model than they were measured on."""
 
 import hashlib
 import json
@@ -8,9 +9,25 @@ import torch
 from torch import nn
 
 from ..nn.tensors import whole
-from .adapters import adapters_in_use
-from .find import WRAPPERS, crossbar_states
+from .adapters import adapter_scales, adapters_in_use
+from .find import WRAPPERS, crossbar_states, unwrapped, walk
 from .sharding import reshard
+
+# Of a model's config: where it is from, how it is stored and called, and what a robust model's config says elsewhere.
+COSMETIC = (
+    "_name_or_path",
+    "transformers_version",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "torch_dtype",
+    "quantization_config",
+    "use_cache",
+    "return_dict",
+    "output_hidden_states",
+    "output_attentions",
+)
+TRAINING_ONLY = ("drop", "initializer")  # in the names of what an evaluation does not see
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -41,12 +58,56 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def settings_of(model: nn.Module) -> dict[str, Any]:
+    """What an evaluation of the model depends on beside its weights and its ReRAMConfig, as plain JSON values by name:
+    the config of the Hugging Face model, or of those inside, without what changes no figure, and adapters' scales."""
+    found: dict[str, Any] = {}
+    inside: set[nn.Module] = set()
+    for name, module in walk(model):
+        to_dict = getattr(getattr(module, "config", None), "to_dict", None)
+        if callable(to_dict) and module not in inside:
+            inside |= set(module.modules())
+            found |= {f"{name}.{key}" if name else key: value for key, value in _telling(to_dict()).items()}
+    if scales := adapter_scales(unwrapped(model)):
+        found["adapters"] = scales
+    text = json.dumps(found, default=lambda value: sorted(map(str, value)) if isinstance(value, set) else str(value))
+    return json.loads(text, parse_constant=str)
+
+
+def _telling(config: dict[str, Any]) -> dict[str, Any]:
+    """A model's config without what changes no figure, those inside it too."""
+    classes = len(config["id2label"]) if isinstance(config.get("id2label"), dict) else None
+    found = {}
+    for key, value in config.items():
+        if key in COSMETIC or any(part in str(key) for part in TRAINING_ONLY):
+            continue
+        # Heads write there what they find the labels to be; the same labels tell it again.
+        if key == "problem_type" and (value is None or (value == "regression") == (classes == 1)):
+            continue
+        found[key] = _telling(value) if isinstance(value, dict) else value
+    return found
+
+
+def other_settings(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Names of what two models' settings say differently; what only one of them has, as of another version of
+    transformers, is not compared."""
+    found = []
+    for name in mine.keys() & theirs.keys():
+        one, other = mine[name], theirs[name]
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += [f"{name}.{part}" for part in other_settings(one, other)]
+        elif one != other:
+            found.append(name)
+    return sorted(found)
+
+
 def model_digest(model: nn.Module, weights: str | None = None) -> str:
-    """The same of a patched model's weights and its ReRAMConfig together: two models that age alike have the same.
+    """The same of a patched model's weights, its ReRAMConfig and its settings together: two models that do and age
+    alike have the same.
 
     Args:
         weights: their digest where it is known.
     """
     configs = [state.config.to_dict() for state in crossbar_states(model)]
-    config = json.dumps(configs[0] if len(configs) == 1 else configs, sort_keys=True)
+    config = json.dumps([configs, settings_of(model)], sort_keys=True)
     return hashlib.sha256(f"{weights or weights_digest(model)} {config}".encode()).hexdigest()

@@ -20,7 +20,7 @@ class _Convolution(CrossbarLayer):
     stride: tuple[int, ...]
     padding: Any
     dilation: tuple[int, ...]
-    padding_mode: str
+    padding_mode: Any
     convolve: ClassVar[Callable[..., Tensor]]  # PyTorch's function
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, padded: bool = False) -> Tensor:

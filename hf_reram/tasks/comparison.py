@@ -20,7 +20,15 @@ from ..evaluation.escape import code_block, escaped
 from ..evaluation.files import write_whole
 from ..evaluation.report import RobustnessReport
 from ..evaluation.robustness import evaluate_robustness
-from ..evaluation.tables import comparison_table, metrics_table
+from ..evaluation.tables import (
+    comparison_cells,
+    comparison_table,
+    metrics_cells,
+    metrics_table,
+    over_chips,
+    over_fewer,
+    same_temperature,
+)
 from ..hub.about import About
 from ..hub.publish import publish
 from ..model.deploy import digital
@@ -204,15 +212,17 @@ def write_comparison(
     last, about = first.times[-1], list(reports.values())[-1].about
     base = about.get("base_metrics") or first.digital
     first.plot(folder / "robustness.png", *others, metric=metric, labels=list(reports), title=title, digital=base)
-    chips = first.statistic(metric, last).chips
+    chips = over_chips(comparison_cells(reports, metric), same_temperature(reports))
     parts = [
-        f"{escaped(metric)}, mean ± standard deviation over {chips} chips:",
+        f"{escaped(metric)}, {escaped(chips)}:",
         comparison_table(reports, metric, digital=base),
     ]
     if len(first.metrics) > 1:
+        details = about.get("details", ())
+        fewer = over_fewer(metrics_cells(reports, last, details))
         parts += [
-            f"Every metric after {format_time(last)}:",
-            metrics_table(reports, last, digital=base, metrics=about.get("details", ())),
+            f"Every metric after {format_time(last)}{escaped(fewer)}:",
+            metrics_table(reports, last, digital=base, metrics=details),
         ]
     parts += ["\n".join(f"- {escaped(note)}" for note in first.notes)] if first.notes else []
     if about.get("command"):

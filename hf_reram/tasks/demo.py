@@ -180,7 +180,7 @@ def run_demo(
         if method is OURS:
             ours = model
         last = report.statistic("accuracy", TIMES[-1])
-        progress(f"{method.label}: {last.mean:.1f} ± {last.std:.1f} % after {TIMES[-1]}")
+        progress(f"{method.label}: {last.shown(1)} % after {TIMES[-1]}")
     title = f"Handwritten digits on {CORNER.name}, {chips} chips"
     about = About(
         task="image-classification",

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..config import ReRAMConfig
-from ..evaluation.content import content_of
+from ..evaluation.content import part_of
 from .data import KINDS, draw, load_rows
 from .image_classification import ImageClassification, check_labels, image_transforms
 from .question_answering import QuestionAnswering
@@ -20,7 +20,8 @@ class Task:
 
     Attributes:
         evaluate: see :func:`hf_reram.evaluate_robustness`. batches: of model inputs, without labels, for calibration.
-        metric: the one to judge by. examples: how many are evaluated. content: a fingerprint of them.
+        metric: the one to judge by. examples: how many are evaluated. content: a fingerprint of them, and of what
+            tokenizer or image processor make of them.
     """
 
     evaluate: Callable[[nn.Module], Mapping[str, float]]
@@ -82,7 +83,8 @@ def load_task(
     if task not in TASKS:
         raise ValueError(f"task={task!r}: allowed are {sorted(TASKS)}")
     rows = draw(load_rows(dataset, split, **_where(dataset)), samples, seed)
-    return replace(TASKS[task](model, name, rows, batch_size), content=content_of(rows))
+    made = TASKS[task](model, name, rows, batch_size)
+    return replace(made, content=part_of("evaluation", made.evaluate))
 
 
 def _where(dataset: str) -> dict[str, str]:

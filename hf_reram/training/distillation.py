@@ -1,11 +1,10 @@
 """How far a model's predictions are from a teacher's."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..device.checks import is_finite
 from ..model.inputs import Prediction, find_logits, find_predictions
 
 
@@ -57,5 +56,5 @@ def check_temperature(name: str, temperature: float) -> None:
     Raises:
         ValueError: not a finite number above 0.
     """
-    if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
+    if not (is_finite(temperature) and temperature > 0):
         raise ValueError(f"{name}={temperature!r}: allowed is a finite number above 0")

@@ -1,6 +1,5 @@
 """The retention loss: what the layers' forwards collected, and how it joins the task loss."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..device.checks import is_finite
 from ..device.seeds import checked_seed
 from ..model.find import arrays, crossbar_layers, crossbar_state, crossbar_states, patched_layers
 from ..model.hooks import MASTERS
@@ -97,7 +97,7 @@ def add_retention_loss(task_loss: Tensor, model: nn.Module, weight: float | None
         ValueError: the model is not patched, its loss is "consistency", which takes a second forward, or a bad weight.
         RuntimeError: no forward in training mode has run.
     """
-    if weight is not None and not (isinstance(weight, (int, float)) and 0 <= weight < math.inf):
+    if weight is not None and not (is_finite(weight) and weight >= 0):
         raise ValueError(f"weight={weight!r}: allowed is a finite number of at least 0, or None")
     return join_terms(task_loss, model, weight)
 
@@ -206,7 +206,7 @@ def sampled_drift(
     Raises:
         ValueError: the model is not patched, another ``kind``, or a bad seed or strength.
     """
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
+    if not is_finite(strength) or not 0 <= strength <= 1:
         raise ValueError(f"strength={strength!r}: allowed is a number from 0 to 1")
     seed = None if seed is None else checked_seed(seed)
     if kind not in (None, "drift", "noise"):

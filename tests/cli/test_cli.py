@@ -6,9 +6,10 @@ import typer
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from hf_reram import ReRAMConfig, calibrate, patch_model
+from hf_reram import ReRAMConfig, RobustnessReport, calibrate, patch_model
 from hf_reram.cli import app
 from hf_reram.cli.model import patched
+from hf_reram.evaluation.report import Measurement
 from hf_reram.hub.load import load_model
 from hf_reram.model.find import crossbar_state
 from hf_reram.tasks.flags import mapping_flags
@@ -40,6 +41,29 @@ def test_eval_and_inspect_of_a_plain_checkpoint(tmp_path):
         app, ["inspect", str(tmp_path / "base"), "--device", "cmo-hfox-ibm", "--json", "--top", "3"]
     )
     assert len(json.loads(shown.stdout)["layers"]) == 3
+
+
+@pytest.mark.parametrize("change", ["processor", "labels"])
+def test_an_evaluation_with_another_preprocessing_or_config_is_another(tmp_path, change):
+    base = image_sample.save_model(tmp_path / "base")
+    image_sample.dataset(8).to_parquet(tmp_path / "images.parquet")
+    command = ["eval", str(tmp_path / "base"), "--dataset", str(tmp_path / "images.parquet"), "--chips", "1", "--json"]
+    command += ["--times", "1d", "--output", str(tmp_path / "out"), "--device", "cmo-hfox-ibm"]
+
+    def logs():
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 0, done.output
+        return len(list((tmp_path / "out").glob("chips-*.jsonl")))
+
+    assert (logs(), logs()) == (1, 1)  # the second one reads what the first has done
+    if change == "processor":  # the model sees other pixels
+        image_sample.ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.1] * 3).save_pretrained(
+            tmp_path / "base"
+        )
+    else:
+        base.config.id2label = {0: "d", 1: "c", 2: "b", 3: "a"}
+        base.config.save_pretrained(tmp_path / "base")
+    assert logs() == 2
 
 
 @pytest.mark.parametrize(
@@ -111,6 +135,20 @@ def test_names_are_no_markup(capsys):
     output.show_table("[/t]", ["[red]x", "y"], [["[/r]", "1"]])
     shown = capsys.readouterr().out
     assert "a [/b] [red]c" in shown and "[/t]" in shown and "[/r]" in shown
+
+
+def test_a_table_of_a_single_chip_shows_no_spread_and_counts_each_time(capsys):
+    from hf_reram.cli.evaluate import _show
+
+    chips = [
+        Measurement(t, None, s, {"f1": 50.0 + s} | ({"em": 1.0} if t < 2 else {})) for t in (1.0, 9.0) for s in (0, 1)
+    ]
+    _show(RobustnessReport(chips, {"f1": 60.0}, {"f1": 55.0}), "em")
+    shown = capsys.readouterr().out
+    assert "over none: after" in shown.replace("\n", " ") and "1.000 ± 0.000" in shown and "nan" not in shown
+    _show(RobustnessReport(chips[::2], {"f1": 60.0}, {"f1": 55.0}), "f1")
+    shown = capsys.readouterr().out
+    assert "of a single chip" in shown and "±" not in shown.split("95 %")[1].split("mean")[-1]
 
 
 @pytest.fixture(scope="module")

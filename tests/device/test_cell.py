@@ -149,3 +149,32 @@ def test_numpy_numbers_are_numbers():
         assert DeviceConfig.from_dict(json.loads(json.dumps(cell.to_dict()))) == cell
     assert cell.equivalent_time(np.int64(60), np.float32(300)) == 60.0 and cell.programming == (0.1,)
     assert ReRAMConfig(retention_times=np.array([5, 6])).retention_times == [5, 6]
+
+
+@pytest.mark.parametrize("number", [np.float32(300), np.int64(300), np.float16(300)])
+def test_numpy_temperatures_and_times_are_plain_numbers(number):
+    for found in (
+        parse_temperature(number),
+        parse_time(number),
+        device(reference_temperature=number).reference_temperature,
+        ReRAMConfig(temperature=number).temperature,
+    ):
+        assert found == 300.0 and type(found) is float
+    for wrong in (np.float32("nan"), np.float64("inf"), np.bool_(True), np.int64(-1)):
+        with pytest.raises(ValueError, match="allowed"):
+            parse_temperature(wrong)
+        with pytest.raises(ValueError, match="allowed"):
+            parse_time(wrong)
+
+
+def test_numpy_booleans_are_stored_as_pythons():
+    table = {"type": "table", "times": [np.int64(1)], "std": [[np.float32(1)]], "extrapolate": np.bool_(True)}
+    for retention in ({"type": "generic", "saturates": np.bool_(False)}, table):
+        cell = device(retention=retention, floor_at_zero=np.bool_(False))
+        config = ReRAMConfig(device=cell, center_inputs=np.bool_(False))
+        config.redundancy = np.float32(0.5)
+        again = json.loads(json.dumps(config.to_dict()))
+        assert ReRAMConfig.from_dict(again).to_dict() == config.to_dict()
+        assert again["redundancy"] == 0.5 and again["device"]["floor_at_zero"] is again["center_inputs"] is False
+    with pytest.raises(ValueError, match=r"saturates=.*: allowed is True or False"):
+        device(retention={"type": "generic", "saturates": np.int64(1)})

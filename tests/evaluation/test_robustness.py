@@ -1,3 +1,4 @@
+import json
 import math
 
 import numpy as np
@@ -7,6 +8,7 @@ from torch import nn
 
 from hf_reram import ReRAMConfig, RobustnessReport, calibrate, evaluate_robustness, patch_model
 from hf_reram.evaluation.report import Measurement
+from hf_reram.evaluation.tables import comparison_table, metrics_table, over_chips
 from tests.samples.models import bert_batch
 
 
@@ -73,6 +75,18 @@ def test_plot_is_a_png_of_several_models(tmp_path):
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     with pytest.raises(ValueError, match="labels"):
         report(0).plot(tmp_path / "q.png", report(1), labels=["a"])
+
+
+def test_reports_without_measurements_are_none_to_plot(tmp_path):
+    good = RobustnessReport([Measurement(1.0, None, 0, {"f1": 50.0})])
+    for reports in ([RobustnessReport([])], [good, RobustnessReport([])]):
+        with pytest.raises(ValueError, match="holds no measurements of"):
+            reports[0].plot(tmp_path / "p.png", *reports[1:])
+    data = good.to_dict()
+    data["measurements"][0]["metrics"] = {}
+    (tmp_path / "r.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"measurements\[0\]: metrics=\{\}: allowed is an object of at least one"):
+        RobustnessReport.from_json(tmp_path / "r.json")
 
 
 @pytest.mark.parametrize(
@@ -154,6 +168,21 @@ def test_runs_of_another_evaluation_are_not_taken_over(model, tmp_path):
         evaluate_robustness(model, mean_square, key=object(), **options)
 
 
+def test_runs_of_another_config_of_the_model_are_not_taken_over(tiny_bert, tmp_path):
+    patch_model(tiny_bert, ReRAMConfig())
+    calibrate(tiny_bert, [bert_batch()])
+    options = {"times": ["1d"], "seeds": 1, "progress": False, "resume": tmp_path / "log.jsonl"}
+
+    def loss(model):
+        return float(model(**bert_batch()).loss.detach())
+
+    evaluate_robustness(tiny_bert, loss, **options)
+    evaluate_robustness(tiny_bert, lambda m: pytest.fail("not again"), **options)
+    tiny_bert.config.id2label = {0: "c", 1: "b", 2: "a"}
+    with pytest.raises(ValueError, match="another config"):
+        evaluate_robustness(tiny_bert, loss, **options)
+
+
 def test_one_metric_that_is_nan_is_shown_and_not_the_end(model, tmp_path, caplog):
     runs = []
 
@@ -172,6 +201,100 @@ def test_one_metric_that_is_nan_is_shown_and_not_the_end(model, tmp_path, caplog
     again = RobustnessReport.from_json(tmp_path / "r.json")
     assert math.isnan(again.measurements[1].metrics["loss"]) and again.statistic("loss", "1d").mean == 4.0
     report.plot(tmp_path / "r.png", metric="loss")
+    assert "Mean ± standard deviation over 3 chips; over 2: loss after 1d." in report.to_markdown()
+
+
+def test_what_is_infinite_stays_so_in_a_file(tmp_path):
+    values = (math.inf, -math.inf, math.nan, 1.0)
+    report = RobustnessReport([Measurement(1.0, None, i, {"x": v}) for i, v in enumerate(values)], {"x": math.inf})
+    text = report.to_json(tmp_path / "r.json")
+    assert "Infinity" not in text and "NaN" not in text
+    again = RobustnessReport.from_json(tmp_path / "r.json")
+    assert [str(m.metrics["x"]) for m in again.measurements] == ["inf", "-inf", "nan", "1.0"]
+    assert again.digital == {"x": math.inf} and again.left_out() == report.left_out()
+
+
+def test_a_metric_that_some_chips_lack_is_counted_and_named(model):
+    runs = []
+
+    def evaluate(model):
+        runs.append(mean_square(model))
+        run = len(runs)  # the references, then chips 0 to 3
+        return {"a": float(run), **({"b": 10.0 * run} if run > 3 else {}), **({"c": 1.0} if run == 6 else {})}
+
+    report = evaluate_robustness(model, evaluate, ["1d"], seeds=4, progress=False)
+    assert report.metrics == ["a", "b", "c"]
+    assert report.statistic("b", "1d").mean == 50.0 and report.statistic("b", "1d").chips == 3
+    table = report.to_markdown()
+    assert "Mean ± standard deviation over 4 chips; over 3: b after 1d; over 1: c after 1d." in table
+    assert "b is missing on chip 0 after 1d" in report.notes and "c is missing on chip 3 after 1d" not in report.notes
+    assert "| c | – | – | 1.000 |" in table
+
+
+def test_a_row_of_the_table_is_of_its_own_temperature(model):
+    """The reference's chips are not those of the temperature that was evaluated first."""
+
+    def evaluate(model):
+        with torch.no_grad():
+            return {"error": float((model(torch.ones(3, 8)) - 1).square().mean())}
+
+    for order in (["150C", None], [None, "150C"]):
+        report = evaluate_robustness(model, evaluate, ["1h"], order, seeds=4, progress=False)
+        means = {
+            kelvin: np.mean([m.metrics["error"] for m in report.measurements if m.temperature == kelvin])
+            for kelvin in (None, 423.15)
+        }
+        assert abs(means[None] - means[423.15]) > 1e-3
+        listed = {row["temperature"]: row["mean"] for row in report.to_dict()["statistics"]}
+        assert listed == pytest.approx(means)
+        assert report.statistic("error", "1h").mean == pytest.approx(means[None])
+        assert report.statistic("error", "1h", "150C").mean == pytest.approx(means[423.15])
+        rows = report.to_markdown(6).splitlines()
+        assert next(row for row in rows if "reference" in row).split(" ± ")[0].endswith(f"{means[None]:.6f}")
+        assert next(row for row in rows if "423.15 K" in row).split(" ± ")[0].endswith(f"{means[423.15]:.6f}")
+    alone = RobustnessReport([m for m in report.measurements if m.temperature == 423.15])
+    assert alone.statistic("error", "1h").mean == pytest.approx(means[423.15])
+    assert "over 4 chips at 423.15 K." in alone.to_markdown()
+    with pytest.raises(ValueError, match="nothing measured"):
+        alone.statistic("error", "1h", 300)
+
+
+def test_a_chip_counts_once(model, tmp_path):
+    options = {"seeds": 3, "progress": False, "references": False}
+    for times, kelvins in ((["1d", "24h"], [None, None]), (np.array([86400, 86400]), [300, "300K", np.float32(300)])):
+        report = evaluate_robustness(model, mean_square, times, kelvins, **options)
+        assert len(report.measurements) == report.statistic("power", "1d").chips == 3
+    with pytest.raises(ValueError, match=r"seeds=\[3, 4, 3\] names a chip twice"):
+        evaluate_robustness(model, mean_square, ["1d"], seeds=[3, 4, 3], progress=False)
+    data = report.to_dict()
+    data["measurements"] += data["measurements"][:1]
+    (tmp_path / "r.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"r\.json is no .* report: chip 0 was measured 2 times after 1d at 300 K"):
+        RobustnessReport.from_json(tmp_path / "r.json")
+
+
+def test_one_chip_has_no_spread(model, tmp_path):
+    report = evaluate_robustness(model, mean_square, ["1d"], seeds=1, progress=False)
+    found = report.statistic("power", "1d")
+    assert found.chips == 1 and math.isnan(found.std) and math.isnan(found.ci95)
+    assert report.to_dict()["statistics"][0]["std"] is report.to_dict()["statistics"][0]["ci95"] is None
+    assert "±" not in report.to_markdown()
+    assert "Of a single chip, so that there is no spread." in report.to_markdown()
+    report.plot(tmp_path / "r.png")
+    assert "| one | 2.0 | 2.0 |" in comparison_table({"one": report}, "constant")
+    assert over_chips({"power": found}) == "of a single chip, so that there is no spread"
+
+
+def test_models_in_one_table_are_each_at_their_own_times_and_temperature():
+    def report(times, kelvin, value):
+        return RobustnessReport([Measurement(t, kelvin, s, {"f1": value + s}) for t in times for s in range(2)])
+
+    reports = {"a": report((1.0, 86400.0), None, 50.0), "b": report((86400.0,), 400.0, 20.0)}
+    table = comparison_table(reports)
+    assert "| a | – | 50.5 ± 0.7 | 50.5 ± 0.7 |" in table
+    assert "| b at 400 K | – | – | 20.5 ± 0.7 |" in table
+    assert "| f1 | 50.5 | 20.5 |" in metrics_table(reports, 86400.0)
+    assert "| f1 | 50.5 | – |" in metrics_table(reports, 1.0)
 
 
 def test_temperatures_may_be_texts(model):

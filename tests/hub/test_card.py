@@ -1,6 +1,7 @@
 """The model card: what it says, what the Hub makes of it, and what it keeps of a person's text."""
 
 import ast
+import json
 
 import pytest
 import yaml
@@ -53,6 +54,40 @@ def test_body_says_how_to_load_it_and_what_it_reaches():
     assert "| digital base | – | 58.2 | 58.2 |" in text
     assert "Assumed, not measured: v0." in text
     assert "\n\n\n" not in text
+
+
+def test_a_card_of_one_hot_chip_says_so_and_claims_no_spread():
+    found = report()
+    found.measurements = [Measurement(m.time, 423.15, m.seed, m.metrics) for m in found.measurements if m.seed == 0]
+    card = model_card(found)
+    assert "f1: 50.0 on one chip 1d after programming at 423.15 K, 58.2 of the digital base" in card.text
+    assert ", of a single chip at 423.15 K, so that there is no spread:" in card.text
+    _, results = model_index_to_eval_results(card.data.to_dict()["model-index"])
+    values = {r.metric_name: r.metric_value for r in results}
+    assert values["f1, cmo-hfox-ibm 1d after programming at 423.15 K, of one chip"] == 50.0
+    assert "±" not in card.text
+
+
+def test_a_card_counts_the_chips_of_each_figure():
+    found = report()
+    found.measurements[3].metrics["f1"] = float("nan")
+    del found.measurements[4].metrics["exact"]
+    found.ideal["exact"] = float("nan")
+    card = model_card(found)
+    assert "mean ± standard deviation over 3 chips; over 2: f1 of robust after 1d:" in card.text
+    assert "Mean over chips after 1d:" in card.text  # both of two
+    _, results = model_index_to_eval_results(card.data.to_dict()["model-index"])
+    names = {r.metric_name for r in results}
+    assert "f1, cmo-hfox-ibm 1d after programming, mean of 2 chips" in names
+    assert "exact, ideal crossbar" not in names
+
+
+def test_a_comparison_without_measurements_is_none(tmp_path):
+    found = report()
+    found.measurements = []
+    (tmp_path / "comparison.json").write_text(json.dumps({"a": report().to_dict(), "b": found.to_dict()}))
+    with pytest.raises(ValueError, match=r"comparison\.json holds no measurements of \['b'\]"):
+        read_comparison(tmp_path / "comparison.json")
 
 
 @pytest.mark.parametrize("base_model", ["minilm", "./minilm", "/models/minilm"])

@@ -1,5 +1,6 @@
 """A report is a model's only on the weights and the hardware that it was measured on."""
 
+import json
 import logging
 
 import pytest
@@ -38,6 +39,24 @@ def test_a_report_of_another_device_is_not_attached(tmp_path, said):
     assert len(said()) == 1 and "with another device" in said()[0]
     with pytest.raises(ValueError, match="was measured with another device"):
         prepare(tmp_path, again)
+
+
+def test_a_report_of_another_config_of_the_model_is_not_attached(tmp_path, said):
+    model, report = measured()
+    model.save_pretrained(tmp_path)
+    report.to_json(tmp_path / "robustness.json")
+    load = BertForSequenceClassification.from_pretrained
+    assert report_of(load(tmp_path, hidden_dropout_prob=0.2)).weights == report.weights and said() == []
+    other = load(tmp_path, hidden_act="relu", num_attention_heads=4)
+    assert report_of(other) is None and "with another hidden_act, num_attention_heads" in said()[0]
+    with pytest.raises(ValueError, match="was measured with another hidden_act"):
+        prepare(tmp_path, other)
+    model.config.hidden_act = "relu"
+    assert report_of(model) is None
+    data = json.loads((tmp_path / "robustness.json").read_text())
+    del data["model_config"]  # as reports of earlier versions
+    (tmp_path / "robustness.json").write_text(json.dumps(data))
+    assert report_of(load(tmp_path)).weights == report.weights
 
 
 def test_loss_and_times_of_training_are_no_hardware(tmp_path):

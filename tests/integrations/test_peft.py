@@ -1,6 +1,7 @@
 """PEFT's adapters as digital side paths beside frozen crossbars."""
 
 import copy
+import json
 import logging
 from contextlib import nullcontext
 from functools import partial
@@ -358,6 +359,18 @@ def test_digests_tell_which_adapter_is_in_use(base, tmp_path):
     assert len(digests) == 4
     model.set_adapter("default")
     assert score(model, **options).measurements == report.measurements
+
+
+def test_a_report_is_of_its_adapters_scale(base, tmp_path):
+    lora = LoraConfig(r=2, lora_alpha=4, target_modules=["query"], init_lora_weights=False)
+    model, batch = get_peft_model(BertForSequenceClassification.from_pretrained(base), lora).eval(), bert_batch()
+    report = evaluate_robustness(model, lambda m: float(logits(m, batch, False).sum()), ["1d"], seeds=1, progress=False)
+    model.save_pretrained(tmp_path)
+    report.to_json(tmp_path / "robustness.json")
+    assert report_of(load_model(tmp_path)) is not None
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 40}))
+    assert report_of(load_model(tmp_path)) is None
 
 
 def test_adapters_that_nothing_wraps_are_told_apart_too(base):

@@ -121,3 +121,16 @@ def test_chips_generate_as_the_arguments_say(trainer, length, beams):
         with deploy(trainer.model.eval(), "1d", seed=measurement.seed), torch.no_grad():
             tokens = [generate(part, max_length=length or 9, num_beams=beams or 1) for part in words.split(8)]
         assert measurement.metrics["sum"] == sum(float(part.sum()) for part in tokens)
+
+
+def test_a_resumed_evaluation_knows_how_it_generates(trainer, tmp_path):
+    options = {"times": ["1d"], "seeds": 1, "progress": False, "references": False, "resume": tmp_path / "log.jsonl"}
+    first = trainer.evaluate_robustness(**options)
+    assert trainer.evaluate_robustness(**options).measurements == first.measurements
+    trainer.args.generation_max_length = 3
+    with pytest.raises(ValueError, match="another evaluation"):
+        trainer.evaluate_robustness(**options)
+    trainer.args.generation_max_length = 5
+    trainer.model.generation_config.repetition_penalty = 5.0
+    with pytest.raises(ValueError, match="another evaluation"):
+        trainer.evaluate_robustness(**options)

@@ -109,12 +109,12 @@ def test_kinds_that_are_not_put_on_crossbars_are_named(caplog):
     kinds = {
         "cell": nn.LSTMCell(4, 4),
         "sequence": nn.GRU(4, 4),
-        "conv": nn.Conv1d(4, 4, 1),
+        "conv": nn.Conv3d(4, 4, 1),
         "two": nn.Bilinear(4, 4, 2),
     }
     with caplog.at_level("WARNING", "hf_reram"):
         patch_model(nn.ModuleDict({**kinds, "plain": nn.Linear(4, 4)}), ReRAMConfig())
-    assert "cell (LSTMCell), sequence (GRU), conv (Conv1d), two (Bilinear) multiply by weights of kinds" in caplog.text
+    assert "cell (LSTMCell), sequence (GRU), conv (Conv3d), two (Bilinear) multiply by weights of kinds" in caplog.text
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -1,9 +1,11 @@
 import copy
+import logging
+import threading
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from torch import nn
 from torch.distributions import Bernoulli, Categorical, kl_divergence
 from torch.utils.data import IterableDataset
@@ -13,6 +15,7 @@ from transformers import (
     EarlyStoppingCallback,
     TrainerCallback,
     TrainingArguments,
+    default_data_collator,
     set_seed,
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -32,6 +35,7 @@ from hf_reram import (
 from hf_reram.config import RETENTION_LOSSES
 from hf_reram.training.checkpoints import CONFIGS
 from tests.samples import models
+from tests.samples.devices import device
 from tests.samples.models import bert_batch
 
 
@@ -429,19 +433,45 @@ def test_streamed_data_calibrate(tmp_path, named):
 
 def test_several_evaluation_sets_have_their_metrics_each(tmp_path):
     sets = {"easy": examples(8), "hard": examples(16)}
-    trainer = ReRAMTrainer(
-        fresh_bert(),
-        arguments(tmp_path),
-        train_dataset=examples(),
-        eval_dataset=sets,
-        compute_metrics=accuracy,
-        reram_config=ReRAMConfig(),
-    )
+    still = device(read_noise=0.0)  # what is read first draws nothing from what is read next
+    trainer = trainer_of(tmp_path, ReRAMConfig(device=still), eval_dataset=sets, compute_metrics=accuracy)
     report = trainer.evaluate_robustness(["1d"], seeds=2, progress=False)
     assert {"easy_accuracy", "hard_accuracy", "easy_loss", "hard_loss"} <= set(report.metrics)
     alone = trainer.evaluate_robustness(["1d"], seeds=2, eval_dataset=sets["hard"], progress=False)
-    for chip, other in zip(report.measurements, alone.measurements):
+    for chip, other in zip(report.measurements, alone.measurements, strict=True):
         assert chip.metrics["hard_accuracy"] == other.metrics["accuracy"]
+        assert chip.metrics["hard_loss"] == other.metrics["loss"] != chip.metrics["easy_loss"]
+
+
+def test_a_dataset_dict_is_several_data_sets(tmp_path):
+    part = Dataset.from_list([{key: value.tolist() for key, value in row.items()} for row in examples(8)])
+    trainer = trainer_of(tmp_path, ReRAMConfig(device=device(read_noise=0.0)), compute_metrics=accuracy)
+    found = trainer.evaluate_robustness(
+        ["1d"], seeds=1, progress=False, eval_dataset=DatasetDict(a=part, b=part.select(range(4)))
+    )
+    assert {"a_accuracy", "b_accuracy", "a_loss", "b_loss"} <= set(found.metrics)
+    alone = trainer.evaluate_robustness(["1d"], seeds=1, progress=False, eval_dataset=part.select(range(4)))
+    assert found.digital["b_loss"] == alone.digital["loss"] != found.digital["a_loss"]
+
+
+def test_a_chip_without_a_figure_is_left_out_of_the_mean_of_an_evaluation(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("hf_reram.evaluation.trainer"), "propagate", True)
+    calls = []
+
+    def metrics(prediction):
+        calls.append(1)
+        run = len(calls)  # the ideal crossbar, then chips 0 to 3
+        return {"x": float("nan") if run == 3 else float(run), **({"y": 7.0 * run} if run in (1, 5) else {})}
+
+    trainer = trainer_of(
+        tmp_path, eval_dataset=examples(8), compute_metrics=metrics, eval_times=["1d", "24h"], eval_chips=np.int64(4)
+    )
+    found = trainer.evaluate()
+    assert len(calls) == 5
+    assert found["eval_1d_x"] == (2 + 4 + 5) / 3 and found["eval_1d_y"] == 35.0
+    told = [record.getMessage() for record in caplog.records]
+    assert "eval_1d_x is not finite or missing on 1 of 4 chips: its mean is over the others" in told
+    assert "eval_1d_y is not finite or missing on 3 of 4 chips: its mean is over the others" in told
 
 
 def test_a_resumed_evaluation_knows_its_data(tmp_path):
@@ -451,6 +481,59 @@ def test_a_resumed_evaluation_knows_its_data(tmp_path):
     assert trainer.evaluate_robustness(eval_dataset=examples(8), **options).measurements == first.measurements
     with pytest.raises(ValueError, match="another evaluation"):
         trainer.evaluate_robustness(eval_dataset=examples(16), **options)
+
+
+def ones(rows):
+    return {"input_ids": [[1] * 6 for _ in rows["input_ids"]], "labels": rows["labels"]}
+
+
+def twos(rows):
+    return {"input_ids": [[2] * 6 for _ in rows["input_ids"]], "labels": rows["labels"]}
+
+
+def cut(rows):
+    return {key: value[:, :3] if value.dim() > 1 else value for key, value in default_data_collator(rows).items()}
+
+
+class Smoothed(ReRAMTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        return (loss * 2, outputs) if return_outputs else loss * 2
+
+
+def test_a_resumed_evaluation_knows_what_it_evaluates_with(tmp_path):
+    """Of what changes a figure but no weight, each is another evaluation."""
+    model = patch_model(fresh_bert(), ReRAMConfig())
+    calibrate(model, [bert_batch()])
+    data = Dataset.from_list([{key: value.tolist() for key, value in row.items()} for row in examples(8)])
+    options = {"times": ["1d"], "seeds": 1, "progress": False, "references": False}
+
+    def run(kind=ReRAMTrainer, eval_dataset=data, arguments_=None, resume="log.jsonl", **parts):
+        parts = {"compute_metrics": accuracy, **parts}
+        args = arguments(tmp_path, **{"remove_unused_columns": False, **(arguments_ or {})})
+        trainer = kind(model, args, train_dataset=examples(), eval_dataset=eval_dataset, **parts)
+        return trainer.evaluate_robustness(resume=tmp_path / resume, **options)
+
+    first = run()
+    assert run().measurements == first.measurements
+    for change in (
+        {"compute_metrics": lambda p: {"accuracy": 1 - accuracy(p)["accuracy"]}},
+        {"preprocess_logits_for_metrics": lambda logits, labels: -logits},
+        {"data_collator": cut},
+        {"eval_dataset": data.with_transform(ones)},
+        {"arguments_": {"bf16_full_eval": True}},
+        {"arguments_": {"label_smoothing_factor": 0.5}},
+        {"arguments_": {"per_device_eval_batch_size": 4}},
+        {"kind": Smoothed},
+    ):
+        with pytest.raises(ValueError, match="another evaluation"):
+            run(**change)
+    run(eval_dataset=data.with_transform(ones), resume="ones.jsonl")
+    with pytest.raises(ValueError, match="another evaluation"):
+        run(eval_dataset=data.with_transform(twos), resume="ones.jsonl")
+    lock = threading.Lock()
+    with pytest.raises(ValueError, match="the compute_metrics cannot be told from another one: say with key="):
+        run(compute_metrics=lambda p: {"locked": lock.locked()}, resume="other.jsonl")
 
 
 def test_a_saved_model_has_its_report_beside_it(tmp_path):
