@@ -127,6 +127,7 @@ class ReRAMConfig(QuantizationConfigMixin):
     def __post_init__(self, learn_input_range: bool | None):
         for f in fields(self):
             refuse_deep(f"ReRAMConfig.{f.name}", getattr(self, f.name))
+            setattr(self, f.name, plain(getattr(self, f.name)))
         if isinstance(self.device, str):
             self.device = DeviceConfig.from_preset(self.device)
         elif not isinstance(self.device, DeviceConfig):

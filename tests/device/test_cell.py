@@ -169,7 +169,7 @@ def test_numpy_temperatures_and_times_are_plain_numbers(number):
 
 def test_numpy_booleans_are_stored_as_pythons():
     table = {"type": "table", "times": [np.int64(1)], "std": [[np.float32(1)]], "extrapolate": np.bool_(True)}
-    for retention in ({"type": "generic", "saturates": np.bool_(False)}, table):
+    for retention in ({"type": "generic", "A": 0, "saturates": np.bool_(False)}, table):
         cell = device(retention=retention, floor_at_zero=np.bool_(False))
         config = ReRAMConfig(device=cell, center_inputs=np.bool_(False))
         config.redundancy = np.float32(0.5)
@@ -177,4 +177,4 @@ def test_numpy_booleans_are_stored_as_pythons():
         assert ReRAMConfig.from_dict(again).to_dict() == config.to_dict()
         assert again["redundancy"] == 0.5 and again["device"]["floor_at_zero"] is again["center_inputs"] is False
     with pytest.raises(ValueError, match=r"saturates=.*: allowed is True or False"):
-        device(retention={"type": "generic", "saturates": np.int64(1)})
+        device(retention={"type": "generic", "A": 0, "saturates": np.int64(1)})
