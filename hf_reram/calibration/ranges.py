@@ -21,6 +21,9 @@ from .statistics import LayerStatistics
 SHRINKS = tuple(0.02 * 50 ** (i / 31) for i in range(32))
 FULL_SCALES = tuple(1.25 * 2 ** (-i / 6) for i in range(49))
 
+# Share of a static range's error below which each token gets one of its own, which costs digital work.
+NOTABLE = 0.9
+
 # Elements of normalized inputs that the gain of a range of its own for each token is fitted to.
 _FITTED = 1 << 16
 
@@ -70,7 +73,7 @@ def settle_drive(shared: list[LayerStatistics], config: ReRAMConfig) -> None:
     kinds = {"auto": (False, True), "per_token": (True,)}.get(config.input_range, (False,))
     found = [_curve(shared, config, per_token) for per_token in kinds]
     errors = [_error(shared, curve, config) for curve in found] if len(found) > 1 else [0.0]
-    best = errors.index(min(errors))
+    best = int(len(found) > 1 and errors[1] < NOTABLE * errors[0])
     curve, per_token = found[best], kinds[best]
     for statistics in shared:
         layer = statistics.layer
@@ -176,7 +179,8 @@ def _read_noise(layer: CrossbarLayer, rows: Tensor, config: ReRAMConfig) -> floa
 
 def _error(shared: list[LayerStatistics], curve: Curve, config: ReRAMConfig) -> float:
     """The expected relative error of the outputs from what drives the arrays and reads them: clamping, DAC, curve, read
-    noise and ADC."""
+    noise and ADC; the mean over all tokens, and that of the worst of the largest ones: what all others attend to is
+    one of a thousand, and the model is lost without it."""
     total = 0.0
     levels, floor = dac_grid(config.dac_bits, _floor(shared[0], curve))
     for statistics in shared:
@@ -184,14 +188,26 @@ def _error(shared: list[LayerStatistics], curve: Curve, config: ReRAMConfig) -> 
         rows = layer.to_rows(cell_weight(layer, layer.weight)).float()
         weights = sample_weights(layer, rows, inputs)
         phi = curve.phi(inputs, levels, floor)
-        error = torch.bmm(rows, (phi - inputs).transpose(1, 2)).square().sum((0, 1)) * weights
-        total += float(error.double().mean())
-        total += float((curve.unit_square(config) * weights).double().mean()) * _read_noise(layer, rows, config)
+        error = torch.bmm(rows, (phi - inputs).mT).square().sum((0, 1)) * weights
+        noise = _read_noise(layer, rows, config)
+        total += float((error + curve.unit_square(config) * weights * noise).double().mean())
+        if len(statistics.extremes):
+            total += _worst(statistics, rows, curve, levels, floor, noise)
         if config.adc_bits:
             clip = TYPICAL_CLIP if config.weight_clip == "auto" else config.weight_clip
             scale = layer.along_rows(layer_scales(layer, rows, clip)).expand(rows.shape)
             total += best_full_scale(layer, rows.clamp(-scale, scale), scale, phi, weights, curve)[1]
     return total
+
+
+def _worst(statistics: LayerStatistics, rows: Tensor, curve: Curve, levels: int, floor: float, noise: float) -> float:
+    """The largest relative error of the largest tokens."""
+    x, peaks = statistics.grouped(statistics.extremes[:, :-1]), statistics.extremes[:, -1:]
+    curve = curve._replace(span=peaks) if isinstance(curve.span, Tensor) else curve
+    signal = torch.bmm(rows, x.mT).square().sum((0, 1)).clamp(min=TINY)
+    error = torch.bmm(rows, (curve.phi(x, levels, floor) - x).mT).square().sum((0, 1))
+    unit: Any = curve.unit_square(statistics.layer.crossbar.config)
+    return float(((error + unit * noise) / signal).max())
 
 
 def best_full_scale(

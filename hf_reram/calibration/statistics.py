@@ -19,6 +19,9 @@ _BINS = 1 << (31 - _BITS)
 # Sampled vectors a layer, and a bound on their elements (8 MiB in float32).
 _SAMPLES, _SAMPLE_ELEMENTS = 256, 1 << 21
 
+# Tokens that are kept because they are the largest ones.
+_EXTREMES = 8
+
 # Sampled tokens or images from which input scales are chosen, within the same bound.
 _EXAMPLES = 4096
 
@@ -96,6 +99,7 @@ class LayerStatistics:
         counts: (bins,) histogram of |x|, in double precision. largest: max |x|. smallest: min x, at most 0.
         lowest: min x in units of its token's (image's) largest magnitude, at most 0.
         samples: (at most 256, groups · rows) vectors that met the array.
+        extremes: the few largest of all tokens, of the same form; none of pixels.
         offset, scale: (input channels,), subtracted from the input, zero where that does not help, and what it is
             divided by then, one where that does not help; those of :class:`Channels`.
     """
@@ -109,6 +113,7 @@ class LayerStatistics:
         self.largest = self.smallest = self.lowest = 0.0
         self.generator = torch.Generator().manual_seed(seed)
         self._reservoir = Reservoir(_SAMPLES, self.generator)
+        self.extremes = torch.zeros(0, layer.inputs + 1, device=device)
 
     @torch.no_grad()
     def update(self, x: Tensor, keep: Tensor | None) -> None:
@@ -126,6 +131,10 @@ class LayerStatistics:
         examples = self.layer.examples(x)
         peaks = examples.flatten(1).abs().amax(1).clamp(min=TINY)
         self.lowest = min(self.lowest, float((examples.flatten(1).amin(1) / peaks).min()))
+        if not self.layer.reads_windows:
+            largest = peaks.topk(min(_EXTREMES, len(peaks))).indices
+            kept = torch.cat((self.extremes, torch.cat((examples[largest], peaks[largest, None]), 1)))
+            self.extremes = kept[kept[:, -1].topk(min(_EXTREMES, len(kept))).indices]
         self._reservoir.add(self._vectors(examples, peaks[:, None]))
 
     @property

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from hf_reram import ReRAMConfig, calibrate, deploy, digital, patch_model
+from hf_reram import ReRAMConfig, calibrate, deploy, digital, follow_training, patch_model
 from hf_reram.nn.mapping import CLIPS, CONVOLUTION
+from hf_reram.training.following import clamped_shares
 from tests.samples.devices import device
+from tests.samples.models import bert_batch
 
 
 def inputs_of(kind: str) -> torch.Tensor:
@@ -100,3 +102,52 @@ def test_no_other_clip_of_a_convolution_is_much_better_as_its_errors_count(noise
         calibrate(patch_model(model, config), [x])
         found[clip] = counted_error(model, x, exact)
     assert found["auto"] < 1.1 * min(found.values())
+
+
+@pytest.mark.parametrize("options", [{}, {"adc_bits": 8, "dac_bits": 8}], ids=str)
+@pytest.mark.parametrize("tokens", ["massive", "spread"])
+def test_auto_gives_tokens_of_different_sizes_a_range_each(tokens, options):
+    """By what the chosen one leaves of each token's error, the rare massive ones' too."""
+    torch.manual_seed(0)
+    x = torch.randn(1500, 48)
+    if tokens == "massive":
+        x[::700] *= 300
+    else:
+        x *= torch.logspace(-1, 1, len(x))[:, None]
+    plain = nn.Sequential(nn.Linear(48, 32))
+    wanted = nn.functional.linear(x, plain[0].weight)
+    errors = {}
+    for kind in ("static", "per_token", "auto"):
+        model = patch_model(copy.deepcopy(plain), ReRAMConfig(device="cmo-hfox-ibm", input_range=kind, **options))
+        calibrate(model, [x])
+        with torch.no_grad():
+            error = (model.eval()(x) - model[0].bias - wanted).norm(dim=1) / wanted.norm(dim=1)
+        errors[kind] = float(error.square().mean()), float(error.max())
+    assert model[0].per_token.item() == 1.0
+    assert errors["auto"] == errors["per_token"]
+    assert errors["per_token"][0] < errors["static"][0] / 10 and errors["per_token"][1] < errors["static"][1]
+
+
+def test_layers_that_read_the_same_input_have_the_same_kind_of_range(tiny_bert):
+    patch_model(tiny_bert, ReRAMConfig(input_range="auto"))
+    calibrate(tiny_bert.eval(), [bert_batch()])
+    block = tiny_bert.bert.encoder.layer[0].attention.self
+    kinds = {float(layer.per_token) for layer in (block.query, block.key, block.value)}
+    ranges = {float(layer.input_range) for layer in (block.query, block.key, block.value)}
+    assert len(kinds) == len(ranges) == 1
+
+
+def test_a_tokens_own_range_follows_a_training():
+    """Its offset and gain do, and nothing is beyond it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 6)).train()
+    patch_model(model, ReRAMConfig(input_range="per_token"))
+    calibrate(model, [torch.randn(300, 12) + 4])
+    follow_training(model)
+    before = model[0].input_offset.clone()
+    for _ in range(30):
+        model(torch.randn(64, 12) * 50 + 400).square().mean().backward()
+        follow_training(model)
+    assert float(model[0].input_range) == 1.0
+    assert float(before.mean()) < 5 and float(model[0].input_offset.mean()) == pytest.approx(400, rel=0.02)
+    assert [float(share) for share in clamped_shares(model).values()] == [0.0]

@@ -35,6 +35,7 @@ CALIBRATED = {
     "redundancy": {"redundancy": 0.3},
     "learned": {"learn_input_range": True, "retention_loss": "sensitivity+drift"},
     "converters": {"adc_bits": 8, "dac_bits": 8, "range_shrink": "auto", "equalize_inputs": True},
+    "per token": {"input_range": "auto", "adc_bits": 8},
 }
 
 

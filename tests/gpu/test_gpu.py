@@ -52,6 +52,7 @@ OPTIONS = {
     "converters": {"retention_loss": "output", **CONVERTERS},
     "tiles": {"retention_loss": "output", "weight_scale": "per_tile", "tile_size": 8},
     "learned ranges": {"retention_loss": "output", "learn_input_range": True},
+    "per token": {"retention_loss": "output", "input_range": "per_token"},
     "equalized, redundant": {"retention_loss": "output", "equalize_inputs": True, "redundancy": 1.0},
 }
 

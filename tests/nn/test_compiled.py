@@ -53,6 +53,8 @@ BERT = partial(tiny_bert, num_hidden_layers=1), "output+drift", {"target_modules
         (FewLayers, "output+drift", {"weight_scale": "per_tile", "tile_size": 8, "redundancy": 1.0}),
         (FewLayers, "output", {"learn_input_range": True}),
         (FewLayers, "output", {"input_range": "per_token"}),
+        (FewLayers, "output+drift", {"input_range": "per_token", **CONVERTERS}),
+        (FewLayers, "output", {"input_range": "per_token"}),
         pytest.param(*BERT, id="BERT"),
     ],
 )
