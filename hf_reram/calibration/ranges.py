@@ -204,10 +204,9 @@ def _worst(statistics: LayerStatistics, rows: Tensor, curve: Curve, levels: int,
     """The largest relative error of the largest tokens."""
     x, peaks = statistics.grouped(statistics.extremes[:, :-1]), statistics.extremes[:, -1:]
     curve = curve._replace(span=peaks) if isinstance(curve.span, Tensor) else curve
-    signal = torch.bmm(rows, x.mT).square().sum((0, 1)).clamp(min=TINY)
     error = torch.bmm(rows, (curve.phi(x, levels, floor) - x).mT).square().sum((0, 1))
     unit: Any = curve.unit_square(statistics.layer.crossbar.config)
-    return float(((error + unit * noise) / signal).max())
+    return float(((error + unit * noise) * relative_weights(rows, x)).max())
 
 
 def best_full_scale(

@@ -132,8 +132,8 @@ class LayerStatistics:
         peaks = examples.flatten(1).abs().amax(1).clamp(min=TINY)
         self.lowest = min(self.lowest, float((examples.flatten(1).amin(1) / peaks).min()))
         if not self.layer.reads_windows:
-            largest = peaks.topk(min(_EXTREMES, len(peaks))).indices
-            kept = torch.cat((self.extremes, torch.cat((examples[largest], peaks[largest, None]), 1)))
+            top = peaks.topk(min(_EXTREMES, len(peaks))).indices
+            kept = torch.cat((self.extremes, torch.cat((examples[top], peaks[top, None]), 1)))
             self.extremes = kept[kept[:, -1].topk(min(_EXTREMES, len(kept))).indices]
         self._reservoir.add(self._vectors(examples, peaks[:, None]))
 
