@@ -21,7 +21,7 @@ from .output import say, show_json, show_table, writable
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="Hub id or folder, of a robust checkpoint or a plain one.")],
-    dataset: Annotated[str, typer.Option(help="Hub id, parquet or JSON file, or folder of images by class.")],
+    dataset: Annotated[str, typer.Option(help="Hub id, parquet, JSON or text file, or image folder.")],
     task: Annotated[str | None, typer.Option(help=f"One of {', '.join(TASKS)}; default by the model.")] = None,
     split: Annotated[str, typer.Option(help="Of a data set on the Hub.")] = "validation",
     samples: Annotated[int | None, typer.Option(min=1, help="How many examples, drawn by --seed; default all.")] = None,
@@ -31,6 +31,7 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="Cells of a plain checkpoint: preset or JSON file.")] = None,
     range_shrink: Annotated[str | None, typer.Option(help="auto, or a number in (0, 1].")] = None,
     weight_clip: Annotated[str | None, typer.Option(help="auto, none, or RMS multiples.")] = None,
+    input_range: Annotated[str | None, typer.Option(help="static, per_token, or auto.")] = None,
     redundancy: Annotated[
         float | None, typer.Option(min=0, max=4, help="Share of cells on top, where they do most.")
     ] = None,
@@ -42,12 +43,12 @@ def evaluate(
     """How a checkpoint does as chips that age: a table, a JSON report and a plot.
 
     A plain checkpoint is put on the cells of --device and calibrated for --times on the evaluated inputs, without their
-    labels; so is a robust one where --device, --range-shrink, --weight-clip or --redundancy differ from its own, which
-    it keeps where they are not given. An evaluation that was interrupted goes on where it stopped.
+    labels; so is a robust one where --device, --range-shrink, --weight-clip, --input-range or --redundancy differ from
+    its own, which it keeps where they are not given. An evaluation that was interrupted goes on where it stopped.
     """
     spoken = words(times) or ["1s", "1d", "10y"]
     writable(output)
-    found, fresh = patched(model, device, spoken, **mapping_flags(range_shrink, weight_clip, redundancy))
+    found, fresh = patched(model, device, spoken, **mapping_flags(range_shrink, weight_clip, redundancy, input_range))
     work = load_task(task or task_of(found), found, model, dataset, split, samples, batch_size, seed)
     if fresh:
         calibrate(found, work.batches)

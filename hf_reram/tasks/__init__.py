@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         image_transforms,
         keep_preprocessing,
     )
+    from .language_modeling import Perplexity, packed, texts_of, window_length
     from .metrics.squad_v2 import token_f1
     from .question_answering import QuestionAnswering, training_features
     from .registry import TASKS, Task, load_task
@@ -54,6 +55,7 @@ _NAMES = {
         "image_transforms",
         "keep_preprocessing",
     ],
+    "language_modeling": ["Perplexity", "packed", "texts_of", "window_length"],
     "metrics.squad_v2": ["token_f1"],
     "question_answering": ["QuestionAnswering", "training_features"],
     "registry": ["TASKS", "Task", "load_task"],
@@ -70,6 +72,7 @@ __all__ = [
     "ImageDataset",
     "Method",
     "MixUp",
+    "Perplexity",
     "QuestionAnswering",
     "ReRAMArguments",
     "RecipeTrainingArguments",
@@ -87,12 +90,15 @@ __all__ = [
     "load_rows",
     "load_task",
     "number_or_word",
+    "packed",
     "push",
     "reestimate_batch_norm",
     "run_protocol",
+    "texts_of",
     "token_f1",
     "train_base",
     "training_features",
+    "window_length",
     "write_comparison",
 ]
 

@@ -20,6 +20,10 @@ class ReRAMArguments:
 
     device: str = field(default="hfox-neurram", metadata={"help": "preset, or JSON file of a DeviceConfig"})
     range_shrink: str = field(default="auto", metadata={"help": "auto or a number in (0, 1]"})
+    input_range: str = field(
+        default=ReRAMConfig.input_range,
+        metadata={"help": "static, per_token (each token's or image's own), learned, or auto (static or per_token)"},
+    )
     weight_clip: str = field(default="auto", metadata={"help": "auto, none or RMS multiples"})
     equalize_inputs: bool = field(
         default=ReRAMConfig.equalize_inputs, metadata={"help": "input channels divided by scales of their own"}
@@ -69,7 +73,7 @@ class ReRAMArguments:
         """
         return ReRAMConfig(
             device=device_of(self.device),
-            **mapping_flags(self.range_shrink, self.weight_clip, self.redundancy),
+            **mapping_flags(self.range_shrink, self.weight_clip, self.redundancy, self.input_range),
             equalize_inputs=self.equalize_inputs,
             weight_scale=self.weight_scale,
             tile_size=self.tile_size,

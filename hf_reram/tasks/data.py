@@ -1,9 +1,10 @@
 """Data sets for the recipes, from the Hub, a file or a folder."""
 
+import re
 from pathlib import Path
 from typing import Any
 
-KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
+KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".txt": "text"}
 
 
 def load_rows(name: str, split: str, file: str | None = None, folder: str | None = None) -> Any:
@@ -11,13 +12,14 @@ def load_rows(name: str, split: str, file: str | None = None, folder: str | None
 
     Args:
         name, split: on the Hub, unless a file or a folder is given.
-        file: parquet or JSON. folder: with a folder of images for each class.
+        file: parquet, JSON, or plain text in UTF-8, whose paragraphs, between empty lines, are the rows.
+        folder: with a folder of images for each class.
 
     Raises:
         FileNotFoundError: no such file or folder.
-        ValueError: a file of another kind.
+        ValueError: a file of another kind, or text that is not UTF-8.
     """
-    from datasets import load_dataset
+    from datasets import Dataset, load_dataset
 
     path = folder or file
     if path is None:
@@ -29,6 +31,12 @@ def load_rows(name: str, split: str, file: str | None = None, folder: str | None
     kind = KINDS.get(Path(path).suffix)
     if kind is None:
         raise ValueError(f"{path}: allowed are {', '.join(KINDS)} files")
+    if kind == "text":
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is no text in UTF-8: {error}") from error
+        return Dataset.from_dict({"text": [part.strip("\n") for part in re.split(r"\n\s*\n", text)]})
     return load_dataset(kind, data_files=path, split="train")
 
 

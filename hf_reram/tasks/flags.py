@@ -15,7 +15,10 @@ def device_of(name: str) -> str | DeviceConfig:
 
 
 def mapping_flags(
-    range_shrink: str | None = None, weight_clip: str | None = None, redundancy: float | None = None
+    range_shrink: str | None = None,
+    weight_clip: str | None = None,
+    redundancy: float | None = None,
+    input_range: str | None = None,
 ) -> dict[str, Any]:
     """How weights lie on the cells, as fields of :class:`hf_reram.ReRAMConfig`: those flags alone that were given, also
     with the field's default.
@@ -28,7 +31,8 @@ def mapping_flags(
         given["range_shrink"] = number_or_word(range_shrink, "range_shrink", {"auto": "auto"})
     if weight_clip is not None:
         given["weight_clip"] = number_or_word(weight_clip, "weight_clip", {"auto": "auto", "none": None})
-    return given | ({} if redundancy is None else {"redundancy": redundancy})
+    plain = {"redundancy": redundancy, "input_range": input_range}
+    return given | {name: value for name, value in plain.items() if value is not None}
 
 
 def number_or_word(text: str, name: str, words: dict[str, str | None]) -> float | str | None:

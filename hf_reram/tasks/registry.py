@@ -11,6 +11,7 @@ from ..config import ReRAMConfig
 from ..evaluation.content import part_of
 from .data import KINDS, draw, load_rows
 from .image_classification import ImageClassification, check_labels, image_transforms
+from .language_modeling import Perplexity, packed, texts_of, window_length
 from .question_answering import QuestionAnswering
 
 
@@ -58,7 +59,28 @@ def image_classification(model: Any, name: str, dataset: Any, batch_size: int = 
     return Task(evaluate, _spread(batches), "accuracy", len(dataset))
 
 
-TASKS = {"question-answering": question_answering, "image-classification": image_classification}
+def text_generation(model: Any, name: str, dataset: Any, batch_size: int = 32) -> Task:
+    """Texts, packed into windows of tokens.
+
+    Raises:
+        ValueError: there is no text column or no text, the model has no tokenizer, or is no causal model.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{name} has no tokenizer, which texts need ({error})") from error
+    windows = packed(texts_of(dataset), tokenizer, window_length(model), "the evaluation data")
+    evaluate = Perplexity(windows, max(1, batch_size // 8))  # windows are long
+    return Task(evaluate, _spread(evaluate.batches), "perplexity", len(windows))
+
+
+TASKS = {
+    "question-answering": question_answering,
+    "image-classification": image_classification,
+    "text-generation": text_generation,
+}
 
 
 def load_task(
@@ -75,7 +97,7 @@ def load_task(
 
     Args:
         task: one of :data:`TASKS`. name: where the model came from.
-        dataset: Hub id, parquet or JSON file, or folder of images by class. samples: drawn by ``seed``; None: all.
+        dataset: Hub id, parquet, JSON or text file, or folder of images by class. samples: drawn by ``seed``; None: all.
 
     Raises:
         ValueError: another task, or data that do not fit it. FileNotFoundError: no such file.

@@ -1,0 +1,127 @@
+"""Causal language models: texts as packed windows of tokens, and their perplexity."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+TEXTS = ("text", "content", "context", "document")
+LENGTH = 1024  # tokens of a window, unless the model takes fewer
+
+
+def find_text_column(dataset: Any, what: str = "dataset") -> str:
+    """Name of the text column: the first of :data:`TEXTS` that there is.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = next((name for name in TEXTS if name in dataset.column_names), None)
+    if found is None:
+        raise ValueError(f"{what} has columns {dataset.column_names}: missing is a text column, one of {list(TEXTS)}")
+    return found
+
+
+def texts_of(dataset: Any, what: str = "dataset") -> list[str]:
+    """The data set's texts, each once: SQuAD repeats a paragraph for each question.
+
+    Raises:
+        ValueError: there is no text column, or what stands there is no text.
+    """
+    column = dataset[find_text_column(dataset, what)][:]
+    if wrong := next((value for value in column if not isinstance(value, str) and value is not None), None):
+        raise ValueError(f"{what} has {type(wrong).__name__} where texts should be: allowed are strings")
+    return list(dict.fromkeys(text or "" for text in column))
+
+
+def window_length(model: Any, length: int | None = None) -> int:
+    """Tokens of a window: ``length``, or :data:`LENGTH` where that is None and the model takes as many.
+
+    Raises:
+        ValueError: the model takes fewer, or it is below 2.
+    """
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    most = most if isinstance(most, int) and most > 0 else None
+    if length is None:
+        return min(LENGTH, most or LENGTH)
+    if isinstance(length, bool) or not isinstance(length, int) or length < 2 or (most and length > most):
+        raise ValueError(f"length={length!r}: allowed is an integer from 2 to {most or 'what the model takes'}")
+    return length
+
+
+def packed(texts: Iterable[str], tokenizer: Any, length: int, what: str = "the data") -> list[Tensor]:
+    """Texts one after the other, each ended by the tokenizer's end-of-text token, cut into windows of ``length``
+    tokens; the last one may be shorter, if it holds at least two. Empty texts are left out and counted in a warning.
+
+    Raises:
+        ValueError: no text is left.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids: list[int] = []
+    texts = list(texts)
+    kept = [text for text in texts if text.strip()]
+    if len(kept) < len(texts):
+        logger.warning("%s: %d of %d texts are empty and left out", what, len(texts) - len(kept), len(texts))
+    for start in range(0, len(kept), 256):
+        for found in tokenizer(kept[start : start + 256], verbose=False).input_ids:
+            ids += [*found, *end]
+    windows = [torch.tensor(ids[start : start + length]) for start in range(0, len(ids), length)]
+    windows = [window for window in windows if len(window) > 1]
+    if not windows:
+        raise ValueError(f"{what}: no text is left of {len(texts)}: allowed is at least one of two tokens")
+    return windows
+
+
+class Perplexity:
+    """How well a causal model predicts texts: calling it with a model gives ``perplexity`` and its logarithm,
+    ``loss`` in nats a token, so it fits :func:`hf_reram.evaluate_robustness`.
+
+    Each window is predicted by itself, its first token is given.
+
+    Args:
+        windows: of token ids, see :func:`packed`. batch_size: windows a forward.
+
+    Raises:
+        ValueError: there is no window.
+    """
+
+    def __init__(self, windows: Sequence[Tensor], batch_size: int = 8):
+        if not len(windows):
+            raise ValueError("perplexity of no windows: allowed is at least one")
+        by_length: dict[int, list[Tensor]] = {}
+        for window in windows:
+            by_length.setdefault(len(window), []).append(window)
+        self.batches = [
+            {"input_ids": torch.stack(same[start : start + batch_size])}
+            for same in by_length.values()
+            for start in range(0, len(same), batch_size)
+        ]
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """
+        Raises:
+            ValueError: the model gives no logits over its vocabulary.
+        """
+        was_training = model.training
+        model.eval()
+        total, tokens = 0.0, 0
+        try:
+            device = next(model.parameters()).device
+            for batch in self.batches:
+                ids = batch["input_ids"].to(device)
+                with torch.inference_mode():
+                    logits = getattr(model(input_ids=ids, use_cache=False), "logits", None)
+                if logits is None or logits.shape[:2] != ids.shape:
+                    raise ValueError(f"{type(model).__name__} gives no logits of each token: it is no causal model")
+                for row, wanted in zip(logits, ids):  # one by one: in float32 a vocabulary is large
+                    total += float(F.cross_entropy(row[:-1].float(), wanted[1:], reduction="sum"))
+                    tokens += len(wanted) - 1
+        finally:
+            model.train(was_training)
+        loss = total / tokens
+        return {"perplexity": math.exp(loss) if loss < 700 else math.inf, "loss": loss}
