@@ -4,6 +4,7 @@ The retention noise of a weight grows with w_scale, so letting the largest weigh
 quiets all others. What is best is in closed form: clipping error + retention error of the output.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,14 @@ CLIPS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 5.0, 6.0, 8.
 # spread, 12 chips: four convolutions on scikit-learn's digits (98.7) 39.9, 57.0, 56.6, 55.5 for 1, 4, 8, 16 at 3 µA;
 # separable ones (98.0) 58.2, 71.4, 70.0, 68.8 at 0.5 µA. Where read noise counts 8 times too: 41.3 and 65.0.
 CONVOLUTION = 8.0
-TOKENS = 1.0
+
+# The same of tokens, at most: clipping takes from the weights that matter most, alike in all tokens, and over layers
+# in a row such errors add up in amplitude, those of independent cells in power. It counts as the root of the number of
+# layers up to this. Measured without finetuning, mean of 2 to 5 chips, 1 and 4: SmolLM2-135M per token (perplexity,
+# digital 27.5) on the ideal crossbar of cmo-hfox-ibm 29.4, 27.7, after ten years 37.1, 36.0 (16: 37.1; unclipped 37.6),
+# of hfox-neurram 57.7, 30.0, after a day over 300, 251 (16: 392); MiniLM on SQuAD (F1, digital 58.7), hfox-neurram,
+# ideal 54.8, 58.2, after a day 52.2, 52.8.
+TOKENS = 4.0
 
 
 class Inputs(NamedTuple):
@@ -96,7 +104,7 @@ def layer_scales(layer: CrossbarLayer, rows: Tensor, clip: float | str | None, i
     """:func:`weight_scales` as the layer's config shares them, of the shape of its ``weight_scale``."""
     sharing = layer.crossbar.config.weight_scale
     tile = layer.tile_rows() if sharing == "per_tile" else None
-    systematic = CONVOLUTION if layer.reads_windows else TOKENS
+    systematic = CONVOLUTION if layer.reads_windows else min(TOKENS, math.sqrt(max(len(layer.crossbar.names), 1)))
     if inputs is not None and tile is None:  # each tile adds its own
         inputs = inputs._replace(read_noise=inputs.read_noise * layer.tiles())
     return weight_scales(rows, clip, sharing != "per_tensor", layer.error, inputs, tile, systematic)
