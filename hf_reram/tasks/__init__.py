@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .metrics.squad_v2 import token_f1
     from .question_answering import QuestionAnswering, training_features
     from .registry import TASKS, Task, load_task
+    from .text_classification import TextClassification
 
 # The same for Python, by module; tests/test_import.py compares the three lists.
 _NAMES = {
@@ -59,6 +60,7 @@ _NAMES = {
     "metrics.squad_v2": ["token_f1"],
     "question_answering": ["QuestionAnswering", "training_features"],
     "registry": ["TASKS", "Task", "load_task"],
+    "text_classification": ["TextClassification"],
 }
 
 __all__ = [
@@ -77,6 +79,7 @@ __all__ = [
     "ReRAMArguments",
     "RecipeTrainingArguments",
     "Task",
+    "TextClassification",
     "batch_norms",
     "check_labels",
     "device_of",

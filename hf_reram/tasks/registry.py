@@ -13,6 +13,7 @@ from .data import KINDS, draw, load_rows
 from .image_classification import ImageClassification, check_labels, image_transforms
 from .language_modeling import Perplexity, packed, texts_of, window_length
 from .question_answering import QuestionAnswering
+from .text_classification import TextClassification
 
 
 @dataclass
@@ -38,9 +39,7 @@ def question_answering(model: Any, name: str, dataset: Any, batch_size: int = 32
     Raises:
         ValueError: the data are not SQuAD-like.
     """
-    from transformers import AutoTokenizer
-
-    evaluate = QuestionAnswering(dataset, AutoTokenizer.from_pretrained(name), batch_size=batch_size)
+    evaluate = QuestionAnswering(dataset, _tokenizer(name), batch_size=batch_size)
     batches = [batch for _, batch in evaluate.batches]
     answerable = any(len(row["text"]) for row in dataset["answers"])
     return Task(evaluate, _spread(batches), "HasAns_span_f1" if answerable else "f1", len(dataset))
@@ -65,20 +64,37 @@ def text_generation(model: Any, name: str, dataset: Any, batch_size: int = 32) -
     Raises:
         ValueError: there is no text column or no text, the model has no tokenizer, or is no causal model.
     """
+    windows = packed(texts_of(dataset), _tokenizer(name), window_length(model), "the evaluation data")
+    evaluate = Perplexity(windows, max(1, batch_size // 8))  # windows are long
+    return Task(evaluate, _spread(evaluate.batches), "perplexity", len(windows))
+
+
+def text_classification(model: Any, name: str, dataset: Any, batch_size: int = 32) -> Task:
+    """Texts or pairs of them, and integer labels, or numbers for a model with one output.
+
+    Raises:
+        ValueError: columns are missing, labels are not the model's, or the model has no tokenizer.
+    """
+    tokenizer, classes = _tokenizer(name), model.config.num_labels
+    length = min(256, getattr(model.config, "max_position_embeddings", None) or 256)
+    evaluate = TextClassification(dataset, tokenizer, classes, length, batch_size)
+    batches = [batch for _, batch in evaluate.batches]
+    return Task(evaluate, _spread(batches), "accuracy" if classes > 1 else "pearson", len(dataset))
+
+
+def _tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{name} has no tokenizer, which texts need ({error})") from error
-    windows = packed(texts_of(dataset), tokenizer, window_length(model), "the evaluation data")
-    evaluate = Perplexity(windows, max(1, batch_size // 8))  # windows are long
-    return Task(evaluate, _spread(evaluate.batches), "perplexity", len(windows))
 
 
 TASKS = {
     "question-answering": question_answering,
     "image-classification": image_classification,
+    "text-classification": text_classification,
     "text-generation": text_generation,
 }
 
@@ -97,7 +113,8 @@ def load_task(
 
     Args:
         task: one of :data:`TASKS`. name: where the model came from.
-        dataset: Hub id, parquet, JSON or text file, or folder of images by class. samples: drawn by ``seed``; None: all.
+        dataset: Hub id, parquet, JSON or text file, or folder of images by class.
+        samples: drawn by ``seed``; None: all.
 
     Raises:
         ValueError: another task, or data that do not fit it. FileNotFoundError: no such file.

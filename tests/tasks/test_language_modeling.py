@@ -54,7 +54,9 @@ def test_windows_hold_all_texts_one_after_the_other(caplog):
         windows = packed(["the cell drifts", "", "  \n", "a weight"], tokenizer(), 4, "my texts")
     assert [window.tolist() for window in windows] == [[2, 3, 4, 0], [7, 8, 0]]
     assert "my texts: 2 of 4 texts are empty and left out" in caplog.text
-    assert [len(w) for w in packed(["the cell drifts and holds"], tokenizer(), 5)] == [5]  # one token more predicts none
+    assert [len(w) for w in packed(["the cell drifts and holds"], tokenizer(), 5)] == [
+        5
+    ]  # one token more predicts none
     with pytest.raises(ValueError, match="no text is left of 2"):
         packed(["", " "], tokenizer(), 4)
 
