@@ -14,8 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..model.digest import settings_of, weights_digest
+
 LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 OWN = __name__.partition(".")[0]
+# Of what a function names, this is told in full.
+TOLD = (
+    *(bool, int, float, str, bytes, tuple, list, dict, set, frozenset, type, np.ndarray, np.generic, torch.Tensor),
+    *(types.FunctionType, types.ModuleType, functools.partial),
+)
 BUILT_IN = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, np.ufunc)
 # Of a tokenizer beside its vocabulary.
 TOKENIZER = ("padding_side", "truncation_side", "model_max_length", "model_input_names", "special_tokens_map")
@@ -62,9 +69,9 @@ def part_of(name: str, value: Any) -> Any:
 
 def described(value: Any) -> Any:
     """A JSON value that another value has only if it is the same: numbers and texts as they are, all else as a SHA-256
-    of what it is made of. Functions are their code, with what they close over and the functions, constants and
-    classes of objects that they name; objects their class and what they pickle. Of installed packages names alone
-    count.
+    of what it is made of. Functions are their code, with what they close over, and the functions, plain data and
+    classes of objects that they name; models their settings and weights; other objects their class and what they
+    pickle. Of installed packages names alone count.
 
     Raises:
         ValueError: parts of it cannot be told, as locks or open files.
@@ -147,9 +154,10 @@ class _Description:
             for name in sorted(_names(code))
             if name in value.__globals__ and name[:2] != "__"
         }
-        fixed = (bool, int, float, str, bytes, tuple, frozenset, type, types.FunctionType, types.ModuleType)
-        # Of objects the class: they may be large, and change in an evaluation.
-        used = [[name, of(item if isinstance(item, fixed) else type(item))] for name, item in named.items()]
+        # Of other objects the class: they may be large, and change in an evaluation.
+        used = [
+            [name, of(item if item is None or isinstance(item, TOLD) else type(item))] for name, item in named.items()
+        ]
         return [*parts, of(code), *used]
 
     def body(self, cls: type) -> Iterator[Any]:
@@ -168,6 +176,8 @@ class _Description:
         of = self.of
         if isinstance(value, Dataset):
             return ["data", content_of(value)]
+        if isinstance(value, torch.nn.Module):  # as a collator has it: what it computes, not what it remembers
+            return [of(type(value)), settings_of(value), weights_digest(value)]
         if isinstance(value, PreTrainedTokenizerBase):
             return [_name(type(value)), _vocabulary(value), *(of(getattr(value, name, None)) for name in TOKENIZER)]
         if type(value).__module__.startswith("transformers.") and callable(getattr(value, "to_dict", None)):

@@ -2,11 +2,12 @@
 
 import inspect
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -80,6 +81,42 @@ def _without_labels(model: nn.Module, values: list, names: list[str], needed: in
                 f"{{{names[0]!r}: ..., 'labels': ...}}"
             )
     return values[:needed]
+
+
+def decoder_inputs(model: nn.Module, batch: Mapping) -> dict[str, Tensor]:
+    """The decoder's tokens that an encoder-decoder makes of its ``labels`` where a batch has none, by their name; empty
+    for other models and batches."""
+    base: Any = unwrapped(model)
+    config: Any = getattr(base, "config", None)
+    labels = batch.get("labels")
+    given = any(name in batch for name in ("decoder_input_ids", "decoder_inputs_embeds"))
+    if given or not isinstance(labels, Tensor) or not getattr(config, "is_encoder_decoder", False):
+        return {}
+    if callable(make := getattr(base, "prepare_decoder_input_ids_from_labels", None)):
+        return {"decoder_input_ids": make(labels=labels)}
+    start = getattr(config, "decoder_start_token_id", None)
+    if start is None or "decoder_input_ids" not in inspect.signature(base.forward).parameters:
+        return {}
+    shifted = torch.cat((torch.full_like(labels[:, :1], start), labels[:, :-1]), 1)
+    return {"decoder_input_ids": shifted.masked_fill(shifted == -100, config.pad_token_id or 0)}
+
+
+def begins_anew(stream: Iterable) -> bool:
+    """Whether a data set can be read again from its beginning. Where it is its own iterator, two examples are read and
+    compared."""
+    if iter(stream) is not iter(stream):
+        return True
+    return _same(*(next(iter(stream), None) for _ in range(2)))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    return bool(np.array_equal(a, b))
 
 
 def uncompiled() -> AbstractContextManager:

@@ -96,9 +96,9 @@ def input_range(layer: "CrossbarLayer", x: Tensor, now: Scalars) -> Any:
     Raises:
         ValueError: not calibrated and ``x`` holds NaN.
     """
-    if isinstance(layer.input_range, nn.Parameter):
-        return layer.input_range.clamp(min=1e-12).reshape(())  # which leaves x its dtype
     span = now.input_range
+    if isinstance(layer.input_range, nn.Parameter) and span > 0:
+        return layer.input_range.clamp(min=1e-12).reshape(())  # which leaves x its dtype
     if span <= 0 and torch.compiler.is_compiling() and x.numel():  # no graph may depend on what x holds
         return x.detach().abs().amax().float().mul(1 + 1e-5).clamp(min=1e-12)
     if span <= 0:

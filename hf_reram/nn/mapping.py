@@ -33,8 +33,8 @@ CONVOLUTION = 8.0
 # layers, up to this. Measured without finetuning for 1, 2 and 4: SmolLM2-135M, each token with its own input range,
 # perplexity over digital, cmo-hfox-ibm, 3 chips, centered: ideal 1.07, 1.00, 1.00, after ten years 1.35, 1.26, 1.31
 # (16: 1.35; unclipped 1.36), not centered 1.31, 1.22, 1.27; hfox-neurram, 2 chips: ideal 2.1, 1.15, 1.09, after a day
-# above 10, 7.3, 9.1 (16: 14). MiniLM on SQuAD (F1, digital 58.7), hfox-neurram, 5 chips, 1 and 4: ideal 54.8, 58.2, after
-# a day 52.2, 52.8.
+# above 10, 7.3, 9.1 (16: 14). MiniLM on SQuAD (F1, digital 58.7), hfox-neurram, 5 chips, 1 and 4: ideal 54.8, 58.2,
+# after a day 52.2, 52.8.
 TOKENS = 2.0
 
 

@@ -51,9 +51,10 @@ class NameUncalled(TrainerCallback):
     def __init__(self, trainer: Any):
         self.trainer = trainer
         self.uncalled: set[str] = set()
+        self.first = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.uncalled = set(crossbar_layers(self.trainer.model))
+        self.uncalled, self.first = set(crossbar_layers(self.trainer.model)), state.global_step
         reset_calls(self.trainer.model)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
@@ -61,5 +62,7 @@ class NameUncalled(TrainerCallback):
             self.uncalled &= set(uncalled(self.trainer.model))
 
     def on_train_end(self, args, state, control, **kwargs):
+        if state.global_step == self.first:  # nothing was left to be trained
+            return
         names = [name for name in crossbar_layers(self.trainer.model) if name in self.uncalled]
         warn_uncalled(self.trainer.model, "were not called in training", names)

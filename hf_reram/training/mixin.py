@@ -21,7 +21,7 @@ from ..device.checks import read_json
 from ..device.seeds import derived_seed
 from ..model.deploy import refuse_modes, warn_uncalibrated
 from ..model.find import crossbar_layers, crossbar_state, crossbar_states, unwrapped
-from ..model.inputs import call_model, evaluating, forked_rng
+from ..model.inputs import begins_anew, call_model, decoder_inputs, evaluating, forked_rng
 from ..model.patch import patch_model, unpatch_model
 from ..model.reconfigure import reconfigure, watch
 from ..model.select import lies_as
@@ -151,7 +151,7 @@ class TrainingMixin(Base):
         dataset = self.calibration_data()
         if dataset is None:
             return None
-        if self.calibration_dataset is None and isinstance(dataset, Iterable) and iter(dataset) is iter(dataset):
+        if self.calibration_dataset is None and isinstance(dataset, Iterable) and not begins_anew(dataset):
             raise ValueError(
                 f"train_dataset is a {type(dataset).__name__} that can be read once, so that what calibration reads "
                 "would be lost to the training: give calibration_dataset=, or one whose __iter__ begins anew"
@@ -348,7 +348,9 @@ class TrainingMixin(Base):
         self._guided = True
 
     def _without_labels(self, inputs: dict) -> dict:
-        return {key: value for key, value in inputs.items() if key not in self.label_names}
+        """What a forward needs beside labels; of an encoder-decoder that makes its decoder's tokens of them, these."""
+        kept = {key: value for key, value in inputs.items() if key not in self.label_names}
+        return kept | decoder_inputs(self.model, inputs)
 
     def _scaled_for_ga(self, num_items_in_batch) -> bool:
         """Whether the task loss is already normalized over the accumulated batch; as in Trainer.training_step."""

@@ -1,5 +1,6 @@
 """Two fingerprints are the same just where what they are of does the same."""
 
+import copy
 import functools
 import json
 import threading
@@ -13,7 +14,7 @@ from transformers import DataCollatorWithPadding, ViTImageProcessor, default_dat
 from hf_reram.evaluation.content import content_of, described, part_of
 from hf_reram.model.digest import other_settings, settings_of
 from tests.samples import squad
-from tests.samples.models import tiny_bert
+from tests.samples.models import bert_batch, tiny_bert
 
 THRESHOLD = 0.5
 
@@ -60,6 +61,27 @@ class Scorer:
 
 class Other(Scorer):
     scale = 2.0
+
+
+@pytest.mark.parametrize("kind", [list, tuple, set, np.array, torch.tensor, lambda v: dict.fromkeys(v, 1)])
+def test_data_that_a_function_names_count(kind):
+    """A script's weights of classes, names of labels and the like."""
+    code = "def score(x): return factor"
+    assert described(make(kind([1, 2]), code)) == described(make(kind([1, 2]), code))
+    assert described(make(kind([1, 2]), code)) != described(make(kind([1, 3]), code))
+
+
+def test_models_are_told_by_what_they_compute():
+    """A collator for sequences holds the model, which remembers forwards."""
+    model = tiny_bert()
+    first = described([model])
+    model(**bert_batch())
+    patched = copy.deepcopy(model)
+    assert described([copy.deepcopy(model)]) == described([model.train()]) == first
+    with torch.no_grad():
+        patched.classifier.bias[0] += 1
+    assert described([patched]) != first
+    assert described([tiny_bert(hidden_act="relu")]) != first
 
 
 def test_sets_are_told_whatever_their_order():

@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, T5Config, T5ForConditionalGeneration, set_seed
+from transformers import (
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+    set_seed,
+)
 
 from hf_reram import ReRAMTrainerMixin, crossbar_layers, deploy
 from tests.samples.devices import device, straight
@@ -23,6 +31,25 @@ def examples(n: int = 16) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     words, labels = (torch.randint(1, 50, (n, length), generator=generator) for length in (6, 4))
     return [{"input_ids": x, "labels": y} for x, y in zip(words, labels)]
+
+
+def tiny_whisper() -> WhisperForConditionalGeneration:
+    set_seed(0)
+    sizes = {"vocab_size": 50, "d_model": 16, "num_mel_bins": 8, "encoder_layers": 1, "decoder_layers": 1}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    positions = {"max_source_positions": 10, "max_target_positions": 16}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}
+    config = WhisperConfig(**sizes, **heads, **positions, **tokens, dropout=0.0)
+    return WhisperForConditionalGeneration(config)
+
+
+def spectra(n: int = 16) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [{**row, "input_features": torch.randn(8, 20, generator=generator)} for row in _labels(n)]
+
+
+def _labels(n: int) -> list[dict[str, torch.Tensor]]:
+    return [{"labels": row["labels"]} for row in examples(n)]
 
 
 def arguments(folder) -> Seq2SeqTrainingArguments:
@@ -134,3 +161,28 @@ def test_a_resumed_evaluation_knows_how_it_generates(trainer, tmp_path):
     trainer.model.generation_config.repetition_penalty = 5.0
     with pytest.raises(ValueError, match="another evaluation"):
         trainer.evaluate_robustness(**options)
+
+
+@pytest.mark.parametrize("model", [tiny_t5, tiny_whisper])
+@pytest.mark.parametrize("way", ["teacher", "consistency"])
+def test_a_decoder_gets_its_tokens_from_the_labels(tmp_path, model, way):
+    """Where a second model or forward is to predict without the loss."""
+    student, teacher, data = model(), model(), examples() if model is tiny_t5 else spectra()
+    with torch.no_grad():
+        for p in teacher.parameters():
+            p.add_(0.05)
+    config = straight(retention_loss="none" if way == "teacher" else "consistency", retention_weight=1.0)
+    given = {"teacher": teacher} if way == "teacher" else {}
+    trainer = CrossbarSeq2SeqTrainer(student, arguments(tmp_path), train_dataset=data, reram_config=config, **given)
+    batch = trainer.data_collator(data[:8])
+    with torch.no_grad():
+        guide, outputs = teacher(**batch).logits.log_softmax(-1), trainer.model(**batch).logits.log_softmax(-1)
+        loss = float(trainer.compute_loss(trainer.model.train(), dict(batch)).detach())
+    wanted = (
+        float((guide.exp() * (guide - outputs)).sum(-1).mean())
+        if way == "teacher"
+        else float(torch.nn.functional.nll_loss(outputs.flatten(0, 1), batch["labels"].flatten()))
+    )
+    assert loss == pytest.approx(wanted, rel=0.02)
+    trainer.train()
+    assert trainer.state.global_step == 2

@@ -1,5 +1,7 @@
 """Numbers of calibration are float32, whatever the model's dtype."""
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -111,3 +113,15 @@ def test_numbers_are_float32_on_the_meta_device_and_after_it():
     model.to_empty(device="cpu")
     assert all(getattr(model[0], name).dtype == torch.float32 for name in BUFFERS)
     assert model[0].weight.dtype == torch.float16
+
+
+def test_a_learned_range_that_is_not_calibrated_is_that_of_the_batch():
+    torch.manual_seed(0)
+    plain, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(20, 8)
+    found = []
+    for kind in ("static", "learned"):
+        model = patch_model(copy.deepcopy(plain), ReRAMConfig(input_range=kind))
+        found += [model.train()(x), model.eval()(x)]
+    for y in found[1:]:
+        torch.testing.assert_close(y, found[0])
+    assert float((found[0] - plain(x)).norm() / plain(x).norm()) < 0.3

@@ -397,6 +397,38 @@ def test_data_that_can_be_read_once_are_not_lost_to_calibration(tmp_path):
     assert trainer.state.global_step == 4
 
 
+class Anew(IterableDataset):
+    """Its own iterator, which begins anew."""
+
+    def __init__(self, rows):
+        self.rows, self.at = list(rows), 0
+
+    def __iter__(self):
+        self.at = 0
+        return self
+
+    def __next__(self):
+        if self.at == len(self.rows):
+            raise StopIteration
+        self.at += 1
+        return self.rows[self.at - 1]
+
+
+def test_a_stream_that_is_its_own_iterator_and_begins_anew_is_calibrated_and_trained_on(tmp_path):
+    trainer = trainer_of(tmp_path, data=Anew(examples()), arguments_={"max_steps": 2})
+    assert all(layer.calibrated for layer in crossbar_layers(trainer.model).values())
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_resuming_a_training_that_is_over_warns_of_nothing(tmp_path, caplog):
+    saved = {"save_strategy": "steps", "save_steps": 2}
+    trainer_of(tmp_path, arguments_=saved).train()
+    with caplog.at_level("WARNING", "hf_reram"):
+        trainer_of(tmp_path, arguments_=saved).train(resume_from_checkpoint=True)
+    assert "not called" not in caplog.text
+
+
 def test_weights_that_are_loaded_before_the_training_are_calibrated_for(tmp_path):
     trainer = trainer_of(tmp_path, arguments_={"learning_rate": 0.0})
     weights = {k: 3 * v if v.dim() == 2 else v for k, v in models.tiny_bert(num_hidden_layers=1).state_dict().items()}

@@ -1,0 +1,91 @@
+"""Text classification: single texts or pairs, with GLUE's columns, and accuracy; correlation where the label is a
+number."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+# Names of the text columns, and of their second text where there are pairs, as in GLUE and the like.
+TEXTS = (
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("premise", "hypothesis"),
+    ("question", "sentence"),
+    ("text", "text_pair"),
+    ("sentence",),
+    ("text",),
+)
+LABELS = ("label", "labels")
+
+
+def find_text_columns(dataset: Any, what: str = "dataset") -> tuple[tuple[str, ...], str]:
+    """Names of the text columns, one or two, and of the label column.
+
+    Raises:
+        ValueError: there are none, or no row.
+    """
+    columns = dataset.column_names
+    texts = next((names for names in TEXTS if set(names) <= set(columns)), None)
+    label = next((name for name in LABELS if name in columns), None)
+    if texts is None or label is None:
+        lacking = f"labels, one of {list(LABELS)}" if texts else f"texts, one of {[list(names) for names in TEXTS]}"
+        raise ValueError(f"{what} has columns {columns}: missing are {lacking}")
+    if len(dataset) == 0:
+        raise ValueError(f"{what} is empty: allowed is at least one text")
+    return texts, label
+
+
+class TextClassification:
+    """Classifies a data set's texts with a model: calling it with one gives ``accuracy``, or for a model with one
+    output, a regression, ``pearson`` and ``mse``, so it fits :func:`hf_reram.evaluate_robustness`.
+
+    Args:
+        dataset: with columns of :data:`TEXTS` and :data:`LABELS`. tokenizer: of the model.
+        classes: the model's outputs, 1 for a regression.
+        max_length: tokens of a text or pair; longer ones are cut. batch_size: texts a forward.
+
+    Raises:
+        ValueError: columns are missing, or labels are not the model's.
+    """
+
+    def __init__(self, dataset: Any, tokenizer: Any, classes: int, max_length: int = 256, batch_size: int = 32):
+        texts, label = find_text_columns(dataset, "the evaluation data")
+        self.classes = classes
+        self.labels = np.asarray(dataset[label][:], dtype=np.float64)
+        if classes > 1 and (bad := sorted({float(v) for v in self.labels if v not in range(classes)})[:5]):
+            raise ValueError(f"the evaluation data have labels {bad}: allowed are 0 to {classes - 1}, the model's")
+        encoded = tokenizer(*(dataset[name][:] for name in texts), truncation=True, max_length=max_length)
+        order = sorted(range(len(self.labels)), key=lambda i: len(encoded["input_ids"][i]))  # less padding
+        self.batches: list[tuple[list[int], dict[str, torch.Tensor]]] = []
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            rows = {key: [values[i] for i in part] for key, values in encoded.items()}
+            self.batches.append((part, dict(tokenizer.pad(rows, return_tensors="pt"))))
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """
+        Raises:
+            ValueError: the model gives no logits, or other ones.
+        """
+        was_training = model.training
+        model.eval()
+        found = np.zeros((len(self.labels), self.classes))
+        try:
+            device = next(model.parameters()).device
+            for part, batch in self.batches:
+                with torch.inference_mode():
+                    output = model(**{key: value.to(device) for key, value in batch.items()})
+                logits = getattr(output, "logits", None)
+                if logits is None or logits.shape != (len(part), self.classes):
+                    raise ValueError(f"{type(model).__name__} gives no logits of {self.classes} classes for each text")
+                found[part] = logits.float().cpu().numpy()
+        finally:
+            model.train(was_training)
+        if self.classes > 1:
+            return {"accuracy": 100 * float((found.argmax(1) == self.labels).mean())}
+        values = found[:, 0]
+        known = values.std() > 0 and self.labels.std() > 0
+        pearson = 100 * float(np.corrcoef(values, self.labels)[0, 1]) if known else float("nan")
+        return {"pearson": pearson, "mse": float(((values - self.labels) ** 2).mean())}

@@ -1,0 +1,77 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import BertConfig, BertForSequenceClassification
+from typer.testing import CliRunner
+
+from hf_reram.cli import app
+from hf_reram.tasks import TextClassification
+from tests.samples.texts import TEXTS, WORDS, tokenizer
+
+
+def words():
+    found = tokenizer()
+    found.pad_token = "<end>"
+    return found
+
+
+def bert(labels: int = 3) -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    return BertForSequenceClassification(BertConfig(vocab_size=len(WORDS), num_labels=labels, **shape)).eval()
+
+
+@pytest.mark.parametrize("pair", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_accuracy_is_that_of_each_text_alone(pair, batch_size):
+    model = bert()
+    columns = {"sentence1": TEXTS, "sentence2": TEXTS[::-1]} if pair else {"sentence": TEXTS}
+    with torch.no_grad():
+        guesses = [
+            int(model(**words()(*texts, return_tensors="pt")).logits.argmax()) for texts in zip(*columns.values())
+        ]
+    labels = [guess if i % 4 else (guess + 1) % 3 for i, guess in enumerate(guesses)]
+    evaluate = TextClassification(Dataset.from_dict({**columns, "label": labels}), words(), 3, batch_size=batch_size)
+    assert evaluate(model.train()) == {"accuracy": 75.0}
+    assert model.training
+
+
+def test_numbers_are_correlated():
+    model = bert(1)
+    with torch.no_grad():
+        values = [float(model(**words()(text, return_tensors="pt")).logits) for text in TEXTS]
+    labels = list(np.linspace(0, 5, len(TEXTS)))
+    found = TextClassification(Dataset.from_dict({"text": TEXTS, "label": labels}), words(), 1)(model)
+    assert found["pearson"] == pytest.approx(100 * np.corrcoef(values, labels)[0, 1], abs=0.01)
+    assert found["mse"] == pytest.approx(np.mean((np.array(values) - labels) ** 2), rel=1e-4)
+
+
+def test_what_does_not_fit_is_an_error():
+    for columns, message in (
+        ({"text": ["a"]}, "missing are labels"),
+        ({"label": [1]}, "missing are texts"),
+        ({"text": [], "label": []}, "is empty"),
+        ({"text": ["a"], "label": [-1]}, r"labels \[-1.0\]: allowed are 0 to 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TextClassification(Dataset.from_dict(columns), words(), 3)
+    data = Dataset.from_dict({"text": TEXTS, "label": [0] * len(TEXTS)})
+    with pytest.raises(ValueError, match="no logits of 2 classes"):
+        TextClassification(data, words(), 2)(bert(3))
+
+
+def test_eval_of_text_classification(tmp_path):
+    bert().save_pretrained(tmp_path / "base")
+    words().save_pretrained(tmp_path / "base")
+    Dataset.from_dict({"sentence": TEXTS, "label": [0, 1, 2] * 4}).to_parquet(tmp_path / "texts.parquet")
+    command = ["eval", str(tmp_path / "base"), "--dataset", str(tmp_path / "texts.parquet"), "--chips", "2", "--json"]
+    done = CliRunner().invoke(
+        app, [*command, "--device", "cmo-hfox-ibm", "--times", "10y", "--output", str(tmp_path / "out")]
+    )
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "out" / "robustness.json").read_text())
+    assert report["about"]["task"] == "text-classification" and report["about"]["metric"] == "accuracy"
+    assert 0 <= report["digital"]["accuracy"] <= 100 and len(report["measurements"]) == 2
