@@ -61,9 +61,8 @@ class ReRAMConfig(QuantizationConfigMixin):
         input_percentile: of |x| on calibration data, in (0, 100], taken as a static input range. The default was
             measured: lower percentiles clip the few outlier dimensions that transformers depend on
             (recipes/README.md).
-        center_inputs: True: subtract each input channel's mean on calibration data digitally, and add W times it to the
-            bias, where that takes at least a tenth off the input's power: the cells' errors act on what is left.
-            "auto": so, but for tokens with an input range of their own, whose models were better without it.
+        center_inputs: subtract each input channel's mean on calibration data digitally, and add W times it to the bias,
+            where that takes at least a tenth off the input's power: the cells' errors act on what is left.
         equalize_inputs: divide each input channel by a number of its own digitally, and let the cells hold the weights
             times that number, where it lowers the expected output error (retention + read noise + DAC).
         weight_scale: "per_channel", "per_tensor" or "per_tile" (a channel's cells within one tile): what shares one
@@ -107,7 +106,7 @@ class ReRAMConfig(QuantizationConfigMixin):
     gain: str = "calibrated"
     input_range: str = INPUT_RANGE
     input_percentile: float = 99.999
-    center_inputs: Any = "auto"  # or a bool
+    center_inputs: bool = True
     equalize_inputs: bool = False
     weight_scale: str = "per_channel"
     weight_clip: Any = "auto"
@@ -139,8 +138,7 @@ class ReRAMConfig(QuantizationConfigMixin):
         self._one_of("gain", GAINS)
         self._input_range(learn_input_range)
         self._number_or("input_percentile", (), 0, 100)
-        if self.center_inputs != "auto":
-            self._flag("center_inputs", ", or 'auto'")
+        self._flag("center_inputs")
         self._flag("equalize_inputs")
         self._one_of("weight_scale", WEIGHT_SCALES)
         self._number_or("weight_clip", ("auto", None), 0, math.inf)
@@ -228,9 +226,9 @@ class ReRAMConfig(QuantizationConfigMixin):
         self.input_range = "learned" if learn else self.input_range
         self._one_of("input_range", INPUT_RANGES)
 
-    def _flag(self, name: str, more: str = ""):
+    def _flag(self, name: str):
         if not isinstance(getattr(self, name), bool):
-            self._refuse(name, f"True or False{more}")
+            self._refuse(name, "True or False")
 
     def _integer(self, name: str, low: int, high: int, optional: bool = True):
         value = getattr(self, name)

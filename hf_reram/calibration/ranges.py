@@ -67,15 +67,16 @@ def curve_of(statistics: LayerStatistics) -> Curve:
 def settle_drive(shared: list[LayerStatistics], config: ReRAMConfig) -> None:
     """Choose for layers that read the same input, so that they can share phi: one range, one shrink and one gain."""
     first = shared[0]
-    per_token = config.input_range == "per_token"
-    if config.input_range == "auto":
-        static, own = (_error(shared, _curve(shared, config, kind), config) for kind in (False, True))
-        per_token = own < NOTABLE * static
-    curve = _curve(shared, config, per_token)
+    for statistics in shared:
+        statistics.layer.input_offset.copy_(first.offset)
+        statistics.layer.input_scale.copy_(first.scale)
+    kinds = {"auto": (False, True), "per_token": (True,)}.get(config.input_range, (False,))
+    found = [_curve(shared, config, per_token) for per_token in kinds]
+    errors = [_error(shared, curve, config) for curve in found] if len(found) > 1 else [0.0]
+    best = int(len(found) > 1 and errors[1] < NOTABLE * errors[0])
+    curve, per_token = found[best], kinds[best]
     for statistics in shared:
         layer = statistics.layer
-        layer.input_offset.copy_(first.offset)
-        layer.input_scale.copy_(first.scale)
         layer.per_token.fill_(per_token)
         layer.input_range.fill_(1.0 if per_token else curve.span)
         layer.input_floor.fill_(_floor(first, curve))
@@ -84,8 +85,6 @@ def settle_drive(shared: list[LayerStatistics], config: ReRAMConfig) -> None:
 
 
 def _curve(shared: list[LayerStatistics], config: ReRAMConfig, per_token: bool) -> Curve:
-    for statistics in shared:
-        statistics.per_token = per_token
     first = shared[0]
     span: Any = first.peaks
     if not per_token:

@@ -62,7 +62,7 @@ def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = No
     kept = list(map(ordinary, itertools.islice(batches, max(s.config.calibration_batches for s in states))))
     observation = Observation(layers)
     with uncompiled(), observation.watching(model):  # compiled code may have no hooks
-        if any(s.is_centered or s.layer.crossbar.config.equalize_inputs for s in statistics.values()):
+        if any(state.config.center_inputs or state.config.equalize_inputs for state in states):
             channels = {name: Channels(layer, name, seed) for seed, (name, layer) in enumerate(layers.items())}
             observation.run(model, kept, channels, of_leaders=True)
             reshard(model)

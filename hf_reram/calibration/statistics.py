@@ -87,7 +87,7 @@ class Channels:
         """Set the offset and the scales of a layer that reads this input."""
         config = self.layer.crossbar.config
         if self.total and config.center_inputs:
-            other.mean = input_offset(self.sums / self.total, self.squares / self.total)
+            other.offset = input_offset(self.sums / self.total, self.squares / self.total)
         if self.total and config.equalize_inputs:
             other.scale = input_scale(center(self.layer, self._reservoir.samples, other.offset), self.layer)
 
@@ -97,25 +97,23 @@ class LayerStatistics:
 
     Attributes:
         counts: (bins,) histogram of |x|, in double precision. largest: max |x|. smallest: min x, at most 0.
+        lowest: min x in units of its token's (image's) largest magnitude, at most 0.
         samples: (at most 256, groups · rows) vectors that met the array.
-        mean, scale: (input channels,), subtracted from the input, zero where that does not help, and what it is
+        extremes: the few largest of all tokens, of the same form; none of pixels.
+        offset, scale: (input channels,), subtracted from the input, zero where that does not help, and what it is
             divided by then, one where that does not help; those of :class:`Channels`.
-        per_token: whether each token gets a range of its own; what is said of samples, extremes, peaks and lowest is of
-            inputs that are not centered then, if the config leaves that open.
     """
 
     def __init__(self, layer: CrossbarLayer, name: str, seed: int):
         self.layer, self.name = layer, name
         device = layer.weight.device
-        self.mean = torch.zeros(layer.inputs, device=device)
-        self.per_token = layer.crossbar.config.input_range == "per_token"
-        self._kept_centered = False
+        self.offset = torch.zeros(layer.inputs, device=device)
         self.scale = torch.ones(layer.inputs, device=device)
         self.counts = torch.zeros(_BINS, dtype=torch.float64, device=device)
-        self.largest = self.smallest = self._lowest = 0.0
+        self.largest = self.smallest = self.lowest = 0.0
         self.generator = torch.Generator().manual_seed(seed)
         self._reservoir = Reservoir(_SAMPLES, self.generator)
-        self._extremes = torch.zeros(0, layer.inputs + 1, device=device)
+        self.extremes = torch.zeros(0, layer.inputs + 1, device=device)
 
     @torch.no_grad()
     def update(self, x: Tensor, keep: Tensor | None) -> None:
@@ -123,7 +121,6 @@ class LayerStatistics:
         x = _kept(x, keep)
         if x.numel() == 0:
             return
-        self._kept_centered = self.is_centered
         x = equalize(self.layer, center(self.layer, x, self.offset), self.scale)
         magnitude = x.abs().reshape(-1)
         largest = float(magnitude.max())
@@ -133,59 +130,23 @@ class LayerStatistics:
         self.counts += torch.bincount(magnitude.view(torch.int32).bitwise_right_shift(_BITS), minlength=_BINS)
         examples = self.layer.examples(x)
         peaks = examples.flatten(1).abs().amax(1).clamp(min=TINY)
-        self._lowest = min(self._lowest, float((examples.flatten(1).amin(1) / peaks).min()))
+        self.lowest = min(self.lowest, float((examples.flatten(1).amin(1) / peaks).min()))
         if not self.layer.reads_windows:
             top = peaks.topk(min(_EXTREMES, len(peaks))).indices
-            kept = torch.cat((self._extremes, torch.cat((examples[top], peaks[top, None]), 1)))
-            self._extremes = kept[kept[:, -1].topk(min(_EXTREMES, len(kept))).indices]
+            kept = torch.cat((self.extremes, torch.cat((examples[top], peaks[top, None]), 1)))
+            self.extremes = kept[kept[:, -1].topk(min(_EXTREMES, len(kept))).indices]
         self._reservoir.add(self._vectors(examples, peaks[:, None]))
-
-    @property
-    def is_centered(self) -> bool:
-        """Whether inputs are centered, where that helps."""
-        asked = self.layer.crossbar.config.center_inputs
-        return asked is True or (asked == "auto" and not (self.per_token and not self.layer.reads_windows))
-
-    @property
-    def offset(self) -> Tensor:
-        """(input channels,), what is subtracted from the input."""
-        return self.mean if self.is_centered else torch.zeros_like(self.mean)
 
     @property
     def samples(self) -> Any:
         """A tensor once data have come, else None."""
         found = self._reservoir.samples
-        return found if found is None else self._as_read(found)[:, :-1]
+        return found if found is None else found[:, :-1]
 
     @property
     def peaks(self) -> Tensor:
         """The largest magnitude of the token or image that each sample is of, (samples, 1)."""
-        return self._as_read(self._reservoir.samples)[:, -1:]
-
-    @property
-    def extremes(self) -> Tensor:
-        """The few largest of all tokens, with their peaks, (tokens, rows + 1)."""
-        return self._as_read(self._extremes)
-
-    @property
-    def lowest(self) -> float:
-        """min x in units of its token's (image's) largest magnitude, at most 0."""
-        if not self._were_centered:
-            return self._lowest
-        rows = torch.cat((self._as_read(self._reservoir.samples), self.extremes))
-        return min(0.0, float((rows[:, :-1].amin(1) / rows[:, -1]).min()))
-
-    @property
-    def _were_centered(self) -> bool:
-        """Whether what was kept is centered, and inputs will not be."""
-        return self._kept_centered and not self.is_centered
-
-    def _as_read(self, rows: Tensor) -> Tensor:
-        """Tokens that were kept, with their peaks, as the layer will read them."""
-        if not self._were_centered:
-            return rows
-        x = rows[:, :-1] + self.mean / self.scale
-        return torch.cat((x, x.abs().amax(1, keepdim=True).clamp(min=TINY)), 1)
+        return self._reservoir.samples[:, -1:]
 
     def _vectors(self, examples: Tensor, peaks: Tensor) -> Tensor:
         if not self.layer.reads_windows:

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from hf_reram import ReRAMConfig, calibrate, deploy, digital, follow_training, patch_model
-from hf_reram.nn.layer import BUFFERS
 from hf_reram.nn.mapping import CLIPS, CONVOLUTION
 from hf_reram.training.following import clamped_shares
 from tests.samples.devices import device
@@ -138,33 +137,11 @@ def test_layers_that_read_the_same_input_have_the_same_kind_of_range(tiny_bert):
     assert len(kinds) == len(ranges) == 1
 
 
-@pytest.mark.parametrize("bits", [None, 6])
-@pytest.mark.parametrize("equalize", [False, True])
-def test_tokens_of_their_own_ranges_are_centered_only_where_that_is_asked_for(equalize, bits):
-    """Chosen by "auto" they are calibrated as where they were asked for."""
-    torch.manual_seed(0)
-    x = (torch.randn(250, 24) + 3) * torch.logspace(-1, 1, 250)[:, None]
-    plain, found = nn.Sequential(nn.Linear(24, 12)), {}
-    for kind in ("per_token", "auto"):
-        for center in ("auto", True):
-            config = ReRAMConfig(
-                input_range=kind, center_inputs=center, equalize_inputs=equalize, dac_bits=bits, adc_bits=bits
-            )
-            model = calibrate(patch_model(copy.deepcopy(plain), config), [x])
-            found[kind, center] = {name: getattr(model[0], name).clone() for name in BUFFERS}
-            assert model[0].per_token.item() == 1.0 and model[0].centered == (center is True)
-    if not equalize:  # scales are chosen before
-        for name in BUFFERS:
-            torch.testing.assert_close(
-                found["auto", "auto"][name], found["per_token", "auto"][name], rtol=1e-4, atol=1e-5
-            )
-
-
 def test_a_tokens_own_range_follows_a_training():
     """Its offset and gain do, and nothing is beyond it."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 6)).train()
-    patch_model(model, ReRAMConfig(input_range="per_token", center_inputs=True))
+    patch_model(model, ReRAMConfig(input_range="per_token"))
     calibrate(model, [torch.randn(300, 12) + 4])
     follow_training(model)
     before = model[0].input_offset.clone()
