@@ -1,11 +1,12 @@
 """What an input channel is shifted and divided by before it meets the array."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config import converter_levels
+from ..config import ReRAMConfig, converter_levels
 from ..device.read_noise import relative_read_noise
 from ..nn import CrossbarLayer
 from ..nn.mapping import layer_scales, relative_weights
@@ -22,6 +23,11 @@ POWERS = (0.0, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0)
 GAINED = 0.9
 TYPICAL_CLIP = 3.0  # RMS, in place of "auto" while the scales are chosen
 LARGEST_SCALE = 30.0
+
+
+def typical_clip(config: ReRAMConfig) -> Any:
+    """weight_clip, or what stands for "auto" while it is not chosen yet."""
+    return TYPICAL_CLIP if config.weight_clip == "auto" else config.weight_clip
 
 
 def input_offset(mean: Tensor, power: Tensor) -> Tensor:
@@ -53,7 +59,7 @@ def input_scale(x: Tensor, layer: CrossbarLayer) -> Tensor:
     ratio = (ratio / ratio.log().median().exp()).clamp(1 / LARGEST_SCALE, LARGEST_SCALE)
     current = relative_read_noise(config.device, layer.pairs)
     levels, error = converter_levels(config.dac_bits), layer.error
-    clip = TYPICAL_CLIP if config.weight_clip == "auto" else config.weight_clip
+    clip = typical_clip(config)
     best, least = torch.ones_like(ratio), math.inf
     for exponent in POWERS:
         scale = ratio**exponent

@@ -13,7 +13,7 @@ from ..nn.array import cell_weight
 from ..nn.converter import conversion_errors
 from ..nn.mapping import layer_scales, relative_weights
 from ..nn.ops import reference
-from .input_scales import TINY, TYPICAL_CLIP
+from .input_scales import TINY, typical_clip
 from .statistics import LayerStatistics
 
 # Candidates for range_shrink="auto", and for the ADC's full scale in largest sampled currents: more than 1, since they
@@ -172,8 +172,7 @@ def _bends(rows: Tensor, x: Tensor, weights: Tensor, curves: list[Curve]) -> lis
 
 def _read_noise(layer: CrossbarLayer, rows: Tensor, config: ReRAMConfig) -> float:
     """Power of the read noise over all columns, in units of the current's, with weight scales as they may become."""
-    clip = TYPICAL_CLIP if config.weight_clip == "auto" else config.weight_clip
-    square = float(layer_scales(layer, rows, clip).double().square().mean())
+    square = float(layer_scales(layer, rows, typical_clip(config)).double().square().mean())
     return square * rows.shape[0] * rows.shape[1] * layer.tiles() * relative_read_noise(config.device, layer.pairs) ** 2
 
 
@@ -194,8 +193,7 @@ def _error(shared: list[LayerStatistics], curve: Curve, config: ReRAMConfig) -> 
         if len(statistics.extremes):
             total += _worst(statistics, rows, curve, levels, floor, noise)
         if config.adc_bits:
-            clip = TYPICAL_CLIP if config.weight_clip == "auto" else config.weight_clip
-            scale = layer.along_rows(layer_scales(layer, rows, clip)).expand(rows.shape)
+            scale = layer.along_rows(layer_scales(layer, rows, typical_clip(config))).expand(rows.shape)
             total += best_full_scale(layer, rows.clamp(-scale, scale), scale, phi, weights, curve)[1]
     return total
 

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from ..model.inputs import evaluating
+
 logger = logging.get_logger(__name__)
 
 TEXTS = ("text", "content", "context", "document")
@@ -107,10 +109,8 @@ class Perplexity:
         Raises:
             ValueError: the model gives no logits over its vocabulary.
         """
-        was_training = model.training
-        model.eval()
         total, tokens = 0.0, 0
-        try:
+        with evaluating(model):
             device = next(model.parameters()).device
             for batch in self.batches:
                 ids = batch["input_ids"].to(device)
@@ -121,7 +121,5 @@ class Perplexity:
                 for row, wanted in zip(logits, ids):  # one by one: in float32 a vocabulary is large
                     total += float(F.cross_entropy(row[:-1].float(), wanted[1:], reduction="sum"))
                     tokens += len(wanted) - 1
-        finally:
-            model.train(was_training)
         loss = total / tokens
         return {"perplexity": math.exp(loss) if loss < 700 else math.inf, "loss": loss}

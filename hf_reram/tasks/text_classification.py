@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..model.inputs import evaluating
+
 # Names of the text columns, and of their second text where there are pairs, as in GLUE and the like.
 TEXTS = (
     ("sentence1", "sentence2"),
@@ -69,10 +71,8 @@ class TextClassification:
         Raises:
             ValueError: the model gives no logits, or other ones.
         """
-        was_training = model.training
-        model.eval()
         found = np.zeros((len(self.labels), self.classes))
-        try:
+        with evaluating(model):
             device = next(model.parameters()).device
             for part, batch in self.batches:
                 with torch.inference_mode():
@@ -81,8 +81,6 @@ class TextClassification:
                 if logits is None or logits.shape != (len(part), self.classes):
                     raise ValueError(f"{type(model).__name__} gives no logits of {self.classes} classes for each text")
                 found[part] = logits.float().cpu().numpy()
-        finally:
-            model.train(was_training)
         if self.classes > 1:
             return {"accuracy": 100 * float((found.argmax(1) == self.labels).mean())}
         values = found[:, 0]
