@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .data import draw, load_rows
     from .demo import CORNER, Digits, train_base
     from .flags import device_of, number_or_word
+    from .generation import generate_texts
     from .image_classification import (
         ImageClassification,
         ImageDataset,
@@ -46,6 +47,7 @@ _NAMES = {
     "data": ["draw", "load_rows"],
     "demo": ["CORNER", "Digits", "train_base"],
     "flags": ["device_of", "number_or_word"],
+    "generation": ["generate_texts"],
     "image_classification": [
         "ImageClassification",
         "ImageDataset",
@@ -86,6 +88,7 @@ __all__ = [
     "draw",
     "find_columns",
     "fold_batch_norm",
+    "generate_texts",
     "image_processor",
     "image_transforms",
     "keep_preprocessing",

@@ -24,6 +24,9 @@ class ReRAMArguments:
         default=ReRAMConfig.input_range,
         metadata={"help": "static, per_token (each token's or image's own), learned, or auto (static or per_token)"},
     )
+    center_inputs: bool = field(
+        default=ReRAMConfig.center_inputs, metadata={"help": "input channels without their means"}
+    )
     weight_clip: str = field(default="auto", metadata={"help": "auto, none or RMS multiples"})
     equalize_inputs: bool = field(
         default=ReRAMConfig.equalize_inputs, metadata={"help": "input channels divided by scales of their own"}
@@ -34,6 +37,9 @@ class ReRAMArguments:
     tile_size: int | None = field(default=None, metadata={"help": "rows of a crossbar tile; default one tile a layer"})
     redundancy: float = field(
         default=ReRAMConfig.redundancy, metadata={"help": "share of cells on top, for the layers where they do most"}
+    )
+    calibration_batches: int = field(
+        default=ReRAMConfig.calibration_batches, metadata={"help": "of training data, that calibration reads"}
     )
     dac_bits: int | None = field(default=None, metadata={"help": "2 to 16, sign included; default ideal"})
     adc_bits: int | None = field(default=None, metadata={"help": "2 to 16, sign included; default ideal"})
@@ -74,9 +80,11 @@ class ReRAMArguments:
         return ReRAMConfig(
             device=device_of(self.device),
             **mapping_flags(self.range_shrink, self.weight_clip, self.redundancy, self.input_range),
+            center_inputs=self.center_inputs,
             equalize_inputs=self.equalize_inputs,
             weight_scale=self.weight_scale,
             tile_size=self.tile_size,
+            calibration_batches=self.calibration_batches,
             dac_bits=self.dac_bits,
             adc_bits=self.adc_bits,
             retention_loss=self.retention_loss,

@@ -149,7 +149,7 @@ def run_protocol(
             resume=home / "chips.jsonl",
             share_chips=True,
         )
-        report.about = replace(about, training=[note] if note else []).to_dict()
+        report.about = replace(about, training=[*about.training, *([note] if note else [])]).to_dict()
         reports[method.label] = report
         if main:
             report.to_json(home / "robustness.json")

@@ -7,13 +7,16 @@ from typing import Any
 KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".txt": "text"}
 
 
-def load_rows(name: str, split: str, file: str | None = None, folder: str | None = None) -> Any:
+def load_rows(
+    name: str, split: str, file: str | None = None, folder: str | None = None, config_name: str | None = None
+) -> Any:
     """A data set.
 
     Args:
         name, split: on the Hub, unless a file or a folder is given.
         file: parquet, JSON, or plain text in UTF-8, whose paragraphs, between empty lines, are the rows.
         folder: with a folder of images for each class.
+        config_name: which configuration of the data set on the Hub, where it has several.
 
     Raises:
         FileNotFoundError: no such file or folder.
@@ -23,7 +26,7 @@ def load_rows(name: str, split: str, file: str | None = None, folder: str | None
 
     path = folder or file
     if path is None:
-        return load_dataset(name, split=split)
+        return load_dataset(name, config_name, split=split)
     if not Path(path).exists():
         raise FileNotFoundError(f"no such path {path}")
     if folder:

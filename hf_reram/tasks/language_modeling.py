@@ -14,6 +14,7 @@ from ..model.inputs import evaluating
 logger = logging.get_logger(__name__)
 
 TEXTS = ("text", "content", "context", "document")
+CHATS = ("messages", "conversations")
 LENGTH = 1024  # tokens of a window, unless the model takes fewer
 
 
@@ -29,12 +30,15 @@ def find_text_column(dataset: Any, what: str = "dataset") -> str:
     return found
 
 
-def texts_of(dataset: Any, what: str = "dataset") -> list[str]:
-    """The data set's texts, each once: SQuAD repeats a paragraph for each question.
+def texts_of(dataset: Any, what: str = "dataset") -> list[Any]:
+    """The data set's conversations, lists of messages with ``role`` and ``content``, where it has a column of
+    :data:`CHATS`; else its texts, each once: SQuAD repeats a paragraph for each question.
 
     Raises:
         ValueError: there is no text column, or what stands there is no text.
     """
+    if chats := next((name for name in CHATS if name in dataset.column_names), None):
+        return [messages for messages in dataset[chats][:] if messages]
     column = dataset[find_text_column(dataset, what)][:]
     if wrong := next((value for value in column if not isinstance(value, str) and value is not None), None):
         raise ValueError(f"{what} has {type(wrong).__name__} where texts should be: allowed are strings")
@@ -56,27 +60,42 @@ def window_length(model: Any, length: int | None = None) -> int:
     return length
 
 
-def packed(texts: Iterable[str], tokenizer: Any, length: int, what: str = "the data") -> list[Tensor]:
+def packed(texts: Iterable[Any], tokenizer: Any, length: int, what: str = "the data") -> list[Tensor]:
     """Texts one after the other, each ended by the tokenizer's end-of-text token, cut into windows of ``length``
     tokens; the last one may be shorter, if it holds at least two. Empty texts are left out and counted in a warning.
 
+    Args:
+        texts: strings; or conversations, which the tokenizer's chat template writes out, see :func:`texts_of`.
+        length: in tokens. what: for messages.
+
     Raises:
-        ValueError: no text is left.
+        ValueError: no text is left; conversations for a tokenizer without a chat template, or not of messages.
     """
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids: list[int] = []
     texts = list(texts)
-    kept = [text for text in texts if text.strip()]
+    kept = [text for text in texts if not isinstance(text, str) or text.strip()]
     if len(kept) < len(texts):
         logger.warning("%s: %d of %d texts are empty and left out", what, len(texts) - len(kept), len(texts))
     for start in range(0, len(kept), 256):
-        for found in tokenizer(kept[start : start + 256], verbose=False).input_ids:
-            ids += [*found, *end]
+        for found in _tokens(kept[start : start + 256], tokenizer, what):
+            ids += found
     windows = [torch.tensor(ids[start : start + length]) for start in range(0, len(ids), length)]
     windows = [window for window in windows if len(window) > 1]
     if not windows:
         raise ValueError(f"{what}: no text is left of {len(texts)}: allowed is at least one of two tokens")
     return windows
+
+
+def _tokens(texts: list[Any], tokenizer: Any, what: str) -> list[list[int]]:
+    if isinstance(texts[0], str):
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        return [[*found, *end] for found in tokenizer(texts, verbose=False).input_ids]
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(f"{what} holds conversations, and the tokenizer has no chat template: allowed are texts")
+    for messages in texts:
+        if not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+            raise ValueError(f"{what} holds {messages!r:.80}: allowed are messages with 'role' and 'content'")
+    return [tokenizer.apply_chat_template(messages, return_dict=False) for messages in texts]
 
 
 class Perplexity:

@@ -69,6 +69,18 @@ def test_texts_of_a_data_set():
         texts_of(Dataset.from_dict({"text": [1]}))
 
 
+def test_conversations_are_written_out_by_the_chat_template():
+    chats = [[{"role": "the", "content": "cell drifts"}], [{"role": "a", "content": "weight"}]]
+    assert texts_of(Dataset.from_dict({"messages": [*chats, []], "text": ["x"] * 3})) == chats
+    chat = tokenizer()
+    with pytest.raises(ValueError, match="my chats holds conversations, and the tokenizer has no chat template"):
+        packed(chats, chat, 4, "my chats")
+    chat.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }} . {% endfor %}"
+    assert [w.tolist() for w in packed(chats, chat, 4)] == [[2, 3, 4, 11], [7, 8, 11]]
+    with pytest.raises(ValueError, match="allowed are messages with 'role' and 'content'"):
+        packed([[{"from": "human", "value": "hello"}]], chat, 4)
+
+
 def test_windows_are_no_longer_than_the_models():
     assert window_length(llama()) == 32 and window_length(llama(), 8) == 8
     for length in (33, 1, 2.0, True):
