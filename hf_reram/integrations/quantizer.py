@@ -82,12 +82,13 @@ class ReRAMQuantizer(HfQuantizer):
             self.quantization_config = model.config.quantization_config = next(iter(stored.values()))
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        needed = [name for name in (*BUFFERS, "weight") if name not in ADDED_LATER]
+        needed = [name for name in BUFFERS if name not in ADDED_LATER]
         missing = set()
         if self.pre_quantized:
             self._take_digital_layers_off(model)
         for name, layer in crossbar_layers(model).items():
-            if not self.pre_quantized or not all(_was_loaded(getattr(layer, b)) for b in needed):
+            there = layer.weight.is_meta or _was_loaded(layer.weight)  # meta: on the disk, where it stays
+            if not (self.pre_quantized and there and all(_was_loaded(getattr(layer, b)) for b in needed)):
                 missing.add(name)
                 continue
             for buffer in ADDED_LATER:

@@ -236,3 +236,31 @@ def test_numbers_that_a_checkpoint_lacks_are_named_and_make_no_layer_digital(tin
     assert crossbar_layers(loaded).keys() == crossbar_layers(tiny_bert).keys()
     assert not crossbar_layers(loaded)[lost].calibrated
     assert "not in the checkpoint and so not calibrated" in caplog.text and lost in caplog.text
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_device_maps(tiny_bert, tmp_path, caplog, where):
+    """A checkpoint whose weights stay on the disk is the same ideal crossbar, and no chip."""
+    batch = bert_batch()
+    calibrated(tiny_bert, device="hfox-neurram").save_pretrained(tmp_path / "robust")
+    places = {"bert.embeddings": "cpu", "bert.pooler": "cpu", "bert.encoder": where, "classifier": where}
+    with caplog.at_level("WARNING", "hf_reram"):
+        model = AutoModelForSequenceClassification.from_pretrained(
+            tmp_path / "robust", device_map=places, offload_folder=tmp_path / "offload"
+        )
+    assert not [record for record in caplog.records if record.name.startswith("hf_reram")]
+    assert model.classifier.weight.is_meta == (where == "disk")
+
+    def logits(model):
+        torch.manual_seed(0)  # of the read noise
+        with torch.no_grad():
+            return model(**batch).logits
+
+    torch.testing.assert_close(logits(model), logits(tiny_bert.eval()))
+    if where == "cpu":
+        with deploy(model, "1d", seed=0), deploy(tiny_bert, "1d", seed=0):
+            torch.testing.assert_close(logits(model), logits(tiny_bert))
+        return
+    for refused in (lambda: deploy(model, "1d").__enter__(), lambda: calibrate(model, [batch])):
+        with pytest.raises(ValueError, match="on the meta device, as where accelerate has offloaded them"):
+            refused()
