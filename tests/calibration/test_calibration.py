@@ -22,6 +22,7 @@ from hf_reram.nn.layer import BUFFERS
 from hf_reram.nn.mapping import CLIPS, Inputs, expected_error, weight_scales
 from tests.samples.devices import device, straight
 from tests.samples.models import bert_batch
+from tests.samples.texts import llama
 
 
 @pytest.mark.parametrize("percent", [50, 99, 99.9, 100])
@@ -437,3 +438,18 @@ def test_noise_has_the_power_of_the_devices_error(mean, seconds):
             ideal = torch.minimum(layer.weight.abs(), layer.held_scale()) * layer.weight.sign()
             power.append(float(((layer.chip.weight - ideal) / layer.held_scale()).square().mean()))
     assert float(layer.white_noise_std()) ** 2 == pytest.approx(sum(power) / len(power), rel=0.03)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_that_nobody_reads_are_not_computed(tied):
+    model = llama(tie_word_embeddings=tied)
+    widths = []
+    model.lm_head.register_forward_hook(lambda head, args, logits: widths.append(logits.shape[1]))
+    patch_model(model, ReRAMConfig())
+    batch = {"input_ids": torch.arange(12).view(2, 6)}
+    calibrate(model, [batch])
+    assert set(widths) == ({1} if tied else {6})  # an untied head is a crossbar, and sees all tokens
+    numbers = {name: value.clone() for name, value in model.state_dict().items()}
+    calibrate(model, [{**batch, "labels": batch["input_ids"]}])
+    assert widths[-1] == 6
+    assert all(torch.equal(value, numbers[name]) for name, value in model.state_dict().items())
