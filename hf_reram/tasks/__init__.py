@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .demo import CORNER, Digits, train_base
     from .flags import device_of, number_or_word
     from .generation import generate_texts
+    from .harness import LMEval
     from .image_classification import (
         ImageClassification,
         ImageDataset,
@@ -48,6 +49,7 @@ _NAMES = {
     "demo": ["CORNER", "Digits", "train_base"],
     "flags": ["device_of", "number_or_word"],
     "generation": ["generate_texts"],
+    "harness": ["LMEval"],
     "image_classification": [
         "ImageClassification",
         "ImageDataset",
@@ -74,6 +76,7 @@ __all__ = [
     "Digits",
     "ImageClassification",
     "ImageDataset",
+    "LMEval",
     "Method",
     "MixUp",
     "Perplexity",

@@ -1,6 +1,6 @@
 """The tasks that any checkpoint can be evaluated on: its data, its metrics and what it is calibrated with."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,9 @@ from torch import nn
 
 from ..config import ReRAMConfig
 from ..evaluation.content import part_of
+from ..hub.about import task_of
 from .data import KINDS, draw, load_rows
+from .harness import LMEval
 from .image_classification import ImageClassification, check_labels, image_transforms
 from .language_modeling import Perplexity, packed, texts_of, window_length
 from .question_answering import QuestionAnswering
@@ -22,8 +24,9 @@ class Task:
 
     Attributes:
         evaluate: see :func:`hf_reram.evaluate_robustness`. batches: of model inputs, without labels, for calibration.
-        metric: the one to judge by. examples: how many are evaluated. content: a fingerprint of them, and of what
-            tokenizer or image processor make of them.
+        metric: the one to judge by, "" where ``evaluate`` tells it of those that there are.
+        examples: how many are evaluated.
+        content: a fingerprint of them, and of what tokenizer or image processor make of them.
     """
 
     evaluate: Callable[[nn.Module], Mapping[str, float]]
@@ -124,6 +127,33 @@ def load_task(
     rows = draw(load_rows(dataset, split, **_where(dataset)), samples, seed)
     made = TASKS[task](model, name, rows, batch_size)
     return replace(made, content=part_of("evaluation", made.evaluate))
+
+
+def load_lm_eval(
+    model: Any,
+    name: str,
+    tasks: Sequence[str],
+    include_path: str | Path | None = None,
+    num_fewshot: int | None = None,
+    samples: int | None = None,
+    batch_size: int = 32,
+) -> Task:
+    """Tasks of lm-eval as one: its ``evaluate`` is a :class:`LMEval`, and it is calibrated with the tasks' prompts.
+
+    Args:
+        name: where the model came from. tasks, include_path, num_fewshot: see :class:`LMEval`.
+        samples: the first so many questions of each task; None: all.
+
+    Raises:
+        ImportError: lm-eval is not installed. FileNotFoundError: no such task file or folder.
+        ValueError: the model is no causal one or has no tokenizer, or lm-eval does not know a task.
+    """
+    if task_of(model) != "text-generation":
+        raise ValueError(f"{name} is a {type(model).__name__}: lm-eval's tasks need a causal language model")
+    tokenizer = _tokenizer(name)
+    evaluate = LMEval(tasks, tokenizer, num_fewshot, samples, include_path, batch_size)
+    texts = Perplexity(packed(evaluate.texts, tokenizer, window_length(model), "the tasks"), max(1, batch_size // 8))
+    return Task(evaluate, _spread(texts.batches), "", evaluate.examples, evaluate.content)
 
 
 def _where(dataset: str) -> dict[str, str]:
