@@ -32,10 +32,12 @@ if TYPE_CHECKING:
         keep_preprocessing,
     )
     from .language_modeling import Perplexity, packed, texts_of, window_length
+    from .metrics.entities import entity_metrics
     from .metrics.squad_v2 import token_f1
     from .question_answering import QuestionAnswering, training_features
     from .registry import TASKS, Task, load_task
     from .text_classification import TextClassification
+    from .token_classification import TokenClassification
 
 # The same for Python, by module; tests/test_import.py compares the three lists.
 _NAMES = {
@@ -61,10 +63,12 @@ _NAMES = {
         "keep_preprocessing",
     ],
     "language_modeling": ["Perplexity", "packed", "texts_of", "window_length"],
+    "metrics.entities": ["entity_metrics"],
     "metrics.squad_v2": ["token_f1"],
     "question_answering": ["QuestionAnswering", "training_features"],
     "registry": ["TASKS", "Task", "load_task"],
     "text_classification": ["TextClassification"],
+    "token_classification": ["TokenClassification"],
 }
 
 __all__ = [
@@ -85,10 +89,12 @@ __all__ = [
     "RecipeTrainingArguments",
     "Task",
     "TextClassification",
+    "TokenClassification",
     "batch_norms",
     "check_labels",
     "device_of",
     "draw",
+    "entity_metrics",
     "find_columns",
     "fold_batch_norm",
     "generate_texts",

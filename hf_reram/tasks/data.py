@@ -1,8 +1,11 @@
-"""Data sets for the recipes, from the Hub, a file or a folder."""
+"""Data sets for the recipes, from the Hub, a file or a folder, and their texts as batches."""
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".txt": "text"}
 
@@ -46,3 +49,21 @@ def load_rows(
 def draw(dataset: Any, count: int | None, seed: int) -> Any:
     """``count`` rows drawn at random; all of them, in their order, where there are no more or ``count`` is None."""
     return dataset if count is None or count >= len(dataset) else dataset.shuffle(seed=seed).select(range(count))
+
+
+def batches_by_length(
+    encoded: Mapping[str, Sequence], tokenizer: Any, batch_size: int, **padding: Any
+) -> list[tuple[list[int], dict[str, Tensor]]]:
+    """What a tokenizer has made of texts, as padded batches, each with its texts' places. Texts of like length are
+    together, which needs less padding.
+
+    Args:
+        padding: of the tokenizer's ``pad``.
+    """
+    order = sorted(range(len(encoded["input_ids"])), key=lambda i: len(encoded["input_ids"][i]))
+    batches = []
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        rows = {key: [values[i] for i in part] for key, values in encoded.items()}
+        batches.append((part, dict(tokenizer.pad(rows, return_tensors="pt", **padding))))
+    return batches

@@ -23,7 +23,7 @@ SEED, NUMPY_SEED, FEWSHOT_SEED = 0, 1234, 1234
 class LMEval:
     """Evaluates a causal model on tasks of lm-eval: calling it with one gives lm-eval's own metrics by task, as
     ``arc_easy/acc``, or ``gsm8k/exact_match,strict-match`` where a filter has a name, without standard errors, so it
-    fits :func:`hf_reram.evaluate_robustness`. Prompts and few-shot examples are those that lm-eval's command line draws.
+    fits :func:`hf_reram.evaluate_robustness`. Prompts and few-shot examples are those of lm-eval's command line.
 
     Args:
         tasks: names of tasks, groups or tags, with ``*`` for any letters, or task files (.yaml).

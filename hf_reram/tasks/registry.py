@@ -14,8 +14,10 @@ from .data import KINDS, draw, load_rows
 from .harness import LMEval
 from .image_classification import ImageClassification, check_labels, image_transforms
 from .language_modeling import Perplexity, packed, texts_of, window_length
+from .metrics.entities import are_entity_tags
 from .question_answering import QuestionAnswering
 from .text_classification import TextClassification
+from .token_classification import TokenClassification
 
 
 @dataclass
@@ -85,11 +87,27 @@ def text_classification(model: Any, name: str, dataset: Any, batch_size: int = 3
     return Task(evaluate, _spread(batches), "accuracy" if classes > 1 else "pearson", len(dataset))
 
 
-def _tokenizer(name: str) -> Any:
+def token_classification(model: Any, name: str, dataset: Any, batch_size: int = 32) -> Task:
+    """Words and their tags.
+
+    Raises:
+        ValueError: columns are missing, tags are not the model's, or the model has no tokenizer.
+    """
+    # Tokenizers that take the space before a word into it have to be told that words have one.
+    spaced = {"add_prefix_space": True} if model.config.model_type in ("bloom", "deberta", "gpt2", "roberta") else {}
+    tokenizer = _tokenizer(name, **spaced)
+    length = min(512, tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 512)
+    evaluate = TokenClassification(dataset, tokenizer, model.config.id2label, length, batch_size)
+    batches = [batch for _, batch in evaluate.batches]
+    metric = "f1" if are_entity_tags(evaluate.names) else "accuracy"
+    return Task(evaluate, _spread(batches), metric, len(dataset))
+
+
+def _tokenizer(name: str, **options: Any) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{name} has no tokenizer, which texts need ({error})") from error
 
@@ -98,6 +116,7 @@ TASKS = {
     "question-answering": question_answering,
     "image-classification": image_classification,
     "text-classification": text_classification,
+    "token-classification": token_classification,
     "text-generation": text_generation,
 }
 
