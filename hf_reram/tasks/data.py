@@ -23,7 +23,7 @@ def load_rows(
 
     Raises:
         FileNotFoundError: no such file or folder.
-        ValueError: a file of another kind, or text that is not UTF-8.
+        ValueError: a file of another kind, without a row, or whose text is not UTF-8.
     """
     from datasets import Dataset, load_dataset
 
@@ -37,12 +37,18 @@ def load_rows(
     kind = KINDS.get(Path(path).suffix)
     if kind is None:
         raise ValueError(f"{path}: allowed are {', '.join(KINDS)} files")
-    if kind == "text":
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is no text in UTF-8: {error}") from error
-        return Dataset.from_dict({"text": [part.strip("\n") for part in re.split(r"\n\s*\n", text)]})
+    if Path(path).stat().st_size == 0:
+        raise ValueError(f"{path} is empty: allowed is at least one row")
+    try:
+        if kind == "text":
+            text = Path(path).read_text(encoding="utf-8-sig")  # without a byte order mark, where there is one
+            return Dataset.from_dict({"text": [part.strip("\n") for part in re.split(r"\n\s*\n", text)]})
+        if kind == "json":  # of which datasets says nothing before the row is used
+            with open(path, encoding="utf-8") as lines:
+                while lines.read(1 << 20):
+                    pass
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
     return load_dataset(kind, data_files=path, split="train")
 
 
