@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ..device.temperature import parse_temperature
 from ..device.time import format_time, parse_time
+from ..hub.load import ADAPTER, has_file, load_model
 from ..model.deploy import deploy, digital
 from ..model.find import crossbar_layers, is_chip, is_digital, reset_calls, uncalled
 from ..model.summary import summarize
@@ -31,7 +32,7 @@ class ReRAMLM(HFLM):
     The results' ``config`` has ``crossbars``, which says what the figures are of, beside what lm-eval writes there.
 
     Args:
-        pretrained: folder or Hub id of a robust checkpoint, or a model on crossbars.
+        pretrained: folder or Hub id of a robust checkpoint, or of adapters of one, or a model on crossbars.
         time: since programming, such as "10y", or seconds; None: ideal crossbars, no chip.
         temperature: K, or a text such as "85C"; None takes the config's.
         seed: number of the chip, default 0.
@@ -60,11 +61,15 @@ class ReRAMLM(HFLM):
             )
         self.chip = None if time is None else (parse_time(time), temperature, seed)
         kelvin = None if temperature is None else parse_temperature(temperature)
+        name = pretrained if isinstance(pretrained, str) else type(pretrained).__name__
+        if isinstance(pretrained, str) and has_file(pretrained, ADAPTER):  # with crossbars of their own beside them
+            kwargs.setdefault("tokenizer", pretrained)
+            pretrained = load_model(pretrained).to(kwargs.get("device") or "cpu")
         super().__init__(pretrained, **kwargs)
         if not crossbar_layers(self.model):
             raise ValueError(
-                f"{pretrained if isinstance(pretrained, str) else type(pretrained).__name__} is a plain checkpoint: "
-                "allowed is a robust one; hf-reram eval --lm-eval puts plain ones on crossbars"
+                f"{name} is a plain checkpoint: allowed is a robust one; hf-reram eval --lm-eval puts plain ones on "
+                "crossbars"
             )
         self.crossbars, self.silent = crossbars, set[str]()
         if not crossbars:

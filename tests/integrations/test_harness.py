@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
 from hf_reram import ReRAMConfig, calibrate, crossbar_layers, deploy, digital, load_model, patch_model
@@ -90,6 +91,20 @@ def test_a_model_that_is_there_says_so_too(folder, evaluated):
         assert lm.get_model_info()["crossbars"].endswith("as a chip")
         with digital(model):
             assert lm.get_model_info()["crossbars"] == "off: the digital model"
+
+
+def test_adapters_come_with_their_crossbars(folder, evaluated, tmp_path):
+    """Also those that stand beside the adapters of a plain checkpoint, which PEFT alone opens as a digital model."""
+    model = get_peft_model(load_model(folder / "plain"), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    patch_model(model, ReRAMConfig(device=device(read_noise=0.0), input_range="per_token"))
+    calibrate(model, Perplexity(packed(TEXTS, tokenizer(), 16)).batches).save_pretrained(tmp_path / "adapters")
+    tokenizer().save_pretrained(tmp_path / "adapters")
+    with deploy(model.eval(), "2d", seed=3):
+        chip = perplexity(model)
+    said, found = evaluated("reram", name=tmp_path / "adapters", time="2d", seed=3)
+    assert said.endswith("as chip 3, 2d after programming") and found == pytest.approx(chip, rel=1e-5)
+    told, plain = evaluated("hf", name="plain", peft=str(tmp_path / "adapters"))
+    assert told == "off: the digital model" and plain != pytest.approx(chip, rel=1e-5)
 
 
 def test_what_is_no_chip_is_refused(evaluated):
