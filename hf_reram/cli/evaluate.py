@@ -14,17 +14,29 @@ from ..evaluation.robustness import evaluate_robustness, owner_of
 from ..evaluation.tables import at_kelvin, over_chips, places
 from ..hub.about import about_model, task_of
 from ..tasks.flags import mapping_flags
-from ..tasks.registry import TASKS, load_task
+from ..tasks.harness import LMEval
+from ..tasks.registry import TASKS, load_lm_eval, load_task
 from .model import patched, words
 from .output import say, show_json, show_table, writable
 
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="Hub id or folder, of a robust checkpoint or a plain one.")],
-    dataset: Annotated[str, typer.Option(help="Hub id, parquet, JSON or text file, or image folder.")],
+    dataset: Annotated[str | None, typer.Option(help="Hub id, parquet, JSON or text file, or image folder.")] = None,
     task: Annotated[str | None, typer.Option(help=f"One of {', '.join(TASKS)}; default by the model.")] = None,
     split: Annotated[str, typer.Option(help="Of a data set on the Hub.")] = "validation",
-    samples: Annotated[int | None, typer.Option(min=1, help="How many examples, drawn by --seed; default all.")] = None,
+    lm_eval: Annotated[
+        list[str] | None,
+        typer.Option("--lm-eval", help="Tasks of lm-evaluation-harness in place of a data set, as arc_easy,hellaswag."),
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder of more task files for --lm-eval.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Of --lm-eval; default as its tasks say.")] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="How many examples, drawn by --seed; of --lm-eval the first of each task. Default all."
+        ),
+    ] = None,
     times: Annotated[list[str] | None, typer.Option(help="Since programming, such as 1s,1d,10y.")] = None,
     temperature: Annotated[list[str] | None, typer.Option(help="K, or such as 85C; several one by one.")] = None,
     chips: Annotated[int, typer.Option(min=1, help="Chips, each with its own programming.")] = 10,
@@ -46,13 +58,24 @@ def evaluate(
     labels; so is a robust one where --device, --range-shrink, --weight-clip, --input-range or --redundancy differ from
     its own, which it keeps where they are not given. An evaluation that was interrupted goes on where it stopped.
     """
-    spoken = words(times) or ["1s", "1d", "10y"]
+    spoken, tasks = words(times) or ["1s", "1d", "10y"], words(lm_eval)
+    if bool(tasks) == (dataset is not None):
+        raise ValueError(f"--dataset {dataset} and --lm-eval {','.join(tasks) or None}: allowed is one of them")
+    if tasks and task is not None:
+        raise ValueError(f"--task {task} with --lm-eval: allowed is --task with --dataset")
+    if not tasks and (include_path is not None or num_fewshot is not None):
+        raise ValueError("--include-path and --num-fewshot: allowed are they with --lm-eval")
     writable(output)
     found, fresh = patched(model, device, spoken, **mapping_flags(range_shrink, weight_clip, redundancy, input_range))
-    work = load_task(task or task_of(found), found, model, dataset, split, samples, batch_size, seed)
+    kind = task or task_of(found)
+    if tasks:
+        work = load_lm_eval(found, model, tasks, include_path, num_fewshot, samples, batch_size)
+    else:
+        assert dataset is not None
+        work = load_task(kind, found, model, dataset, split, samples, batch_size, seed)
     if fresh:
         calibrate(found, work.batches)
-    key = [task or task_of(found), work.content, batch_size]
+    key = [kind, work.content, batch_size]
     report = evaluate_robustness(
         found,
         work.evaluate,
@@ -63,12 +86,14 @@ def evaluate(
         resume=output / f"chips-{owner_of(found, key)[:12]}.jsonl",
         key=key,
     )
+    metrics = work.evaluate.shown(report.metrics) if isinstance(work.evaluate, LMEval) else [work.metric]
+    local = dataset is not None and Path(dataset).exists()
     report.about = replace(
         about_model(found, report),
-        task=task or task_of(found),
-        metric=work.metric,
-        dataset=Path(dataset).name if Path(dataset).exists() else dataset,
-        dataset_split="" if Path(dataset).exists() else split,
+        task=kind,
+        metric=metrics[0],
+        dataset=f"lm-eval: {', '.join(tasks)}" if dataset is None else Path(dataset).name if local else dataset,
+        dataset_split="" if tasks or local else split,
         base_model=model if not Path(model).exists() else Path(model).resolve().name,
         examples=work.examples,
     ).to_dict()
@@ -76,11 +101,15 @@ def evaluate(
         report.notes.append("calibrated on the evaluated inputs")
     report.to_json(output / "robustness.json")
     write_whole(output / "robustness.md", report.to_markdown())
-    report.plot(output / "robustness.png", metric=work.metric, title=f"{model} on {report.config['device']['name']}")
+    report.plot(output / "robustness.png", metric=metrics[0], title=f"{model} on {report.config['device']['name']}")
     if as_json:
         show_json(report.to_dict())
         return
-    _show(report, work.metric)
+    for metric in metrics:
+        _show(report, metric)
+    say(report.summary)
+    for note in report.notes:
+        say(f"- {note}")
     say(f"Report, table and plot: {output}/robustness.json, robustness.md, robustness.png")
 
 
@@ -97,6 +126,3 @@ def _show(report: RobustnessReport, metric: str) -> None:
             heat = "" if kelvin is None else f"{kelvin:g} K"
             rows.append([when, heat, s.shown(n), f"± {s.ci95:.{n}f}" if s.chips > 1 else "–"])
     show_table(f"{metric}, {over_chips(cells)}", ["", "temperature", "mean ± std", "95 % of the mean"], rows)
-    say(report.summary)
-    for note in report.notes:
-        say(f"- {note}")

@@ -1,5 +1,5 @@
-"""Tells transformers of hf_reram's quantizer and pipelines, and PEFT of crossbars, as soon as these have the modules to
-be told.
+"""Tells transformers of hf_reram's quantizer and pipelines, and PEFT and lm-evaluation-harness of crossbars, as soon as
+these have the modules to be told.
 
 ``transformers.quantizers.auto`` takes half the time of torch and transformers together, and all of it is needed by
 ``from_pretrained`` alone. So nothing is imported here: a finder on ``sys.meta_path`` waits for transformers to import
@@ -141,6 +141,30 @@ def _tell_adapters(peft_model: Any) -> None:
             load("hf_reram.hub.crossbars", "save_crossbars")(self, save_directory)
 
     peft_model.PeftModel.save_pretrained = save_pretrained
+
+
+def register_harness() -> None:
+    """Let lm-evaluation-harness find the model type "reram", and say in its results whether crossbars were on."""
+    _when_imported("lm_eval.models", _tell_harness)
+    _when_imported("lm_eval.models.huggingface", _tell_results)
+
+
+def _tell_harness(_: Any) -> None:
+    registry = importlib.import_module("lm_eval.api.registry").model_registry
+    if METHOD not in registry:
+        registry.register(METHOD, target="hf_reram.integrations.harness:ReRAMLM")
+
+
+def _tell_results(huggingface: Any) -> None:
+    theirs = huggingface.HFLM.get_model_info
+    if theirs.__module__ == __name__:
+        return
+
+    @functools.wraps(theirs, assigned=("__name__", "__qualname__", "__doc__"))
+    def get_model_info(self):
+        return {**theirs(self), "crossbars": load("hf_reram.integrations.harness", "crossbars_of")(self)}
+
+    huggingface.HFLM.get_model_info = get_model_info
 
 
 def register_pipelines() -> None:

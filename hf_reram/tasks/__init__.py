@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .demo import CORNER, Digits, train_base
     from .flags import device_of, number_or_word
     from .generation import generate_texts
+    from .harness import LMEval
     from .image_classification import (
         ImageClassification,
         ImageDataset,
@@ -31,10 +32,12 @@ if TYPE_CHECKING:
         keep_preprocessing,
     )
     from .language_modeling import Perplexity, packed, texts_of, window_length
+    from .metrics.entities import entity_metrics
     from .metrics.squad_v2 import token_f1
     from .question_answering import QuestionAnswering, training_features
     from .registry import TASKS, Task, load_task
     from .text_classification import TextClassification
+    from .token_classification import TokenClassification
 
 # The same for Python, by module; tests/test_import.py compares the three lists.
 _NAMES = {
@@ -48,6 +51,7 @@ _NAMES = {
     "demo": ["CORNER", "Digits", "train_base"],
     "flags": ["device_of", "number_or_word"],
     "generation": ["generate_texts"],
+    "harness": ["LMEval"],
     "image_classification": [
         "ImageClassification",
         "ImageDataset",
@@ -59,10 +63,12 @@ _NAMES = {
         "keep_preprocessing",
     ],
     "language_modeling": ["Perplexity", "packed", "texts_of", "window_length"],
+    "metrics.entities": ["entity_metrics"],
     "metrics.squad_v2": ["token_f1"],
     "question_answering": ["QuestionAnswering", "training_features"],
     "registry": ["TASKS", "Task", "load_task"],
     "text_classification": ["TextClassification"],
+    "token_classification": ["TokenClassification"],
 }
 
 __all__ = [
@@ -74,6 +80,7 @@ __all__ = [
     "Digits",
     "ImageClassification",
     "ImageDataset",
+    "LMEval",
     "Method",
     "MixUp",
     "Perplexity",
@@ -82,10 +89,12 @@ __all__ = [
     "RecipeTrainingArguments",
     "Task",
     "TextClassification",
+    "TokenClassification",
     "batch_norms",
     "check_labels",
     "device_of",
     "draw",
+    "entity_metrics",
     "find_columns",
     "fold_batch_norm",
     "generate_texts",

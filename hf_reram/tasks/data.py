@@ -1,8 +1,11 @@
-"""Data sets for the recipes, from the Hub, a file or a folder."""
+"""Data sets for the recipes, from the Hub, a file or a folder, and their texts as batches."""
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".txt": "text"}
 
@@ -20,7 +23,7 @@ def load_rows(
 
     Raises:
         FileNotFoundError: no such file or folder.
-        ValueError: a file of another kind, or text that is not UTF-8.
+        ValueError: a file of another kind, without a row, or whose text is not UTF-8.
     """
     from datasets import Dataset, load_dataset
 
@@ -34,15 +37,39 @@ def load_rows(
     kind = KINDS.get(Path(path).suffix)
     if kind is None:
         raise ValueError(f"{path}: allowed are {', '.join(KINDS)} files")
-    if kind == "text":
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is no text in UTF-8: {error}") from error
-        return Dataset.from_dict({"text": [part.strip("\n") for part in re.split(r"\n\s*\n", text)]})
+    if Path(path).stat().st_size == 0:
+        raise ValueError(f"{path} is empty: allowed is at least one row")
+    try:
+        if kind == "text":
+            text = Path(path).read_text(encoding="utf-8-sig")  # without a byte order mark, where there is one
+            return Dataset.from_dict({"text": [part.strip("\n") for part in re.split(r"\n\s*\n", text)]})
+        if kind == "json":  # of which datasets says nothing before the row is used
+            with open(path, encoding="utf-8") as lines:
+                while lines.read(1 << 20):
+                    pass
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
     return load_dataset(kind, data_files=path, split="train")
 
 
 def draw(dataset: Any, count: int | None, seed: int) -> Any:
     """``count`` rows drawn at random; all of them, in their order, where there are no more or ``count`` is None."""
     return dataset if count is None or count >= len(dataset) else dataset.shuffle(seed=seed).select(range(count))
+
+
+def batches_by_length(
+    encoded: Mapping[str, Sequence], tokenizer: Any, batch_size: int, **padding: Any
+) -> list[tuple[list[int], dict[str, Tensor]]]:
+    """What a tokenizer has made of texts, as padded batches, each with its texts' places. Texts of like length are
+    together, which needs less padding.
+
+    Args:
+        padding: of the tokenizer's ``pad``.
+    """
+    order = sorted(range(len(encoded["input_ids"])), key=lambda i: len(encoded["input_ids"][i]))
+    batches = []
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        rows = {key: [values[i] for i in part] for key, values in encoded.items()}
+        batches.append((part, dict(tokenizer.pad(rows, return_tensors="pt", **padding))))
+    return batches

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
 
+from ..model.inputs import evaluating
+
 logger = logging.get_logger(__name__)
 
 IMAGES = ("image", "img", "pixel_values")
@@ -246,10 +248,8 @@ class ImageClassification:
         Raises:
             ValueError: the model gives no logits over classes.
         """
-        was_training = model.training
-        model.eval()
         right = torch.zeros(2, dtype=torch.float64)
-        try:
+        with evaluating(model):
             device = next(model.parameters()).device
             for batch in self.batches():
                 with torch.inference_mode():
@@ -261,7 +261,5 @@ class ImageClassification:
                     )
                 best = logits.topk(min(5, logits.shape[1])).indices == batch["labels"][:, None]
                 right += torch.stack([best[:, 0].sum(), best.any(1).sum()])
-        finally:
-            model.train(was_training)
         top1, top5 = (100 * right / len(self.images)).tolist()
         return {"accuracy": top1} | ({"top5_accuracy": top5} if logits.shape[1] > 5 else {})

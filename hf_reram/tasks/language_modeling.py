@@ -32,17 +32,19 @@ def find_text_column(dataset: Any, what: str = "dataset") -> str:
 
 def texts_of(dataset: Any, what: str = "dataset") -> list[Any]:
     """The data set's conversations, lists of messages with ``role`` and ``content``, where it has a column of
-    :data:`CHATS`; else its texts, each once: SQuAD repeats a paragraph for each question.
+    :data:`CHATS`; else its texts, each once: SQuAD repeats a paragraph for each question. Empty ones stay, to be
+    counted.
 
     Raises:
         ValueError: there is no text column, or what stands there is no text.
     """
     if chats := next((name for name in CHATS if name in dataset.column_names), None):
-        return [messages for messages in dataset[chats][:] if messages]
+        return [messages or [] for messages in dataset[chats][:]]
     column = dataset[find_text_column(dataset, what)][:]
     if wrong := next((value for value in column if not isinstance(value, str) and value is not None), None):
         raise ValueError(f"{what} has {type(wrong).__name__} where texts should be: allowed are strings")
-    return list(dict.fromkeys(text or "" for text in column))
+    found = {text if text and text.strip() else (i,): text or "" for i, text in enumerate(column)}
+    return list(found.values())
 
 
 def window_length(model: Any, length: int | None = None) -> int:
@@ -51,13 +53,20 @@ def window_length(model: Any, length: int | None = None) -> int:
     Raises:
         ValueError: the model takes fewer, or it is below 2.
     """
-    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    most = getattr(_text_config(model), "max_position_embeddings", None)
     most = most if isinstance(most, int) and most > 0 else None
     if length is None:
         return min(LENGTH, most or LENGTH)
     if isinstance(length, bool) or not isinstance(length, int) or length < 2 or (most and length > most):
         raise ValueError(f"length={length!r}: allowed is an integer from 2 to {most or 'what the model takes'}")
     return length
+
+
+def _text_config(model: Any) -> Any:
+    """A model's config, or that of its decoder of texts; None where it has none."""
+    config = getattr(model, "config", None)
+    of_text = getattr(config, "get_text_config", None)
+    return of_text(decoder=True) if callable(of_text) else config
 
 
 def packed(texts: Iterable[Any], tokenizer: Any, length: int, what: str = "the data") -> list[Tensor]:
@@ -73,7 +82,7 @@ def packed(texts: Iterable[Any], tokenizer: Any, length: int, what: str = "the d
     """
     ids: list[int] = []
     texts = list(texts)
-    kept = [text for text in texts if not isinstance(text, str) or text.strip()]
+    kept = [text for text in texts if (text.strip() if isinstance(text, str) else text)]
     if len(kept) < len(texts):
         logger.warning("%s: %d of %d texts are empty and left out", what, len(texts) - len(kept), len(texts))
     for start in range(0, len(kept), 256):
@@ -126,8 +135,14 @@ class Perplexity:
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """
         Raises:
-            ValueError: the model gives no logits over its vocabulary.
+            ValueError: the model gives no logits over its vocabulary, or takes fewer tokens than a window has, or knows
+                fewer than the tokenizer.
         """
+        window_length(model, max(batch["input_ids"].shape[1] for batch in self.batches))
+        largest = max(int(batch["input_ids"].max()) for batch in self.batches)
+        known = getattr(_text_config(model), "vocab_size", None)
+        if known is not None and largest >= known:
+            raise ValueError(f"the windows have token {largest}: allowed are the model's, 0 to {known - 1}")
         total, tokens = 0.0, 0
         with evaluating(model):
             device = next(model.parameters()).device

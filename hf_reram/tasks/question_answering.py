@@ -14,6 +14,8 @@ from torch import nn
 from transformers.utils import logging
 
 from ..integrations.spans import best_spans, windows
+from ..model.inputs import evaluating
+from .data import batches_by_length
 from .metrics.squad_v2 import squad_v2_metrics
 
 logger = logging.get_logger(__name__)
@@ -149,13 +151,7 @@ class QuestionAnswering:
         self.owners = encoded.pop("overflow_to_sample_mapping")
         self.offsets = [np.array(o) for o in encoded.pop("offset_mapping")]
         self.inside = [np.array([s == 1 for s in encoded.sequence_ids(i)]) for i in range(len(self.owners))]
-        # Windows of like length together: less padding.
-        order = sorted(range(len(self.owners)), key=lambda i: len(encoded["input_ids"][i]))
-        self.batches: list[tuple[list[int], dict[str, torch.Tensor]]] = []
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
-            rows = {key: [values[i] for i in part] for key, values in encoded.items()}
-            self.batches.append((part, dict(tokenizer.pad(rows, padding_side="right", return_tensors="pt"))))
+        self.batches = batches_by_length(encoded, tokenizer, batch_size, padding_side="right")
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """The official figures, in percent."""
@@ -168,11 +164,9 @@ class QuestionAnswering:
         Raises:
             ValueError: the model gives no start and end logits.
         """
-        was_training = model.training
-        model.eval()
         spans: dict[int, list] = defaultdict(list)
         nulls: dict[int, float] = {}
-        try:
+        with evaluating(model):
             device = next(model.parameters()).device
             for part, batch in self.batches:
                 with torch.inference_mode():
@@ -185,8 +179,6 @@ class QuestionAnswering:
                     null = float(starts[row, 0] + ends[row, 0])
                     nulls[owner] = min(nulls.get(owner, np.inf), null)
                     spans[owner] += self._best_spans(window, starts[row], ends[row])
-        finally:
-            model.train(was_training)
         return [self._answer(i, spans[i], nulls[i]) for i in range(len(self.references))]
 
     def _best_spans(self, window: int, starts: np.ndarray, ends: np.ndarray) -> list[tuple[float, int, int]]:

@@ -1,6 +1,6 @@
 """The tasks that any checkpoint can be evaluated on: its data, its metrics and what it is calibrated with."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,15 @@ from torch import nn
 
 from ..config import ReRAMConfig
 from ..evaluation.content import part_of
+from ..hub.about import task_of
 from .data import KINDS, draw, load_rows
+from .harness import LMEval
 from .image_classification import ImageClassification, check_labels, image_transforms
 from .language_modeling import Perplexity, packed, texts_of, window_length
+from .metrics.entities import are_entity_tags
 from .question_answering import QuestionAnswering
 from .text_classification import TextClassification
+from .token_classification import TokenClassification
 
 
 @dataclass
@@ -22,8 +26,9 @@ class Task:
 
     Attributes:
         evaluate: see :func:`hf_reram.evaluate_robustness`. batches: of model inputs, without labels, for calibration.
-        metric: the one to judge by. examples: how many are evaluated. content: a fingerprint of them, and of what
-            tokenizer or image processor make of them.
+        metric: the one to judge by, "" where ``evaluate`` tells it of those that there are.
+        examples: how many are evaluated.
+        content: a fingerprint of them, and of what tokenizer or image processor make of them.
     """
 
     evaluate: Callable[[nn.Module], Mapping[str, float]]
@@ -82,11 +87,27 @@ def text_classification(model: Any, name: str, dataset: Any, batch_size: int = 3
     return Task(evaluate, _spread(batches), "accuracy" if classes > 1 else "pearson", len(dataset))
 
 
-def _tokenizer(name: str) -> Any:
+def token_classification(model: Any, name: str, dataset: Any, batch_size: int = 32) -> Task:
+    """Words and their tags.
+
+    Raises:
+        ValueError: columns are missing, tags are not the model's, or the model has no tokenizer.
+    """
+    # Tokenizers that take the space before a word into it have to be told that words have one.
+    spaced = {"add_prefix_space": True} if model.config.model_type in ("bloom", "deberta", "gpt2", "roberta") else {}
+    tokenizer = _tokenizer(name, **spaced)
+    length = min(512, tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 512)
+    evaluate = TokenClassification(dataset, tokenizer, model.config.id2label, length, batch_size)
+    batches = [batch for _, batch in evaluate.batches]
+    metric = "f1" if are_entity_tags(evaluate.names) else "accuracy"
+    return Task(evaluate, _spread(batches), metric, len(dataset))
+
+
+def _tokenizer(name: str, **options: Any) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{name} has no tokenizer, which texts need ({error})") from error
 
@@ -95,6 +116,7 @@ TASKS = {
     "question-answering": question_answering,
     "image-classification": image_classification,
     "text-classification": text_classification,
+    "token-classification": token_classification,
     "text-generation": text_generation,
 }
 
@@ -124,6 +146,33 @@ def load_task(
     rows = draw(load_rows(dataset, split, **_where(dataset)), samples, seed)
     made = TASKS[task](model, name, rows, batch_size)
     return replace(made, content=part_of("evaluation", made.evaluate))
+
+
+def load_lm_eval(
+    model: Any,
+    name: str,
+    tasks: Sequence[str],
+    include_path: str | Path | None = None,
+    num_fewshot: int | None = None,
+    samples: int | None = None,
+    batch_size: int = 32,
+) -> Task:
+    """Tasks of lm-eval as one: its ``evaluate`` is a :class:`LMEval`, and it is calibrated with the tasks' prompts.
+
+    Args:
+        name: where the model came from. tasks, include_path, num_fewshot: see :class:`LMEval`.
+        samples: the first so many questions of each task; None: all.
+
+    Raises:
+        ImportError: lm-eval is not installed. FileNotFoundError: no such task file or folder.
+        ValueError: the model is no causal one or has no tokenizer, or lm-eval does not know a task.
+    """
+    if task_of(model) != "text-generation":
+        raise ValueError(f"{name} is a {type(model).__name__}: lm-eval's tasks need a causal language model")
+    tokenizer = _tokenizer(name)
+    evaluate = LMEval(tasks, tokenizer, num_fewshot, samples, include_path, batch_size)
+    texts = Perplexity(packed(evaluate.texts, tokenizer, window_length(model), "the tasks"), max(1, batch_size // 8))
+    return Task(evaluate, _spread(texts.batches), "", evaluate.examples, evaluate.content)
 
 
 def _where(dataset: str) -> dict[str, str]:

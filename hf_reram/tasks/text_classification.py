@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..model.inputs import evaluating
+from .data import batches_by_length
 
 # Names of the text columns, and of their second text where there are pairs, as in GLUE and the like.
 TEXTS = (
@@ -59,12 +60,7 @@ class TextClassification:
         if classes > 1 and (bad := sorted({float(v) for v in self.labels if v not in range(classes)})[:5]):
             raise ValueError(f"the evaluation data have labels {bad}: allowed are 0 to {classes - 1}, the model's")
         encoded = tokenizer(*(dataset[name][:] for name in texts), truncation=True, max_length=max_length)
-        order = sorted(range(len(self.labels)), key=lambda i: len(encoded["input_ids"][i]))  # less padding
-        self.batches: list[tuple[list[int], dict[str, torch.Tensor]]] = []
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
-            rows = {key: [values[i] for i in part] for key, values in encoded.items()}
-            self.batches.append((part, dict(tokenizer.pad(rows, return_tensors="pt"))))
+        self.batches = batches_by_length(encoded, tokenizer, batch_size)
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """

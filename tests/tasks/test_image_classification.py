@@ -41,8 +41,9 @@ def test_accuracy_of_a_known_classifier(name):
     data = image_sample.dataset(18)
     evaluate = ImageClassification(data, plain, batch_size=5)
     model = Colours(plain).train()
+    model.frozen = nn.Dropout().eval()
     assert evaluate(model) == {"accuracy": 100.0} == evaluate(model)
-    assert model.training
+    assert model.training and not model.frozen.training  # each part its own mode again
     wrong = data.remove_columns("label").add_column("label", [(k + (i < 9)) % 4 for i, k in enumerate(data["label"])])
     assert ImageClassification(wrong, plain)(model) == {"accuracy": 50.0}
     assert augmented(data[0]["image"]).shape == plain(data[0]["image"]).shape == (3, 32, 32)

@@ -65,18 +65,22 @@ def test_texts_of_a_data_set():
     assert texts_of(Dataset.from_dict({"id": [1, 2, 3], "context": ["a", "b", "a"]})) == ["a", "b"]
     with pytest.raises(ValueError, match=r"columns \['id'\]: missing is a text column"):
         texts_of(Dataset.from_dict({"id": [1]}))
+    empty = Dataset.from_dict({"text": ["a", "", None, " ", "a"]})
+    assert texts_of(empty) == ["a", "", "", " "]  # which packed counts
     with pytest.raises(ValueError, match="has int where texts should be"):
         texts_of(Dataset.from_dict({"text": [1]}))
 
 
-def test_conversations_are_written_out_by_the_chat_template():
+def test_conversations_are_written_out_by_the_chat_template(caplog):
     chats = [[{"role": "the", "content": "cell drifts"}], [{"role": "a", "content": "weight"}]]
-    assert texts_of(Dataset.from_dict({"messages": [*chats, []], "text": ["x"] * 3})) == chats
+    assert texts_of(Dataset.from_dict({"messages": [*chats, []], "text": ["x"] * 3})) == [*chats, []]
     chat = tokenizer()
     with pytest.raises(ValueError, match="my chats holds conversations, and the tokenizer has no chat template"):
         packed(chats, chat, 4, "my chats")
     chat.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }} . {% endfor %}"
-    assert [w.tolist() for w in packed(chats, chat, 4)] == [[2, 3, 4, 11], [7, 8, 11]]
+    with caplog.at_level("WARNING", "hf_reram"):
+        assert [w.tolist() for w in packed([[], *chats], chat, 4)] == [[2, 3, 4, 11], [7, 8, 11]]
+    assert "1 of 3 texts are empty and left out" in caplog.text
     with pytest.raises(ValueError, match="allowed are messages with 'role' and 'content'"):
         packed([[{"from": "human", "value": "hello"}]], chat, 4)
 
@@ -94,6 +98,39 @@ def test_plain_text_is_read_by_paragraphs(tmp_path):
     (tmp_path / "b.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match=r"b\.txt is no text in UTF-8"):
         load_rows("", "train", file=str(tmp_path / "b.txt"))
+    (tmp_path / "c.txt").write_text("the cell", encoding="utf-8-sig")  # as some editors begin a file
+    assert load_rows("", "train", file=str(tmp_path / "c.txt"))["text"][:] == ["the cell"]
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    for rows in (b'{"text": "caf\xe9"}\n', b'{"text": "the cell"}\n' * 5000 + b'{"text": "caf\xe9"}\n'):
+        (tmp_path / "a.jsonl").write_bytes(rows)
+        with pytest.raises(ValueError, match=r"a\.jsonl is no text in UTF-8"):
+            load_rows("", "train", file=str(tmp_path / "a.jsonl"))
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match=r"empty\.jsonl is empty: allowed is at least one row"):
+        load_rows("", "train", file=str(tmp_path / "empty.jsonl"))
+
+
+def test_windows_that_do_not_fit_the_model():
+    with pytest.raises(ValueError, match="length=40: allowed is an integer from 2 to 32"):
+        Perplexity([torch.ones(40, dtype=torch.long)])(llama())
+    with pytest.raises(ValueError, match=f"have token 50: allowed are the model's, 0 to {len(WORDS) - 1}"):
+        Perplexity([torch.tensor([1, 50])])(llama())
+
+
+def test_empty_documents_are_counted_by_row(tmp_path, caplog):
+    save_model(tmp_path / "base")
+    rows = [*TEXTS[:3], "", None]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    with caplog.at_level("WARNING", "hf_reram"):
+        task = load_task("text-generation", llama(), str(tmp_path / "base"), str(tmp_path / "texts.jsonl"))
+    assert "2 of 5 texts are empty and left out" in caplog.text
+    ends = int(sum((batch["input_ids"] == 0).sum() for batch in task.evaluate.batches))
+    assert ends == 3  # one behind each text
+    (tmp_path / "none.txt").write_text(" \n\n \n")
+    with pytest.raises(ValueError, match="no text is left"):
+        load_task("text-generation", llama(), str(tmp_path / "base"), str(tmp_path / "none.txt"))
 
 
 def test_chips_of_a_language_model():

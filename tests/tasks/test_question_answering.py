@@ -70,7 +70,9 @@ def test_the_best_window_answers(tokenizer, length):
     data = squad_sample.dataset(12)
     evaluate = QuestionAnswering(data, tokenizer, length, 6, batch_size=5)
     oracle = Oracle([tokenizer(place, add_special_tokens=False)["input_ids"] for place in squad_sample.PLACES])
+    oracle.train().frozen = nn.Dropout().eval()
     metrics = evaluate(oracle)
+    assert oracle.training and not oracle.frozen.training  # each part its own mode again
     assert metrics["HasAns_f1"] == metrics["HasAns_exact"] == metrics["HasAns_span_f1"] == 100
     assert metrics["NoAns_f1"] == 0  # it always answers
     assert metrics["total"] == 12

@@ -1,0 +1,157 @@
+"""Token classification, such as named entities: tagged words, entity-level F1, and the accuracy of tags.
+
+Data sets are as on the Hub: a column of words, a list a sentence, and one of their tags, as names or numbers.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from ..model.inputs import evaluating
+from .data import batches_by_length
+from .metrics.entities import are_entity_tags, entity_metrics
+
+logger = logging.get_logger(__name__)
+
+WORDS = ("tokens", "words")
+TAGS = ("ner_tags", "labels", "tags", "pos_tags")
+IGNORED = -100  # at tokens that have no tag of their own
+
+
+def find_word_columns(dataset: Any, what: str = "dataset") -> tuple[str, str]:
+    """Names of the words' column and the tags' column.
+
+    Raises:
+        ValueError: there are none, no row, or rows with other numbers of words and tags.
+    """
+    columns = dataset.column_names
+    words = next((name for name in WORDS if name in columns), None)
+    tags = next((name for name in TAGS if name in columns), None)
+    if words is None or tags is None:
+        lacking = f"words, one of {list(WORDS)}" if words is None else f"tags, one of {list(TAGS)}"
+        raise ValueError(f"{what} has columns {columns}: missing are {lacking}")
+    if len(dataset) == 0:
+        raise ValueError(f"{what} is empty: allowed is at least one sentence")
+    for i, (mine, theirs) in enumerate(zip(dataset[words], dataset[tags])):
+        if not (isinstance(mine, Sequence) and isinstance(theirs, Sequence)) or isinstance(mine, str):
+            raise ValueError(f"{what} has {mine!r} and {theirs!r} in row {i}: allowed are lists of words and of tags")
+        if len(mine) != len(theirs):
+            raise ValueError(f"{what} has {len(mine)} words and {len(theirs)} tags in row {i}: allowed is a tag a word")
+        if wrong := [word for word in mine if not isinstance(word, str)]:
+            raise ValueError(f"{what} has {wrong[0]!r} among the words of row {i}: allowed are strings")
+    return words, tags
+
+
+def tags_as_classes(dataset: Any, column: str, id2label: Mapping[int, str], what: str = "dataset") -> list[list[int]]:
+    """The tags as numbers of the model's classes: by name where the data set has names and the model too, else as they
+    are.
+
+    Args:
+        column: of the tags. id2label: the model's names by number.
+
+    Raises:
+        ValueError: tags that are not the model's.
+    """
+    label2id = {name: int(number) for number, name in id2label.items()}
+    nameless = all(name == f"LABEL_{number}" for number, name in id2label.items())
+    rows = [list(row) for row in dataset[column]]
+    feature = getattr(dataset.features[column], "feature", None)
+    names = getattr(feature, "names", None)
+    if names is not None and not nameless:
+        rows = [[names[tag] for tag in row] for row in rows]
+    found = {tag for row in rows for tag in row}
+    if any(isinstance(tag, str) for tag in found):
+        if unknown := sorted(str(tag) for tag in found - label2id.keys()):
+            raise ValueError(f"{what} has tags {unknown[:5]}: allowed are the model's, {sorted(label2id)}")
+        return [[label2id[tag] for tag in row] for row in rows]
+    known = set(label2id.values())
+    if unknown := sorted(map(str, found - known)):
+        raise ValueError(f"{what} has tags {unknown[:5]}: allowed are 0 to {len(known) - 1}, the model's classes")
+    return [[int(tag) for tag in row] for row in rows]
+
+
+def word_labels(encoded: Any, tags: Sequence[Sequence[int]]) -> list[list[int]]:
+    """For each token of a tokenizer's sentences the tag of its word if it is the word's first, else :data:`IGNORED`."""
+    labels = []
+    for i, row in enumerate(tags):
+        words = encoded.word_ids(i)
+        first = [w is not None and w != before for before, w in zip([None, *words], words)]
+        labels.append([row[w] if begins else IGNORED for w, begins in zip(words, first)])
+    return labels
+
+
+class TokenClassification:
+    """Tags a data set's words with a model, each by its first token.
+
+    Calling it with a model gives ``accuracy`` of the words' tags, in percent, and where the model's classes are tags of
+    entities their ``f1``, ``precision`` and ``recall``, see :func:`hf_reram.tasks.entity_metrics`, so it fits
+    :func:`hf_reram.evaluate_robustness`.
+
+    Words behind ``max_length`` and those of which the tokenizer makes no token are left out, and counted in a warning.
+
+    Args:
+        dataset: with columns of :data:`WORDS` and :data:`TAGS`. tokenizer: of the model, a fast one.
+        id2label: the model's classes by number, ``model.config.id2label``.
+        max_length: tokens of a sentence. batch_size: sentences a forward.
+
+    Raises:
+        ValueError: as :func:`find_word_columns` and :func:`tags_as_classes`, a tokenizer that does not know words, or
+            no word is left.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        tokenizer: Any,
+        id2label: Mapping[int, str],
+        max_length: int = 512,
+        batch_size: int = 32,
+    ):
+        what = "the evaluation data"
+        words, tags = find_word_columns(dataset, what)
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError(
+                f"{type(tokenizer).__name__} does not tell which word a token is of: allowed is a fast one"
+            )
+        classes = tags_as_classes(dataset, tags, id2label, what)
+        self.names = [id2label[i] for i in range(len(id2label))]
+        encoded = tokenizer(dataset[words][:], is_split_into_words=True, truncation=True, max_length=max_length)
+        labels = [np.array(row) for row in word_labels(encoded, classes)]
+        self.first = [np.flatnonzero(row != IGNORED) for row in labels]
+        self.wanted = [row[place] for row, place in zip(labels, self.first)]
+        every, kept = sum(map(len, classes)), sum(map(len, self.wanted))
+        if kept < every:
+            logger.warning(
+                "%s: %d of %d words are left out, without a token within %d", what, every - kept, every, max_length
+            )
+        if not kept:
+            raise ValueError(f"{what} hold no word of {every}: allowed is at least one")
+        self.batches = batches_by_length(encoded, tokenizer, batch_size, padding_side="right")
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """
+        Raises:
+            ValueError: the model gives no logits of each token, or other ones.
+        """
+        found: list[Any] = [None] * len(self.wanted)
+        with evaluating(model):
+            device = next(model.parameters()).device
+            for part, batch in self.batches:
+                with torch.inference_mode():
+                    output = model(**{key: value.to(device) for key, value in batch.items()})
+                logits = getattr(output, "logits", None)
+                if logits is None or logits.shape != (*batch["input_ids"].shape, len(self.names)):
+                    raise ValueError(
+                        f"{type(model).__name__} gives no logits of {len(self.names)} classes for each token"
+                    )
+                best = logits.argmax(-1).cpu().numpy()
+                for row, sentence in zip(best, part):
+                    found[sentence] = row[self.first[sentence]]
+        mine, gold = ([[self.names[i] for i in row] for row in rows] for rows in (found, self.wanted))
+        if are_entity_tags(self.names):
+            return entity_metrics(mine, gold)
+        return {"accuracy": 100 * float(np.mean(np.concatenate(found) == np.concatenate(self.wanted)))}
