@@ -22,7 +22,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, default_data_collator, set_seed
+from transformers import AutoModelForCausalLM, HfArgumentParser, default_data_collator, set_seed
 
 from hf_reram import ReRAMConfig, ReRAMTrainer, patch_model, use_fused_kernels
 from hf_reram.tasks import (
@@ -34,6 +34,7 @@ from hf_reram.tasks import (
     draw,
     generate_texts,
     load_rows,
+    load_tokenizer,
     packed,
     push,
     run_protocol,
@@ -95,13 +96,6 @@ def load_model(arguments: Arguments) -> Any:
         missing = sorted(found["missing_keys"])
         raise ValueError(f"{arguments.model_name_or_path} is no causal model: its checkpoint lacks {missing}")
     return model
-
-
-def load_tokenizer(name: str) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{name} has no tokenizer, which texts need ({error})") from error
 
 
 def load_texts(arguments: Arguments, which: str, seed: int) -> list:

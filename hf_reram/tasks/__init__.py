@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..training.checkpoints import last_checkpoint
     from .arguments import RecipeTrainingArguments, ReRAMArguments
     from .comparison import METHODS, OURS, Method, run_protocol, write_comparison
-    from .data import draw, load_rows
+    from .data import draw, load_rows, load_tokenizer
     from .demo import CORNER, Digits, train_base
     from .flags import device_of, number_or_word
     from .generation import generate_texts
@@ -47,7 +47,7 @@ _NAMES = {
     ".training.checkpoints": ["last_checkpoint"],
     "arguments": ["RecipeTrainingArguments", "ReRAMArguments"],
     "comparison": ["METHODS", "OURS", "Method", "run_protocol", "write_comparison"],
-    "data": ["draw", "load_rows"],
+    "data": ["draw", "load_rows", "load_tokenizer"],
     "demo": ["CORNER", "Digits", "train_base"],
     "flags": ["device_of", "number_or_word"],
     "generation": ["generate_texts"],
@@ -104,6 +104,7 @@ __all__ = [
     "last_checkpoint",
     "load_rows",
     "load_task",
+    "load_tokenizer",
     "number_or_word",
     "packed",
     "push",

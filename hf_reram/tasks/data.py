@@ -52,6 +52,20 @@ def load_rows(
     return load_dataset(kind, data_files=path, split="train")
 
 
+def load_tokenizer(name: str, **options: Any) -> Any:
+    """A checkpoint's tokenizer, with ``options`` of its ``from_pretrained``.
+
+    Raises:
+        ValueError: it has none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{name} has no tokenizer, which texts need ({error})") from error
+
+
 def draw(dataset: Any, count: int | None, seed: int) -> Any:
     """``count`` rows drawn at random; all of them, in their order, where there are no more or ``count`` is None."""
     return dataset if count is None or count >= len(dataset) else dataset.shuffle(seed=seed).select(range(count))

@@ -10,7 +10,7 @@ from torch import nn
 from ..config import ReRAMConfig
 from ..evaluation.content import part_of
 from ..hub.about import task_of
-from .data import KINDS, draw, load_rows
+from .data import KINDS, draw, load_rows, load_tokenizer
 from .harness import LMEval
 from .image_classification import ImageClassification, check_labels, image_transforms
 from .language_modeling import Perplexity, packed, texts_of, window_length
@@ -44,7 +44,7 @@ def question_answering(model: Any, name: str, dataset: Any, batch_size: int = 32
     Raises:
         ValueError: the data are not SQuAD-like.
     """
-    evaluate = QuestionAnswering(dataset, _tokenizer(name), batch_size=batch_size)
+    evaluate = QuestionAnswering(dataset, load_tokenizer(name), batch_size=batch_size)
     batches = [batch for _, batch in evaluate.batches]
     answerable = any(len(row["text"]) for row in dataset["answers"])
     return Task(evaluate, _spread(batches), "HasAns_span_f1" if answerable else "f1", len(dataset))
@@ -69,7 +69,7 @@ def text_generation(model: Any, name: str, dataset: Any, batch_size: int = 32) -
     Raises:
         ValueError: there is no text column or no text, the model has no tokenizer, or is no causal model.
     """
-    windows = packed(texts_of(dataset), _tokenizer(name), window_length(model), "the evaluation data")
+    windows = packed(texts_of(dataset), load_tokenizer(name), window_length(model), "the evaluation data")
     evaluate = Perplexity(windows, max(1, batch_size // 8))  # windows are long
     return Task(evaluate, _spread(evaluate.batches), "perplexity", len(windows))
 
@@ -80,7 +80,7 @@ def text_classification(model: Any, name: str, dataset: Any, batch_size: int = 3
     Raises:
         ValueError: columns are missing, labels are not the model's, or the model has no tokenizer.
     """
-    tokenizer, classes = _tokenizer(name), model.config.num_labels
+    tokenizer, classes = load_tokenizer(name), model.config.num_labels
     length = min(256, getattr(model.config, "max_position_embeddings", None) or 256)
     evaluate = TextClassification(dataset, tokenizer, classes, length, batch_size)
     batches = [batch for _, batch in evaluate.batches]
@@ -95,21 +95,12 @@ def token_classification(model: Any, name: str, dataset: Any, batch_size: int = 
     """
     # Tokenizers that take the space before a word into it have to be told that words have one.
     spaced = {"add_prefix_space": True} if model.config.model_type in ("bloom", "deberta", "gpt2", "roberta") else {}
-    tokenizer = _tokenizer(name, **spaced)
+    tokenizer = load_tokenizer(name, **spaced)
     length = min(512, tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 512)
     evaluate = TokenClassification(dataset, tokenizer, model.config.id2label, length, batch_size)
     batches = [batch for _, batch in evaluate.batches]
     metric = "f1" if are_entity_tags(evaluate.names) else "accuracy"
     return Task(evaluate, _spread(batches), metric, len(dataset))
-
-
-def _tokenizer(name: str, **options: Any) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{name} has no tokenizer, which texts need ({error})") from error
 
 
 TASKS = {
@@ -169,7 +160,7 @@ def load_lm_eval(
     """
     if task_of(model) != "text-generation":
         raise ValueError(f"{name} is a {type(model).__name__}: lm-eval's tasks need a causal language model")
-    tokenizer = _tokenizer(name)
+    tokenizer = load_tokenizer(name)
     evaluate = LMEval(tasks, tokenizer, num_fewshot, samples, include_path, batch_size)
     texts = Perplexity(packed(evaluate.texts, tokenizer, window_length(model), "the tasks"), max(1, batch_size // 8))
     return Task(evaluate, _spread(texts.batches), "", evaluate.examples, evaluate.content)
