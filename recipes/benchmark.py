@@ -82,7 +82,7 @@ MODES = {
     "lora": "LoRA",
 }
 NONE, DRIFT = {"retention_loss": "none"}, {"retention_loss": "drift"}
-CONVERTERS = {"dac_bits": 8, "adc_bits": 8}
+CONVERTERS, PER_TOKEN = {"dac_bits": 8, "adc_bits": 8}, {"input_range": "per_token"}
 FUSED = {
     "crossbar": NONE,
     "drift": DRIFT,
@@ -102,7 +102,10 @@ TRAINING: dict[str, Variant] = {
         f"retention loss: {loss}": Variant({"retention_loss": loss})
         for loss in ("noise", "weight", "sensitivity", "sensitivity+drift", "output", "output+drift", "consistency")
     },
-    "learned input ranges": Variant({**NONE, "learn_input_range": True}),
+    "learned input ranges": Variant({**NONE, "input_range": "learned"}),
+    "per token: no retention loss": Variant({**NONE, **PER_TOKEN}),
+    "per token: drift": Variant({**DRIFT, **PER_TOKEN}),
+    "per token: drift, 8-bit DAC and ADC": Variant({**DRIFT, **PER_TOKEN, **CONVERTERS}),
     "8-bit DAC and ADC": Variant({**NONE, **CONVERTERS}),
     "drift, 8-bit DAC and ADC": Variant({**DRIFT, **CONVERTERS}),
     **{
@@ -120,6 +123,9 @@ INFERENCE: dict[str, Variant] = {
     "crossbar": Variant(NONE),
     "8-bit DAC and ADC": Variant({**NONE, **CONVERTERS}),
     "chip": Variant(NONE, chip=True),
+    "per token: crossbar": Variant({**NONE, **PER_TOKEN}),
+    "per token: 8-bit DAC and ADC": Variant({**NONE, **PER_TOKEN, **CONVERTERS}),
+    "per token: chip": Variant({**NONE, **PER_TOKEN}, chip=True),
     **{
         f"{label}: {'digital' if o is None else 'crossbar'}": Variant(o, m)
         for m, label in list(MODES.items())[1:4]
