@@ -10,6 +10,7 @@ from ..model.find import crossbar_layers
 from ..model.inputs import call_model, find_predictions, forked_rng, uncompiled
 from ..model.sharding import is_sharded, reshard
 from ..nn import CrossbarLayer
+from ..nn.places import parameter_of
 from ..nn.tensors import tensors_of
 
 # Probes of the model's predictions, over all examples and passes over them.
@@ -46,8 +47,8 @@ def measure_sensitivity(model: nn.Module, batches: list) -> None:
     gathered: list[Tensor] = []  # that FSDP2 has in place of parameters in a forward, and does not train if frozen
 
     def reach(layer: CrossbarLayer, args):
-        if layer.weight not in parameters:
-            gathered.append(layer.weight.requires_grad_(True))
+        if (weight := parameter_of(layer)) not in parameters:
+            gathered.append(weight.requires_grad_(True))
 
     hooks = [layer.register_forward_hook(watch, with_kwargs=True) for layer in layers.values()]
     if is_sharded(model):

@@ -20,6 +20,7 @@ from ..hub.report import attach_stored_report
 from ..model.find import crossbar_layers, crossbar_states
 from ..model.patch import initialize_layers, make_range_trainable, swap_layers, take_off, unpatch_model
 from ..nn.layer import BUFFERS, FILLS
+from ..nn.places import parameter_of
 from ..nn.scalars import check_numbers
 from .resizing import SET_HEAD, attach_resizing
 from .saving import SAVE, attach_saving
@@ -87,7 +88,7 @@ class ReRAMQuantizer(HfQuantizer):
         if self.pre_quantized:
             self._take_digital_layers_off(model)
         for name, layer in crossbar_layers(model).items():
-            there = layer.weight.is_meta or _was_loaded(layer.weight)  # meta: on the disk, where it stays
+            there = layer.weight.is_meta or _was_loaded(parameter_of(layer))  # meta: on the disk, where it stays
             if not (self.pre_quantized and there and all(_was_loaded(getattr(layer, b)) for b in needed)):
                 missing.add(name)
                 continue
@@ -132,7 +133,7 @@ class ReRAMQuantizer(HfQuantizer):
         digital = [
             name
             for name, layer in layers.items()
-            if name not in known and _was_loaded(layer.weight) and name.split(".")[: len(inside)] != inside
+            if name not in known and _was_loaded(parameter_of(layer)) and name.split(".")[: len(inside)] != inside
         ]
         for name in digital if known else ():
             take_off(layers[name])

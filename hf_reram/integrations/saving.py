@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 from ..nn import CrossbarLayer
+from ..nn.places import place
 from ..nn.scalars import BUFFERS
 
 SAVE = "save_pretrained"
@@ -39,9 +40,12 @@ class Save:
 def with_numbers(model: Any, state: dict[str, Any]) -> dict[str, Any]:
     """A state dict, and of the crossbars whose weights are in it the buffers that are not, as the model has them."""
     found = dict(state)
-    for name, module in model.named_modules():
-        prefix = f"{name}." if name else ""
-        if isinstance(module, CrossbarLayer) and f"{prefix}weight" in state:
+    names = {module: f"{name}." if name else "" for name, module in model.named_modules()}
+    for module, prefix in names.items():
+        if not isinstance(module, CrossbarLayer):
+            continue
+        owner, key = place(module)
+        if f"{names[owner]}{key}" in state:
             for buffer in BUFFERS:
                 found.setdefault(prefix + buffer, getattr(module, buffer).detach())
     return found

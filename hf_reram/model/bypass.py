@@ -15,6 +15,8 @@ from typing import Any
 from torch import nn
 
 from ..nn import CrossbarLayer
+from ..nn.parts import Holder, holder_class
+from ..nn.places import place
 from ..nn.registry import is_kind, is_registered
 from .find import unwrapped, walk
 from .hooks import CALLS_KEPT_FORWARD, IS_DISPATCHED
@@ -75,6 +77,7 @@ READ = "{} computes with their weight itself instead of calling them"
 COMPUTED = "their weight or bias is computed from other tensors before each forward (weight norm, pruning, ...)"
 OFFLOADED = "their weight is offloaded, accelerate brings it back for a forward only"
 TAKEN = "they have attributes of their own whose names a crossbar layer needs: {}"
+QUANTIZED = "their weights are quantized"
 REPLACED = "their forward is replaced on the instance, by one that need not call the layer's own"
 
 
@@ -85,7 +88,12 @@ def left_digital(model: nn.Module) -> dict[str, str]:
     names = {module: name for name, module in walk(model)}
     offloads = any(is_dispatched(model) for is_dispatched in IS_DISPATCHED)
     for module, name in names.items():
-        for parent, children in _known(module, READ_PAST):
+        opens = isinstance(module, Holder)
+        if (kind := holder_class(module)) is not None:
+            if reason := _holder_reason(module, kind, offloads):
+                found[name] = reason
+            opens = not reason
+        for parent, children in () if opens else _known(module, READ_PAST):
             for layer in (unwrapped(getattr(module, child, None)) for child in children):
                 if layer in names and is_kind(layer):
                     found[names[layer]] = READ.format(parent.rpartition(".")[2])
@@ -119,13 +127,31 @@ def _read_in(parent: type) -> frozenset[str]:
 
 def _own_reason(module: Any, offloads: bool) -> str:
     """Why a layer itself cannot be on a crossbar; empty where it can."""
-    tensors = {**module._parameters, **module._buffers}
-    if any(name not in tensors for name in ("weight", "bias") if getattr(module, name, None) is not None):
-        return COMPUTED
+    for name in ("weight", "bias"):
+        owner, key = place(module, name)
+        if getattr(module, name, None) is not None and key not in {**owner._parameters, **owner._buffers}:
+            return COMPUTED
     if offloads and module.weight.is_meta:
         return OFFLOADED
     if taken := sorted(names_of_crossbars() & _own_names(module)):
         return TAKEN.format(", ".join(taken))
+    return _replaced_reason(module)
+
+
+def _holder_reason(module: Any, kind: Any, offloads: bool) -> str:
+    """Why a module that holds the weights of several layers cannot call them; empty where it can."""
+    if "parametrizations" in module._modules:
+        return COMPUTED
+    if offloads and any(p.is_meta for p in module.parameters(recurse=False)):
+        return OFFLOADED
+    if not all(p.is_floating_point() for p in module.parameters(recurse=False)):
+        return QUANTIZED
+    if taken := [name for name in kind.names_of_parts(module) if hasattr(module, name)]:
+        return TAKEN.format(", ".join(taken))
+    return kind.why_not(module) or _replaced_reason(module)
+
+
+def _replaced_reason(module: Any) -> str:
     forward = module.__dict__.get("forward")
     called = (forward, *(kept_forward(module, forward) for kept_forward in CALLS_KEPT_FORWARD))
     return "" if forward is None or any(_is_own(module, method) for method in called) else REPLACED

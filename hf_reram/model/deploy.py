@@ -17,6 +17,7 @@ from ..nn import CrossbarLayer
 from ..nn import array as cells_of
 from ..nn.array import Chip
 from ..nn.clipping import warn_clipped
+from ..nn.places import parameter_of
 from ..nn.tensors import whole
 from .find import (
     chip_names,
@@ -134,7 +135,7 @@ def refuse_computed(model: nn.Module) -> None:
     computed = [
         name
         for name, layer in crossbar_layers(model).items()
-        if "weight" not in layer._parameters and not is_parametrized(layer)
+        if parameter_of(layer) is None and not is_parametrized(layer)
     ]
     if computed:
         raise ValueError(

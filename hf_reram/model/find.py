@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..nn import CrossbarLayer
+from ..nn.places import Part, parameter_of
 from ..nn.state import CrossbarState
 from .adapters import has_adapters
 
@@ -105,10 +106,11 @@ def crossbar_state(model: nn.Module) -> CrossbarState:
 
 def arrays(layers: Mapping[str, CrossbarLayer]) -> list[list[str]]:
     """Names of the layers whose weight is one parameter, and whose cells are the same, in their order."""
-    found: dict[int, list[str]] = {}
+    found: dict[tuple[int, str], list[str]] = {}
     for name, layer in layers.items():
-        weight = layer._parameters.get("weight")  # one that is computed is another tensor each time
-        found.setdefault(id(layer if weight is None else weight), []).append(name)
+        weight = parameter_of(layer)  # one that is computed is another tensor each time
+        part = repr(layer.index) if isinstance(layer, Part) else ""
+        found.setdefault((id(layer if weight is None else weight), part), []).append(name)
     return list(found.values())
 
 

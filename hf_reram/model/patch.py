@@ -20,6 +20,7 @@ from ..nn.tensors import whole
 from .bypass import call_layers, read_layers, renew_methods
 from .find import crossbar_layers, crossbar_state, crossbar_states, is_chip, unwrapped, walk
 from .hooks import ON_PATCH, ON_UNPATCH
+from .open import close_unused, opened
 from .reconfigure import watch
 from .select import select_layers
 from .sharding import gathered
@@ -34,7 +35,9 @@ def patch_model(model: nn.Module, config: ReRAMConfig) -> nn.Module:
     """Put every layer that ``config`` selects on a crossbar, in place, and return the model.
 
     ``nn.Linear`` becomes :class:`CrossbarLinear`, ``nn.Conv2d`` :class:`CrossbarConv2d`, GPT-2's ``Conv1D``
-    :class:`CrossbarConv1D`, by class swap: no weight is copied and every state-dict key stays. Embeddings and layers
+    :class:`CrossbarConv1D`, by class swap: no weight is copied and every state-dict key stays. Experts that are stacked
+    in one tensor (transformers' experts interface) and the projections of ``nn.MultiheadAttention`` become layers of
+    their own inside, whose weights are parts of what is there. Embeddings and layers
     tied to them stay digital, and so do PEFT's adapters beside a crossbar. Input ranges are set by
     :func:`hf_reram.calibrate`; until then each batch spans its own. The model keeps a copy of ``config``: what changes
     in it later has no effect, and says so; :func:`hf_reram.reconfigure` changes what can be changed.
@@ -66,6 +69,11 @@ def swap_layers(model: Any, config: ReRAMConfig, stored: bool = False) -> None:
     ``stored``: see :func:`.select.select_layers`."""
     if crossbar_layers(model):
         raise ValueError(f"{type(model).__name__} is patched already: call unpatch_model(model) first")
+    with opened(model):
+        _swap(model, config, stored)
+
+
+def _swap(model: Any, config: ReRAMConfig, stored: bool) -> None:
     selected: dict[str, Any] = select_layers(model, config, stored)
     if not selected:
         return
@@ -191,3 +199,4 @@ def _take_off(model: Any) -> None:
             hook.remove()
         for detach in ON_UNPATCH:
             detach(module)
+    close_unused(model.modules())

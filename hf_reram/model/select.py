@@ -11,9 +11,11 @@ from transformers.utils import logging
 from ..config import SELECTION_FIELDS, ReRAMConfig
 from ..device.checks import shown
 from ..nn import CrossbarLayer
+from ..nn.parts import Holder, holder_class
 from ..nn.registry import crossbar_class, is_kind
 from .bypass import left_digital
 from .find import crossbar_layers, crossbar_states, walk
+from .open import opened
 
 logger = logging.get_logger(__name__)
 
@@ -34,10 +36,17 @@ def select_layers(model: nn.Module, config: ReRAMConfig, stored: bool = False) -
     """The layers that ``config`` puts on crossbars, by qualified name, also those that are there already; see
     :func:`patch_model`. ``stored``: the config is a checkpoint's, whose names may be those of a model with another
     head, or of one without."""
+    with opened(model):
+        return _select(model, config, stored)
+
+
+def _select(model: nn.Module, config: ReRAMConfig, stored: bool) -> dict[str, nn.Module]:
     tied, adapters, bypassed = _tied_names(model), _adapters(model), left_digital(model)
     able: dict[str, nn.Module] = {}
     unable: dict[str, str] = {}  # and why
     for name, module in walk(model):
+        if holder_class(module) is not None and name in bypassed:
+            unable[name] = bypassed[name]
         if not is_kind(module) or name in tied or id(module) in adapters:
             continue
         if isinstance(module, CrossbarLayer):
@@ -94,11 +103,14 @@ def lies_as(model: nn.Module, config: ReRAMConfig, stored: bool = False) -> bool
 
 def unsupported(model: nn.Module) -> list[str]:
     """Modules, by name and class, that multiply by weights which no crossbar layer can hold: other convolutions,
-    attention with weights of its own, recurrent layers, experts stacked in one tensor."""
+    attention with weights and a forward of its own, recurrent layers, experts stacked in one tensor that do not use
+    transformers' interface."""
     return [
         f"{name} ({type(m).__name__})"
         for name, m in walk(model)
         if crossbar_class(m) is None
+        and not isinstance(m, Holder)
+        and holder_class(m) is None  # closed, by choice or for a reason that is named
         and (isinstance(m, _UNSUPPORTED) or (not is_kind(m) and not isinstance(m, _TABLES) and _stacked(m)))
     ]
 

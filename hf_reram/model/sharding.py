@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..nn.places import place
 from ..nn.tensors import is_shard, whole
 
 
@@ -47,8 +48,9 @@ def _fsdp_modules(model: nn.Module) -> list[Any]:
 @contextmanager
 def gathered(layers: Iterable[nn.Module]) -> Iterator[None]:
     """Layers with their whole weight and bias, to be read, in place of this process's parts; by all processes."""
-    named = ((layer, name, layer._parameters.get(name)) for layer in layers for name in ("weight", "bias"))
-    parts: list[Any] = [(layer, name, part) for layer, name, part in named if is_shard(part)]
+    places = dict.fromkeys(place(layer, name) for layer in layers for name in ("weight", "bias"))
+    named = ((module, name, module._parameters.get(name)) for module, name in places)
+    parts: list[Any] = [(module, name, part) for module, name, part in named if is_shard(part)]
     try:
         for layer, name, part in parts:
             layer._parameters[name] = nn.Parameter(whole(part.detach()), part.requires_grad)

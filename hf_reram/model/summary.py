@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..nn import CrossbarLayer
+from ..nn.parts import Holder
+from ..nn.places import Part
 from .find import arrays, crossbar_layers, crossbar_states, walk
 
 
@@ -53,7 +55,7 @@ def summarize(model: nn.Module) -> CrossbarSummary:
     digital = tuple(
         f"{name} ({type(m).__name__})"
         for name, m in walk(model)
-        if not isinstance(m, CrossbarLayer) and any(p.dim() > 1 for p in m.parameters(recurse=False))
+        if not isinstance(m, (CrossbarLayer, Holder)) and _has_matrices(m)
     )
     return CrossbarSummary(
         device=", ".join(dict.fromkeys(state.config.device.name for state in states)),
@@ -64,3 +66,7 @@ def summarize(model: nn.Module) -> CrossbarSummary:
         calibrated=sum(layer.weight.device.type != "meta" and layer.calibrated for layer in layers.values()),
         digital=digital,
     )
+
+
+def _has_matrices(module: nn.Module) -> bool:
+    return isinstance(module, Part) or any(p.dim() > 1 for p in module.parameters(recurse=False))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .ops.functions import DriftedWeight, OffsetOutput, Quantize, WeightVariance, clip_weight
 from .ops.reference import weight_mean
+from .places import Part, parameter_of
 from .scalars import Scalars
 from .tensors import is_shard, whole
 
@@ -80,7 +81,7 @@ class Source(NamedTuple):
         return cls(
             tuple(weakref.ref(t) for t in found),
             tuple(-1 if t.is_inference() else t._version for t in found),
-            tuple(bit_sum(t) for t in found),
+            tuple(bit_sum(t) for t in contents(layer)),
             any(map(is_shard, found)),
         )
 
@@ -99,14 +100,22 @@ class Source(NamedTuple):
         this process's part of it, outside of forwards."""
         if self.is_other(layer):
             return True
-        now = [bit_sum(t) for t in sources(layer)]
+        now = [bit_sum(t) for t in contents(layer)]
         return any(not torch.equal(a.to(b.device), b) for a, b in zip(self.sums, now))
 
 
 def sources(layer: "CrossbarLayer") -> list[Tensor]:
-    """What a layer's weight is made of: itself, or what its parametrization computes it from."""
+    """What a layer's weight is made of: itself, the parameter that it is a part of, or what its parametrization computes
+    it from."""
     made = getattr(layer, "parametrizations", None)
+    if isinstance(layer, Part):
+        return [parameter_of(layer)]
     return [layer.weight] if made is None or "weight" not in made else list(made["weight"].parameters())
+
+
+def contents(layer: "CrossbarLayer") -> list[Tensor]:
+    """The same, and of a parameter of which the weight is a part, this part alone."""
+    return [layer.weight] if isinstance(layer, Part) else sources(layer)
 
 
 @torch.no_grad()

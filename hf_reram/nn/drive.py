@@ -13,6 +13,7 @@ from .forward import rows_kept, runs_again, same_mask
 from .observe import looks, observe
 from .ops import reference
 from .ops.functions import RowSinh, ShrunkSinh
+from .places import is_trained
 from .scalars import Scalars
 from .sharing import shared
 
@@ -146,7 +147,7 @@ def _sinh(
         offset = layer.input_offset.to(x.dtype)  # in the same pass
     else:
         x = to_dacs(layer, x, now)
-    frozen = not layer.weight.requires_grad
+    frozen = not is_trained(layer)
     if now.per_token:
         rows = layer.examples(x)
         s, peak, *power = RowSinh.apply(

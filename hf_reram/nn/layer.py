@@ -11,6 +11,7 @@ from .array import Chip, clipped_share, hold, white_noise_std
 from .drive import drive
 from .joined import new_joined
 from .layout import Layout
+from .places import parameter_of
 from .readout import read
 from .scalars import BUFFERS, Scalars, check_numbers, from_text, read_scalars, same_versions, to_text, versions
 from .state import CrossbarState
@@ -202,7 +203,7 @@ class CrossbarLayer(Layout):
         self.crossbar.clipped.pop(self.crossbar_name, None)
 
     def _count(self) -> Any:
-        weight = self._parameters.get("weight")
+        weight = parameter_of(self)
         if weight is None or is_shard(weight) or weight.is_inference():
             return None
         return id(weight), weight._version
@@ -210,7 +211,7 @@ class CrossbarLayer(Layout):
     def _has_changed(self) -> bool:
         """Whether the weight was changed since this was asked last, by PyTorch's count or, on CPUs, in a few of its
         elements: merging an adapter is a change of ``.data``, which nothing counts."""
-        weight = self._parameters.get("weight")
+        weight = None if parameter_of(self) is None else self.weight
         if weight is None or weight.is_meta or is_shard(weight):
             return False
         few = None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..device.iv import LINEAR_B
 from .converter import conversion_errors
 from .forward import runs_again
+from .places import is_trained
 from .scalars import Scalars
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def looks(layer: "CrossbarLayer") -> bool:
     if torch.compiler.is_compiling():  # first, so that no graph depends on the rest
         return False
     following = layer.crossbar.following
-    trains = layer.training and layer.weight.requires_grad and layer.chip is None
+    trains = layer.training and is_trained(layer) and layer.chip is None
     return following is not None and following.looks and trains and not runs_again()
 
 

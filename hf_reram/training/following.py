@@ -20,6 +20,7 @@ from ..model.sharding import processes
 from ..nn import CrossbarLayer
 from ..nn.array import cell_weight
 from ..nn.observe import FULL_SCALES, Following, Seen
+from ..nn.places import is_trained
 from ..nn.tensors import whole
 
 # Share of the way to what was seen that numbers take at once, and how far beyond the range an input takes it there.
@@ -103,7 +104,7 @@ def _trained_layers(model: nn.Module) -> dict[str, Any]:
     return {
         name: layer
         for name, layer in patched_layers(model).items()
-        if layer.weight.requires_grad and not layer.crossbar.forward.compiled
+        if is_trained(layer) and not layer.crossbar.forward.compiled
     }
 
 

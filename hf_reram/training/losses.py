@@ -18,6 +18,7 @@ from ..nn.attach import Add
 from ..nn.clipping import warn_clipped
 from ..nn.forward import Forward, add_term
 from ..nn.physics import sampling
+from ..nn.places import Part, is_trained, parameter_of
 from ..nn.state import CrossbarState
 from ..nn.tensors import is_shard
 
@@ -250,20 +251,41 @@ def hold_weights(model: nn.Module) -> None:
         ValueError: the model is not patched.
         NotImplementedError: ZeRO 3 has taken the weights apart.
     """
-    trained = [layer for layer in patched_layers(model).values() if layer.weight.requires_grad]
+    trained = [layer for layer in patched_layers(model).values() if is_trained(layer)]
     warn_clipped(layer for layer in trained if not layer.is_held and not is_shard(layer.weight))
+    together: dict[Tensor, list[Any]] = {}
     for layer in trained:
-        _clamp_to_scale(layer)
+        if isinstance(layer, Part):
+            together.setdefault(parameter_of(layer), []).append(layer)
+        else:
+            _clamp_to_scale(layer.weight, _bound(layer))
+    for weight, parts in together.items():
+        _clamp_parts(weight, parts)
     for layer in trained:  # after all, which may share their weights
         layer.note_held()
 
 
-def _clamp_to_scale(layer: CrossbarLayer) -> None:
-    weight: Any = layer.weight
-    masters = [found for master in MASTERS if (found := master(weight)) is not None]
+def _bound(layer: CrossbarLayer) -> Tensor:
+    """The largest weight that the cells can hold, so that it broadcasts against the weight."""
     scale = layer.held_scale()
-    if layer.equalized:
-        scale = scale / layer.along_inputs(layer.input_scale).to(scale.dtype)
+    return scale / layer.along_inputs(layer.input_scale).to(scale.dtype) if layer.equalized else scale
+
+
+def _clamp_parts(weight: Tensor, parts: list[Any]) -> None:
+    """Of a parameter those parts that are layers; of one that has other forms than itself, all of it at once."""
+    if not is_shard(weight) and all(master(weight) is None for master in MASTERS):
+        for part in parts:
+            _clamp(part.weight, _bound(part))
+        return
+    bound = torch.full(weight.shape, torch.inf, dtype=weight.dtype, device=parts[0].weight_scale.device)
+    for part in parts:
+        own = _bound(part).expand(part.weight.shape)
+        bound[part.index] = own.mT if part.transposed else own
+    _clamp_to_scale(weight, bound)
+
+
+def _clamp_to_scale(weight: Any, scale: Tensor) -> None:
+    masters = [found for master in MASTERS if (found := master(weight)) is not None]
     if is_shard(weight):  # FSDP2: shard the scale as the weight is, then clamp each rank's own part
         from torch.distributed.tensor import distribute_tensor
 

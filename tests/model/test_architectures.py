@@ -21,6 +21,7 @@ from hf_reram import (
 from hf_reram.model.bypass import left_digital
 from hf_reram.model.select import unsupported
 from hf_reram.nn import CrossbarLayer
+from hf_reram.nn.places import parameter_of
 from tests.samples.zoo import TIMM, ZOO, Entry, image, table
 
 
@@ -71,7 +72,7 @@ def _whole_path(entry, tmp_path, all_on_crossbars=False):
     total, retention = add_retention_loss(loss, model)
     total.backward()
     assert torch.isfinite(total) and retention > 0
-    reached = [layer for layer in layers.values() if layer.weight.grad is not None]
+    reached = [layer for layer in layers.values() if parameter_of(layer).grad is not None]
     assert len(reached) >= 0.5 * len(layers)
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
     model.zero_grad()

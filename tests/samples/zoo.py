@@ -233,7 +233,6 @@ ZOO = {
         "MixtralConfig",
         {**DECODER, "num_local_experts": 2, "num_experts_per_tok": 1},
         continued,
-        ("MixtralExperts",),
     ),
     "qwen3-moe": Entry(
         "causal",
@@ -241,7 +240,6 @@ ZOO = {
         "Qwen3MoeConfig",
         {**DECODER, "head_dim": 8, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16},
         continued,
-        ("Qwen3MoeExperts",),
     ),
     # Encoder-decoders
     "t5": Entry(
@@ -385,7 +383,6 @@ ZOO = {
             "vision_config": transformers.SiglipVisionConfig(**IMAGE),
         },
         captioned,
-        ("MultiheadAttention", "NonDynamicallyQuantizableLinear"),
     ),
     "vilt": Entry("multimodal", "ViltForQuestionAnswering", "ViltConfig", {**TEXT, **IMAGE}, asked),
     "blip": Entry(
