@@ -105,8 +105,8 @@ class Source(NamedTuple):
 
 
 def sources(layer: "CrossbarLayer") -> list[Tensor]:
-    """What a layer's weight is made of: itself, the parameter that it is a part of, or what its parametrization computes
-    it from."""
+    """What a layer's weight is made of: itself, the parameter that it is a part of, or what its parametrization
+    computes it from."""
     made = getattr(layer, "parametrizations", None)
     if isinstance(layer, Part):
         return [parameter_of(layer)]

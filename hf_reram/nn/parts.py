@@ -1,6 +1,6 @@
-"""Layers inside a module that holds their weights itself, stacked in one parameter, and multiplies by them: experts of a
-mixture, query, key and value of attention. Each becomes a layer of its own, so that it can go on a crossbar, whose
-weight is a part of the module's parameter: no weight is copied, and no key of the state dict changes."""
+"""Layers inside a module that holds their weights itself, stacked in one parameter: experts of a mixture; query, key
+and value of attention. Each becomes a layer of its own, so that it can go on a crossbar, whose weight is a part of
+the module's parameter: no weight is copied, and no key of the state dict changes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,7 +98,8 @@ def holder_class(module: nn.Module) -> type[Holder] | None:
 
 def open_holder(module: Any, kind: type[Holder]) -> Holder:
     """Have a module call its layers, in place."""
-    module.__class__, module.__dict__["_closed_class"] = joined_class(kind, type(module)), type(module)
+    joined: Any = joined_class  # of any classes, which mypy takes for unhashable
+    module.__class__, module.__dict__["_closed_class"] = joined(kind, type(module)), type(module)
     found = module.make_parts()
     module.__dict__["_part_names"] = tuple(found)
     for name, part in found.items():

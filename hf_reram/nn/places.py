@@ -31,7 +31,7 @@ class Part(nn.Module):
     ):
         super().__init__()
         self.__dict__["holder"] = holder  # no child of its own
-        self.stored_as = {"weight": weight, "bias": bias}
+        self.stored_as: dict[str, Any] = {"weight": weight, "bias": bias}
         self.index, self.transposed = index, transposed
         self.bias_index = index if bias_index is None else bias_index
 
