@@ -66,6 +66,8 @@ READ_PAST: dict[str, tuple[str, ...]] = {
     "torchvision.models.swin_transformer.ShiftedWindowAttention": ("qkv", "proj"),
     "torchvision.models.video.swin_transformer.ShiftedWindowAttention3d": ("qkv", "proj"),
     # Adapters that add to the weight, not to the output.
+    "peft.tuners.lora.layer.ParamWrapper": ("base_layer",),
+    "peft.tuners.lora.layer.MultiheadAttention": ("base_layer",),
     "peft.tuners.frod.layer.Linear": ("base_layer",),
     "peft.tuners.hra.layer.HRALinear": ("base_layer",),
     "peft.tuners.hra.layer.HRAConv2d": ("base_layer",),
@@ -95,7 +97,7 @@ def left_digital(model: nn.Module) -> dict[str, str]:
             opens = not reason
         for parent, children in () if opens else _known(module, READ_PAST):
             for layer in (unwrapped(getattr(module, child, None)) for child in children):
-                if layer in names and is_kind(layer):
+                if layer in names and (is_kind(layer) or holder_class(layer) is not None):
                     found[names[layer]] = READ.format(parent.rpartition(".")[2])
         cls: Any = type(module)
         for child, layer in module.named_children():

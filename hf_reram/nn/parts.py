@@ -8,11 +8,13 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .joined import joined_class, new_joined
 from .layer import CrossbarLayer
 from .places import Part
 from .registry import register_crossbar
+from .scalars import Scalars
 
 
 @register_crossbar(Part)
@@ -20,6 +22,17 @@ class CrossbarPart(CrossbarLayer, Part):
     """A :class:`.places.Part` on a crossbar: x (..., rows) to (..., columns)."""
 
     output_dim, input_dim, channel_dim = 0, 1, -1
+
+    def begin(self, input: Tensor) -> Scalars | None:
+        """Refuses weights that are computed anew in each forward: cells are programmed once."""
+        now = super().begin(input)
+        if now is not None and is_parametrized(self.holder):
+            raise RuntimeError(
+                f"layer {self.crossbar_name!r}: its weight is computed from other tensors in each forward, as by "
+                "adapters of parameters (target_parameters), which no cells do: add them before patch_model, which "
+                "then leaves the module digital"
+            )
+        return now
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, padded: bool = False) -> Tensor:
         return F.linear(x, weight, bias)

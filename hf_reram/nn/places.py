@@ -30,6 +30,7 @@ class Part(nn.Module):
         bias_index: int | slice | None = None,
     ):
         super().__init__()
+        self.holder: Any
         self.__dict__["holder"] = holder  # no child of its own
         self.stored_as: dict[str, Any] = {"weight": weight, "bias": bias}
         self.index, self.transposed = index, transposed

@@ -148,3 +148,25 @@ def test_an_experts_tokens_are_bent_by_the_cells_curve():
     layer.register_forward_hook(lambda module, args, y: caught.append(y))
     model(ids)
     torch.testing.assert_close(caught[0][0], expected, rtol=1e-4, atol=1e-4)  # in the order of the tokens
+
+
+def test_adapters_beside_experts_and_of_their_weights(caplog):
+    peft = pytest.importorskip("peft")
+    usual = peft.LoraConfig(target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"])
+    of_weights = peft.LoraConfig(target_modules=[], target_parameters=["mlp.experts.gate_up_proj"])
+    model, ids = patch_model(mixtral(), ReRAMConfig(device=device(read_noise=0.0))), tokens()
+    calibrate(model, [ids])
+    names = list(crossbar_layers(model))
+    beside = peft.get_peft_model(model, usual)
+    assert list(crossbar_layers(beside)) == names
+    with torch.no_grad(), deploy(beside, "1d"):
+        assert torch.isfinite(beside(ids).logits).all()
+    after = peft.get_peft_model(patch_model(mixtral(), ReRAMConfig()), of_weights)
+    with pytest.raises(RuntimeError, match=rf"{NAME}.0.gate_up': its weight is computed from other tensors in each"):
+        after(ids)
+    before = peft.get_peft_model(mixtral(), of_weights)
+    with caplog.at_level("WARNING", "hf_reram"):
+        patch_model(before, ReRAMConfig())
+    assert not any("experts" in name for name in crossbar_layers(before))
+    assert f"{NAME} (ParamWrapper computes with their weight itself" in caplog.text
+    assert f"{NAME} (MixtralExperts)" in summarize(before).digital
