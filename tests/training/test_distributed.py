@@ -8,6 +8,7 @@ from transformers import AutoModelForSequenceClassification
 from hf_reram import crossbar_layers
 
 SCRIPT, LAUNCHED = "tests.training.distributed_script", "tests.training.launch_script"
+EXPERTS = "tests.training.experts_script"
 
 
 def found(out, *ranks):
@@ -28,6 +29,24 @@ def test_two_processes_have_the_loss_and_gradients_of_one(python, tmp_path, one,
         torch.testing.assert_close(pair["grads"][name], grad, rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
     if "chip" in alone:
         torch.testing.assert_close(pair["chip"], alone["chip"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def experts_alone(python, tmp_path_factory):
+    file = tmp_path_factory.mktemp("experts") / "one.pt"
+    return found(file, python.run("-m", EXPERTS, str(file), "plain"))
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_experts_that_have_other_tokens_in_each_process(python, tmp_path, mode, experts_alone):
+    """Stacked tensors, which FSDP2 shards, have the gradients, are held, and are the chip of one process."""
+    file = tmp_path / "two.pt"
+    pair = found(file, *python.run_two("-m", EXPERTS, str(file), mode))
+    assert pair["ranges"] == pytest.approx(experts_alone["ranges"], rel=1e-6)
+    for name in ("gradients", "weights"):
+        for ours, own in zip(pair[name], experts_alone[name], strict=True):
+            torch.testing.assert_close(ours, own, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(pair["chip"], experts_alone["chip"], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("config", "kind"), [("ddp", "MULTI_CPU"), ("fsdp2", "FSDP"), ("deepspeed", "DEEPSPEED")])
