@@ -14,7 +14,7 @@ from transformers.utils import cached_file, logging
 from ..config import SELECTION_FIELDS, TRAINING_FIELDS, ReRAMConfig
 from ..device.checks import shown
 from ..model.find import crossbar_layers, crossbar_states, unwrapped
-from ..model.patch import patch_model, take_off, unpatch_model
+from ..model.patch import patch_model, take_layers_off, unpatch_model
 from ..model.reconfigure import reconfigure
 from ..model.select import lies_as
 from ..nn import CrossbarLayer
@@ -80,8 +80,7 @@ def put_on(model: Any, asked: ReRAMConfig) -> None:
     layers = crossbar_layers(model)
     added = [name for name in layers if name not in before] if before else []
     if all(getattr(config, name) == getattr(asked, name) for config in configs for name in SELECTION_FIELDS):
-        for name in added:
-            take_off(layers[name])
+        take_layers_off(model, added)
         added = []
     logger.warning(
         "the checkpoint is of %s, and its calibration with it: put on %s as quantization_config says, the model is not "
@@ -144,8 +143,7 @@ class StoredCrossbars:
             layers = crossbar_layers(patch_model(model, self.config))
         if missing := sorted(self.layers - layers.keys()):
             raise ValueError(f"{self.path} has crossbars that the model lacks: {', '.join(missing)}")
-        for name in layers.keys() - self.layers:
-            take_off(layers[name])
+        take_layers_off(model, layers.keys() - self.layers)
 
     def load_numbers(self, model: Any) -> None:
         """Give the model's crossbars the numbers of calibration.

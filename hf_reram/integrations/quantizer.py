@@ -17,9 +17,10 @@ from ..config import ReRAMConfig
 from ..device.checks import read_json
 from ..hub.crossbars import put_on
 from ..hub.report import attach_stored_report
-from ..model.find import crossbar_layers, crossbar_states
-from ..model.patch import initialize_layers, make_range_trainable, swap_layers, take_off, unpatch_model
+from ..model.find import crossbar_layers, crossbar_states, walk
+from ..model.patch import initialize_layers, make_range_trainable, swap_layers, take_layers_off, unpatch_model
 from ..nn.layer import BUFFERS, FILLS
+from ..nn.parts import Holder
 from ..nn.places import parameter_of
 from ..nn.scalars import check_numbers
 from .resizing import SET_HEAD, attach_resizing
@@ -125,7 +126,8 @@ class ReRAMQuantizer(HfQuantizer):
 
     def _take_digital_layers_off(self, model):
         """Layers outside of the part that all crossbars with numbers are in were digital when the checkpoint was saved,
-        as where that part of the model was patched alone."""
+        as where that part of the model was patched alone; so were experts and attention of which none has numbers, in
+        versions that did not open them."""
         layers = crossbar_layers(model)
         known = {name for name, layer in layers.items() if any(_was_loaded(getattr(layer, b)) for b in BUFFERS)}
         parts = zip(*(name.split(".") for name in known))
@@ -135,15 +137,30 @@ class ReRAMQuantizer(HfQuantizer):
             for name, layer in layers.items()
             if name not in known and _was_loaded(parameter_of(layer)) and name.split(".")[: len(inside)] != inside
         ]
-        for name in digital if known else ():
-            take_off(layers[name])
         if digital and known:
+            take_layers_off(model, digital)
             logger.warning(
                 "%d layers have weights but no crossbar's numbers in the checkpoint, all of whose crossbars are in %s: "
                 "they stay digital: %s",
                 len(digital),
                 ".".join(inside),
                 ", ".join(digital),
+            )
+        older = [name for name in layers.keys() - known if _was_loaded(parameter_of(layers[name]))] if known else []
+        closed = [
+            name
+            for holder, module in walk(model)
+            if isinstance(module, Holder) and not any(other.startswith(f"{holder}.") for other in known)
+            for name in older
+            if name.startswith(f"{holder}.") and name not in digital
+        ]
+        if closed:
+            take_layers_off(model, closed)
+            logger.warning(
+                "%d layers have weights but no crossbar's numbers in the checkpoint, as of a version that left such "
+                "modules digital: they stay digital: %s",
+                len(closed),
+                ", ".join(sorted(closed)),
             )
 
     def _dequantize(self, model, dtype=None):

@@ -1,5 +1,6 @@
 """Put a model's layers on crossbars in place, and take them off again."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -176,6 +177,14 @@ def unpatch_model(model: Any) -> nn.Module:
         )
     _take_off(base)
     return model
+
+
+def take_layers_off(model: nn.Module, names: Iterable[str]) -> None:
+    """Take some of a model's layers off their crossbars, and close modules that none is left in."""
+    layers = crossbar_layers(model)
+    for name in list(names):
+        take_off(layers[name])
+    close_unused(model.modules())
 
 
 def take_off(layer: CrossbarLayer) -> None:

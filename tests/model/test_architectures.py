@@ -22,7 +22,7 @@ from hf_reram.model.bypass import left_digital
 from hf_reram.model.select import unsupported
 from hf_reram.nn import CrossbarLayer
 from hf_reram.nn.places import parameter_of
-from tests.samples.zoo import TIMM, ZOO, Entry, image, table
+from tests.samples.zoo import DECODER, TIMM, ZOO, Entry, image, table
 
 
 def _tensors(output) -> list[torch.Tensor]:
@@ -106,6 +106,8 @@ def test_the_table_in_the_readme_is_what_is_tested():
 
 
 def test_parts_that_stay_digital_are_named(caplog):
+    shape = {"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 16, "head_dim": 8}
+    config = transformers.Llama4TextConfig(**{**DECODER, **shape, "num_hidden_layers": 1})
     with caplog.at_level("WARNING", "hf_reram"):
-        patch_model(ZOO["mixtral"].build(), ReRAMConfig())
-    assert "model.layers.0.mlp.experts (MixtralExperts)" in caplog.text
+        patch_model(transformers.Llama4ForCausalLM(config), ReRAMConfig())
+    assert "model.layers.0.feed_forward.experts (Llama4TextExperts)" in caplog.text

@@ -1,5 +1,7 @@
 """Mixtures of experts from patching to the report."""
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -104,6 +106,27 @@ def test_a_checkpoint_brings_each_experts_numbers_back(tmp_path):
     third = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "given")
     name = f"{NAME}.1.down"
     assert torch.equal(third.get_submodule(name).input_range, model.get_submodule(name).input_range)
+
+
+def test_a_checkpoint_from_when_experts_stayed_digital(tmp_path, caplog):
+    """Its config says that all layers are on crossbars, and it has no numbers of experts."""
+    model, ids = mixtral(), tokens()
+    patch_model(model, ReRAMConfig(device=device(read_noise=0.0), modules_to_not_convert=["experts"]))
+    calibrate(model, [ids])
+    with torch.no_grad():
+        expected = model(ids).logits
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["modules_to_not_convert"] = None
+    file.write_text(json.dumps(config))
+    with caplog.at_level("WARNING", "hf_reram"):
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert crossbar_layers(again).keys() == crossbar_layers(model).keys()
+    assert type(experts_of(again)) is transformers.models.mixtral.modeling_mixtral.MixtralExperts
+    assert "8 layers have weights but no crossbar's numbers in the checkpoint, as of a version" in caplog.text
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, expected)
 
 
 def test_the_same_layers_in_other_words():
