@@ -92,9 +92,9 @@ def left_digital(model: nn.Module) -> dict[str, str]:
     for module, name in names.items():
         opens = isinstance(module, Holder)
         if (kind := holder_class(module)) is not None:
-            if reason := _holder_reason(module, kind, offloads):
+            if name not in found and (reason := _holder_reason(module, kind, offloads)):
                 found[name] = reason
-            opens = not reason
+            opens = name not in found
         for parent, children in () if opens else _known(module, READ_PAST):
             for layer in (unwrapped(getattr(module, child, None)) for child in children):
                 if layer in names and (is_kind(layer) or holder_class(layer) is not None):

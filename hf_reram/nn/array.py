@@ -108,8 +108,8 @@ def sources(layer: "CrossbarLayer") -> list[Tensor]:
     """What a layer's weight is made of: itself, the parameter that it is a part of, or what its parametrization
     computes it from."""
     made = getattr(layer, "parametrizations", None)
-    if isinstance(layer, Part):
-        return [parameter_of(layer)]
+    if isinstance(layer, Part):  # none where PEFT has put a sum in its place for a forward
+        return [found for found in (parameter_of(layer),) if found is not None]
     return [layer.weight] if made is None or "weight" not in made else list(made["weight"].parameters())
 
 

@@ -176,3 +176,23 @@ def test_nested_tensors_are_refused():
     x = torch.nested.nested_tensor([torch.randn(3, 16), torch.randn(2, 16)])
     with pytest.raises(ValueError, match="no nested tensors"):
         model.forward(x, x, x)  # of a part of a model
+
+
+class Reader(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.last = attention(batch_first=True), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.last(self.attention(x, x, x)[0])
+
+
+def test_under_adapters_it_stays_digital_or_is_no_chip():
+    peft = pytest.importorskip("peft")
+    adapters, config = peft.LoraConfig(target_modules=["attention"]), ReRAMConfig(device=device(read_noise=0.0))
+    before, x = patch_model(peft.get_peft_model(Reader(), adapters), config), torch.randn(2, 5, 16)
+    assert list(crossbar_layers(before)) == ["last"]
+    model = calibrate(patch_model(Reader(), config), [x])
+    after = peft.get_peft_model(model, adapters).eval()
+    with pytest.raises(RuntimeError, match="'attention.in_proj_query' has changed since"), deploy(after, "1d"):
+        after(x)
