@@ -15,6 +15,7 @@ from ..nn.array import cell_weight
 from ..nn.hooks import BeginForward, EndForward, argument_names, is_given_tokens
 from ..nn.layer import FILLS
 from ..nn.mapping import layer_scales
+from ..nn.places import place
 from ..nn.registry import crossbar_class
 from ..nn.state import CrossbarState
 from ..nn.tensors import whole
@@ -170,7 +171,7 @@ def unpatch_model(model: Any) -> nn.Module:
         raise ValueError("the model is deployed as a chip here: unpatch it outside of hf_reram.deploy")
     crossbar_states(model)
     base = unwrapped(model)
-    if computed := [name for name, layer in crossbar_layers(base).items() if is_parametrized(layer)]:
+    if computed := [name for name, layer in crossbar_layers(base).items() if is_parametrized(place(layer)[0])]:
         raise ValueError(
             f"unpatch_model: parametrizations (weight norm, spectral norm, ...) stand on crossbar layers "
             f"{', '.join(computed)}: take them off first, as by torch.nn.utils.parametrize.remove_parametrizations"

@@ -194,5 +194,5 @@ def test_under_adapters_it_stays_digital_or_is_no_chip():
     assert list(crossbar_layers(before)) == ["last"]
     model = calibrate(patch_model(Reader(), config), [x])
     after = peft.get_peft_model(model, adapters).eval()
-    with pytest.raises(RuntimeError, match="'attention.in_proj_query' has changed since"), deploy(after, "1d"):
+    with pytest.raises(RuntimeError, match=r"'attention\.in_proj_query' has changed since"), deploy(after, "1d"):
         after(x)

@@ -315,3 +315,5 @@ def test_parametrized_stacks_are_refused_where_they_would_be_a_chip():
     nn.utils.parametrize.register_parametrization(experts_of(model), "gate_up_proj", Shifted())
     with pytest.raises(ValueError, match=rf"are computed .*{NAME}.0.gate_up"), deploy(model):
         pass
+    with pytest.raises(ValueError, match=rf"unpatch_model: parametrizations .*{NAME}.0.gate_up"):
+        unpatch_model(model)
