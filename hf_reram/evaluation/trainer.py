@@ -158,10 +158,12 @@ class EvaluationMixin(Base):
         if kwargs.get("resume") is not None and kwargs.get("key") is None:
             kwargs["key"] = self._evaluation_key(loaders, metrics)
 
+        loss_only = True if self.compute_metrics is None else None  # as in Trainer.evaluate: no logits are kept
+
         def evaluate(model) -> dict[str, float]:
             found = {}
             for name, loader in loaders.items():
-                output = measure(loader, "chips", metric_key_prefix="eval")
+                output = measure(loader, "chips", loss_only, metric_key_prefix="eval")
                 for metric, value in _numbers_of(output.metrics, "eval").items():
                     found[name + metric.removeprefix("eval_")] = value
             if metrics is None:

@@ -1,7 +1,8 @@
 """Trainers whose models train on simulated ReRAM crossbars, and what they need of Trainer's private names."""
 
 import os
-from contextlib import nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from ..evaluation.trainer import EvaluationMixin
 from ..hub.crossbars import CROSSBARS, StoredCrossbars
 from ..hub.report import report_of
 from ..hub.trainer import HubMixin
-from ..model.find import crossbar_states, unwrapped
+from ..model.deploy import digital
+from ..model.find import crossbar_layers, crossbar_states, unwrapped
 from ..model.sharding import is_sharded
 from ..training.checkpoints import marked, staged, write_configs
 from ..training.mixin import TrainingMixin
+from .trl import call_head, digital_references
 
 
 class ReRAMTrainerMixin(TrainingMixin, EvaluationMixin, HubMixin):
@@ -55,6 +58,35 @@ class ReRAMTrainerMixin(TrainingMixin, EvaluationMixin, HubMixin):
     """
 
     push_in_progress: Any
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        """
+        Raises:
+            TypeError: a trainer stands before the mixin, whose methods would then not be called.
+        """
+        super().__init_subclass__(**kwargs)
+        before = cls.__mro__[: cls.__mro__.index(ReRAMTrainerMixin)]
+        first = [base for base in before if issubclass(base, Trainer) and not issubclass(base, ReRAMTrainerMixin)]
+        last = [base for base in cls.__bases__ if issubclass(base, ReRAMTrainerMixin)]
+        if first:
+            bases = [*last, *(base for base in cls.__bases__ if base not in last)]
+            raise TypeError(
+                f"class {cls.__name__}({_names(cls.__bases__)}): allowed is the mixin before the trainer: "
+                f"class {cls.__name__}({_names(bases)})"
+            )
+
+    def _prepare_crossbars(self, model: Any) -> None:
+        super()._prepare_crossbars(model)
+        call_head(model)
+
+    def digital_references(self) -> AbstractContextManager:
+        """As :class:`TrainingMixin`'s, for trl's trainers."""
+        return digital_references(self)
+
+    def compute_ref_log_probs(self, *args, **kwargs) -> Any:
+        """As trl's ``DPOTrainer.compute_ref_log_probs``, of the digital model."""
+        with digital(self.model) if crossbar_layers(self.model) else nullcontext(), self.digital_references():
+            return super().compute_ref_log_probs(*args, **kwargs)  # type: ignore[misc]
 
     def calibration_data(self) -> Any:
         """As :class:`TrainingMixin`'s, without the columns that the model does not take."""
@@ -151,6 +183,10 @@ class ReRAMTrainerMixin(TrainingMixin, EvaluationMixin, HubMixin):
     def wait_for_push(self) -> None:
         """Until an upload in the background has ended."""
         self._finish_current_push()
+
+
+def _names(classes: Iterable[type]) -> str:
+    return ", ".join(cls.__name__ for cls in classes)
 
 
 class ReRAMTrainer(ReRAMTrainerMixin, Trainer):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
+from transformers import Trainer
 from transformers.trainer_utils import IntervalStrategy, has_length
 from transformers.utils import logging
 
@@ -21,7 +22,7 @@ from ..device.checks import read_json
 from ..device.seeds import derived_seed
 from ..model.deploy import refuse_modes, warn_uncalibrated
 from ..model.find import crossbar_layers, crossbar_state, crossbar_states, unwrapped
-from ..model.inputs import begins_anew, call_model, decoder_inputs, evaluating, forked_rng
+from ..model.inputs import begins_anew, call_model, decoder_inputs, evaluating, find_logits, forked_rng
 from ..model.patch import patch_model, unpatch_model
 from ..model.reconfigure import reconfigure, watch
 from ..model.select import lies_as
@@ -251,6 +252,10 @@ class TrainingMixin(Base):
             freeze_batch_norm(self.model)  # which model.train() has just ended
         return super().compute_loss_context_manager()
 
+    def digital_references(self) -> AbstractContextManager:
+        """Around the loss: what a trainer compares the model with computes digitally."""
+        return nullcontext()
+
     def _left_terms(self) -> bool:
         """Whether the step's forwards hold a retention loss that was not taken."""
         states = crossbar_states(self.model)
@@ -278,7 +283,8 @@ class TrainingMixin(Base):
     ):
         """The task loss, and in training the teacher's divergence and the retention loss, as the config says."""
         if not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            with self.digital_references():
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if num_items_in_batch is not None and self.model_accepts_loss_kwargs and not self._looked_at_loss:
             self._look_at_loss(model, inputs, num_items_in_batch)
         state = crossbar_state(self.model)
@@ -287,8 +293,8 @@ class TrainingMixin(Base):
             part.measure = part.term != "output" and self._measures_next()
         consistency = state.config.retention_loss == "consistency"
         kept = dict(inputs)
-        with self._sampled_drift():
-            task_loss, outputs = self._task_loss(model, inputs, kept, num_items_in_batch)
+        with self._sampled_drift(), self.digital_references():
+            task_loss, outputs = self._task_loss(model, inputs, kept, num_items_in_batch, return_outputs or consistency)
         scaled = self._scaled_for_ga(num_items_in_batch)
         steps = getattr(self, "current_gradient_accumulation_steps", 1)
         # Per micro-batch; the Trainer divides the whole loss by the steps unless it is scaled already.
@@ -318,8 +324,9 @@ class TrainingMixin(Base):
         """See whether the model divides its loss by ``num_items_in_batch``. Trainer believes that of every model that
         takes ``**kwargs``; where one averages over the batch nevertheless (BertForSequenceClassification), processes
         and accumulated batches would add up instead of being averaged, and the retention loss would weigh less."""
-        if self.args.world_size * self.args.gradient_accumulation_steps == 1:
-            self._looked_at_loss = True
+        asked = getattr(super().compute_loss, "__func__", None) is Trainer.compute_loss
+        if not asked or self.args.world_size * self.args.gradient_accumulation_steps == 1:
+            self._looked_at_loss = True  # another trainer knows how its own loss is scaled
             return
         with evaluating(model):
             one, half = (getattr(model(**inputs, num_items_in_batch=count * times), "loss", None) for times in (1, 2))
@@ -331,9 +338,11 @@ class TrainingMixin(Base):
         if told == 2:
             self.model_accepts_loss_kwargs = False
 
-    def _task_loss(self, model, inputs, kept, num_items_in_batch):
+    def _task_loss(self, model, inputs, kept, num_items_in_batch, wants_outputs):
+        """The loss, and the model's outputs where they are wanted, for which trl's trainers run the model again."""
         if self.teacher is None:
-            return super().compute_loss(model, inputs, True, num_items_in_batch)
+            found = super().compute_loss(model, inputs, wants_outputs, num_items_in_batch)
+            return found if wants_outputs else (found, None)
         heat = self.teacher_temperature
         with torch.no_grad():
             guide = self.teacher(**self._without_labels(kept))
@@ -341,6 +350,8 @@ class TrainingMixin(Base):
             outputs = model(**self._without_labels(kept))
             return self._ga_mean(divergence(outputs, guide, heat, model=model), num_items_in_batch), outputs
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if not any(logits.requires_grad for logits in find_logits(outputs).values()):  # those of trl's trainers
+            outputs = model(**self._without_labels(kept))
         guided = self._ga_mean(divergence(outputs, guide, heat, model=model), num_items_in_batch)
         return (1 - self.teacher_weight) * loss + self.teacher_weight * guided, outputs
 
