@@ -21,6 +21,7 @@ from ..model.find import crossbar_layers, crossbar_states, unwrapped
 from ..model.sharding import is_sharded
 from ..training.checkpoints import marked, staged, write_configs
 from ..training.mixin import TrainingMixin
+from . import sentence_transformers
 from .trl import call_head, digital_references
 
 
@@ -78,6 +79,8 @@ class ReRAMTrainerMixin(TrainingMixin, EvaluationMixin, HubMixin):
     def _prepare_crossbars(self, model: Any) -> None:
         super()._prepare_crossbars(model)
         call_head(model)
+        if sentence_transformers.trains(self):
+            sentence_transformers.refuse_second_forwards(self)
 
     def digital_references(self) -> AbstractContextManager:
         """As :class:`TrainingMixin`'s, for trl's trainers."""
@@ -91,6 +94,8 @@ class ReRAMTrainerMixin(TrainingMixin, EvaluationMixin, HubMixin):
     def calibration_data(self) -> Any:
         """As :class:`TrainingMixin`'s, without the columns that the model does not take."""
         dataset = super().calibration_data()
+        if sentence_transformers.trains(self):
+            return dataset
         if hasattr(dataset, "column_names") and not isinstance(dataset, IterableDataset):
             return self._remove_unused_columns(dataset, description="calibration")
         return dataset
@@ -102,6 +107,17 @@ class ReRAMTrainerMixin(TrainingMixin, EvaluationMixin, HubMixin):
         if hasattr(dataset, "column_names") and not isinstance(dataset, IterableDataset):
             return self.data_collator
         return self._get_collator_with_removed_columns(self.data_collator, description="calibration")
+
+    def calibration_loader(self, dataset: Any) -> Iterable:
+        """As :class:`TrainingMixin`'s; sentence-transformers' own of theirs, whose samplers say which examples make a
+        batch."""
+        if sentence_transformers.trains(self):
+            return sentence_transformers.loader(self, dataset)
+        return super().calibration_loader(dataset)
+
+    def forward_inputs(self, batch: Any) -> list[Any]:
+        """As :class:`TrainingMixin`'s; of sentence-transformers' batches each column, such as anchors and positives."""
+        return sentence_transformers.features(self, batch) if sentence_transformers.trains(self) else [batch]
 
     def prepare_generation(self) -> None:
         """Have a Seq2SeqTrainer generate as its ``evaluate`` does, with the arguments' lengths and beams."""

@@ -11,6 +11,7 @@ from .clipping import warn_clipped
 from .forward import Padding, runs_again
 from .sharing import forget_shared
 from .state import CrossbarState, reference
+from .tensors import tensors_of
 from .untrained import refuse_backward
 
 # Arguments with which a model, or an encoder or decoder inside it, is given its tokens.
@@ -54,7 +55,7 @@ class BeginForward:
             forward.around.append(forward.padding)
             forward.padding = padding
             return
-        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)] or tensors_of((args, kwargs))
         if self.root and not torch.compiler.is_compiling():
             _refuse_nan(tensors)
             if module.training and self.state.term is not None and getattr(module, "_is_replica", False):

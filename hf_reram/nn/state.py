@@ -115,7 +115,7 @@ class CrossbarState:
 
     def enter(self, name: str, examples: int) -> None:
         """A layer runs in training: within a forward, or by itself, which is one too."""
-        if runs_again():
+        if runs_again() and self.running is None:
             return
         if self.running is None:
             self.begin(True, examples).alone = True
@@ -123,12 +123,13 @@ class CrossbarState:
             self.forward.ran.add(name)
 
     def current(self, name: str | None = None) -> Forward:
-        """The forward that a layer runs in, or, without a name, a part of the model.
+        """The forward that a layer runs in, or, without a name, a part of the model. Where the whole model runs in a
+        backward, as losses with cached gradients (GradCache) have it, that is a forward as any other.
 
         Raises:
             RuntimeError: it runs again within the backward, and several forwards could be meant.
         """
-        if not runs_again():
+        if not runs_again() or self.running is not None:
             return self.forward
         found = [f for f in self._alive() if name is None or name in f.ran] or [self.forward]
         if not all(found[-1].like(other) for other in found[:-1]):

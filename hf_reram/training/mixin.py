@@ -70,6 +70,7 @@ class TrainingMixin(Base):
         self.reram_config: Any = reram_config
         self._given_config, self._handed_config = copy.deepcopy(reram_config), reram_config
         self.teacher, self.teacher_weight, self.teacher_temperature = None, teacher_weight, teacher_temperature
+        self.teacher_given = teacher is not None
         self.calibration_dataset, self.freeze_batch_norm = calibration_dataset, freeze_batch_norm
         self.follow_training = follow_training
         self._sums: dict[str, Tensor] = {}
@@ -148,6 +149,21 @@ class TrainingMixin(Base):
         """What makes batches of the data set that the model is calibrated on."""
         return self.data_collator
 
+    def calibration_loader(self, dataset: Any) -> Iterable:
+        """Its batches, the same in all processes."""
+        shuffle = has_length(dataset) and not isinstance(dataset, IterableDataset)
+        return DataLoader(
+            dataset,
+            batch_size=self.args.per_device_train_batch_size,
+            shuffle=shuffle,
+            generator=torch.Generator().manual_seed(self.args.seed) if shuffle else None,
+            collate_fn=self.calibration_collator(),
+        )
+
+    def forward_inputs(self, batch: Any) -> list[Any]:
+        """What the model's forwards are given of a batch, each by itself."""
+        return [batch]
+
     def _calibration_batches(self) -> Iterable | None:
         dataset = self.calibration_data()
         if dataset is None:
@@ -158,15 +174,8 @@ class TrainingMixin(Base):
                 "would be lost to the training: give calibration_dataset=, or one whose __iter__ begins anew"
             )
         # Not get_train_dataloader: every process must see the same batches, and training none of them consumed.
-        shuffle = has_length(dataset) and not isinstance(dataset, IterableDataset)
-        loader = DataLoader(
-            dataset,
-            batch_size=self.args.per_device_train_batch_size,
-            shuffle=shuffle,
-            generator=torch.Generator().manual_seed(self.args.seed) if shuffle else None,
-            collate_fn=self.calibration_collator(),
-        )
-        return (batch for batch, _ in zip(loader, range(self.reram_config.calibration_batches)))
+        batches = zip(self.calibration_loader(dataset), range(self.reram_config.calibration_batches))
+        return (inputs for batch, _ in batches for inputs in self.forward_inputs(batch))
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return [n for n in super().get_decay_parameter_names(model) if not n.endswith("input_range")]
@@ -224,7 +233,7 @@ class TrainingMixin(Base):
         kept = dict(inputs)
         overridden = type(self).compute_loss is not TrainingMixin.compute_loss
         self._joined = self._guided = False
-        with self._sampled_drift() if overridden else nullcontext():
+        with self._sampled_drift():  # around the backward too, in which GradCache runs the model
             loss = super().training_step(model, inputs, num_items_in_batch)
         if overridden and self.teacher is not None and not self._guided:
             raise RuntimeError(
