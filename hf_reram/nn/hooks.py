@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import state as states
 from .clipping import warn_clipped
 from .forward import Padding, runs_again
 from .sharing import forget_shared
@@ -63,6 +64,9 @@ class BeginForward:
                     "nn.DataParallel trains copies of the model in threads, where its retention terms are lost: start "
                     "a process for each GPU instead, as accelerate launch does"
                 )
+            trains = module.training and torch.is_grad_enabled() and not self.state.digital
+            if trains and states.on_untended is not None and self.state.is_untended:
+                states.on_untended(self.state)
         if self.root:
             self.state.calls = 1 if torch.compiler.is_compiling() else self.state.calls + 1
         self.state.running = self

@@ -22,6 +22,9 @@ on_change: Callable[["CrossbarState", ReRAMConfig, str, Any], bool] | None = Non
 # Called with layers whose weights have changed; set by clipping.py, which knows layers.
 on_changed_alone: Callable[[list[Any]], None] | None = None
 
+# Called with a state when a training forward begins that is_untended. Set by model/, which asks others.
+on_untended: Callable[["CrossbarState"], None] | None = None
+
 
 class CrossbarState:
     """Shared by the crossbar layers that were patched together; never saved.
@@ -97,6 +100,16 @@ class CrossbarState:
             on_changed_alone([layer])
 
     # Forwards
+
+    @property
+    def is_untended(self) -> bool:
+        """Whether a training forward that begins now samples none of the drift that the loss wants, or the terms of the
+        one before, whose outputs are gone, have joined no loss."""
+        before = self.forward
+        unsampled = self.sampling is None and self.physics.drift is not None
+        if self.config.retention_loss == "consistency":  # whose first forward is without
+            unsampled = self.sampling is None and before.sampling is None and bool(before.ran)
+        return unsampled or bool(before.grad and before.terms and not before.consumed and before.kept_by() is None)
 
     def begin(self, training: bool, batch_size: int = 1, padding: Padding | None = None) -> Forward:
         """A new forward of the model, or of a part of it that is called by itself."""
