@@ -38,10 +38,16 @@ def call_model(model: nn.Module, batch):
             return model(_moved(batch, device))
         open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         known = {k: v for k, v in batch.items() if k in parameters or (open_ended and isinstance(v, Tensor))}
-        return model(**_moved(known, device))
+        return model(**{**without_cache(model), **_moved(known, device)})
     if isinstance(batch, (tuple, list)):
         return model(*(_moved(value, device) for value in _inputs_of(model, batch)))
     return model(batch.to(device))
+
+
+def without_cache(model: nn.Module) -> dict[str, bool]:
+    """The argument with which a language model keeps no cache, where its forward takes it: nobody reads that, and with
+    one, transformers lets the sequences of a packed batch attend to one another."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(unwrapped(model).forward).parameters else {}
 
 
 def _moved(value: Any, device: Any) -> Any:

@@ -70,7 +70,9 @@ class BeginForward:
         if self.root:
             self.state.calls = 1 if torch.compiler.is_compiling() else self.state.calls + 1
         self.state.running = self
-        size = tensors[0].shape[0] if tensors and tensors[0].dim() else 1
+        size: Any = tensors[0].shape[0] if tensors and tensors[0].dim() else 1
+        if self.state.term == "sensitivity":
+            size = _sequences(given, size)
         self.state.begin(module.training and not self.state.digital, size, padding)
 
     def _by_name(self, args: tuple, kwargs: dict) -> dict[str, Any]:
@@ -128,6 +130,16 @@ def _by_token(mask: Any, around: Tensor | None) -> Tensor | None:
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return mask
     return None if mask is None else around
+
+
+def _sequences(given: dict[str, Any], rows: int) -> Any:
+    """How many sequences a batch holds: as many as rows, unless they are packed, each beginning at position 0."""
+    starts, positions = given.get("cu_seq_lens_q"), given.get("position_ids")
+    if isinstance(starts, Tensor):
+        return starts.numel() - 1
+    if not isinstance(positions, Tensor) or positions.dim() != 2 or given.get("attention_mask") is not None:
+        return rows
+    return (positions == 0).sum().clamp(min=rows)  # where it is: nothing waits for a GPU
 
 
 def _refuse_nan(tensors: list[Tensor]) -> None:

@@ -111,7 +111,7 @@ class CrossbarState:
             unsampled = self.sampling is None and before.sampling is None and bool(before.ran)
         return unsampled or bool(before.grad and before.terms and not before.consumed and before.kept_by() is None)
 
-    def begin(self, training: bool, batch_size: int = 1, padding: Padding | None = None) -> Forward:
+    def begin(self, training: bool, batch_size: Any = 1, padding: Padding | None = None) -> Forward:
         """A new forward of the model, or of a part of it that is called by itself."""
         waits = training and self.term is not None and torch.compiler.is_compiling()
         before = self.forward if waits else None

@@ -22,7 +22,7 @@ from ..device.checks import read_json
 from ..device.seeds import derived_seed
 from ..model.deploy import refuse_modes, warn_uncalibrated
 from ..model.find import crossbar_layers, crossbar_state, crossbar_states, unwrapped
-from ..model.inputs import begins_anew, call_model, decoder_inputs, evaluating, find_logits, forked_rng
+from ..model.inputs import begins_anew, call_model, decoder_inputs, evaluating, find_logits, forked_rng, without_cache
 from ..model.patch import patch_model, unpatch_model
 from ..model.reconfigure import reconfigure, watch
 from ..model.select import lies_as
@@ -354,7 +354,7 @@ class TrainingMixin(Base):
             return found if wants_outputs else (found, None)
         heat = self.teacher_temperature
         with torch.no_grad():
-            guide = self.teacher(**self._without_labels(kept))
+            guide = self.teacher(**{**without_cache(self.teacher), **self._without_labels(kept)})
         if self.teacher_weight == 1.0 or not any(name in kept for name in self.label_names):
             outputs = model(**self._without_labels(kept))
             return self._ga_mean(divergence(outputs, guide, heat, model=model), num_items_in_batch), outputs

@@ -114,6 +114,22 @@ def test_sft_evaluates_chips_whole(tmp_path):
     assert report.measurements[0].metrics["loss"] != report.measurements[1].metrics["loss"]
 
 
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_packed_batches_calibrate_as_their_texts_alone(tmp_path, padding_free):
+    """trl packs whole texts, up to as many tokens as fit."""
+    arguments = {"packing": padding_free, "padding_free": padding_free, "per_device_train_batch_size": 12}
+    trainer = sft(tmp_path, arguments=arguments, reram_config=straight())
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert ("attention_mask" in batch) is not padding_free
+    alone = calibrate(patch_model(fresh(), straight()), [tokenizer()(f"{t} <end>", return_tensors="pt") for t in TEXTS])
+    for name, layer in crossbar_layers(alone).items():
+        other = crossbar_layers(trainer.model)[name]
+        assert float(other.input_range) == pytest.approx(float(layer.input_range), rel=1e-4)
+        torch.testing.assert_close(other.input_offset, layer.input_offset, rtol=1e-3, atol=1e-5)
+    trainer.train()
+    assert all(entry["loss"] == pytest.approx(entry["task_loss"]) for entry in steps(trainer))
+
+
 def test_a_head_on_crossbars_gives_what_trls_fused_head_gives():
     from trl.trainer.utils import add_fused_lm_head
 
