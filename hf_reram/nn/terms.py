@@ -100,7 +100,9 @@ def sensitivity_term(layer: "CrossbarLayer", driven: Driven, held: Held, example
     noise = (h * torch.einsum("gor,gr->go", variance, row_power(layer, driven))).sum()
     if error.shifts:
         noise = noise + _mean_power(layer, driven, held, error, h.reshape(-1).sqrt())
-    return torch.stack((0.5 * noise.reshape(()), torch.as_tensor(examples).to(noise).reshape(())))
+    noise = noise.reshape(())
+    count = examples.to(noise) if isinstance(examples, Tensor) else torch.full_like(noise, float(examples))
+    return torch.stack((0.5 * noise, count))
 
 
 def _variance(layer: "CrossbarLayer", held: Held, error: WeightError) -> Tensor:
