@@ -105,6 +105,10 @@ class EvaluationMixin(Base):
 
         return measured
 
+    def evaluation_dataset(self, dataset: Any) -> Any:
+        """A data set that an evaluation is given, as the trainer's data loader takes it."""
+        return dataset
+
     def _evaluation_key(self, loaders: Mapping[str, Any], metrics: Sequence[str] | None) -> list[Any]:
         """What figures depend on beside the model, as JSON values."""
         parts = {name: part_of(name, getattr(self, name, None)) for name in PARTS}
@@ -152,7 +156,7 @@ class EvaluationMixin(Base):
         datasets = self.eval_dataset if eval_dataset is None else eval_dataset
         several = isinstance(datasets, dict)  # as Trainer.evaluate says, a DatasetDict among them
         parts = {f"{name}_": part for name, part in datasets.items()} if several else {"": eval_dataset}
-        loaders = {name: self.get_eval_dataloader(part) for name, part in parts.items()}
+        loaders = {name: self.get_eval_dataloader(self.evaluation_dataset(part)) for name, part in parts.items()}
         measure = self._uncast(super().evaluation_loop)
         self.prepare_generation()
         if kwargs.get("resume") is not None and kwargs.get("key") is None:

@@ -22,7 +22,7 @@ from ..model.sharding import is_sharded
 from ..training.checkpoints import marked, staged, write_configs
 from ..training.mixin import TrainingMixin
 from . import sentence_transformers
-from .trl import call_head, digital_references
+from .trl import call_head, digital_references, prepared
 
 
 class ReRAMTrainerMixin(TrainingMixin, EvaluationMixin, HubMixin):
@@ -94,6 +94,8 @@ class ReRAMTrainerMixin(TrainingMixin, EvaluationMixin, HubMixin):
     def calibration_data(self) -> Any:
         """As :class:`TrainingMixin`'s, without the columns that the model does not take."""
         dataset = super().calibration_data()
+        if self.calibration_dataset is not None:  # the trainer's own is prepared
+            dataset = prepared(self, dataset, "train")
         if sentence_transformers.trains(self):
             return dataset
         if hasattr(dataset, "column_names") and not isinstance(dataset, IterableDataset):
@@ -118,6 +120,10 @@ class ReRAMTrainerMixin(TrainingMixin, EvaluationMixin, HubMixin):
     def forward_inputs(self, batch: Any) -> list[Any]:
         """As :class:`TrainingMixin`'s; of sentence-transformers' batches each column, such as anchors and positives."""
         return sentence_transformers.features(self, batch) if sentence_transformers.trains(self) else [batch]
+
+    def evaluation_dataset(self, dataset: Any) -> Any:
+        """As :class:`EvaluationMixin`'s; trl's trainers tokenize texts in their ``evaluate``."""
+        return prepared(self, dataset, "eval")
 
     def prepare_generation(self) -> None:
         """Have a Seq2SeqTrainer generate as its ``evaluate`` does, with the arguments' lengths and beams."""

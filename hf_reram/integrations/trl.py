@@ -75,6 +75,29 @@ def by_tokens(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     return {name: value.masked_fill(~mask, 0) for name, value in found.items()} | {"label_mask": mask}
 
 
+def prepared(trainer: Any, dataset: Any, name: str) -> Any:
+    """A data set of texts tokenized as trl's trainers do it with those that they are made with; what is tokenized
+    stays, as data sets of others do.
+
+    Args:
+        name: "train" or "eval".
+    """
+    prepare, args = getattr(trainer, "_prepare_dataset", None), trainer.args
+    skips = getattr(trainer, "_skip_prepare_dataset", False) or getattr(trainer, "_is_vision_dataset", False)
+    if prepare is None or dataset is None or skips:
+        return dataset
+    packing, of_eval = getattr(args, "packing", False), getattr(args, "eval_packing", None)
+    known = {
+        "dataset": dataset,
+        "processing_class": trainer.processing_class,
+        "args": args,
+        "packing": packing if name == "train" or of_eval is None else of_eval,
+        "formatting_func": getattr(trainer, "_formatting_func", None),
+        "dataset_name": name,
+    }
+    return prepare(**{key: value for key, value in known.items() if key in inspect.signature(prepare).parameters})
+
+
 @contextmanager
 def digital_references(trainer: Any) -> Iterator[None]:
     """While a trainer computes its loss: the reference of DPO and the like is the digital model, what it is compared

@@ -114,6 +114,21 @@ def test_sft_evaluates_chips_whole(tmp_path):
     assert report.measurements[0].metrics["loss"] != report.measurements[1].metrics["loss"]
 
 
+def test_texts_calibrate_and_are_evaluated_as_the_trainers_own(tmp_path):
+    data = Dataset.from_dict({"text": TEXTS})
+    trainer = sft(tmp_path, reram_config=noisy())
+    given = sft(tmp_path, reram_config=noisy(), calibration_dataset=data)
+    for one, other in zip(*(crossbar_layers(t.model).values() for t in (trainer, given)), strict=True):
+        assert torch.equal(one.input_range, other.input_range)
+    options = {"times": ["1d"], "seeds": 1, "progress": False}
+    report, of_texts = trainer.evaluate_robustness(**options), given.evaluate_robustness(eval_dataset=data, **options)
+    assert of_texts.measurements == report.measurements
+    pairs = Dataset.from_dict(PAIRS)
+    preferences = dpo(tmp_path, reram_config=noisy(), ref_model=fresh())
+    own, other = (preferences.evaluate_robustness(eval_dataset=d, **options) for d in (None, pairs))
+    assert own.measurements == other.measurements
+
+
 @pytest.mark.parametrize("padding_free", [True, False])
 def test_packed_batches_calibrate_as_their_texts_alone(tmp_path, padding_free):
     """trl packs whole texts, up to as many tokens as fit."""
