@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer
+from transformers import LlamaForCausalLM, Trainer
 
 from hf_reram import ReRAMTrainer, ReRAMTrainerMixin, calibrate, crossbar_layers, deploy, digital, patch_model
 from hf_reram.integrations.trl import call_head
@@ -127,6 +127,20 @@ def test_texts_calibrate_and_are_evaluated_as_the_trainers_own(tmp_path):
     preferences = dpo(tmp_path, reram_config=noisy(), ref_model=fresh())
     own, other = (preferences.evaluate_robustness(eval_dataset=d, **options) for d in (None, pairs))
     assert own.measurements == other.measurements
+
+
+def test_sft_saves_and_resumes(tmp_path):
+    arguments = {"save_strategy": "steps", "save_steps": 1}
+    whole = sft(tmp_path, arguments=arguments, reram_config=noisy())
+    whole.train()
+    again = sft(tmp_path, arguments=arguments, reram_config=noisy())
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    one, two = whole.model.state_dict(), again.model.state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    stored = LlamaForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
+    assert crossbar_layers(stored).keys() == crossbar_layers(whole.model).keys()
+    whole.create_model_card(dataset_name="somebody/texts")  # as trl's scripts do
+    assert "somebody/texts" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("padding_free", [True, False])
