@@ -15,7 +15,17 @@ from datasets import load_dataset
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
-import hf_reram
+from hf_reram import (
+    ReRAMConfig,
+    add_retention_loss,
+    calibrate,
+    evaluate_robustness,
+    follow_training,
+    hold_weights,
+    patch_model,
+    sampled_drift,
+    stop_following,
+)
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 for name in ("model_name_or_path", "train_file", "validation_file", "output_dir"):
@@ -35,27 +45,27 @@ train = DataLoader(data["train"], args.batch_size, shuffle=True, collate_fn=coll
 test = DataLoader(data["test"], args.batch_size, collate_fn=collator)
 
 model = AutoModelForSequenceClassification.from_pretrained(args.model_name_or_path, num_labels=labels)
-hf_reram.patch_model(model, hf_reram.ReRAMConfig(device="hfox-neurram", retention_loss="output+drift"))
-hf_reram.calibrate(model, [batch for batch, _ in zip(train, range(32))])  # the same in all processes: before prepare
+patch_model(model, ReRAMConfig(device="hfox-neurram", retention_loss="output+drift"))
+calibrate(model, [batch for batch, _ in zip(train, range(32))])  # the same in all processes: before prepare
 optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
 model, optimizer, train, test = accelerator.prepare(model.train(), optimizer, train, test)
 
 steps, step = args.epochs * -(-len(train) // args.accumulation), 0
-hf_reram.follow_training(model)
+follow_training(model)
 for batch in (batch for _ in range(args.epochs) for batch in train):
-    drift = hf_reram.sampled_drift(model, seed=step, strength=min(1.0, 2 * (step + 1) / steps))  # one chip a step
+    drift = sampled_drift(model, seed=step, strength=min(1.0, 2 * (step + 1) / steps))  # one chip a step
     with accelerator.accumulate(model), drift:
-        loss, retention = hf_reram.add_retention_loss(model(**batch).loss, model)
+        loss, retention = add_retention_loss(model(**batch).loss, model)
         accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
     if accelerator.sync_gradients:
         step += 1
         if step <= 0.9 * steps:  # then ranges and scales stay, so that the weights settle
-            hf_reram.follow_training(model)
-        hf_reram.hold_weights(model)
+            follow_training(model)
+        hold_weights(model)
         accelerator.print(f"step {step} of {steps}: loss {loss.item():.3f}, retention loss {retention.item():.4f}")
-hf_reram.stop_following(model)
+stop_following(model)
 
 
 def accuracy(model: torch.nn.Module) -> dict[str, float]:
@@ -67,7 +77,7 @@ def accuracy(model: torch.nn.Module) -> dict[str, float]:
 
 
 together = accelerator.num_processes > 1
-report = hf_reram.evaluate_robustness(model, accuracy, seeds=args.chips, progress=False, together=together)
+report = evaluate_robustness(model, accuracy, seeds=args.chips, progress=False, together=together)
 if accelerator.is_main_process:
     accelerator.unwrap_model(model).save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
