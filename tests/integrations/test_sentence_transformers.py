@@ -1,5 +1,9 @@
 """The mixin beside sentence-transformers' trainer, whose losses run the model several times."""
 
+import copy
+import inspect
+import pickle
+
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
@@ -198,6 +202,19 @@ def test_what_is_saved_has_its_crossbars_and_is_the_same_chip(tmp_path, folder, 
     assert {"1_Pooling/config.json", "2_Dense/model.safetensors", "modules.json"} <= set(_files(tmp_path / "saved"))
     unpatch_model(model).save_pretrained(str(tmp_path / "digital"))
     assert not crossbar_layers(SentenceTransformer(str(tmp_path / "digital"), device="cpu"))
+
+
+def test_copies_run_themselves(folder):
+    """Also where the forward of the model inside is called past its hooks."""
+    model = calibrate(patch_model(fresh(folder), noisy()), [fresh(folder).preprocess(TEXTS)])
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model[0].model))):
+        inner = copied if isinstance(copied, BertModel) else copied[0].model
+        assert inner.forward.model is inner
+        with torch.no_grad():
+            inner.embeddings.word_embeddings.weight.zero_()
+            ids = torch.tensor([[2, 3, 4]])
+            assert not torch.allclose(inner.forward(ids)[0], model[0].model.forward(ids)[0], atol=1e-2)
+    assert inspect.signature(inner.forward) == inspect.signature(BertModel.forward.__get__(inner))
 
 
 def test_it_resumes(tmp_path, folder):
