@@ -6,6 +6,7 @@ below is imported when it is first used.
 
 from typing import TYPE_CHECKING
 
+from .integrations.plain_trainer import register_plain_trainer as _register_plain_trainer
 from .integrations.register import register_harness as _register_harness
 from .integrations.register import register_quantizer as _register_quantizer
 from .integrations.wrappers import register_wrappers as _register_wrappers
@@ -95,3 +96,4 @@ __getattr__, __dir__ = _lazy_names(__name__, _NAMES)
 _register_quantizer()
 _register_harness()
 _register_wrappers()
+_register_plain_trainer()

@@ -105,6 +105,10 @@ class EvaluationMixin(Base):
 
         return measured
 
+    def evaluation_dataset(self, dataset: Any) -> Any:
+        """A data set that an evaluation is given, as the trainer's data loader takes it."""
+        return dataset
+
     def _evaluation_key(self, loaders: Mapping[str, Any], metrics: Sequence[str] | None) -> list[Any]:
         """What figures depend on beside the model, as JSON values."""
         parts = {name: part_of(name, getattr(self, name, None)) for name in PARTS}
@@ -152,16 +156,18 @@ class EvaluationMixin(Base):
         datasets = self.eval_dataset if eval_dataset is None else eval_dataset
         several = isinstance(datasets, dict)  # as Trainer.evaluate says, a DatasetDict among them
         parts = {f"{name}_": part for name, part in datasets.items()} if several else {"": eval_dataset}
-        loaders = {name: self.get_eval_dataloader(part) for name, part in parts.items()}
+        loaders = {name: self.get_eval_dataloader(self.evaluation_dataset(part)) for name, part in parts.items()}
         measure = self._uncast(super().evaluation_loop)
         self.prepare_generation()
         if kwargs.get("resume") is not None and kwargs.get("key") is None:
             kwargs["key"] = self._evaluation_key(loaders, metrics)
 
+        loss_only = True if self.compute_metrics is None else None  # as in Trainer.evaluate: no logits are kept
+
         def evaluate(model) -> dict[str, float]:
             found = {}
             for name, loader in loaders.items():
-                output = measure(loader, "chips", metric_key_prefix="eval")
+                output = measure(loader, "chips", loss_only, metric_key_prefix="eval")
                 for metric, value in _numbers_of(output.metrics, "eval").items():
                     found[name + metric.removeprefix("eval_")] = value
             if metrics is None:

@@ -11,6 +11,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from transformers.utils import logging
 
+from ..device.checks import read_json
 from ..evaluation.files import write_whole
 from ..evaluation.report import RobustnessReport
 from ..model.adapters import has_adapters
@@ -20,7 +21,7 @@ from .about import about_model
 from .crossbars import CROSSBARS, save_crossbars
 from .load import ADAPTER, has_file, load_model
 from .publish import COMPARISON, PLOT, merge_cards, publish, read_card, read_comparison, read_text
-from .report import REPORT, report_of, unmeasured, why_foreign
+from .report import PARTS, REPORT, report_of, unmeasured, why_foreign
 
 logger = logging.get_logger(__name__)
 
@@ -171,7 +172,7 @@ def _files(folder: Path) -> list[str]:
         ValueError: config.json (or that of PEFT's adapters) or safetensors are missing.
     """
     paths = [path for path in folder.iterdir() if path.is_file()]
-    paths += [path for name in FOLDERS for path in (folder / name).glob("*") if path.is_file()]
+    paths += [path for name in (*FOLDERS, *_modules(folder)) for path in (folder / name).glob("*") if path.is_file()]
     wanted = [path for path in sorted(paths) if is_safe(path.name) and path.name not in LEFT_OUT]
     if left := sorted(path.name for path in set(paths) - set(wanted)):
         logger.info("not uploaded: %s", ", ".join(left))
@@ -181,6 +182,14 @@ def _files(folder: Path) -> list[str]:
             f"{folder} holds {sorted(p.name for p in paths)}: missing is config.json or a safetensors file"
         )
     return names
+
+
+def _modules(folder: Path) -> list[str]:
+    """Folders of a SentenceTransformer's modules, beside the first one, which is in the folder itself."""
+    file = folder / PARTS
+    listed = read_json(file) if file.exists() else []
+    paths = [module.get("path") for module in listed if isinstance(module, dict)] if isinstance(listed, list) else []
+    return [path for path in paths if isinstance(path, str) and re.fullmatch(r"\d+_\w+", path)]
 
 
 def _last_commit(api: HfApi, repo: str, revision: str | None) -> str | None:

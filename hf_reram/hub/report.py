@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
@@ -18,6 +19,7 @@ from .about import about_model
 logger = logging.get_logger(__name__)
 
 REPORT = "robustness.json"
+PARTS = "modules.json"  # beside the first part of a SentenceTransformer
 
 # torch's names of floating-point types as safetensors spells them.
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -92,7 +94,10 @@ def attach_stored_report(model: Any, files: Sequence[str] | None) -> None:
         return
     if report is None or _dtypes_of(files) != {str(p.dtype).removeprefix("torch.") for p in _floats(model)}:
         return
-    attach_report(model, report, name)
+    if (Path(files[0]).parent / PARTS).exists():
+        crossbar_state(model).report = report  # of the whole SentenceTransformer, against which report_of holds it
+    else:
+        attach_report(model, report, name)
 
 
 def attach_report(model: Any, report: RobustnessReport, name: str | os.PathLike) -> None:

@@ -51,8 +51,10 @@ class HubMixin(Base):
         dataset_tags: str | list[str] | None = None,
         dataset: str | list[str] | None = None,
         dataset_args: str | list[str] | None = None,
+        dataset_name: str | None = None,
     ) -> None:
-        """Write card, report and plot into ``output_dir``; the arguments are those of ``Trainer.create_model_card``.
+        """Write card, report and plot into ``output_dir``; the arguments are those of ``Trainer.create_model_card``,
+        and ``dataset_name``, as trl's trainers call ``dataset``.
 
         The figures are those of the last :meth:`evaluate_robustness`, if the weights are still the same. What a person
         has written in the card stays.
@@ -64,7 +66,7 @@ class HubMixin(Base):
             "name": model_name,
             "base_model": finetuned_from,
             "task": tasks if isinstance(tasks, str) else None,
-            "dataset": _first(dataset_tags) or _first(dataset),
+            "dataset": _first(dataset_tags) or _first(dataset) or dataset_name,
             "dataset_split": _first(dataset_args),
         }
         extra = {"language": language, "license": license, "tags": tags}

@@ -25,6 +25,7 @@ from ..nn.places import parameter_of
 from ..nn.scalars import check_numbers
 from .resizing import SET_HEAD, attach_resizing
 from .saving import SAVE, attach_saving
+from .sentence_transformers import attach_hooks, detach_hooks
 from .upload import UPLOAD, attach_upload
 
 logger = logging.get_logger(__name__)
@@ -259,10 +260,12 @@ def attach_methods(model: Any) -> None:
     attach_upload(model)
     attach_saving(model)
     attach_resizing(model)
+    attach_hooks(model)
 
 
 def detach(model: Any) -> None:
     """Undo :func:`attach`, and what ``from_pretrained`` does."""
+    detach_hooks(model)
     for name in (UPLOAD, SAVE, SET_HEAD):
         model.__dict__.pop(name, None)
     if not isinstance(getattr(model.config, "quantization_config", None), ReRAMConfig):

@@ -37,8 +37,16 @@ def register_quantizer() -> None:
 
 
 def _attach(model: Any, config: Any) -> None:
-    if _is_pretrained(model):
-        load("hf_reram.integrations.quantizer", "attach")(model, config)
+    """Of a model that is no PreTrainedModel, such as a SentenceTransformer, those in it are saved by themselves."""
+    for part in _pretrained_in(model):
+        load("hf_reram.integrations.quantizer", "attach")(part, config)
+
+
+def _pretrained_in(module: Any) -> list[Any]:
+    """The outermost PreTrainedModels with crossbars."""
+    if _is_pretrained(module):
+        return [module] if load("hf_reram.model.find", "crossbar_layers")(module) else []
+    return [part for child in module.children() for part in _pretrained_in(child)]
 
 
 def _detach(model: Any) -> None:
@@ -48,7 +56,8 @@ def _detach(model: Any) -> None:
 
 def _is_pretrained(model: Any) -> bool:
     """Whether it is a PreTrainedModel; asked without importing transformers' models."""
-    return hasattr(model, "config") and hasattr(model, "save_pretrained")
+    modeling = sys.modules.get("transformers.modeling_utils")
+    return modeling is not None and isinstance(model, modeling.PreTrainedModel)
 
 
 def _tell_quantizers(auto: Any) -> None:

@@ -1,7 +1,8 @@
 """Trainers whose models train on simulated ReRAM crossbars, and what they need of Trainer's private names."""
 
 import os
-from contextlib import nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ from ..evaluation.trainer import EvaluationMixin
 from ..hub.crossbars import CROSSBARS, StoredCrossbars
 from ..hub.report import report_of
 from ..hub.trainer import HubMixin
-from ..model.find import crossbar_states, unwrapped
+from ..model.deploy import digital
+from ..model.find import crossbar_layers, crossbar_states, unwrapped
 from ..model.sharding import is_sharded
 from ..training.checkpoints import marked, staged, write_configs
 from ..training.mixin import TrainingMixin
+from . import sentence_transformers
+from .trl import call_head, digital_references, prepared
 
 
 class ReRAMTrainerMixin(TrainingMixin, EvaluationMixin, HubMixin):
@@ -56,9 +60,44 @@ class ReRAMTrainerMixin(TrainingMixin, EvaluationMixin, HubMixin):
 
     push_in_progress: Any
 
+    def __init_subclass__(cls, **kwargs) -> None:
+        """
+        Raises:
+            TypeError: a trainer stands before the mixin, whose methods would then not be called.
+        """
+        super().__init_subclass__(**kwargs)
+        before = cls.__mro__[: cls.__mro__.index(ReRAMTrainerMixin)]
+        first = [base for base in before if issubclass(base, Trainer) and not issubclass(base, ReRAMTrainerMixin)]
+        last = [base for base in cls.__bases__ if issubclass(base, ReRAMTrainerMixin)]
+        if first:
+            bases = [*last, *(base for base in cls.__bases__ if base not in last)]
+            raise TypeError(
+                f"class {cls.__name__}({_names(cls.__bases__)}): allowed is the mixin before the trainer: "
+                f"class {cls.__name__}({_names(bases)})"
+            )
+
+    def _prepare_crossbars(self, model: Any) -> None:
+        super()._prepare_crossbars(model)
+        call_head(model)
+        if sentence_transformers.trains(self):
+            sentence_transformers.refuse_second_forwards(self)
+
+    def digital_references(self) -> AbstractContextManager:
+        """As :class:`TrainingMixin`'s, for trl's trainers."""
+        return digital_references(self)
+
+    def compute_ref_log_probs(self, *args, **kwargs) -> Any:
+        """As trl's ``DPOTrainer.compute_ref_log_probs``, of the digital model."""
+        with digital(self.model) if crossbar_layers(self.model) else nullcontext(), self.digital_references():
+            return super().compute_ref_log_probs(*args, **kwargs)  # type: ignore[misc]
+
     def calibration_data(self) -> Any:
         """As :class:`TrainingMixin`'s, without the columns that the model does not take."""
         dataset = super().calibration_data()
+        if self.calibration_dataset is not None:  # the trainer's own is prepared
+            dataset = prepared(self, dataset, "train")
+        if sentence_transformers.trains(self):
+            return dataset
         if hasattr(dataset, "column_names") and not isinstance(dataset, IterableDataset):
             return self._remove_unused_columns(dataset, description="calibration")
         return dataset
@@ -70,6 +109,21 @@ class ReRAMTrainerMixin(TrainingMixin, EvaluationMixin, HubMixin):
         if hasattr(dataset, "column_names") and not isinstance(dataset, IterableDataset):
             return self.data_collator
         return self._get_collator_with_removed_columns(self.data_collator, description="calibration")
+
+    def calibration_loader(self, dataset: Any) -> Iterable:
+        """As :class:`TrainingMixin`'s; sentence-transformers' own of theirs, whose samplers say which examples make a
+        batch."""
+        if sentence_transformers.trains(self):
+            return sentence_transformers.loader(self, dataset)
+        return super().calibration_loader(dataset)
+
+    def forward_inputs(self, batch: Any) -> list[Any]:
+        """As :class:`TrainingMixin`'s; of sentence-transformers' batches each column, such as anchors and positives."""
+        return sentence_transformers.features(self, batch) if sentence_transformers.trains(self) else [batch]
+
+    def evaluation_dataset(self, dataset: Any) -> Any:
+        """As :class:`EvaluationMixin`'s; trl's trainers tokenize texts in their ``evaluate``."""
+        return prepared(self, dataset, "eval")
 
     def prepare_generation(self) -> None:
         """Have a Seq2SeqTrainer generate as its ``evaluate`` does, with the arguments' lengths and beams."""
@@ -151,6 +205,10 @@ class ReRAMTrainerMixin(TrainingMixin, EvaluationMixin, HubMixin):
     def wait_for_push(self) -> None:
         """Until an upload in the background has ended."""
         self._finish_current_push()
+
+
+def _names(classes: Iterable[type]) -> str:
+    return ", ".join(cls.__name__ for cls in classes)
 
 
 class ReRAMTrainer(ReRAMTrainerMixin, Trainer):

@@ -75,6 +75,13 @@ READ_PAST: dict[str, tuple[str, ...]] = {
     "peft.tuners.supertuning.layer.Linear": ("base_layer",),
 }
 
+# Layers that the parent saves itself, and loads as digital ones.
+SAVED_BARE: dict[str, tuple[str, ...]] = {
+    "sentence_transformers.base.modules.dense.Dense": ("linear",),
+    "sentence_transformers.sentence_transformer.modules.cnn.CNN": ("convs",),
+}
+
+SAVED = "{} saves them without the numbers of crossbars"
 READ = "{} computes with their weight itself instead of calling them"
 COMPUTED = "their weight or bias is computed from other tensors before each forward (weight norm, pruning, ...)"
 OFFLOADED = "their weight is offloaded, accelerate brings it back for a forward only"
@@ -95,17 +102,22 @@ def left_digital(model: nn.Module) -> dict[str, str]:
             if name not in found and (reason := _holder_reason(module, kind, offloads)):
                 found[name] = reason
             opens = name not in found
-        for parent, children in () if opens else _known(module, READ_PAST):
-            for layer in (unwrapped(getattr(module, child, None)) for child in children):
-                if layer in names and (is_kind(layer) or holder_class(layer) is not None):
-                    found[names[layer]] = READ.format(parent.rpartition(".")[2])
+        for table, words in ((READ_PAST, READ), (SAVED_BARE, SAVED)):
+            for parent, children in () if opens else _known(module, table):
+                for layer in (unwrapped(m) for child in children for m in _parts(getattr(module, child, None))):
+                    if layer in names and (is_kind(layer) or holder_class(layer) is not None):
+                        found[names[layer]] = words.format(parent.rpartition(".")[2])
         cls: Any = type(module)
         for child, layer in module.named_children():
             if isinstance(layer, nn.Conv1d) and is_kind(layer) and child in _read_in(cls):
                 found[names[layer]] = READ.format(cls.__name__)
-        if is_kind(module) and "base_layer" not in module._modules and (reason := _own_reason(module, offloads)):
-            found[name] = reason
+        if is_kind(module) and "base_layer" not in module._modules and (own := _own_reason(module, offloads)):
+            found[name] = own
     return found
+
+
+def _parts(child: Any) -> list[Any]:
+    return list(child) if isinstance(child, nn.ModuleList) else [child]
 
 
 # A weight that is computed with, not only asked for its dtype and the like.

@@ -10,6 +10,9 @@ ON_PATCH: list[Callable[[Any, Any], None]] = []
 # Called with each module of the model that is digital again.
 ON_UNPATCH: list[Callable[[Any], None]] = []
 
+# Called with the state of a model whose training forward leaves out what its retention loss says.
+ON_UNTENDED: list[Callable[[Any], None]] = []
+
 # Called with a model: whether a package has placed its parts by hooks, and may have offloaded them.
 IS_DISPATCHED: list[Callable[[Any], bool]] = []
 

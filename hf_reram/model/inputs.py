@@ -18,7 +18,8 @@ from .find import crossbar_layers, unwrapped
 def call_model(model: nn.Module, batch):
     """Call the model with a batch, moved to its device, without arguments that its forward does not take, such as the
     labels that a DataLoader gives beside the inputs: of a tuple, what the forward has no place for, and vectors at its
-    end that the forward does not need; of one for a Hugging Face model, all labels behind its first value.
+    end that the forward does not need; of one for a Hugging Face model, all labels behind its first value. A dict goes
+    whole to a forward that takes one, as that of a SentenceTransformer.
 
     Raises:
         TypeError: a batch that is none, or that the model cannot be called with, or a tuple for a Hugging Face model
@@ -33,17 +34,34 @@ def call_model(model: nn.Module, batch):
     device = next((p.device for p in model.parameters() if not p.is_meta), None)
     if isinstance(batch, Mapping):
         parameters = inspect.signature(model.forward).parameters
+        if _takes_dict(parameters, batch):
+            return model(_moved(batch, device))
         open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-        known = {
-            key: value.to(device) if isinstance(value, Tensor) else value
-            for key, value in batch.items()
-            if key in parameters or (open_ended and isinstance(value, Tensor))
-        }
-        return model(**known)
+        known = {k: v for k, v in batch.items() if k in parameters or (open_ended and isinstance(v, Tensor))}
+        return model(**{**without_cache(model), **_moved(known, device)})
     if isinstance(batch, (tuple, list)):
-        batch = _inputs_of(model, batch)
-        return model(*(value.to(device) if isinstance(value, Tensor) else value for value in batch))
+        return model(*(_moved(value, device) for value in _inputs_of(model, batch)))
     return model(batch.to(device))
+
+
+def without_cache(model: nn.Module) -> dict[str, bool]:
+    """The argument with which a language model keeps no cache, where its forward takes it: nobody reads that, and with
+    one, transformers lets the sequences of a packed batch attend to one another."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(unwrapped(model).forward).parameters else {}
+
+
+def _moved(value: Any, device: Any) -> Any:
+    """On the device; a dict as a copy, to which a model may add."""
+    if isinstance(value, Mapping):
+        return {key: _moved(part, device) for key, part in value.items()}
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _takes_dict(parameters: Mapping[str, inspect.Parameter], batch: Mapping) -> bool:
+    """Whether a forward needs one argument, and a batch has none of what it could be given by name."""
+    empty, kinds = inspect.Parameter.empty, (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [name for name, p in parameters.items() if p.default is empty and p.kind not in kinds]
+    return len(needed) == 1 and parameters.keys().isdisjoint(batch)
 
 
 def _inputs_of(model: nn.Module, batch: Sequence) -> list:
@@ -191,7 +209,7 @@ def _prediction(name: str, logits: Tensor, model: nn.Module | None, config: Any)
     shape, labels, kind = logits.shape, getattr(config, "num_labels", None), "classes"
     image = len(shape) > 3
     class_dim = 1 if image and not (shape[-1] == labels != shape[1]) else -1
-    if len(shape) < 2 or shape[class_dim] == 1:
+    if len(shape) < 2 or shape[class_dim] == 1 or name == STATES[0]:
         kind = "values"
     if len(shape) == 2 and shape[1] == labels:
         meant = {"multi_label_classification": "labels", "regression": "values"}
@@ -211,9 +229,13 @@ def _tokens_kept(logits: Tensor, model: nn.Module | None) -> Tensor | None:
     return None
 
 
+# What models without logits predict, the first of these that they give.
+STATES = ("sentence_embedding", "last_hidden_state")
+
+
 def find_logits(outputs) -> dict[str, Tensor]:
     """The logits in a model's outputs by name: every tensor under a key that ends in "logits", or, where there is none,
-    the last hidden state, or the output itself if it is a tensor.
+    the embedding of a sentence, the last hidden state, or the output itself if it is a tensor.
 
     Raises:
         ValueError: there is none of these.
@@ -222,11 +244,12 @@ def find_logits(outputs) -> dict[str, Tensor]:
         return {"": outputs}
     if isinstance(outputs, Mapping):
         found = {k: v for k, v in outputs.items() if k.endswith("logits") and isinstance(v, Tensor)}
-        if not found and isinstance(outputs.get("last_hidden_state"), Tensor):
-            found = {"": outputs["last_hidden_state"]}
+        for name in STATES if not found else ():
+            if not found and isinstance(outputs.get(name), Tensor):
+                found = {"" if name == STATES[-1] else name: outputs[name]}
         if found:
             return found
-        raise ValueError(f"the model's outputs {sorted(outputs)} hold no logits and no last_hidden_state")
+        raise ValueError(f"the model's outputs {sorted(outputs)} hold no logits, {', '.join(STATES)}")
     tensors = (
         [v for v in outputs if isinstance(v, Tensor) and v.dim() > 1] if isinstance(outputs, (tuple, list)) else []
     )

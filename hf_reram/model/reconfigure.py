@@ -11,7 +11,7 @@ from ..nn import state as nn_state
 from ..nn.physics import Physics
 from ..nn.state import CrossbarState
 from .find import crossbar_state, crossbar_states, patched_layers, unwrapped
-from .hooks import ON_PATCH
+from .hooks import ON_PATCH, ON_UNTENDED
 
 logger = logging.get_logger(__name__)
 
@@ -75,4 +75,9 @@ def _heard(state: CrossbarState, config: ReRAMConfig, name: str, value: Any) -> 
     return own
 
 
-nn_state.on_change = _heard
+def _ask_who_trains(state: CrossbarState) -> None:
+    for ask in ON_UNTENDED:
+        ask(state)
+
+
+nn_state.on_change, nn_state.on_untended = _heard, _ask_who_trains

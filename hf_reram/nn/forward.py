@@ -49,7 +49,7 @@ class Forward:
     """What one forward of a patched model samples and collects; made anew for each.
 
     Attributes:
-        sampling: see :class:`Sampling`; None outside of training. batch_size: examples.
+        sampling: see :class:`Sampling`; None outside of training. batch_size: examples, a number or a tensor.
         padding: of the tokens that layers read now; around: what will be so again when an inner module ends.
         ran: names of the layers that ran in it.
         kept: masks that a layer's term was computed with, by its name, and which tokens they keep: one unless it ran
@@ -66,7 +66,7 @@ class Forward:
     def __init__(
         self,
         sampling: Sampling | None = None,
-        batch_size: int = 1,
+        batch_size: Any = 1,
         padding: Padding | None = None,
         before: "Forward | None" = None,
     ):

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import state as states
 from .clipping import warn_clipped
 from .forward import Padding, runs_again
 from .sharing import forget_shared
 from .state import CrossbarState, reference
+from .tensors import tensors_of
 from .untrained import refuse_backward
 
 # Arguments with which a model, or an encoder or decoder inside it, is given its tokens.
@@ -54,7 +56,7 @@ class BeginForward:
             forward.around.append(forward.padding)
             forward.padding = padding
             return
-        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)] or tensors_of((args, kwargs))
         if self.root and not torch.compiler.is_compiling():
             _refuse_nan(tensors)
             if module.training and self.state.term is not None and getattr(module, "_is_replica", False):
@@ -62,10 +64,15 @@ class BeginForward:
                     "nn.DataParallel trains copies of the model in threads, where its retention terms are lost: start "
                     "a process for each GPU instead, as accelerate launch does"
                 )
+            trains = module.training and torch.is_grad_enabled() and not self.state.digital
+            if trains and states.on_untended is not None and self.state.is_untended:
+                states.on_untended(self.state)
         if self.root:
             self.state.calls = 1 if torch.compiler.is_compiling() else self.state.calls + 1
         self.state.running = self
-        size = tensors[0].shape[0] if tensors and tensors[0].dim() else 1
+        size: Any = tensors[0].shape[0] if tensors and tensors[0].dim() else 1
+        if self.state.term == "sensitivity":
+            size = _sequences(given, size)
         self.state.begin(module.training and not self.state.digital, size, padding)
 
     def _by_name(self, args: tuple, kwargs: dict) -> dict[str, Any]:
@@ -123,6 +130,16 @@ def _by_token(mask: Any, around: Tensor | None) -> Tensor | None:
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return mask
     return None if mask is None else around
+
+
+def _sequences(given: dict[str, Any], rows: int) -> Any:
+    """How many sequences a batch holds: as many as rows, unless they are packed, each beginning at position 0."""
+    starts, positions = given.get("cu_seq_lens_q"), given.get("position_ids")
+    if isinstance(starts, Tensor):
+        return starts.numel() - 1
+    if not isinstance(positions, Tensor) or positions.dim() != 2 or given.get("attention_mask") is not None:
+        return rows
+    return (positions == 0).sum().clamp(min=rows)  # where it is: nothing waits for a GPU
 
 
 def _refuse_nan(tensors: list[Tensor]) -> None:

@@ -22,6 +22,9 @@ on_change: Callable[["CrossbarState", ReRAMConfig, str, Any], bool] | None = Non
 # Called with layers whose weights have changed; set by clipping.py, which knows layers.
 on_changed_alone: Callable[[list[Any]], None] | None = None
 
+# Called with a state when a training forward begins that is_untended. Set by model/, which asks others.
+on_untended: Callable[["CrossbarState"], None] | None = None
+
 
 class CrossbarState:
     """Shared by the crossbar layers that were patched together; never saved.
@@ -98,7 +101,17 @@ class CrossbarState:
 
     # Forwards
 
-    def begin(self, training: bool, batch_size: int = 1, padding: Padding | None = None) -> Forward:
+    @property
+    def is_untended(self) -> bool:
+        """Whether a training forward that begins now samples none of the drift that the loss wants, or the terms of the
+        one before, whose outputs are gone, have joined no loss."""
+        before = self.forward
+        unsampled = self.sampling is None and self.physics.drift is not None
+        if self.config.retention_loss == "consistency":  # whose first forward is without
+            unsampled = self.sampling is None and before.sampling is None and bool(before.ran)
+        return unsampled or bool(before.grad and before.terms and not before.consumed and before.kept_by() is None)
+
+    def begin(self, training: bool, batch_size: Any = 1, padding: Padding | None = None) -> Forward:
         """A new forward of the model, or of a part of it that is called by itself."""
         waits = training and self.term is not None and torch.compiler.is_compiling()
         before = self.forward if waits else None
@@ -115,7 +128,7 @@ class CrossbarState:
 
     def enter(self, name: str, examples: int) -> None:
         """A layer runs in training: within a forward, or by itself, which is one too."""
-        if runs_again():
+        if runs_again() and self.running is None:
             return
         if self.running is None:
             self.begin(True, examples).alone = True
@@ -123,12 +136,13 @@ class CrossbarState:
             self.forward.ran.add(name)
 
     def current(self, name: str | None = None) -> Forward:
-        """The forward that a layer runs in, or, without a name, a part of the model.
+        """The forward that a layer runs in, or, without a name, a part of the model. Where the whole model runs in a
+        backward, as losses with cached gradients (GradCache) have it, that is a forward as any other.
 
         Raises:
             RuntimeError: it runs again within the backward, and several forwards could be meant.
         """
-        if not runs_again():
+        if not runs_again() or self.running is not None:
             return self.forward
         found = [f for f in self._alive() if name is None or name in f.ran] or [self.forward]
         if not all(found[-1].like(other) for other in found[:-1]):

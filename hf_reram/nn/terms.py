@@ -81,7 +81,7 @@ def weight_term(layer: "CrossbarLayer", held: Held) -> Tensor:
     return torch.stack((noise, programmed.square().sum()))
 
 
-def sensitivity_term(layer: "CrossbarLayer", driven: Driven, held: Held, examples: int) -> Tensor:
+def sensitivity_term(layer: "CrossbarLayer", driven: Driven, held: Held, examples: Any) -> Tensor:
     """``(½ Σ_i h_i Σ_n |Δy_i|², examples)``: their ratio is, to second order, the KL divergence [nats] per example
     that this layer's retention error causes in the model's prediction, with ``h_i`` the Fisher information of output
     channel i (:mod:`hf_reram.calibration.sensitivity`).
@@ -100,7 +100,9 @@ def sensitivity_term(layer: "CrossbarLayer", driven: Driven, held: Held, example
     noise = (h * torch.einsum("gor,gr->go", variance, row_power(layer, driven))).sum()
     if error.shifts:
         noise = noise + _mean_power(layer, driven, held, error, h.reshape(-1).sqrt())
-    return torch.stack((0.5 * noise.reshape(()), torch.full_like(noise.reshape(()), float(examples))))
+    noise = noise.reshape(())
+    count = examples.to(noise) if isinstance(examples, Tensor) else torch.full_like(noise, float(examples))
+    return torch.stack((0.5 * noise, count))
 
 
 def _variance(layer: "CrossbarLayer", held: Held, error: WeightError) -> Tensor:

@@ -96,7 +96,7 @@ def add_retention_loss(task_loss: Tensor, model: nn.Module, weight: float | None
 
     Raises:
         ValueError: the model is not patched, its loss is "consistency", which takes a second forward, or a bad weight.
-        RuntimeError: no forward in training mode has run.
+        RuntimeError: no forward in training mode has run, or only without gradients although ``task_loss`` has some.
     """
     if weight is not None and not (is_finite(weight) and weight >= 0):
         raise ValueError(f"weight={weight!r}: allowed is a finite number of at least 0, or None")
@@ -149,6 +149,11 @@ def _add(task_loss: Tensor, state: CrossbarState, weight: float) -> tuple[Tensor
     several = processes()
     forwards, collected = _collected(state, needed=several == 1)
     own = _stacked(collected) if collected else torch.zeros(0, 2, device=task_loss.device)  # other processes have some
+    if collected and task_loss.requires_grad and not any(forward.grad for forward in forwards):
+        raise RuntimeError(
+            "the retention terms are of forwards without gradients, as a loss with cached gradients (GradCache) runs "
+            "them before the ones of its backward: allowed is retention_loss='drift', 'noise' or 'none' there"
+        )
     value, gradients = _of_all_processes(state, list(collected), own.detach(), several)
     if state.term == "output":
         state.ratios = {name: term.detach() for name, term in collected.items()}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
+from transformers import Trainer
 from transformers.trainer_utils import IntervalStrategy, has_length
 from transformers.utils import logging
 
@@ -21,7 +22,7 @@ from ..device.checks import read_json
 from ..device.seeds import derived_seed
 from ..model.deploy import refuse_modes, warn_uncalibrated
 from ..model.find import crossbar_layers, crossbar_state, crossbar_states, unwrapped
-from ..model.inputs import begins_anew, call_model, decoder_inputs, evaluating, forked_rng
+from ..model.inputs import begins_anew, call_model, decoder_inputs, evaluating, find_logits, forked_rng, without_cache
 from ..model.patch import patch_model, unpatch_model
 from ..model.reconfigure import reconfigure, watch
 from ..model.select import lies_as
@@ -69,6 +70,7 @@ class TrainingMixin(Base):
         self.reram_config: Any = reram_config
         self._given_config, self._handed_config = copy.deepcopy(reram_config), reram_config
         self.teacher, self.teacher_weight, self.teacher_temperature = None, teacher_weight, teacher_temperature
+        self.teacher_given = teacher is not None
         self.calibration_dataset, self.freeze_batch_norm = calibration_dataset, freeze_batch_norm
         self.follow_training = follow_training
         self._sums: dict[str, Tensor] = {}
@@ -147,6 +149,21 @@ class TrainingMixin(Base):
         """What makes batches of the data set that the model is calibrated on."""
         return self.data_collator
 
+    def calibration_loader(self, dataset: Any) -> Iterable:
+        """Its batches, the same in all processes."""
+        shuffle = has_length(dataset) and not isinstance(dataset, IterableDataset)
+        return DataLoader(
+            dataset,
+            batch_size=self.args.per_device_train_batch_size,
+            shuffle=shuffle,
+            generator=torch.Generator().manual_seed(self.args.seed) if shuffle else None,
+            collate_fn=self.calibration_collator(),
+        )
+
+    def forward_inputs(self, batch: Any) -> list[Any]:
+        """What the model's forwards are given of a batch, each by itself."""
+        return [batch]
+
     def _calibration_batches(self) -> Iterable | None:
         dataset = self.calibration_data()
         if dataset is None:
@@ -157,15 +174,8 @@ class TrainingMixin(Base):
                 "would be lost to the training: give calibration_dataset=, or one whose __iter__ begins anew"
             )
         # Not get_train_dataloader: every process must see the same batches, and training none of them consumed.
-        shuffle = has_length(dataset) and not isinstance(dataset, IterableDataset)
-        loader = DataLoader(
-            dataset,
-            batch_size=self.args.per_device_train_batch_size,
-            shuffle=shuffle,
-            generator=torch.Generator().manual_seed(self.args.seed) if shuffle else None,
-            collate_fn=self.calibration_collator(),
-        )
-        return (batch for batch, _ in zip(loader, range(self.reram_config.calibration_batches)))
+        batches = zip(self.calibration_loader(dataset), range(self.reram_config.calibration_batches))
+        return (inputs for batch, _ in batches for inputs in self.forward_inputs(batch))
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return [n for n in super().get_decay_parameter_names(model) if not n.endswith("input_range")]
@@ -223,7 +233,7 @@ class TrainingMixin(Base):
         kept = dict(inputs)
         overridden = type(self).compute_loss is not TrainingMixin.compute_loss
         self._joined = self._guided = False
-        with self._sampled_drift() if overridden else nullcontext():
+        with self._sampled_drift():  # around the backward too, in which GradCache runs the model
             loss = super().training_step(model, inputs, num_items_in_batch)
         if overridden and self.teacher is not None and not self._guided:
             raise RuntimeError(
@@ -250,6 +260,10 @@ class TrainingMixin(Base):
         if self.freeze_batch_norm:
             freeze_batch_norm(self.model)  # which model.train() has just ended
         return super().compute_loss_context_manager()
+
+    def digital_references(self) -> AbstractContextManager:
+        """Around the loss: what a trainer compares the model with computes digitally."""
+        return nullcontext()
 
     def _left_terms(self) -> bool:
         """Whether the step's forwards hold a retention loss that was not taken."""
@@ -278,7 +292,8 @@ class TrainingMixin(Base):
     ):
         """The task loss, and in training the teacher's divergence and the retention loss, as the config says."""
         if not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            with self.digital_references():
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if num_items_in_batch is not None and self.model_accepts_loss_kwargs and not self._looked_at_loss:
             self._look_at_loss(model, inputs, num_items_in_batch)
         state = crossbar_state(self.model)
@@ -287,8 +302,8 @@ class TrainingMixin(Base):
             part.measure = part.term != "output" and self._measures_next()
         consistency = state.config.retention_loss == "consistency"
         kept = dict(inputs)
-        with self._sampled_drift():
-            task_loss, outputs = self._task_loss(model, inputs, kept, num_items_in_batch)
+        with self._sampled_drift(), self.digital_references():
+            task_loss, outputs = self._task_loss(model, inputs, kept, num_items_in_batch, return_outputs or consistency)
         scaled = self._scaled_for_ga(num_items_in_batch)
         steps = getattr(self, "current_gradient_accumulation_steps", 1)
         # Per micro-batch; the Trainer divides the whole loss by the steps unless it is scaled already.
@@ -318,8 +333,9 @@ class TrainingMixin(Base):
         """See whether the model divides its loss by ``num_items_in_batch``. Trainer believes that of every model that
         takes ``**kwargs``; where one averages over the batch nevertheless (BertForSequenceClassification), processes
         and accumulated batches would add up instead of being averaged, and the retention loss would weigh less."""
-        if self.args.world_size * self.args.gradient_accumulation_steps == 1:
-            self._looked_at_loss = True
+        asked = getattr(super().compute_loss, "__func__", None) is Trainer.compute_loss
+        if not asked or self.args.world_size * self.args.gradient_accumulation_steps == 1:
+            self._looked_at_loss = True  # another trainer knows how its own loss is scaled
             return
         with evaluating(model):
             one, half = (getattr(model(**inputs, num_items_in_batch=count * times), "loss", None) for times in (1, 2))
@@ -331,16 +347,20 @@ class TrainingMixin(Base):
         if told == 2:
             self.model_accepts_loss_kwargs = False
 
-    def _task_loss(self, model, inputs, kept, num_items_in_batch):
+    def _task_loss(self, model, inputs, kept, num_items_in_batch, wants_outputs):
+        """The loss, and the model's outputs where they are wanted, for which trl's trainers run the model again."""
         if self.teacher is None:
-            return super().compute_loss(model, inputs, True, num_items_in_batch)
+            found = super().compute_loss(model, inputs, wants_outputs, num_items_in_batch)
+            return found if wants_outputs else (found, None)
         heat = self.teacher_temperature
         with torch.no_grad():
-            guide = self.teacher(**self._without_labels(kept))
+            guide = self.teacher(**{**without_cache(self.teacher), **self._without_labels(kept)})
         if self.teacher_weight == 1.0 or not any(name in kept for name in self.label_names):
             outputs = model(**self._without_labels(kept))
             return self._ga_mean(divergence(outputs, guide, heat, model=model), num_items_in_batch), outputs
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if not any(logits.requires_grad for logits in find_logits(outputs).values()):  # those of trl's trainers
+            outputs = model(**self._without_labels(kept))
         guided = self._ga_mean(divergence(outputs, guide, heat, model=model), num_items_in_batch)
         return (1 - self.teacher_weight) * loss + self.teacher_weight * guided, outputs
 
