@@ -1,5 +1,6 @@
 """What training forwards see of the inputs of layers, so that their numbers can follow the training."""
 
+import math
 import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,6 +31,8 @@ class Seen(NamedTuple):
             input range; Σ w x of each channel, with w of :func:`input_weights`, 1 for pixels.
         largest: (3,): the percentile ``input_percentile`` of |u|; -u at its lowest; the share of u beyond the range.
             Where each token has its own range, in units of that.
+
+    Of a look at what is not finite, as before a step that is skipped, nothing is kept: zeros, and -inf.
     """
 
     sums: Tensor
@@ -113,6 +116,7 @@ def observe_conversion(layer: "CrossbarLayer", current: Tensor, unit: Tensor, le
         weights = weights / (weights * rows.square()).sum(1, keepdim=True).clamp(min=1e-30)
     full_scales = [layer.adc_range * share for share in FULL_SCALES]
     errors = conversion_errors(rows, weights, full_scales, levels)
+    errors = torch.where(torch.isfinite(errors).all(), errors, 0.0)
     following.conversions[name] = following.conversions.get(name, 0.0) + errors
 
 
@@ -138,7 +142,9 @@ def _look(layer: "CrossbarLayer", x: Tensor, now: Scalars, turn: int) -> Seen:
     bent = sample if now.b < LINEAR_B else torch.sinh(now.b * sample)
     sums = torch.stack((weights.double().sum(), (sample * bent).sum(), bent.square().sum()))
     weighted = (rows * weights).double().sum(0)
-    return Seen(torch.cat((sums, weighted)), torch.stack((top, -u.amin(), beyond)))
+    sums, extremes = torch.cat((sums, weighted)), torch.stack((top, -u.amin(), beyond))
+    finite = torch.isfinite(sums).all() & torch.isfinite(extremes).all()
+    return Seen(torch.where(finite, sums, 0.0), torch.where(finite, extremes, -math.inf))
 
 
 def input_weights(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ cannot grow out of what their cells hold. So training forwards look at some of e
 move towards what was seen. Looks are many at first and rare later.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -90,7 +91,8 @@ def stop_following(model: nn.Module) -> None:
 
 
 def clamped_shares(model: nn.Module) -> dict[str, Tensor]:
-    """The share of each layer's inputs that lay beyond its range when it was last looked at, by layer name."""
+    """The share of each layer's inputs that lay beyond its range when it was last looked at, by layer name; NaN
+    where not all of them were finite."""
     found = {}
     for name, layer in patched_layers(model).items():
         following = layer.crossbar.following
@@ -136,7 +138,7 @@ def _exchange(layers: dict[str, Any], seen: dict[str, Any], errors: dict[str, An
         ]
         + [torch.zeros(scales, dtype=torch.float64, device=device) if e is None else e for e in errors.values()]
     )
-    largest = torch.full((len(layers), 3), -1.0, device=device)
+    largest = torch.full((len(layers), 3), -math.inf, device=device)
     for row, s in zip(largest, seen.values()):
         if s is not None:
             row.copy_(s.largest)
@@ -149,21 +151,23 @@ def _exchange(layers: dict[str, Any], seen: dict[str, Any], errors: dict[str, An
 
 
 def _follow_input(layer: CrossbarLayer, seen: Seen) -> None:
-    now, config, state = layer.scalars(), layer.crossbar.config, layer.crossbar
+    now, config, name = layer.scalars(), layer.crossbar.config, layer.crossbar_name
     (top, lowest, beyond), sums = seen.largest.unbind(), seen.sums
-    following: Any = state.following
-    following.clamped[layer.crossbar_name] = beyond
+    looked = sums[0] > 0  # at something that was finite, and no padding
+    following: Any = layer.crossbar.following
+    following.clamped[name] = torch.where(looked, beyond, following.clamped.get(name, math.nan))
     if following.settled:
         return
     if now.centered:
-        layer.input_offset.lerp_((sums[3:] / sums[0].clamp(min=TINY)).float(), MOMENTUM)
+        mean = (sums[3:] / sums[0].clamp(min=TINY)).float()
+        layer.input_offset.copy_(_moved(layer.input_offset, torch.where(looked, mean, layer.input_offset)))
     before = layer.input_range.clone()
     span = _moved(before, top, top > JUMP * before)
     if not now.per_token:
-        layer.input_range.copy_(torch.where(top > TINY, span, before))
+        layer.input_range.copy_(torch.where(looked & (top > TINY), span, before))
     if config.dac_bits:
         below = -layer.input_floor * before
-        below = _moved(below, lowest, lowest > below)
+        below = torch.where(looked, _moved(below, lowest, lowest > below), below)
         layer.input_floor.copy_(-(below / layer.input_range).clamp(0, 1))
     if config.gain == "calibrated" and now.b >= LINEAR_B:
         gain = (now.b * sums[1] / sums[2].clamp(min=TINY)).float()
@@ -180,11 +184,13 @@ def _follow_weights(layer: CrossbarLayer) -> None:
     """The scale grows and shrinks with the weights, so that as many of them as before are clipped."""
     following: Any = layer.crossbar.following
     before, rms = following.rms.get(layer.crossbar_name), _weight_rms(layer)
-    following.rms[layer.crossbar_name] = rms
     if before is None:
+        following.rms[layer.crossbar_name] = rms
         return
-    scale = torch.where(before > TINY, layer.weight_scale * (rms / before.clamp(min=TINY)), TYPICAL_CLIP * rms)
-    layer.weight_scale.copy_(scale)
+    scale = torch.where(before <= TINY, TYPICAL_CLIP * rms, layer.weight_scale * (rms / before.clamp(min=TINY)))
+    finite = torch.isfinite(rms) & torch.isfinite(scale)  # else of weights that are put back, or lost anyway
+    layer.weight_scale.copy_(torch.where(finite, scale, layer.weight_scale))
+    following.rms[layer.crossbar_name] = torch.where(finite, rms, before)
 
 
 def _weight_rms(layer: Any) -> Tensor:

@@ -1,6 +1,7 @@
 """The part of a Trainer that trains a model on simulated ReRAM crossbars."""
 
 import copy
+import math
 import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -410,6 +411,7 @@ class TrainingMixin(Base):
 
     def _log_clamped(self, logs: dict[str, float]) -> None:
         shares = {name: float(share) for name, share in clamped_shares(self.model).items()}
+        shares = {name: share for name, share in shares.items() if math.isfinite(share)}
         if not shares:
             return
         logs["clamped"] = sum(shares.values()) / len(shares)

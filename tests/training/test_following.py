@@ -1,5 +1,7 @@
 """Numbers of calibration follow the training."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -281,3 +283,80 @@ def test_scales_that_are_set_during_a_training_are_those_of_their_weights(way):
         model[0].weight.mul_(2)
     follow_training(model)
     torch.testing.assert_close(model[0].weight_scale, 2 * other[0].weight_scale)
+
+
+def numbers(model):
+    return {
+        f"{name}.{buffer}": getattr(layer, buffer).detach().clone()
+        for name, layer in crossbar_layers(model).items()
+        for buffer in BUFFERS
+    }
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, 1e30])
+@pytest.mark.parametrize("options", [{}, {"adc_bits": 8, "dac_bits": 8}, {"input_range": "per_token"}])
+def test_a_step_that_is_skipped_since_it_is_not_finite_leaves_no_trace(tiny_bert, value, options):
+    patch_model(tiny_bert, ReRAMConfig(retention_loss="none", **options))
+    batch = bert_batch()
+    calibrate(tiny_bert, [batch]).train()
+    follow_training(tiny_bert)
+    before = numbers(tiny_bert)
+    states = tiny_bert.bert.embeddings(batch["input_ids"]).detach()
+    states[0, 0, 0] = value
+    assert not torch.isfinite(tiny_bert(inputs_embeds=states, labels=batch["labels"]).loss)
+    follow_training(tiny_bert)
+    after = numbers(tiny_bert)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(math.isnan(share) for share in clamped_shares(tiny_bert).values())
+    tiny_bert(**batch)
+    follow_training(tiny_bert)
+    assert all(0 <= share < 0.5 for share in clamped_shares(tiny_bert).values())
+    assert all(bool(torch.isfinite(number).all()) for number in numbers(tiny_bert).values())
+
+
+def test_of_accumulated_batches_those_that_are_finite_are_followed():
+    found = []
+    for bad in (False, True):
+        model, x = layer_in_training(adc_bits=6, dac_bits=8)
+        follow_training(model)
+        model(2 * x)
+        if bad:
+            model(x.index_fill(0, torch.tensor([3]), math.inf))
+        follow_training(model)
+        found.append(numbers(model))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert float(model[0].input_range) > 4
+
+
+def test_weights_that_are_put_back_after_a_step_that_was_not_finite_keep_their_scales():
+    model, _ = layer_in_training()
+    before, weight = model[0].weight_scale.clone(), model[0].weight.detach().clone()
+    follow_training(model)
+    for value in (math.nan, math.inf):
+        model[0].weight.data[0, 0] = value
+        follow_training(model)
+        assert torch.equal(model[0].weight_scale, before)
+        model[0].weight.data.copy_(weight)
+        follow_training(model)
+        torch.testing.assert_close(model[0].weight_scale, before, rtol=1e-6, atol=0)
+    model[0].weight.data.mul_(2)
+    follow_training(model)
+    torch.testing.assert_close(model[0].weight_scale, 2 * before)
+
+
+def test_steps_that_a_grad_scaler_skips_leave_numbers_finite(tiny_bert):
+    patch_model(tiny_bert, ReRAMConfig(retention_loss="none", adc_bits=8))
+    batch = bert_batch()
+    calibrate(tiny_bert, [batch]).train()
+    hold_weights(tiny_bert)
+    optimizer, scaler = torch.optim.SGD(tiny_bert.parameters(), lr=1e-2), torch.amp.GradScaler("cpu", 1e38)
+    weight = tiny_bert.classifier.weight.detach().clone()
+    for _ in range(3):
+        scaler.scale(100 * tiny_bert(**batch).loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        follow_training(tiny_bert)
+        hold_weights(tiny_bert)
+    assert torch.equal(tiny_bert.classifier.weight, weight) and scaler.get_scale() < 1e38
+    assert all(bool(torch.isfinite(number).all()) for number in numbers(tiny_bert).values())
