@@ -14,7 +14,7 @@ from .observe import looks, observe
 from .ops import reference
 from .ops.functions import RowSinh, ShrunkSinh
 from .places import is_trained
-from .scalars import Scalars
+from .scalars import SMALLEST_RANGE, Scalars
 from .sharing import shared
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def input_range(layer: "CrossbarLayer", x: Tensor, now: Scalars) -> Any:
     """
     span = now.input_range
     if isinstance(layer.input_range, nn.Parameter) and span > 0:
-        return layer.input_range.clamp(min=1e-12).reshape(())  # which leaves x its dtype
+        return layer.input_range.clamp(min=SMALLEST_RANGE).reshape(())  # which leaves x its dtype
     if span <= 0 and torch.compiler.is_compiling() and x.numel():  # no graph may depend on what x holds
         return x.detach().abs().amax().float().mul(1 + 1e-5).clamp(min=1e-12)
     if span <= 0:

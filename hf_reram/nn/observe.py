@@ -12,7 +12,7 @@ from ..device.iv import LINEAR_B
 from .converter import conversion_errors
 from .forward import runs_again
 from .places import is_trained
-from .scalars import Scalars
+from .scalars import SMALLEST_RANGE, Scalars
 
 if TYPE_CHECKING:
     from .layer import CrossbarLayer
@@ -27,10 +27,11 @@ class Seen(NamedTuple):
     """Of an input x, and of ``u = (x - o) / a``, which the DACs got of it.
 
     Attributes:
-        sums: (3 + input channels,) in double precision: Σ w; Σ of u sinh(b u) and of sinh²(b u), with u in units of the
-            input range; Σ w x of each channel, with w of :func:`input_weights`, 1 for pixels.
-        largest: (3,): the percentile ``input_percentile`` of |u|; -u at its lowest; the share of u beyond the range.
-            Where each token has its own range, in units of that.
+        sums: (5 + input channels,) in double precision: Σ w; Σ of u sinh(b u) and of sinh²(b u), with u in units of the
+            input range; the number of u beyond the range, and of all; Σ w x of each channel, with w of
+            :func:`input_weights`, 1 for pixels.
+        largest: (2,): the percentile ``input_percentile`` of |u|, and -u at its lowest. Where each token has its own
+            range, in units of that.
 
     Of a look at what is not finite, as before a step that is skipped, nothing is kept: zeros, and -inf.
     """
@@ -85,15 +86,19 @@ class _Last:
 
 @torch.no_grad()
 def observe(layer: "CrossbarLayer", x: Tensor, now: Scalars) -> None:
-    """Look at some rows of an input, as many as are cheap; of a layer that is not calibrated or learns its range, at
-    nothing."""
+    """Look at some rows of an input, as many as are cheap; of a layer that is not calibrated, at nothing."""
     following, name = layer.crossbar.following, layer.crossbar_name
     assert following is not None
-    if now.input_range <= 0 or isinstance(layer.input_range, nn.Parameter):
+    if now.input_range <= 0:
         return
-    key = (now.per_token, now.mark, now.input_range, now.b, layer.channel_dim, x._version)
+    span: Any = now.input_range
+    of_span = span
+    if isinstance(layer.input_range, nn.Parameter):  # of which no number is read in training
+        span = layer.input_range.detach().clamp(min=SMALLEST_RANGE)
+        of_span = id(layer), layer.input_range._version
+    key = (now.per_token, now.mark, of_span, now.b, layer.channel_dim, x._version)
     if _Last.x is None or _Last.x() is not x or _Last.key != key:
-        _Last.x, _Last.key, _Last.seen = weakref.ref(x), key, _look(layer, x, now, following.steps)
+        _Last.x, _Last.key, _Last.seen = weakref.ref(x), key, _look(layer, x, now, span, following.steps)
     seen, before = _Last.seen, following.seen.get(name)
     if before is not None:
         seen = Seen(before.sums + seen.sums, torch.maximum(before.largest, seen.largest))
@@ -120,14 +125,14 @@ def observe_conversion(layer: "CrossbarLayer", current: Tensor, unit: Tensor, le
     following.conversions[name] = following.conversions.get(name, 0.0) + errors
 
 
-def _look(layer: "CrossbarLayer", x: Tensor, now: Scalars, turn: int) -> Seen:
+def _look(layer: "CrossbarLayer", x: Tensor, now: Scalars, span: Any, turn: int) -> Seen:
     rows, keep, images = _rows(layer, x, turn)
     u = rows - layer.input_offset if now.centered else rows
     u = u / layer.input_scale if now.equalized else u
     weights = input_weights(rows) if images is None else rows.new_ones(len(rows), 1)
     if keep is not None:
         rows, u, weights = rows * keep, u * keep, weights * keep
-    size, span = u.abs(), now.input_range
+    size = u.abs()
     largest = size.amax(1)  # of each row: of the few largest elements hardly two are in one
     if now.per_token:
         peaks = largest if images is None else largest.new_zeros(4).scatter_reduce(0, images, largest, "amax")[images]
@@ -137,12 +142,12 @@ def _look(layer: "CrossbarLayer", x: Tensor, now: Scalars, turn: int) -> Seen:
     if number > len(largest) // 8:
         largest = size.flatten()
     top = largest.topk(max(1, number)).values[-1]
-    beyond = (size > span).float().mean()
+    beyond = torch.stack(((size > span).sum(), torch.full((), size.numel(), device=size.device)))
     sample = (u.flatten()[:: max(1, u.numel() // 8192)] / span).clamp(-1, 1).double()
     bent = sample if now.b < LINEAR_B else torch.sinh(now.b * sample)
     sums = torch.stack((weights.double().sum(), (sample * bent).sum(), bent.square().sum()))
     weighted = (rows * weights).double().sum(0)
-    sums, extremes = torch.cat((sums, weighted)), torch.stack((top, -u.amin(), beyond))
+    sums, extremes = torch.cat((sums, beyond, weighted)), torch.stack((top, -u.amin()))
     finite = torch.isfinite(sums).all() & torch.isfinite(extremes).all()
     return Seen(torch.where(finite, sums, 0.0), torch.where(finite, extremes, -math.inf))
 

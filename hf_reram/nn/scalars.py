@@ -26,6 +26,10 @@ BUFFERS = (
 
 MAX_PAIRS = 64  # of a weight
 
+# An optimizer may take a range that is learned below 0, which then is this, in training and later: 0 says that a layer
+# is not calibrated.
+SMALLEST_RANGE = 1e-12
+
 _LARGEST = torch.finfo(torch.float32).max
 _POSITIVE = torch.finfo(torch.float32).tiny
 
@@ -138,6 +142,8 @@ def read_scalars(layer: Any) -> Scalars:
     span, shrink, gain, full_scale, floor, pairs, per_token = (
         float(whole(getattr(layer, name).detach()).item()) for name in READ[:-2]
     )
+    if span < 0:
+        span = SMALLEST_RANGE
     offset, scale = (getattr(layer, name).detach().float().cpu() for name in READ[-2:])
     centered, equalized = bool(offset.any()), bool((scale != 1).any())
     mark = zlib.crc32(torch.cat((offset, scale)).numpy().tobytes()) if centered or equalized else 0

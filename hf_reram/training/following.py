@@ -22,11 +22,16 @@ from ..nn import CrossbarLayer
 from ..nn.array import cell_weight
 from ..nn.observe import FULL_SCALES, Following, Seen
 from ..nn.places import is_trained
+from ..nn.scalars import SMALLEST_RANGE
 from ..nn.tensors import whole
+from .learned import is_learned, set_range
 
 # Share of the way to what was seen that numbers take at once, and how far beyond the range an input takes it there.
 MOMENTUM = 0.2
 JUMP = 1.25
+
+# Share of the inputs that a learned range may leave out, where the percentile leaves out fewer: the optimizer's choice.
+LEFT_OUT = 0.01
 
 # By how much the error of another full scale of the ADC has to be less: what is looked at is only a sample.
 NOTABLE = 1.1
@@ -50,8 +55,9 @@ def follow_training(model: nn.Module) -> None:
     optimizer, before :func:`hf_reram.hold_weights`, by all processes. :class:`hf_reram.ReRAMTrainer` does so itself.
     The last steps are best done without, so that the weights settle.
 
-    Layers whose weights are not trained, as beside adapters, keep their numbers, and all do under ``torch.compile``;
-    learned input ranges are left to the optimizer.
+    Layers whose weights are not trained, as beside adapters, keep their numbers, and all do under ``torch.compile``.
+    Learned input ranges are left to the optimizer, but moved out where they cut more than a hundredth of the inputs
+    off, and more than ``input_percentile`` does.
 
     Raises:
         ValueError: the model is not patched.
@@ -129,7 +135,7 @@ def _follow_inputs(layers: dict[str, Any]) -> None:
 def _exchange(layers: dict[str, Any], seen: dict[str, Any], errors: dict[str, Any]) -> None:
     """What all processes have seen, of layers that some of them did not call too."""
     scales = len(FULL_SCALES)
-    sizes = [3 + layer.inputs for layer in layers.values()]
+    sizes = [5 + layer.inputs for layer in layers.values()]
     device = next(iter(layers.values())).weight.device
     sums = torch.cat(
         [
@@ -138,7 +144,7 @@ def _exchange(layers: dict[str, Any], seen: dict[str, Any], errors: dict[str, An
         ]
         + [torch.zeros(scales, dtype=torch.float64, device=device) if e is None else e for e in errors.values()]
     )
-    largest = torch.full((len(layers), 3), -math.inf, device=device)
+    largest = torch.full((len(layers), 2), -math.inf, device=device)
     for row, s in zip(largest, seen.values()):
         if s is not None:
             row.copy_(s.largest)
@@ -152,23 +158,30 @@ def _exchange(layers: dict[str, Any], seen: dict[str, Any], errors: dict[str, An
 
 def _follow_input(layer: CrossbarLayer, seen: Seen) -> None:
     now, config, name = layer.scalars(), layer.crossbar.config, layer.crossbar_name
-    (top, lowest, beyond), sums = seen.largest.unbind(), seen.sums
+    (top, lowest), sums = seen.largest.unbind(), seen.sums
+    beyond = (sums[3] / sums[4]).float()
     looked = sums[0] > 0  # at something that was finite, and no padding
     following: Any = layer.crossbar.following
     following.clamped[name] = torch.where(looked, beyond, following.clamped.get(name, math.nan))
     if following.settled:
         return
     if now.centered:
-        mean = (sums[3:] / sums[0].clamp(min=TINY)).float()
+        mean = (sums[5:] / sums[0].clamp(min=TINY)).float()
         layer.input_offset.copy_(_moved(layer.input_offset, torch.where(looked, mean, layer.input_offset)))
-    before = layer.input_range.clone()
-    span = _moved(before, top, top > JUMP * before)
-    if not now.per_token:
-        layer.input_range.copy_(torch.where(looked & (top > TINY), span, before))
+    before = whole(layer.input_range.detach()).clamp(min=SMALLEST_RANGE)
+    span = torch.where(looked & (top > TINY), _moved(before, top, top > JUMP * before), before)
+    if is_learned(layer):
+        much = beyond > max(LEFT_OUT, 1 - config.input_percentile / 100)
+        span = torch.where(much, torch.maximum(before, span), before)
+        set_range(layer, span)
+    elif now.per_token or isinstance(layer.input_range, nn.Parameter):
+        span = before
+    else:
+        layer.input_range.copy_(span)
     if config.dac_bits:
         below = -layer.input_floor * before
         below = torch.where(looked, _moved(below, lowest, lowest > below), below)
-        layer.input_floor.copy_(-(below / layer.input_range).clamp(0, 1))
+        layer.input_floor.copy_(-(below / span).clamp(0, 1))
     if config.gain == "calibrated" and now.b >= LINEAR_B:
         gain = (now.b * sums[1] / sums[2].clamp(min=TINY)).float()
         layer.gain.copy_(torch.where(sums[2] > TINY, _moved(layer.gain, gain), layer.gain))

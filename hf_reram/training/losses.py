@@ -21,6 +21,7 @@ from ..nn.physics import sampling
 from ..nn.places import Part, is_trained, parameter_of
 from ..nn.state import CrossbarState
 from ..nn.tensors import is_shard
+from .learned import hold_range, is_learned
 
 NO_TERMS = "no retention terms: call the model in training mode (model.train()) first"
 
@@ -256,7 +257,11 @@ def hold_weights(model: nn.Module) -> None:
         ValueError: the model is not patched.
         NotImplementedError: ZeRO 3 has taken the weights apart.
     """
-    trained = [layer for layer in patched_layers(model).values() if is_trained(layer)]
+    layers = patched_layers(model).values()
+    for layer in layers:
+        if is_learned(layer):
+            hold_range(layer)
+    trained = [layer for layer in layers if is_trained(layer)]
     warn_clipped(layer for layer in trained if not layer.is_held and not is_shard(layer.weight))
     together: dict[Tensor, list[Any]] = {}
     for layer in trained:

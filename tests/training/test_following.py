@@ -1,6 +1,8 @@
 """Numbers of calibration follow the training."""
 
+import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,6 +35,14 @@ def test_looks_are_many_at_first_and_rare_later():
     assert looks[:17] == list(range(17)) and looks[17:19] == [18, 20]
     assert all(b - a == 64 for a, b in zip(looks[-20:], looks[-19:]))
     assert len([step for step in looks if step < 100]) < 40 and len(looks) < 180
+
+
+def numbers(model):
+    return {
+        f"{name}.{buffer}": getattr(layer, buffer).detach().clone()
+        for name, layer in crossbar_layers(model).items()
+        for buffer in BUFFERS
+    }
 
 
 def layer_in_training(**options):
@@ -133,17 +143,111 @@ def test_a_channel_of_zeros_can_be_trained():
     assert float(model[0].weight.detach().square().mean().sqrt()) > 0.08
 
 
-def test_frozen_layers_and_learned_ranges_keep_their_numbers():
-    for options in ({"learn_input_range": True}, {}):
-        model, x = layer_in_training(**options)
-        before = {name: getattr(model[0], name).detach().clone() for name in BUFFERS}
-        if not options:
-            model.requires_grad_(False)
+def test_frozen_layers_keep_their_numbers():
+    model, x = layer_in_training()
+    before = numbers(model)
+    model.requires_grad_(False)
+    follow_training(model)
+    model(10 * x)
+    follow_training(model)
+    assert all(torch.equal(before[name], number) for name, number in numbers(model).items())
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.2, 10.0])
+def test_a_learned_range_is_moved_out_as_a_static_one_is_and_never_in(factor):
+    found = []
+    for kind in ("static", "learned"):
+        model, x = layer_in_training(input_range=kind, dac_bits=8, input_percentile=98.0)
+        before = numbers(model)
         follow_training(model)
-        model(10 * x)
+        model(factor * x)
         follow_training(model)
-        for name in BUFFERS:
-            assert torch.equal(getattr(model[0], name), before[name]), name
+        found.append(numbers(model))
+    outwards = factor > 1
+    for name, number in found[0].items():
+        if name not in ("0.input_range", "0.input_floor") or outwards:
+            assert torch.equal(number, found[1][name]), name
+    assert torch.equal(found[0]["0.input_range"], found[1]["0.input_range"]) == outwards
+    assert torch.equal(found[1]["0.input_range"], before["0.input_range"]) != outwards
+
+
+@pytest.mark.parametrize("left_out", [0.005, 0.04])
+def test_a_learned_range_may_leave_out_a_hundredth(left_out):
+    model, x = layer_in_training(input_range="learned", center_inputs=False)
+    model[0].input_range.data.fill_(float(x.abs().flatten().quantile(1 - left_out)))
+    before = float(model[0].input_range.detach())
+    follow_training(model)
+    model(x)
+    follow_training(model)
+    assert float(clamped_shares(model)["0"]) == pytest.approx(left_out, abs=1.5e-3)
+    assert float(model[0].input_range.detach()) == pytest.approx(before if left_out < 0.01 else float(x.abs().max()))
+
+
+def test_learned_ranges_that_are_frozen_stay_and_are_looked_at():
+    model, x = layer_in_training(input_range="learned")
+    model[0].input_range.requires_grad_(False)
+    before = model[0].input_range.clone()
+    follow_training(model)
+    model(10 * x)
+    follow_training(model)
+    assert torch.equal(model[0].input_range, before) and float(clamped_shares(model)["0"]) > 0.5
+
+
+def test_a_look_at_the_same_input_under_another_learned_range_is_another():
+    model, x = layer_in_training(input_range="learned")
+    follow_training(model)
+    shares = []
+    for span in (0.1, 0.2, 100.0):
+        begin_following(model, settled=True)
+        model[0].input_range.data.fill_(span)
+        with torch.no_grad():
+            model[0].input_range.mul_(1.0)  # as an optimizer's step
+        model(x)
+        follow_training(model)
+        shares.append(float(clamped_shares(model)["0"]))
+    u = (x - model[0].input_offset).abs()
+    assert shares == pytest.approx([float((u > span).float().mean()) for span in (0.1, 0.2, 100.0)])
+
+
+def test_a_learned_range_that_a_step_takes_below_zero_is_the_smallest_in_training_and_after():
+    model, x = layer_in_training(input_range="learned", retention_loss="none")
+    model[0].input_range.data.fill_(0.01)
+    optimizer = torch.optim.SGD([model[0].input_range], lr=1.0)
+    model[0].input_range.grad = torch.ones(1)
+    optimizer.step()
+    expected = model(x).detach()
+    for holds in (False, True):
+        if holds:
+            hold_weights(model)
+            assert float(model[0].input_range) == pytest.approx(1e-12)
+        with torch.no_grad():
+            torch.testing.assert_close(model.eval()(x), expected)
+            torch.testing.assert_close(model.train()(x), expected)
+        assert model[0].calibrated
+    follow_training(model)
+    model(x)
+    follow_training(model)
+    assert float(model[0].input_range) == pytest.approx(float((x - model[0].input_offset).abs().max()), rel=0.2)
+
+
+def test_what_zero_keeps_of_a_learned_range_is_moved_and_held_too():
+    model, x = layer_in_training(input_range="learned")
+    span, master = model[0].input_range, torch.full((1,), -3.0)
+    address = SimpleNamespace(start=0, numel=1)
+    span._hp_mapping = SimpleNamespace(lp_fragment_address=address, get_hp_fragment=lambda: master)
+    hold_weights(model)
+    assert float(master) == pytest.approx(1e-12) and float(span.detach()) > 1
+    follow_training(model)
+    model(10 * x)
+    follow_training(model)
+    assert torch.equal(master, span.detach()) and float(master) > 20
+
+
+def test_a_learned_range_that_is_not_calibrated_stays_so():
+    model = nn.Sequential(nn.Linear(4, 3))
+    patch_model(model, ReRAMConfig(input_range="learned", retention_loss="none"))
+    hold_weights(model)
+    assert float(model[0].input_range) == 0 and not model[0].calibrated
 
 
 def test_padding_does_not_count(tiny_bert):
@@ -165,12 +269,12 @@ def test_padding_does_not_count(tiny_bert):
     torch.testing.assert_close(seen[0].largest, seen[1].largest)
 
 
-def hot(folder, rate=1e-3, steps=40, **options):
+def hot(folder, rate=1e-3, steps=40, input_range="static", **options):
     """A small model with random weights at a high learning rate."""
     set_seed(0)
     model = models.tiny_bert(num_hidden_layers=2).train()
     args = arguments(folder, max_steps=steps, learning_rate=rate, logging_steps=10)
-    config = ReRAMConfig(retention_loss="none")
+    config = ReRAMConfig(retention_loss="none", input_range=input_range)
     trainer = ReRAMTrainer(model, args, train_dataset=examples(64), reram_config=config, **options)
     trainer.train()
     return trainer
@@ -183,6 +287,20 @@ def test_the_trainer_follows_by_default_and_logs_what_is_clamped(tmp_path):
         logged[follows] = [line["clamped"] for line in trainer.state.log_history if "clamped" in line]
         assert crossbar_layers(trainer.model)["classifier"].crossbar.following is None
     assert logged[True][-1] < 0.01 and logged[False][-1] > 3 * logged[True][-1]
+
+
+def test_learned_ranges_keep_up_with_a_hot_training(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("hf_reram.training.mixin"), "propagate", True)
+    logged, losses = {}, {}
+    for follows in (True, False):
+        caplog.clear()
+        trainer = hot(tmp_path, 1e-2, 30, "learned", follow_training=follows)
+        lines = [line for line in trainer.state.log_history if "loss" in line]
+        logged[follows], losses[follows] = [line["clamped"] for line in lines], lines[-1]["loss"]
+        told = any("beyond their input range" in record.getMessage() for record in caplog.records)
+        assert told or follows
+    assert logged[True][-1] < 0.02 and logged[False][-1] > 0.1
+    assert losses[True] < losses[False] - 0.02
 
 
 def test_much_that_is_clamped_is_told_once(caplog):
@@ -283,14 +401,6 @@ def test_scales_that_are_set_during_a_training_are_those_of_their_weights(way):
         model[0].weight.mul_(2)
     follow_training(model)
     torch.testing.assert_close(model[0].weight_scale, 2 * other[0].weight_scale)
-
-
-def numbers(model):
-    return {
-        f"{name}.{buffer}": getattr(layer, buffer).detach().clone()
-        for name, layer in crossbar_layers(model).items()
-        for buffer in BUFFERS
-    }
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, 1e30])

@@ -49,6 +49,18 @@ def test_two_processes_follow_as_one(python, tmp_path, one, environment):
         assert equal(rank["weights"], two[0]["weights"])
 
 
+@pytest.mark.slow
+def test_learned_ranges_that_are_sharded_follow_as_those_of_one_process(python, tmp_path):
+    out = str(tmp_path / "one.pt"), str(tmp_path / "two.pt")
+    one = loaded(out[0], python.run("-m", SCRIPT, out[0], str(tmp_path / "a"), INPUT_RANGE="learned"))[0]
+    two = loaded(out[1], *python.run_two("-m", SCRIPT, out[1], str(tmp_path / "b"), INPUT_RANGE="learned", **FSDP2))
+    assert [rank["sharded"] for rank in two] == [True, True]
+    names = [name for name in one["weights"] if name.endswith("input_range")]
+    assert len(names) == 14
+    for rank in two:
+        close(rank["weights"], one["weights"])
+
+
 def equal(a: dict, b: dict) -> bool:
     """Nested, to the last bit."""
     return a.keys() == b.keys() and all(
