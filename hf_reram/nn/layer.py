@@ -25,6 +25,9 @@ FILLS |= {"range_shrink": 1.0, "gain": 1.0, "input_floor": -1.0, "pairs_per_weig
 # Elements of a weight that tell whether it has changed.
 FEW = 61
 
+# In place of a weight's count: nothing was beyond its range but by choice when it was looked at, or that was said.
+LOOKED = object()
+
 # What copies and pickles start without, and nothing saves.
 _PASSING: dict[str, Any] = {
     "chip": None,
@@ -104,7 +107,7 @@ class CrossbarLayer(Layout):
     _white_std: Tensor | None = None
     _white_of: Any = None  # the weight and its scale, and their versions
     _looked: Any = None  # some of the weights that were looked at last, and their version
-    _held: Any = None  # the weight and its version when it was last held within its range, None where others wrote it
+    _held: Any = None  # the weight and its version when it was last held within its range; None: to be looked at
 
     # The signal
 
@@ -125,8 +128,8 @@ class CrossbarLayer(Layout):
         counter.calls = 1 if compiled else counter.calls + 1
         if self.training:
             self.crossbar.enter(self.crossbar_name, input.shape[0] if input.dim() else 1)
-            if not compiled and self._held is not None and self._held != self._count():
-                self._held = None
+            if not compiled and self._held is not LOOKED and (self._held is None or self._held != self._count()):
+                self._held = LOOKED
                 self.crossbar.note_changed(self)
         elif self.chip is None and not compiled and self._has_changed():
             self.crossbar.note_changed(self)
@@ -194,12 +197,13 @@ class CrossbarLayer(Layout):
 
     @property
     def is_held(self) -> bool:
-        """Whether nothing but an optimizer's step has written the weight since it was last held within its range."""
+        """Whether nothing but an optimizer's step has written the weight since it was last held within its range, or
+        a training forward has looked at it."""
         return self._held is not None
 
     def note_held(self) -> None:
         """The weight lies within its range now: what a training forward finds changed was no step."""
-        self._held = self._count()
+        self._held = self._count() or LOOKED
         self.crossbar.clipped.pop(self.crossbar_name, None)
 
     def _count(self) -> Any:
@@ -336,6 +340,8 @@ class CrossbarLayer(Layout):
             if tensor is not None and tensor.dtype != torch.float32:  # assigned
                 tensor.data = tensor.data.float()
         self.forget_white_noise()
+        if f"{prefix}weight" in state:
+            self._held = None
         if "meta" not in (self.input_range.device.type, self.weight.device.type):
             self.scalars()  # compiled code does not look
             if f"{prefix}weight_scale" in state:

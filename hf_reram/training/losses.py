@@ -262,7 +262,8 @@ def hold_weights(model: nn.Module) -> None:
         if is_learned(layer):
             hold_range(layer)
     trained = [layer for layer in layers if is_trained(layer)]
-    warn_clipped(layer for layer in trained if not layer.is_held and not is_shard(layer.weight))
+    unseen = (layer for layer in trained if not layer.is_held and not layer.crossbar.forward.compiled)
+    warn_clipped(layer for layer in unseen if not is_shard(layer.weight))
     together: dict[Tensor, list[Any]] = {}
     for layer in trained:
         if isinstance(layer, Part):

@@ -3,6 +3,7 @@
 import copy
 import logging
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -12,14 +13,18 @@ from transformers import BertForSequenceClassification, TrainingArguments
 from hf_reram import (
     ReRAMConfig,
     ReRAMTrainer,
+    add_retention_loss,
     calibrate,
     crossbar_layers,
     deploy,
     evaluate_robustness,
+    follow_training,
     hold_weights,
     inspect_layers,
     patch_model,
+    sampled_drift,
 )
+from hf_reram.nn.clipping import clipped_beyond_choice
 from tests.samples.models import bert_batch, tiny_bert
 
 
@@ -153,6 +158,50 @@ def test_weights_that_a_loop_of_ones_own_loads_are_named_before_they_are_cut(sai
     model.load_state_dict(larger, strict=False)
     assert set(step()) == set(crossbar_layers(model))
     assert step() == {}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("optimizer", [partial(torch.optim.SGD, lr=1e-3), partial(torch.optim.AdamW, lr=1e-3)])
+def test_the_loop_of_the_readme_says_nothing(said, optimizer, compiled):
+    """The first step moves weights that lie at the edge of a small layer beyond it."""
+    model = patched().train()
+    runs, stepper = torch.compile(model, backend="eager") if compiled else model, optimizer(model.parameters())
+    beyond = 0
+    for _ in range(3):
+        with sampled_drift(model):
+            output = runs(**bert_batch())
+        loss, _ = add_retention_loss(output.loss, model)
+        loss.backward()
+        stepper.step()
+        stepper.zero_grad()
+        beyond += len(clipped_beyond_choice(crossbar_layers(model).values()))
+        follow_training(model)
+        hold_weights(model)
+    assert said() == {} and beyond > 0
+    call(model)
+    assert said() == {}
+
+
+@pytest.mark.parametrize("follows", [False, True])
+def test_weights_that_are_loaded_between_a_forward_and_its_step_are_named(said, follows):
+    model, other = patched(retention_loss="none").train(), tiny_bert().state_dict()
+    model(**bert_batch()).loss.backward()
+    assert said() == {}
+    model.load_state_dict({k: 30 * v for k, v in other.items() if k.endswith("weight")}, strict=False)
+    if follows:
+        follow_training(model)
+    hold_weights(model)
+    assert set(said()) == set(crossbar_layers(model))
+
+
+def test_weights_that_were_written_before_the_first_step_are_named_once(said):
+    model = patched(retention_loss="none").train()
+    grow(model.classifier)
+    for named in (["classifier"], []):
+        model(**bert_batch()).loss.backward()
+        follow_training(model)
+        hold_weights(model)
+        assert list(said()) == named
 
 
 def test_a_state_dict_with_its_own_numbers_is_not(said):
