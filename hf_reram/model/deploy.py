@@ -62,7 +62,8 @@ def deploy(
 
     Raises:
         ValueError: the model is not patched or is digital here, or a bad time, temperature or seed.
-        RuntimeError: at the end, weights have changed in between, which were no longer the chip's.
+        RuntimeError: at the end, weights or numbers of calibration have changed in between, which were no longer the
+            chip's.
     """
     seed = checked_seed(seed)
     seconds = None if time is None else parse_time(time)
@@ -151,7 +152,8 @@ def refuse_changed(layers: dict[CrossbarLayer, str], sharded: bool = False) -> N
         sharded: other processes hold the other parts of the weights, and ask too.
 
     Raises:
-        RuntimeError: the weights of layers that are deployed have changed, by whatever.
+        RuntimeError: the weights of layers that are deployed, or their numbers of calibration, have changed, by
+            whatever.
     """
     flags = [
         isinstance(layer, CrossbarLayer)
@@ -164,8 +166,8 @@ def refuse_changed(layers: dict[CrossbarLayer, str], sharded: bool = False) -> N
         flags = any_process(flags, next(iter(layers)).input_range.device)
     if changed := [name for name, flag in zip(layers.values(), flags) if flag]:
         raise RuntimeError(
-            f"the weights of {len(changed)} layers changed while the model was deployed, whose outputs since are "
-            f"of no chip: change them outside of deploy: {', '.join(changed)}"
+            f"the weights or numbers of calibration of {len(changed)} layers changed while the model was deployed, "
+            f"whose outputs since are of no chip: change them outside of deploy: {', '.join(changed)}"
         )
 
 

@@ -10,12 +10,15 @@ from torch import Tensor
 from .ops.functions import DriftedWeight, OffsetOutput, Quantize, WeightVariance, clip_weight
 from .ops.reference import weight_mean
 from .places import Part, parameter_of
-from .scalars import Scalars
+from .scalars import BUFFERS, Scalars
 from .tensors import is_shard, whole
 
 if TYPE_CHECKING:
     from .layer import CrossbarLayer
 
+
+# Of sums that tell whether bits have changed.
+PRIME = (1 << 31) - 1
 
 # Weights that tell the power of noise: their sampling error is mostly below a hundredth.
 MEASURED = 1 << 16
@@ -62,16 +65,18 @@ class Chip(NamedTuple):
 
 
 class Source(NamedTuple):
-    """The tensors that a layer's weight is made of, as they were when it was programmed.
+    """The tensors that a layer's weight is made of, as they were when it was programmed, and what drives and reads it.
 
     Attributes:
         tensors: weak references. versions: PyTorch's counts of changes, -1 where there is none. sums: of their bits.
-        sharded: of this process's parts; FSDP2 has other tensors in a forward.
+        numbers: the sum of those of calibration. sharded: of this process's parts; FSDP2 has other tensors in a
+            forward.
     """
 
     tensors: tuple[Any, ...]
     versions: tuple[int, ...]
     sums: tuple[Tensor, ...]
+    numbers: Tensor
     sharded: bool
 
     @classmethod
@@ -82,6 +87,7 @@ class Source(NamedTuple):
             tuple(weakref.ref(t) for t in found),
             tuple(-1 if t.is_inference() else t._version for t in found),
             tuple(bit_sum(t) for t in contents(layer)),
+            number_sum(layer),
             any(map(is_shard, found)),
         )
 
@@ -96,12 +102,12 @@ class Source(NamedTuple):
         return any(v != -1 and (t.is_inference() or t._version != v) for v, t in zip(self.versions, now))
 
     def has_changed(self, layer: "CrossbarLayer") -> bool:
-        """The same by each bit of them, whatever changed it; a pass over the weight. Of a weight that is sharded, by
-        this process's part of it, outside of forwards."""
+        """The same by each bit of them, and of the numbers of calibration, whatever changed it; a pass over the weight.
+        Of a weight that is sharded, by this process's part of it, outside of forwards."""
         if self.is_other(layer):
             return True
-        now = [bit_sum(t) for t in contents(layer)]
-        return any(not torch.equal(a.to(b.device), b) for a, b in zip(self.sums, now))
+        now = [*map(bit_sum, contents(layer)), number_sum(layer)]
+        return any(not torch.equal(a.to(b.device), b) for a, b in zip((*self.sums, self.numbers), now))
 
 
 def sources(layer: "CrossbarLayer") -> list[Tensor]:
@@ -119,13 +125,28 @@ def contents(layer: "CrossbarLayer") -> list[Tensor]:
 
 
 @torch.no_grad()
+def number_sum(layer: "CrossbarLayer") -> Tensor:
+    """:func:`bit_sum` of a layer's numbers of calibration."""
+    numbers: list[Any] = [getattr(layer, name).detach() for name in BUFFERS]
+    return bit_sum(torch.cat([(t.to_local() if is_shard(t) else t).flatten() for t in numbers]))
+
+
+@torch.no_grad()
 def bit_sum(t: Tensor) -> Tensor:
-    """A number of a tensor's bits, which changes with any of its elements and with the order of its rows, (2,)."""
-    local: Any = t.to_local() if hasattr(t, "to_local") else t
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[local.element_size()]
-    rows = local.detach().contiguous().view(bits).reshape(max(local.shape[0], 1) if local.dim() else 1, -1)
-    sums = rows.sum(1, dtype=torch.int64)
-    return torch.stack((sums.sum(), (sums * torch.arange(1, len(sums) + 1, device=sums.device)).sum()))
+    """Numbers of a tensor's bits, which change with any of its elements, with the order of its rows, and with that of
+    the elements of a row, (3,): of each row's sum, and of each column's, one weighted by its place."""
+    local: Any = t.to_local() if is_shard(t) else t
+    bits = {1: torch.uint8, 2: torch.int16}.get(local.element_size(), torch.int32)  # in whose sums nothing overflows
+    length = max(local.shape[0], 1) if local.dim() else 1
+    rows = local.detach().contiguous().reshape(length, -1).view(bits)
+    of_rows, of_columns = rows.sum(1, dtype=torch.int64), rows.sum(0, dtype=torch.int64)
+    return torch.stack((of_rows.sum(), _by_place(of_rows), _by_place(of_columns)))
+
+
+def _by_place(sums: Tensor) -> Tensor:
+    """``Σ i s_i``, modulo a prime that keeps it within int64."""
+    places = torch.arange(1, len(sums) + 1, device=sums.device) % PRIME
+    return (sums % PRIME * places % PRIME).sum()
 
 
 def hold(layer: "CrossbarLayer", now: Scalars) -> Held:

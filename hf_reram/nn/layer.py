@@ -306,8 +306,6 @@ class CrossbarLayer(Layout):
         before = {name: t.detach() for name in BUFFERS if (t := getattr(self, name, None)) is not None}
         chips = [(context, chip, chip.source.has_changed(self)) for context, chip in (self._chips or {}).items()]
         super()._apply(fn, recurse)
-        for context, chip, stale in chips:
-            self.put(context, chip.applied(fn, self, stale))
         for name, old in before.items():
             new = getattr(self, name)
             if new.is_inference() and name in self._buffers:  # calibration and training may follow
@@ -321,6 +319,8 @@ class CrossbarLayer(Layout):
                 new.data = old.to(new.device, torch.float32)
             else:
                 self._buffers[name] = old.to(new.device, torch.float32)
+        for context, chip, stale in chips:  # whose source is the numbers too
+            self.put(context, chip.applied(fn, self, stale))
         if getattr(self, "sensitivity", None) is not None and self.weight.device.type != "meta":
             self.sensitivity = self.sensitivity.to(self.weight.device)  # type: ignore[union-attr]
         return self

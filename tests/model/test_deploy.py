@@ -8,6 +8,7 @@ from torch.nn.utils import prune
 
 from hf_reram import ReRAMConfig, calibrate, crossbar_layers, deploy, digital, patch_model, unpatch_model
 from hf_reram.nn import CrossbarLayer
+from hf_reram.nn.array import bit_sum
 from tests.samples.devices import SILENT, device
 from tests.samples.models import bert_batch
 
@@ -230,6 +231,14 @@ def test_weights_that_hooks_compute_are_no_chip(chip):
         chip(**bert_batch())
 
 
+def test_a_chip_whose_model_moves_is_still_that_chip(chip):
+    """Numbers of calibration stay as they are, whatever the dtype."""
+    with deploy(chip, "1d"):
+        chip.to(torch.bfloat16)
+        chip(**bert_batch())
+        chip.float()
+
+
 def test_numbers_that_were_written_past_pytorch_count(chip):
     layer = crossbar_layers(chip)["classifier"]
     layer.input_range.data.mul_(0.1)
@@ -281,8 +290,44 @@ CHANGES = {
     "of .data, and moved": lambda m: (m.classifier.weight.data.mul_(5), m.float()),
     "another tensor": lambda m: setattr(m.classifier, "weight", nn.Parameter(m.classifier.weight.detach() * 5)),
     "rows swapped": lambda m: setattr(m.classifier.weight, "data", m.classifier.weight.data.flip(0).clone()),
+    "elements of a row swapped": lambda m: setattr(m.classifier.weight, "data", m.classifier.weight.data.flip(1)),
+    "both": lambda m: setattr(m.classifier.weight, "data", m.classifier.weight.data.flip(0, 1)),
     "a merged adapter": _merge_adapter,
+    "a range": lambda m: m.classifier.input_range.fill_(0.1),
+    "a range's .data": lambda m: m.classifier.input_range.data.mul_(1.001),
+    "scales of channels swapped": lambda m: m.classifier.weight_scale.copy_(m.classifier.weight_scale.flip(0)),
+    "an offset, and moved": lambda m: (m.classifier.input_offset.data.add_(0.1), m.to(torch.bfloat16)),
 }
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8])
+def test_the_sum_of_bits_knows_each_element_and_its_place(dtype):
+    torch.manual_seed(0)
+    t = torch.randint(-100, 100, (7, 5)).to(dtype)
+    before = bit_sum(t)
+    assert torch.equal(bit_sum(t.clone()), before) and torch.equal(bit_sum(t.mT.contiguous().mT), before)
+    for i in range(7):
+        for j in range(5):
+            other = t.clone()
+            other[i, j] += 1
+            assert not torch.equal(bit_sum(other), before)
+            for place in ((i, (j + 1) % 5), ((i + 1) % 7, j)):
+                other = t.clone()
+                other[i, j], other[place] = t[place], t[i, j]
+                assert torch.equal(bit_sum(other), before) == bool(t[place] == t[i, j])
+
+
+def test_the_sum_of_bits_is_that_of_whole_numbers():
+    """Of the largest patterns too, in Python's integers, which never overflow."""
+    t = torch.full((3000, 40), -1e-45).view(torch.int32).fill_((1 << 31) - 1).view(torch.float32)
+    pattern, prime = (1 << 31) - 1, (1 << 31) - 1
+    rows, columns = [pattern * 40] * 3000, [pattern * 3000] * 40
+    t.view(torch.int32)[7, 9] = -5
+    rows[7], columns[9] = pattern * 39 - 5, pattern * 2999 - 5
+    by_place = [sum(s % prime * (i + 1) % prime for i, s in enumerate(sums)) for sums in (rows, columns)]
+    assert bit_sum(t).tolist() == [sum(rows), *by_place]
+    for shape in ((), (0,), (3, 0), (0, 4)):
+        assert bit_sum(torch.zeros(shape)).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("change", CHANGES)
