@@ -8,7 +8,7 @@ import typer
 from ..calibration.settle import calibrate
 from ..device.temperature import parse_temperature
 from ..device.time import format_time, parse_time
-from ..evaluation.inspect import inspect_layers
+from ..evaluation.inspect import LayerReport, inspect_layers
 from ..hub.about import task_of
 from ..model.find import crossbar_state
 from ..model.summary import summarize
@@ -61,7 +61,7 @@ def inspect(
             layer.kind,
             f"{layer.rows} x {layer.columns}",
             f"{layer.cells:,}",
-            "–" if layer.input_range is None else f"{layer.input_range:.3g}{' ◦' if layer.centered else ''}",
+            _range(layer),
             f"{layer.b:.3f}",
             f"{100 * layer.clipped:.1f} %",
             "–" if layer.noise_to_signal is None else f"{layer.noise_to_signal:.2e}",
@@ -74,3 +74,11 @@ def inspect(
     say(str(summarize(found)))
     if any(layer.centered for layer in layers):
         say("◦ centered: the inputs' mean is subtracted digitally")
+
+
+def _range(layer: LayerReport) -> str:
+    found = "–" if layer.input_range is None else f"{layer.input_range:.3g}"
+    if layer.range_kind != "static":
+        kind = layer.range_kind.replace("_", " ")
+        found = kind if layer.input_range is None else f"{found} {kind}"
+    return f"{found} ◦" if layer.centered else found

@@ -29,7 +29,8 @@ class LayerReport:
     Attributes:
         name, kind: qualified name, and the digital layer's class. rows, columns: of its array, groups side by side.
         cells: two a weight and pair. pairs_per_weight: that hold each weight.
-        input_range: of the DAC in units of the input, None where not calibrated.
+        range_kind: of its input range, "static", "learned", or "per_token".
+        input_range: of the DAC in units of the input; None where not calibrated, and where each token has its own.
         centered, equalized: whether it subtracts an offset from its input, and divides its channels by scales.
         b: how far a full-scale input goes into the sinh.
         clipped: share of the weights beyond w_scale. noise_to_signal: ``E|ΔW φ|² / E|W φ|²`` with data, else
@@ -42,6 +43,7 @@ class LayerReport:
     columns: int
     cells: int
     pairs_per_weight: int
+    range_kind: str
     input_range: float | None
     centered: bool
     equalized: bool
@@ -75,7 +77,7 @@ def inspect_layers(
     reshard(model)
     found = []
     for name, layer in layers.items():
-        span, b, *_ = read_scalars(layer)
+        now = read_scalars(layer)
         weight = cell_weight(layer, whole(layer.weight.detach()))
         rows = layer.to_rows(weight)
         beyond = (weight.abs() > layer.held_scale()).float().mean()
@@ -87,10 +89,11 @@ def inspect_layers(
                 columns=rows.shape[0] * rows.shape[1],
                 cells=layer.cells,
                 pairs_per_weight=layer.pairs,
-                input_range=span or None,
+                range_kind=layer.range_kind,
+                input_range=None if now.per_token else now.input_range or None,
                 centered=layer.centered,
                 equalized=layer.equalized,
-                b=b,
+                b=now.b,
                 clipped=float(beyond),
                 noise_to_signal=ratios.get(name),
             )

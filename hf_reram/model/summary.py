@@ -18,7 +18,7 @@ class CrossbarSummary:
         device: name of the cell technology, or of several.
         layers: crossbar layers. cells: ReRAM cells, two a weight and pair; layers that share a weight share its cells.
         weights: weights on crossbars. parameters: all of the model's parameters.
-        calibrated: layers that have an input range.
+        calibrated: layers that have an input range. per_token: layers where each token (each image) has its own.
         digital: modules with matrices of their own that stay digital, by name and class.
     """
 
@@ -29,6 +29,7 @@ class CrossbarSummary:
     parameters: int
     calibrated: int
     digital: tuple[str, ...]
+    per_token: int = 0
 
     @property
     def share(self) -> float:
@@ -36,9 +37,10 @@ class CrossbarSummary:
         return self.weights / max(self.parameters, 1)
 
     def __str__(self) -> str:
+        own = f", {self.per_token} with an input range per token" if self.per_token else ""
         return (
-            f"{self.layers} crossbar layers on {self.device} ({self.calibrated} calibrated): {self.cells:,} cells hold "
-            f"{self.weights:,} weights, {100 * self.share:.1f} % of the model's {self.parameters:,} parameters"
+            f"{self.layers} crossbar layers on {self.device} ({self.calibrated} calibrated{own}): {self.cells:,} cells "
+            f"hold {self.weights:,} weights, {100 * self.share:.1f} % of the model's {self.parameters:,} parameters"
         )
 
 
@@ -49,6 +51,7 @@ def summarize(model: nn.Module) -> CrossbarSummary:
         ValueError: the model is not patched.
     """
     states, layers = crossbar_states(model), crossbar_layers(model)
+    there = [layer for layer in layers.values() if layer.weight.device.type != "meta"]
     held = [layers[same[0]] for same in arrays(layers)]
     weights = sum(layer.weight.numel() for layer in held)
     ranges = sum(p.numel() for name, p in model.named_parameters() if name.endswith("input_range"))
@@ -63,8 +66,9 @@ def summarize(model: nn.Module) -> CrossbarSummary:
         cells=sum(layer.cells for layer in held),
         weights=weights,
         parameters=sum(p.numel() for p in model.parameters()) - ranges,
-        calibrated=sum(layer.weight.device.type != "meta" and layer.calibrated for layer in layers.values()),
+        calibrated=sum(layer.calibrated for layer in there),
         digital=digital,
+        per_token=sum(layer.range_kind == "per_token" for layer in there),
     )
 
 

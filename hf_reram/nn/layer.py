@@ -4,7 +4,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..device.moments import WeightError
 from .array import Chip, clipped_share, hold, white_noise_std
@@ -151,6 +151,14 @@ class CrossbarLayer(Layout):
     def calibrated(self) -> bool:
         """Whether the layer has an input range."""
         return self.scalars().input_range > 0
+
+    @property
+    def range_kind(self) -> str:
+        """Of its input range: "static", "learned", or "per_token"; with ``input_range="auto"`` calibration chooses
+        between the first and the last."""
+        if isinstance(self.input_range, nn.Parameter):
+            return "learned"
+        return "per_token" if self.scalars().per_token else "static"
 
     @property
     def centered(self) -> bool:
@@ -361,6 +369,7 @@ class CrossbarLayer(Layout):
         device = self.crossbar.config.device
         if self.input_range.device.type == "meta":
             return f"{super().extra_repr()}, crossbar={device.name}"
-        r, b, *_ = read_scalars(self)
-        span = f"{r:.4g}" if r > 0 else "not calibrated"
+        now = read_scalars(self)
+        r, b = now.input_range, now.b
+        span = "not calibrated" if r <= 0 else "per token" if now.per_token else f"{r:.4g}"
         return f"{super().extra_repr()}, crossbar={device.name}, input_range={span}, b={b:.3g}"

@@ -43,6 +43,21 @@ def test_eval_and_inspect_of_a_plain_checkpoint(tmp_path):
     assert len(json.loads(shown.stdout)["layers"]) == 3
 
 
+@pytest.mark.parametrize(("kind", "shown"), [("static", None), ("learned", "learned"), ("per_token", "per token")])
+def test_inspect_says_which_kind_of_range_a_layer_has(tmp_path, kind, shown):
+    model = patch_model(image_sample.save_model(tmp_path), ReRAMConfig(input_range=kind))
+    batch = torch.randn(4, 3, 32, 32)
+    calibrate(model, [batch]).save_pretrained(tmp_path)
+    command = ["inspect", str(tmp_path), "--top", "2"]
+    layers = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)["layers"]
+    assert [layer["range_kind"] for layer in layers] == [kind] * 2
+    assert all((layer["input_range"] is None) == (kind == "per_token") for layer in layers)
+    table = CliRunner().invoke(app, command, terminal_width=400, env={"COLUMNS": "400"}).stdout
+    ranges = "" if kind == "per_token" else f"{layers[0]['input_range']:.3g}"
+    assert f"{ranges} {shown or ''}".strip() in table and ("input range per token)" in table) == (kind == "per_token")
+    assert ("learned" in table) == (kind == "learned")
+
+
 @pytest.mark.parametrize("change", ["processor", "labels"])
 def test_an_evaluation_with_another_preprocessing_or_config_is_another(tmp_path, change):
     base = image_sample.save_model(tmp_path / "base")

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_reram import ReRAMConfig, calibrate, crossbar_layers, deploy, digital, patch_model
+from hf_reram import ReRAMConfig, calibrate, crossbar_layers, deploy, digital, patch_model, summarize
 from hf_reram.evaluation.inspect import inspect_layers
 from tests.samples.devices import device
 from tests.samples.models import bert_batch
@@ -48,3 +48,58 @@ def test_bad_times_and_plain_models_are_refused(tiny_bert):
     patch_model(tiny_bert, ReRAMConfig())
     with pytest.raises(ValueError, match="is not a time"):
         inspect_layers(tiny_bert, "soon")
+
+
+def of_kinds(kind):
+    """Tokens of one size, and others of which some are ten thousand times as large."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"even": nn.Linear(8, 6), "massive": nn.Linear(8, 6)})
+    x = torch.randn(400, 8)
+    x = x / x.abs().amax(1, keepdim=True)
+    batch = {"even": x, "massive": x * torch.logspace(0, 4, 400)[:, None]}
+    whole = Both(model)
+    patch_model(whole, ReRAMConfig(input_range=kind, dac_bits=8, adc_bits=8, center_inputs=False))
+    return calibrate(whole, [batch]), batch
+
+
+class Both(nn.Module):
+    def __init__(self, parts):
+        super().__init__()
+        self.parts = parts
+
+    def forward(self, even, massive):
+        return self.parts["even"](even), self.parts["massive"](massive)
+
+
+@pytest.mark.parametrize(
+    ("kind", "even", "massive"),
+    [
+        ("static", "static", "static"),
+        ("auto", "static", "per_token"),
+        ("per_token", "per_token", "per_token"),
+        ("learned", "learned", "learned"),
+    ],
+)
+def test_where_each_token_has_a_range_of_its_own_none_is_shown(kind, even, massive):
+    model, batch = of_kinds(kind)
+    found = {layer.name.removeprefix("parts."): layer for layer in inspect_layers(model, "1d")}
+    assert {name: layer.range_kind for name, layer in found.items()} == {"even": even, "massive": massive}
+    for name, layer in found.items():
+        if layer.range_kind == "per_token":
+            assert layer.input_range is None and "input_range=per token, b=" in repr(model.parts[name])
+        else:
+            largest = float(batch[name].abs().max())
+            assert layer.input_range == pytest.approx(largest, rel=0.05)
+            assert f"input_range={layer.input_range:.4g}, b=" in repr(model.parts[name])
+    own = [even, massive].count("per_token")
+    summary = summarize(model)
+    assert summary.per_token == own and summary.calibrated == 2
+    said = f"(2 calibrated, {own} with an input range per token)" if own else "(2 calibrated)"
+    assert said in str(summary)
+
+
+def test_a_range_that_is_not_calibrated_is_none():
+    model = nn.Sequential(nn.Linear(4, 3))
+    patch_model(model, ReRAMConfig())
+    (found,) = inspect_layers(model, "1d")
+    assert (found.range_kind, found.input_range) == ("static", None) and "input_range=not calibrated" in repr(model)
