@@ -11,7 +11,7 @@ from .ops.functions import DriftedWeight, OffsetOutput, Quantize, WeightVariance
 from .ops.reference import weight_mean
 from .places import Part, parameter_of
 from .scalars import BUFFERS, Scalars
-from .tensors import is_shard, whole
+from .tensors import is_shard, own_part, whole
 
 if TYPE_CHECKING:
     from .layer import CrossbarLayer
@@ -127,15 +127,14 @@ def contents(layer: "CrossbarLayer") -> list[Tensor]:
 @torch.no_grad()
 def number_sum(layer: "CrossbarLayer") -> Tensor:
     """:func:`bit_sum` of a layer's numbers of calibration."""
-    numbers: list[Any] = [getattr(layer, name).detach() for name in BUFFERS]
-    return bit_sum(torch.cat([(t.to_local() if is_shard(t) else t).flatten() for t in numbers]))
+    return bit_sum(torch.cat([own_part(getattr(layer, name).detach()).flatten() for name in BUFFERS]))
 
 
 @torch.no_grad()
 def bit_sum(t: Tensor) -> Tensor:
     """Numbers of a tensor's bits, which change with any of its elements, with the order of its rows, and with that of
     the elements of a row, (3,): of each row's sum, and of each column's, one weighted by its place."""
-    local: Any = t.to_local() if is_shard(t) else t
+    local = own_part(t)
     bits = {1: torch.uint8, 2: torch.int16}.get(local.element_size(), torch.int32)  # in whose sums nothing overflows
     length = max(local.shape[0], 1) if local.dim() else 1
     rows = local.detach().contiguous().reshape(length, -1).view(bits)

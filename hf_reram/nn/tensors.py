@@ -16,6 +16,11 @@ def whole(tensor: Any) -> Any:
     return tensor.full_tensor() if is_shard(tensor) else tensor
 
 
+def own_part(tensor: Any) -> Any:
+    """What this process holds of the tensor."""
+    return tensor.to_local() if is_shard(tensor) else tensor
+
+
 def tensors_of(value: Any) -> list[Tensor]:
     """All tensors in a model's outputs or inputs: in lists, tuples, dicts, and attributes of other objects."""
     return list(_tensors(value, set()))

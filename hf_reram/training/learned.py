@@ -1,15 +1,13 @@
 """Input ranges that the optimizer learns, written to beside its steps: also where FSDP2 has sharded them, and in what
 DeepSpeed's ZeRO 1 and 2 keep of them in float32."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from ..model.hooks import MASTERS
 from ..nn import CrossbarLayer
 from ..nn.scalars import SMALLEST_RANGE
-from ..nn.tensors import is_shard
+from ..nn.tensors import own_part
 
 
 def is_learned(layer: CrossbarLayer) -> bool:
@@ -36,6 +34,6 @@ def hold_range(layer: CrossbarLayer) -> None:
 
 def _parts(layer: CrossbarLayer) -> list[Tensor]:
     """What this process has of the range."""
-    span: Any = layer.input_range
+    span = layer.input_range
     masters = [found[0] for master in MASTERS if (found := master(span)) is not None]
-    return [span.to_local() if is_shard(span) else span.detach(), *masters]
+    return [own_part(span.detach()), *masters]
