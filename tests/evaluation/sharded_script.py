@@ -89,12 +89,13 @@ def numbers(options: dict) -> dict:
         name: [whole(getattr(layer, buffer).detach()).clone() for buffer in BUFFERS] + [layer.sensitivity]
         for name, layer in crossbar_layers(model).items()
     }
+    found["kinds"] = {layer.name: layer.range_kind for layer in inspect_layers(model, "1d")}
     for key, batches in (("by weights", None), ("by data", [bert_batch(seed=4)])):
         found[key] = {
-            f"{layer.name} {name}": value
+            f"{layer.name} {name}": 0.0 if value is None else value
             for layer in inspect_layers(model, "1d", batches=batches)
             for name, value in asdict(layer).items()
-            if name not in ("name", "kind")
+            if name not in ("name", "kind", "range_kind")
         }
     with deploy(model, "1d", seed=3), torch.no_grad():  # the root's weights are whole since the last forward
         found["chip"] = model(**bert_batch()).logits

@@ -38,6 +38,7 @@ def test_calibrate_inspect_and_evaluate_find_what_one_process_finds(both, case):
         assert found["layers"].keys() == one["layers"].keys()
         for name, values in one["layers"].items():
             torch.testing.assert_close(found["layers"][name], values, rtol=1e-5, atol=1e-7)
+        assert found["kinds"] == one["kinds"] and len(one["kinds"]) == 14
         for key in ("by weights", "by data"):
             assert len(one[key]) == 14 * 10 and found[key] == pytest.approx(one[key], rel=1e-5)
         assert_same_figures(found["report"], one["report"])
