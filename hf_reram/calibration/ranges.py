@@ -94,7 +94,7 @@ def _curve(shared: list[LayerStatistics], config: ReRAMConfig, per_token: bool) 
     if shrink == "auto":
         shrink = _best_shrink(shared, span, config)
     b = config.device.b(shrink)
-    return Curve(span, b, _gain(first, span, b, config))
+    return Curve(span, b, _gain(_driven(first, span), b, config))
 
 
 def _floor(first: LayerStatistics, curve: Curve) -> float:
@@ -111,24 +111,31 @@ def sample_weights(layer: CrossbarLayer, rows: Tensor, inputs: Tensor) -> Tensor
     return relative_weights(rows, inputs)
 
 
-def _gain(statistics: LayerStatistics, span: Any, b: float, config: ReRAMConfig) -> float:
+def _driven(statistics: LayerStatistics, span: Any) -> tuple[Tensor, Tensor]:
+    """|x| in units of the range, and how often each value came: what a gain is fitted to."""
+    if isinstance(span, Tensor):
+        u = statistics.samples.flatten()
+        every = max(1, u.numel() // _FITTED)
+        u = (u[::every] / span.expand_as(statistics.samples).flatten()[::every]).abs()
+        return u, torch.ones_like(u)
+    met = statistics.counts > 0
+    return (statistics.centers()[met] / span).clamp(max=1), statistics.counts[met]
+
+
+def _gain(driven: tuple[Tensor, Tensor], b: float, config: ReRAMConfig) -> float:
     """The read-out gain times b."""
     if config.gain == "small_signal" or b < LINEAR_B:
         return 1.0
     if config.gain == "full_scale":
         return b * full_scale_gain(b)
-    if isinstance(span, Tensor):
-        u = (statistics.samples / span).abs().flatten()
-        u = u[:: max(1, u.numel() // _FITTED)]
-        return b * least_squares_gain(u, torch.ones_like(u), b)
-    u = (statistics.centers() / span).clamp(max=1)
-    return b * least_squares_gain(u, statistics.counts, b)
+    return b * least_squares_gain(*driven, b)
 
 
 def _best_shrink(shared: list[LayerStatistics], span: Any, config: ReRAMConfig) -> float:
     """The shrink with the least expected output error: non-linearity on sampled inputs + read noise. An ADC has a full
     scale for what is left of the currents, so that its step is the same share of them whatever the shrink."""
-    curves = [Curve(span, b, _gain(shared[0], span, b, config)) for b in map(config.device.b, SHRINKS)]
+    driven = _driven(shared[0], span)
+    curves = [Curve(span, b, _gain(driven, b, config)) for b in map(config.device.b, SHRINKS)]
     errors = torch.zeros(len(SHRINKS), dtype=torch.float64)
     for statistics in shared:
         layer, inputs = statistics.layer, statistics.grouped_samples()
