@@ -14,6 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..config import ReRAMConfig
 from ..device.checks import shown
 from ..device.seeds import checked_seed, derived_seed
 from ..device.temperature import parse_temperature
@@ -54,7 +55,9 @@ def evaluate_robustness(
         evaluate: called with the model in evaluation mode, returns metrics by name, or one number. It runs once per
             chip, time and temperature, and once for each reference.
         times: see :func:`hf_reram.deploy`; equal ones count once.
-        temperatures: K, or texts such as "85C"; None takes the config's. Equal ones count once.
+        temperatures: K, or texts such as "85C"; None takes what :func:`hf_reram.deploy` takes by itself: the config's
+            ``temperature``, or the device's reference where that is None. Equal ones count once. The report notes None
+            for the reference.
         seeds: how many chips, or the chips' numbers, each once. Chip ``n`` is the same chip at every time, and its
             read noise the same in every evaluation, whatever else is evaluated beside it.
         references: also evaluate the digital model and the ideal crossbar (I-V curve and converters, nothing else).
@@ -91,9 +94,7 @@ def evaluate_robustness(
     if not callable(evaluate):
         raise ValueError(f"evaluate={evaluate!r}: allowed is a function of the model")
     seconds = list(dict.fromkeys(parse_time(t) for t in times))
-    own = {part.config.temperature for part in states}
-    own_kelvin = own.pop() if len(own) == 1 else None  # None: each part its own
-    kelvins = list(dict.fromkeys(own_kelvin if t is None else parse_temperature(t) for t in temperatures))
+    kelvins = list(dict.fromkeys(_noted(t, [part.config for part in states]) for t in temperatures))
     for kelvin in kelvins:
         for part in states:
             part.config.device.equivalent_time(0.0, part.config.temperature if kelvin is None else kelvin)
@@ -141,6 +142,7 @@ def evaluate_robustness(
         digital=found[Run("digital")] if Run("digital") in runs else None,
         ideal=found[Run("ideal")] if Run("ideal") in runs else None,
         config=state.config.to_dict(),
+        other_configs=[part.config.to_dict() for part in states[1:]],
         summary=str(summarize(model)),
         notes=_notes(model, seconds, kelvins),
         weights=weights,
@@ -228,6 +230,15 @@ def _notes(model: nn.Module, seconds: list[float], kelvins: list[float | None]) 
     if len(states) > 1:
         notes.append(f"parts of the model are on devices of their own: {_devices(model)}")
     return notes
+
+
+def _noted(temperature: str | float | None, configs: Sequence[ReRAMConfig]) -> float | None:
+    """A temperature as a report notes it [K]: None is what ``deploy`` takes by itself where that is the reference, or
+    another one for each part."""
+    own = {config.kelvin for config in configs}
+    kelvin = parse_temperature(temperature) if temperature is not None else own.pop() if len(own) == 1 else None
+    plain = {config.kelvin for config in configs} | {config.device.reference_temperature for config in configs}
+    return None if plain == {kelvin} else kelvin
 
 
 def _chips(seeds: int | Iterable[int]) -> list[int]:

@@ -302,3 +302,25 @@ def test_temperatures_may_be_texts(model):
     assert report.temperatures == [358.15, 300.0]
     with pytest.raises(ValueError, match=r"temperature=85: allowed is 200 to 2000 K.*; 85 °C\? write '85C'"):
         evaluate_robustness(model, mean_square, ["1d"], [85], seeds=1, progress=False)
+
+
+def test_a_temperature_that_a_deployment_takes_by_itself_counts_once():
+    """Which is the config's, or the device's reference."""
+    for configured, given, noted in (
+        (None, [None, 298.15, "25C"], [None]),
+        ("85C", [None, 358.15], [358.15]),
+        ("85C", [298.15, None], [298.15, 358.15]),
+        (298.15, [298.15], [None]),
+    ):
+        torch.manual_seed(0)
+        made = patch_model(nn.Sequential(nn.Linear(8, 4)).eval(), ReRAMConfig(temperature=configured))
+        calibrate(made, [torch.randn(32, 8)])
+        report = evaluate_robustness(made, mean_square, ["1h"], given, 2, progress=False)
+        assert report.temperatures == noted and len(report.measurements) == 2 * len(noted)
+        own = [m.metrics for m in report.measurements if m.temperature == noted[-1]]
+        assert own == [
+            m.metrics for m in evaluate_robustness(made, mean_square, ["1h"], seeds=2, progress=False).measurements
+        ]
+        assert report.statistic("power", "1h", made[0].crossbar.config.kelvin).mean == np.mean(
+            [m["power"] for m in own]
+        )
