@@ -103,7 +103,7 @@ def evaluate_robustness(
     several = processes() > 1
     together = several and (together or talks(model))
     shares = several and share_chips and not together
-    weights = weights_digest(model)
+    weights, settings = weights_digest(model), settings_of(model)
     logs = not together or dist.get_rank() == 0
     with _alike(together or shares):
         log = RunLog(resume, owner_of(model, key, weights)) if resume is not None and logs else None
@@ -146,12 +146,16 @@ def evaluate_robustness(
         summary=str(summarize(model)),
         notes=_notes(model, seconds, kelvins),
         weights=weights,
-        model_config=settings_of(model),
+        model_config=settings,
         uncalled=[name for name in [*crossbar_layers(model), *replaced(model)] if name in silent],
     )
     if differs:
         report.notes.append("processes measured different figures in the same evaluation: these are the first one's")
         logger.warning("%s", report.notes[-1])
+    modules, now = settings["modules"], settings_of(model)["modules"]
+    if changed := [name for name in modules if modules[name] != now.get(name)]:  # counters and caches, or evaluate's
+        report.notes.append(f"attributes of modules changed while the model was evaluated: {', '.join(changed)}")
+        settings["modules"] = {name: value for name, value in modules.items() if name not in changed}
     report.notes += (missing := report.left_out())
     for note in missing:
         logger.warning("%s: it is no part of the means", note)

@@ -41,6 +41,21 @@ _PASSING: dict[str, Any] = {
 }
 
 
+# What a crossbar has beside the digital layer that it was.
+ADDED = (
+    "crossbar",
+    "crossbar_name",
+    "counter",
+    "sensitivity",
+    "copies_output",
+    "clipped_by_choice",
+    "choice_is_known",
+    "_scalars",
+    "_constants",
+    *_PASSING,
+)
+
+
 class Counter:
     """How often a layer ran, on its cells and digitally: one object for the layer and the replicas that
     nn.DataParallel makes of it."""
@@ -294,18 +309,7 @@ class CrossbarLayer(Layout):
         for name in BUFFERS:
             self._buffers.pop(name, None)
             self._parameters.pop(name, None)
-        for name in (
-            "crossbar",
-            "crossbar_name",
-            "counter",
-            "sensitivity",
-            "copies_output",
-            "clipped_by_choice",
-            "choice_is_known",
-            "_scalars",
-            "_constants",
-            *_PASSING,
-        ):
+        for name in ADDED:
             self.__dict__.pop(name, None)
         self.__class__ = self.__dict__.pop("_digital_class")
 
