@@ -1,6 +1,8 @@
 import copy
 import logging
 import threading
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -533,6 +535,25 @@ class Smoothed(ReRAMTrainer):
         return (loss * 2, outputs) if return_outputs else loss * 2
 
 
+@dataclass
+class Factored(TrainingArguments):
+    loss_factor: float = 1.0
+
+
+CFG = SimpleNamespace(threshold=0.5)
+
+
+def counted(prediction):
+    return {"share": float((prediction.predictions.max(-1) > CFG.threshold).mean())}
+
+
+class Weighted(ReRAMTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        loss = nn.functional.cross_entropy(outputs.logits, inputs["labels"], self.class_weights)
+        return (self.args.loss_factor * loss, outputs) if return_outputs else self.args.loss_factor * loss
+
+
 def test_a_resumed_evaluation_knows_what_it_evaluates_with(tmp_path):
     """Of what changes a figure but no weight, each is another evaluation."""
     model = patch_model(fresh_bert(), ReRAMConfig())
@@ -560,6 +581,26 @@ def test_a_resumed_evaluation_knows_what_it_evaluates_with(tmp_path):
     ):
         with pytest.raises(ValueError, match="another evaluation"):
             run(**change)
+    factored = Factored(str(tmp_path), report_to=[], use_cpu=True, remove_unused_columns=False)
+    numbers: list[tuple[float, float]] = []
+
+    def own(resume, weights=1.0, factor=1.0, threshold=0.5):
+        factored.loss_factor, CFG.threshold = factor, threshold
+        trainer = Weighted(model, factored, train_dataset=examples(), eval_dataset=data, compute_metrics=counted)
+        trainer.class_weights = torch.tensor([weights, 1.0, 1.0])
+        found = trainer.evaluate_robustness(resume=tmp_path / resume, **options).measurements[0].metrics
+        numbers.append((found["loss"], found["share"]))
+
+    own("own.jsonl")
+    own("own.jsonl")
+    assert numbers[0] == numbers[1]
+    for change in ({"weights": 5.0}, {"factor": 3.0}, {"threshold": 0.0}):
+        with pytest.raises(ValueError, match="another evaluation"):
+            own("own.jsonl", **change)
+        own("other.jsonl", **change)
+        (tmp_path / "other.jsonl").unlink()
+    assert len({loss for loss, _ in numbers[1:4]}) == 3 and numbers[4][0] == numbers[0][0]
+    assert numbers[3][0] == pytest.approx(3 * numbers[0][0], rel=1e-5) and numbers[4][1] == 1 > numbers[0][1]
     run(eval_dataset=data.with_transform(ones), resume="ones.jsonl")
     with pytest.raises(ValueError, match="another evaluation"):
         run(eval_dataset=data.with_transform(twos), resume="ones.jsonl")
