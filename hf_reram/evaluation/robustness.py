@@ -106,7 +106,9 @@ def evaluate_robustness(
     weights, settings = weights_digest(model), settings_of(model)
     logs = not together or dist.get_rank() == 0
     with _alike(together or shares):
-        log = RunLog(resume, owner_of(model, key, weights)) if resume is not None and logs else None
+        log: RunLog | None = None
+        if resume is not None and logs:
+            log = RunLog(resume, owner_of(model, key, weights), parts_of(model, key, weights))
         found: dict[Run, dict[str, float]] = log.read() if log else {}
     warn_clipped(crossbar_layers(model).values())
     silent: set[str] = set(log.uncalled) if log else set()
@@ -200,6 +202,16 @@ def owner_of(model: nn.Module, key: Any = None, weights: str | None = None) -> s
     except (TypeError, ValueError) as error:
         raise ValueError(f"key={key!r}: allowed is a JSON value: {error}") from None
     return hashlib.sha256(f"{owner} {text}".encode()).hexdigest()
+
+
+def parts_of(model: nn.Module, key: Any, weights: str) -> dict[str, str]:
+    """Short fingerprints of what :func:`owner_of` is one of: a key that is an object counts by its names."""
+    settings = settings_of(model)
+    parts = {str(name): value for name, value in key.items()} if isinstance(key, Mapping) else {"key": key}
+    parts |= {"weights": weights, "ReRAMConfig": [state.config.to_dict() for state in crossbar_states(model)]}
+    parts |= {"modules": settings.pop("modules"), "model.config": settings}
+    texts = {name: json.dumps(value, sort_keys=True) for name, value in parts.items() if value is not None}
+    return {name: hashlib.sha256(text.encode()).hexdigest()[:12] for name, text in texts.items()}
 
 
 def _refuse_changed(model: nn.Module, weights: str) -> None:

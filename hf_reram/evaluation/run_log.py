@@ -2,12 +2,13 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .fields import HEAT, METRICS, OBJECT, SEED, TEXT, TEXTS, TIME, fields_of
+from ..device.checks import shown
+from .fields import HEAT, METRICS, NAMED_TEXTS, OBJECT, SEED, TEXT, TEXTS, TIME, fields_of
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,11 @@ class RunLog:
 
     Args:
         owner: a fingerprint of the weights and of all else that the metrics depend on.
+        parts: short ones of its parts, by what they are of, so that an error can say which is another.
     """
 
-    def __init__(self, path: str | Path, owner: str):
-        self.path, self.owner = Path(path), owner
+    def __init__(self, path: str | Path, owner: str, parts: Mapping[str, str] | None = None):
+        self.path, self.owner, self.parts = Path(path), owner, dict(parts or {})
         self.uncalled: set[str] = set()  # crossbar layers that did not run in some of the runs that were read
 
     def read(self) -> dict[Run, dict[str, float]]:
@@ -46,22 +48,31 @@ class RunLog:
         lines = self.path.read_bytes().splitlines() if self.path.exists() else []
         try:
             parsed = [entry for line in lines if (entry := _parse(line)) is not None]
-            entries = [fields_of(entry, ENTRY, {"uncalled": TEXTS}) for entry in parsed]
+            entries = [fields_of(entry, ENTRY, {"uncalled": TEXTS, "parts": NAMED_TEXTS}) for entry in parsed]
         except ValueError as error:
             raise ValueError(f"{self.path} is no file of finished runs: {error}; delete it or name another") from error
-        if any(entry["of"] != self.owner for entry in entries):
+        if foreign := [entry for entry in entries if entry["of"] != self.owner]:
             raise ValueError(
-                f"{self.path} holds runs of other weights, another config or another evaluation: allowed are those of "
-                "this model and this key; delete it or name another file"
+                f"{self.path} holds runs of other weights, another config or another evaluation "
+                f"({self._difference(foreign[0].get('parts'))}): allowed are those of this model and this key; delete "
+                "it or name another file"
             )
         self.uncalled = {name for entry in entries for name in entry.get("uncalled", ())}
         return {Run(**fields_of(entry["run"], RUN)): entry["metrics"] for entry in entries}
+
+    def _difference(self, parts: dict[str, str] | None) -> str:
+        """What is another in another owner's run, in words."""
+        if not parts or not self.parts:
+            return "an earlier hf_reram's, or nothing tells which"
+        names = [name for name in {**self.parts, **parts} if self.parts.get(name) != parts.get(name)]
+        return f"what differs: {', '.join(map(shown, names))}"
 
     def append(self, run: Run, metrics: dict[str, float], uncalled: Sequence[str] = ()) -> None:
         """Write one finished run, and the crossbar layers that were not called for it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         entry = {"of": self.owner, "run": asdict(run), "metrics": metrics}
         entry |= {"uncalled": list(uncalled)} if uncalled else {}
+        entry |= {"parts": self.parts} if self.parts else {}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write("\n" + json.dumps(entry) + "\n")  # the first line break ends a line that a kill has cut off
             file.flush()

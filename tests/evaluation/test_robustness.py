@@ -1,5 +1,6 @@
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -131,7 +132,7 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(tiny_bert, tmp_path):
     assert resumed.to_dict() == again.to_dict()  # read noise too is that of the chip, whatever ran before
     with torch.no_grad():
         tiny_bert.classifier.weight.mul_(0.9)
-    with pytest.raises(ValueError, match="other weights"):
+    with pytest.raises(ValueError, match=r"other weights.*\(what differs: 'weights'\)"):
         evaluate_robustness(tiny_bert, evaluate, **options)
 
 
@@ -161,9 +162,18 @@ def test_runs_of_another_evaluation_are_not_taken_over(model, tmp_path):
     first = evaluate_robustness(model, mean_square, key={"data": "A", "split": 1}, **options)
     again = evaluate_robustness(model, lambda m: pytest.fail("not again"), key={"split": 1, "data": "A"}, **options)
     assert again.measurements == first.measurements
-    for key in ({"data": "B", "split": 1}, None):
-        with pytest.raises(ValueError, match="another evaluation"):
+    for key, what in (
+        ({"data": "B", "split": 1}, "'data'"),
+        (None, "'data', 'split'"),
+        ("B", "'key', 'data', 'split'"),
+    ):
+        with pytest.raises(ValueError, match=rf"another evaluation \(what differs: {what}\)"):
             evaluate_robustness(model, mean_square, key=key, **options)
+    log = tmp_path / "log.jsonl"  # as earlier versions wrote it
+    log.write_text(re.sub(r', "parts": \{[^}]*\}', "", log.read_text()))
+    assert evaluate_robustness(model, mean_square, key={"split": 1, "data": "A"}, **options) == first
+    with pytest.raises(ValueError, match=r"another evaluation \(an earlier hf_reram's, or nothing tells which\)"):
+        evaluate_robustness(model, mean_square, **options)
     with pytest.raises(ValueError, match="allowed is a JSON value"):
         evaluate_robustness(model, mean_square, key=object(), **options)
 

@@ -569,17 +569,17 @@ def test_a_resumed_evaluation_knows_what_it_evaluates_with(tmp_path):
 
     first = run()
     assert run().measurements == first.measurements
-    for change in (
-        {"compute_metrics": lambda p: {"accuracy": 1 - accuracy(p)["accuracy"]}},
-        {"preprocess_logits_for_metrics": lambda logits, labels: -logits},
-        {"data_collator": cut},
-        {"eval_dataset": data.with_transform(ones)},
-        {"arguments_": {"bf16_full_eval": True}},
-        {"arguments_": {"label_smoothing_factor": 0.5}},
-        {"arguments_": {"per_device_eval_batch_size": 4}},
-        {"kind": Smoothed},
+    for part, change in (
+        ("metric", {"compute_metrics": lambda p: {"accuracy": 1 - accuracy(p)["accuracy"]}}),
+        ("metric", {"preprocess_logits_for_metrics": lambda logits, labels: -logits}),
+        ("preprocessing", {"data_collator": cut}),
+        ("data", {"eval_dataset": data.with_transform(ones)}),
+        ("arguments", {"arguments_": {"bf16_full_eval": True}}),
+        ("arguments", {"arguments_": {"label_smoothing_factor": 0.5}}),
+        ("arguments", {"arguments_": {"per_device_eval_batch_size": 4}}),
+        ("trainer", {"kind": Smoothed}),
     ):
-        with pytest.raises(ValueError, match="another evaluation"):
+        with pytest.raises(ValueError, match=rf"another evaluation \(what differs: '{part}'\)"):
             run(**change)
     factored = Factored(str(tmp_path), report_to=[], use_cpu=True, remove_unused_columns=False)
     numbers: list[tuple[float, float]] = []
@@ -594,8 +594,12 @@ def test_a_resumed_evaluation_knows_what_it_evaluates_with(tmp_path):
     own("own.jsonl")
     own("own.jsonl")
     assert numbers[0] == numbers[1]
-    for change in ({"weights": 5.0}, {"factor": 3.0}, {"threshold": 0.0}):
-        with pytest.raises(ValueError, match="another evaluation"):
+    for part, change in {
+        "trainer": {"weights": 5.0},
+        "arguments": {"factor": 3.0},
+        "metric": {"threshold": 0.0},
+    }.items():
+        with pytest.raises(ValueError, match=rf"another evaluation \(what differs: '{part}'\)"):
             own("own.jsonl", **change)
         own("other.jsonl", **change)
         (tmp_path / "other.jsonl").unlink()
