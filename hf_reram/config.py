@@ -312,6 +312,11 @@ class ReRAMConfig(QuantizationConfigMixin):
         """The part of :meth:`to_dict` that says which weights lie on which cells, and how."""
         return {key: value for key, value in self.to_dict().items() if key not in TRAINING_FIELDS}
 
+    def other_hardware(self, other: "ReRAMConfig") -> list[str]:
+        """Names of the fields of :meth:`hardware` that another config has otherwise."""
+        mine, theirs = self.hardware(), other.hardware()
+        return [name for name in mine if mine[name] != theirs[name]]
+
 
 def _of_version_1(device: Any) -> Any:
     """A device as version 1 of the config meant it: cells are found below 0 µS too, and drift beyond all of a

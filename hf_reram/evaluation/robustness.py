@@ -112,8 +112,9 @@ def evaluate_robustness(
         found: dict[Run, dict[str, float]] = log.read() if log else {}
     warn_clipped(crossbar_layers(model).values())
     silent: set[str] = set(log.uncalled) if log else set()
+    casts: set[str] = set(log.autocasts) if log else set()
     if together or shares:
-        runs, found, silent = of_first((runs, found, silent))
+        runs, found, silent, casts = of_first((runs, found, silent, casts))
     pending = [run for run in runs if run not in found]
     mine = pending[dist.get_rank() :: processes()] if shares else pending
     hidden, differs = not progress or (together and dist.get_rank() > 0), False
@@ -121,19 +122,22 @@ def evaluate_robustness(
         for run in mine:
             with _alike(together):
                 found[run], missed, other = _measure(model, evaluate, run, together)
+                cast = sorted({str(dtype).removeprefix("torch.") for state in states for dtype in state.autocasts})
                 if missed and not allow_uncalled:
                     raise RuntimeError(_complaint(model, missed))
                 if run.kind != "chip":  # deploy looks by itself
                     _refuse_changed(model, weights)
                 if log:
-                    log.append(run, found[run], missed)
+                    log.append(run, found[run], missed, cast)
             silent |= set(missed)
+            casts |= set(cast)
             differs |= other
             bar.update()
     if shares:
-        for runs_of, silent_of in of_each(({run: found[run] for run in mine}, silent)):
+        for runs_of, silent_of, casts_of in of_each(({run: found[run] for run in mine}, silent, casts)):
             found |= runs_of
             silent |= silent_of
+            casts |= casts_of
     if silent and not allow_uncalled:  # in a log from before
         raise RuntimeError(_complaint(model, silent))
     _refuse_changed(model, weights)
@@ -151,6 +155,7 @@ def evaluate_robustness(
         model_config=settings,
         uncalled=[name for name in [*crossbar_layers(model), *replaced(model)] if name in silent],
     )
+    report.notes += [f"evaluated under autocast to {cast}" for cast in sorted(casts)]
     if differs:
         report.notes.append("processes measured different figures in the same evaluation: these are the first one's")
         logger.warning("%s", report.notes[-1])
@@ -303,6 +308,8 @@ def _measure(
         torch.manual_seed(derived_seed(run.seed, f"read noise at {run.time:g} s, {run.temperature} K"))
         reset_calls(model)
         before = [state.deployments for state in states]
+        for state in states:
+            state.autocasts = set()
         with _alike(together):
             metrics = _metrics(evaluate(model))
             if [state.deployments for state in states] != before:

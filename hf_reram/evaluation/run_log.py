@@ -37,7 +37,9 @@ class RunLog:
 
     def __init__(self, path: str | Path, owner: str, parts: Mapping[str, str] | None = None):
         self.path, self.owner, self.parts = Path(path), owner, dict(parts or {})
-        self.uncalled: set[str] = set()  # crossbar layers that did not run in some of the runs that were read
+        # Of the runs that were read: crossbar layers that did not run in some, and what some were cast to.
+        self.uncalled: set[str] = set()
+        self.autocasts: set[str] = set()
 
     def read(self) -> dict[Run, dict[str, float]]:
         """The finished runs.
@@ -48,7 +50,7 @@ class RunLog:
         lines = self.path.read_bytes().splitlines() if self.path.exists() else []
         try:
             parsed = [entry for line in lines if (entry := _parse(line)) is not None]
-            entries = [fields_of(entry, ENTRY, {"uncalled": TEXTS, "parts": NAMED_TEXTS}) for entry in parsed]
+            entries = [fields_of(entry, ENTRY, KNOWN) for entry in parsed]
         except ValueError as error:
             raise ValueError(f"{self.path} is no file of finished runs: {error}; delete it or name another") from error
         if foreign := [entry for entry in entries if entry["of"] != self.owner]:
@@ -58,6 +60,7 @@ class RunLog:
                 "it or name another file"
             )
         self.uncalled = {name for entry in entries for name in entry.get("uncalled", ())}
+        self.autocasts = {name for entry in entries for name in entry.get("autocasts", ())}
         return {Run(**fields_of(entry["run"], RUN)): entry["metrics"] for entry in entries}
 
     def _difference(self, parts: dict[str, str] | None) -> str:
@@ -67,11 +70,14 @@ class RunLog:
         names = [name for name in {**self.parts, **parts} if self.parts.get(name) != parts.get(name)]
         return f"what differs: {', '.join(map(shown, names))}"
 
-    def append(self, run: Run, metrics: dict[str, float], uncalled: Sequence[str] = ()) -> None:
-        """Write one finished run, and the crossbar layers that were not called for it."""
+    def append(
+        self, run: Run, metrics: dict[str, float], uncalled: Sequence[str] = (), autocasts: Sequence[str] = ()
+    ) -> None:
+        """Write one finished run, the crossbar layers that were not called for it, and what others were cast to."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         entry = {"of": self.owner, "run": asdict(run), "metrics": metrics}
         entry |= {"uncalled": list(uncalled)} if uncalled else {}
+        entry |= {"autocasts": list(autocasts)} if autocasts else {}
         entry |= {"parts": self.parts} if self.parts else {}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write("\n" + json.dumps(entry) + "\n")  # the first line break ends a line that a kill has cut off
@@ -80,6 +86,7 @@ class RunLog:
 
 
 RUN = {"kind": TEXT, "time": TIME, "temperature": HEAT, "seed": SEED}
+KNOWN = {"uncalled": TEXTS, "autocasts": TEXTS, "parts": NAMED_TEXTS}
 ENTRY = {"of": TEXT, "run": OBJECT, "metrics": METRICS}
 
 

@@ -118,6 +118,7 @@ class EvaluationMixin(Base):
             "arguments": [
                 {name: part_of(f"argument {name}", value) for name, value in args.items()},
                 self.accelerator.mixed_precision,
+                self.is_cast(),
             ],
             "trainer": [
                 part_of("trainer", type(self)),

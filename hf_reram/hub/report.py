@@ -9,7 +9,6 @@ from safetensors import safe_open
 from torch import nn
 from transformers.utils import cached_file, extract_commit_hash, logging
 
-from ..config import ReRAMConfig
 from ..evaluation.report import RobustnessReport
 from ..model.digest import other_settings, settings_of, weights_digest
 from ..model.find import crossbar_state, crossbar_states
@@ -75,18 +74,12 @@ def why_foreign(model: nn.Module, report: RobustnessReport) -> str:
             return f"with a config that cannot be read ({error})"
         if len(measured) != len(configs):
             return f"with {len(measured)} configs of parts, where the model's parts have {len(configs)}"
-        fields = dict.fromkeys(name for pair in zip(measured, configs) for name in _differing(*pair))
+        fields = dict.fromkeys(name for one, now in zip(measured, configs) for name in one.other_hardware(now))
         kelvins = [[config.kelvin for config in every] for every in (measured, configs)]
         if None in report.temperatures and report.own_temperature is None and kelvins[0] != kelvins[1]:
             fields["temperature"] = None  # of parts at several, which no single one says
         other += fields
     return f"with another {', '.join(other[:8])}{', …' if len(other) > 8 else ''}" if other else ""
-
-
-def _differing(one: ReRAMConfig, other: ReRAMConfig) -> list[str]:
-    """Fields of hardware."""
-    mine, theirs = one.hardware(), other.hardware()
-    return [name for name in mine if mine[name] != theirs[name]]
 
 
 def unmeasured(model: Any, repo: str | None = None) -> RobustnessReport:

@@ -146,8 +146,10 @@ class CrossbarLayer(Layout):
             if not compiled and self._held is not LOOKED and (self._held is None or self._held != self._count()):
                 self._held = LOOKED
                 self.crossbar.note_changed(self)
-        elif self.chip is None and not compiled and self._has_changed():
-            self.crossbar.note_changed(self)
+        elif not compiled:
+            self.crossbar.note_autocast(input.device.type)
+            if self.chip is None and self._has_changed():
+                self.crossbar.note_changed(self)
         return self.scalars()
 
     # Its numbers

@@ -535,6 +535,28 @@ class Smoothed(ReRAMTrainer):
         return (loss * 2, outputs) if return_outputs else loss * 2
 
 
+def test_a_report_says_that_it_was_measured_under_autocast(tmp_path):
+    """Which accelerate puts around a model once, for the first Trainer that it is given to."""
+    data, options = examples(8), {"seeds": 1, "progress": False, "resume": tmp_path / "log.jsonl"}
+    model = fresh_bert()
+    with torch.no_grad():
+        model.classifier.weight.mul_(50)
+    calibrate(patch_model(model, ReRAMConfig(retention_loss="none")), [bert_batch()])
+    with digital(model.eval()), torch.no_grad():
+        plain = float(model(**default_data_collator(data)).loss)
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = float(model(**default_data_collator(data)).loss)
+    assert abs(plain - cast) > 1e-5
+    for other, order in ((copy.deepcopy(model), (True, False)), (copy.deepcopy(model), (False, True))):
+        for bf16 in order:
+            trainer = ReRAMTrainer(other, arguments(tmp_path, bf16=bf16), eval_dataset=data)
+            for _ in range(2):  # of the log, too
+                report = trainer.evaluate_robustness(["1d"], **options)
+                assert report.digital["loss"] == pytest.approx(cast if order[0] else plain, rel=1e-6)
+                assert ("evaluated under autocast to bfloat16" in report.notes) == order[0]
+            (tmp_path / "log.jsonl").unlink()
+
+
 @dataclass
 class Factored(TrainingArguments):
     loss_factor: float = 1.0
