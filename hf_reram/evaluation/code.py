@@ -104,22 +104,24 @@ def source_of(names: Iterable[str]) -> list[list[str]]:
     return [[name, found[name]] for name in sorted(found)]
 
 
-@cache
-def _spec_file(name: str) -> str | None:
+def _place(name: str) -> str:
+    """A module's file, or the folder of one that is only a folder; "" where there is none."""
     try:
-        spec = importlib.util.find_spec(name)
+        spec = sys.modules[name].__spec__ if name in sys.modules else importlib.util.find_spec(name)
     except (ImportError, ValueError, AttributeError):  # no such module, as the code itself would find
-        return None
-    return spec.origin if spec is not None and spec.has_location else None
+        return ""
+    if spec is None:
+        return getattr(sys.modules.get(name), "__file__", None) or ""
+    return (spec.origin if spec.has_location else next(iter(spec.submodule_search_locations or ()), "")) or ""
 
 
 def _local_file(name: str) -> str | None:
     """The file of a module that is no installed package's; None of others, and where there is none."""
-    module = sys.modules.get(name)
-    if name.partition(".")[0] == OWN or (module is not None and is_installed(name)):
+    top = name.partition(".")[0]  # first, since to look for a module imports what it is in
+    if top == OWN or not _place(top) or f"{_place(top)}{os.sep}".startswith(LIBRARIES):
         return None
-    file = _spec_file(name) if module is None else getattr(module, "__file__", None)
-    return None if file is None or file.startswith(LIBRARIES) or not os.path.isfile(file) else file
+    file = _place(name)
+    return file if not f"{file}{os.sep}".startswith(LIBRARIES) and os.path.isfile(file) else None
 
 
 # What a subclass adds

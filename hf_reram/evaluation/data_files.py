@@ -38,6 +38,7 @@ def content_under(text: str, folders: bool = True) -> str | None:
     """
     if len(text) > LONGEST or not text.isprintable() or not text.strip("./\\ "):
         return None
+    text = os.path.expanduser(text)
     if os.path.isdir(text):
         return _folder_content(text) if folders else None
     return file_content(text) if os.path.isfile(text) else None

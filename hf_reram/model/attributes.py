@@ -15,9 +15,10 @@ from torch import nn
 from ..nn import CrossbarLayer
 from ..nn.layer import ADDED
 from ..nn.tensors import whole
-from .find import walk
+from .find import TRANSPARENT, WRAPPERS, walk
 
 PLAIN = (bool, int, float, str, type(None))
+FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 # What says nothing of an evaluation, or where a model is from.
 LEFT_OUT = frozenset(
     (
@@ -28,6 +29,8 @@ LEFT_OUT = frozenset(
         "name_or_path",
         "is_quantized",
         "quantization_method",
+        "hf_device_map",
+        "warnings_issued",
         *ADDED,
     )
 )
@@ -39,16 +42,23 @@ ROUNDED = 8  # of a float32's last bits, in which devices differ
 
 
 def attributes_of(model: nn.Module) -> dict[str, str]:
-    """Fingerprints, by attribute, of what all modules hold under it: of buffers that are not saved, floating-point ones
-    to 16 bits, and of numbers, texts and tuples of them, the classes' own too. Without what only trainings read, and
-    what a forward writes by itself, as counters of calls and caches."""
+    """Fingerprints, by attribute, of what all modules hold under it: of buffers that are not saved and other tensors,
+    floating-point ones to 16 bits, of numbers and texts, tuples and dicts of them, the classes' own too, and of
+    functions' and the modules' own classes' names (``class``). Without what only trainings read, and what a forward
+    writes by itself, as counters of calls and caches."""
     found: dict[str, list[str]] = {}
     written = _written_by(model)
     for name, module in walk(model):
+        if not isinstance(module, WRAPPERS) and TRANSPARENT.isdisjoint(module._modules):
+            found.setdefault("class", []).append(f"{name} {_class_of(module).__qualname__}")
         for attribute in _names(module):
             value = getattr(module, attribute, None)
             if _is_plain(value):
-                found.setdefault(attribute, []).append(f"{name} {json.dumps(value)}")
+                found.setdefault(attribute, []).append(f"{name} {json.dumps(value, sort_keys=True)}")
+            elif isinstance(value, torch.Tensor) and not value.is_meta:
+                found.setdefault(attribute, []).append(f"{name} {_told(value)}")
+            elif isinstance(value, FUNCTIONS) and not hasattr(type(module), attribute):
+                found.setdefault(attribute, []).append(f"{name} {value.__qualname__}")
         for attribute in module._non_persistent_buffers_set:
             buffer = module._buffers.get(attribute)
             if buffer is not None and not buffer.is_meta:
@@ -70,7 +80,16 @@ def _names(module: nn.Module) -> Iterator[str]:
             yield name
 
 
+def _class_of(module: nn.Module) -> type:
+    """The module's class, or that of which it was before it went on a crossbar or FSDP2 has sharded it."""
+    cls: Any = module._digital_class if isinstance(module, CrossbarLayer) else type(module)
+    sharded = [parent.__name__ for parent in cls.__mro__[1:2]] == ["FSDPModule"]
+    return cls.__mro__[2] if sharded else cls
+
+
 def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(part) for key, part in value.items())
     return isinstance(value, PLAIN) or (isinstance(value, (tuple, list)) and all(map(_is_plain, value)))
 
 
@@ -91,7 +110,7 @@ def _written_by(model: nn.Module) -> set[str]:
     called: set[str] = {"forward"}
     written: set[str] = set()
     for _, module in walk(model):
-        classes.add(module._digital_class if isinstance(module, CrossbarLayer) else type(module))
+        classes.add(_class_of(module))
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values(), vars(module).get("forward")]
         for hook in hooks:
             function = hook if hasattr(hook, "__code__") else type(hook).__call__

@@ -24,6 +24,7 @@ class Net(nn.Module):
         super().__init__()
         self.proj, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
         self.pool, self.sizes, self.calls, self.seen, self.lengths = "max", (2, 2), 0, None, []
+        self.shift, self.weights, self.act, self.last = torch.zeros(4), {"mean": 1.0}, torch.relu, nn.Identity()
         self.register_buffer("scale", torch.ones(4), persistent=False)
         self.register_buffer("cached", torch.zeros(4), persistent=False)
         self.register_buffer("slots", torch.zeros(4), persistent=False)
@@ -33,7 +34,7 @@ class Net(nn.Module):
     def forward(self, x):
         self.calls += 1
         self.remember(x)
-        y = self.norm(self.proj(x)) * self.scale**self.power
+        y = self.last(self.act(self.norm(self.proj(x)) * self.scale**self.power + self.shift)) * self.weights["mean"]
         return y.amax(1) if self.pool == "max" else y.mean(1)
 
     @torch.no_grad()
@@ -60,6 +61,10 @@ CHANGES = {
     "scale": lambda n: n.scale.fill_(3.0),
     "eps": lambda n: setattr(n.norm, "eps", 0.5),
     "power": lambda n: setattr(n, "power", 2.0),
+    "shift": lambda n: n.shift.add_(1),
+    "weights": lambda n: n.weights.update(mean=2.0),
+    "act": lambda n: setattr(n, "act", torch.tanh),
+    "class": lambda n: setattr(n, "last", nn.ReLU()),
 }
 
 
@@ -86,7 +91,7 @@ def test_a_forward_changes_nothing_that_tells_a_model():
     assert model.calls > 3 and len(model.table) == 7
     assert report_of(model) is report and model_digest(model) == owner
     assert attributes_of(model) == fresh == attributes_of(copy.deepcopy(model)) == attributes_of(unpatch_model(model))
-    assert {"pool", "sizes", "scale", "eps", "power"} <= fresh.keys()
+    assert CHANGES.keys() <= fresh.keys()
     assert fresh.keys().isdisjoint(("calls", "seen", "lengths", "cached", "slots", "table", "hooked", "training"))
 
 
