@@ -13,12 +13,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 _FOLDERS = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
 LIBRARIES = tuple(
     str(Path(folder)) + os.sep for folder in (*_FOLDERS, *site.getsitepackages(), site.getusersitepackages())
 )
 OWN = __name__.partition(".")[0]
 LOADS = ("LOAD_GLOBAL", "LOAD_NAME")
+SETTLED = (bool, int, float, str, type(None), types.FunctionType, types.MethodType, nn.Module)
 ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
 
 
@@ -127,14 +130,27 @@ def _local_file(name: str) -> str | None:
 # What a subclass adds
 
 
-def added_attributes(value: Any) -> dict[str, Any]:
-    """Attributes of an object that no method of an installed package's class, of those that it is of, sets on it: what
-    a subclass has beside what a library gives it, or a script has set."""
+def added_attributes(value: Any, library: str, runs: bool = False) -> dict[str, Any]:
+    """Attributes of an object that no method of a library's classes, of those that it is of, sets on it: what a
+    subclass has beside what the library gives it, or a script has set.
+
+    Args:
+        library: a package. runs: whether the object keeps records of its running; of what the classes of further
+            installed packages set, only numbers, texts, functions and modules then count.
+    """
     known: set[str] = set()
+    others: set[str] = set()
     for cls in type(value).__mro__:
         if is_installed(cls.__module__):
-            known |= _set_by(cls)
-    return {name: part for name, part in vars(value).items() if name not in known and not name.startswith("__")}
+            own = cls.__module__.partition(".")[0] in (library, OWN)
+            (known if own else others).update(_set_by(cls))
+    return {
+        name: part
+        for name, part in vars(value).items()
+        if name not in known
+        and not name.startswith("__")
+        and (name not in others or (not name.startswith("_") and (not runs or isinstance(part, SETTLED))))
+    }
 
 
 @cache

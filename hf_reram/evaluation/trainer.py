@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 # What an evaluation depends on of a Trainer, and of its arguments.
-METRIC = ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func", "label_names", "_gen_kwargs")
+METRIC = (
+    *("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func", "label_names", "_gen_kwargs"),
+    "evaluator",  # of sentence-transformers
+)
 PREPROCESSING = ("data_collator", "processing_class")
 ARGUMENTS = (
     "eval_batch_size",
@@ -105,8 +108,12 @@ class EvaluationMixin(Base):
 
     def _evaluation_key(self, loaders: Mapping[str, Any], metrics: Sequence[str] | None) -> dict[str, Any]:
         """What figures depend on beside the model, as JSON values by what they are of."""
-        args = {**{name: getattr(self.args, name, None) for name in ARGUMENTS}, **added_attributes(self.args)}
-        own = {name: value for name, value in added_attributes(self).items() if name not in (*METRIC, *PREPROCESSING)}
+        args = {
+            **{name: getattr(self.args, name, None) for name in ARGUMENTS},
+            **added_attributes(self.args, "transformers"),
+        }
+        own = added_attributes(self, "transformers", runs=True)
+        own = {name: value for name, value in own.items() if name not in (*METRIC, *PREPROCESSING)}
         return {
             "data": {name: content_of(loader.dataset) for name, loader in loaders.items()},
             "preprocessing": {name: part_of(name, getattr(self, name, None), files=True) for name in PREPROCESSING},

@@ -14,6 +14,8 @@ from torch import nn
 
 from ..nn import CrossbarLayer
 from ..nn.layer import ADDED
+from ..nn.parts import Holder
+from ..nn.places import Part
 from ..nn.tensors import whole
 from .find import TRANSPARENT, WRAPPERS, walk
 
@@ -49,6 +51,8 @@ def attributes_of(model: nn.Module) -> dict[str, str]:
     found: dict[str, list[str]] = {}
     written = _written_by(model)
     for name, module in walk(model):
+        if _is_of_parts(module):
+            continue
         if not isinstance(module, WRAPPERS) and TRANSPARENT.isdisjoint(module._modules):
             found.setdefault("class", []).append(f"{name} {_class_of(module).__qualname__}")
         for attribute in _names(module):
@@ -81,10 +85,19 @@ def _names(module: nn.Module) -> Iterator[str]:
 
 
 def _class_of(module: nn.Module) -> type:
-    """The module's class, or that of which it was before it went on a crossbar or FSDP2 has sharded it."""
-    cls: Any = module._digital_class if isinstance(module, CrossbarLayer) else type(module)
+    """The module's class, or that of which it was before it went on crossbars or FSDP2 has sharded it."""
+    cls: Any = type(module)
+    if isinstance(module, (CrossbarLayer, Holder)):
+        cls = module._digital_class if isinstance(module, CrossbarLayer) else module._closed_class
     sharded = [parent.__name__ for parent in cls.__mro__[1:2]] == ["FSDPModule"]
     return cls.__mro__[2] if sharded else cls
+
+
+def _is_of_parts(module: nn.Module) -> bool:
+    """Whether it is a layer whose weight another module has, or what holds these together: there only on crossbars."""
+    return isinstance(module, Part) or (
+        not isinstance(module, Holder) and any(isinstance(child, Part) for child in module.children())
+    )
 
 
 def _is_plain(value: Any) -> bool:

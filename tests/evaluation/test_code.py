@@ -169,7 +169,9 @@ def test_what_a_subclass_adds_to_a_library_s_class(tmp_path):
     options = {"report_to": [], "use_cpu": True}
     plain, more = TrainingArguments(str(tmp_path), **options), Factored(str(tmp_path), loss_factor=2.0, **options)
     trainer = Weighted(torch.nn.Linear(2, 2), plain, class_weights=[1, 2])
-    assert added_attributes(trainer) == {"class_weights": [1, 2]}
-    assert added_attributes(plain) == {} and added_attributes(more) == {"loss_factor": 2.0}
+    assert added_attributes(trainer, "transformers", runs=True) == {"class_weights": [1, 2]}
+    assert added_attributes(plain, "transformers") == {} and added_attributes(more, "transformers") == {
+        "loss_factor": 2.0
+    }
     trainer.compute_loss = len
-    assert added_attributes(trainer) == {"class_weights": [1, 2], "compute_loss": len}
+    assert added_attributes(trainer, "transformers", runs=True) == {"class_weights": [1, 2], "compute_loss": len}
