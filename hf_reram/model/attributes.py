@@ -57,7 +57,7 @@ def attributes_of(model: nn.Module) -> dict[str, str]:
             found.setdefault("class", []).append(f"{name} {_class_of(module).__qualname__}")
         for attribute in _names(module):
             value = getattr(module, attribute, None)
-            if _is_plain(value):
+            if _is_plain(value) and not _is_empty(value):
                 found.setdefault(attribute, []).append(f"{name} {json.dumps(value, sort_keys=True)}")
             elif isinstance(value, torch.Tensor) and not value.is_meta:
                 found.setdefault(attribute, []).append(f"{name} {_told(value)}")
@@ -91,6 +91,13 @@ def _class_of(module: nn.Module) -> type:
         cls = module._digital_class if isinstance(module, CrossbarLayer) else module._closed_class
     sharded = [parent.__name__ for parent in cls.__mro__[1:2]] == ["FSDPModule"]
     return cls.__mro__[2] if sharded else cls
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether it is of containers alone, which loading may make anew where there were none."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return isinstance(value, (tuple, list)) and all(map(_is_empty, value))
 
 
 def _is_of_parts(module: nn.Module) -> bool:
