@@ -239,6 +239,8 @@ class _Description:
         if isinstance(made, str):
             return [_name(type(value)), made]
         _, args, state, items, pairs = (*made, *[None] * 5)[:5]
+        if isinstance(state, dict):  # without what says of which columns and the like a collator has warned
+            state = {name: part for name, part in state.items() if "warned" not in str(name)}
         return [of(type(value)), of(tuple(args)), of(state), of(list(items or ())), of(list(pairs or ()))]
 
 
