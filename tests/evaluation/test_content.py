@@ -152,7 +152,7 @@ def test_settings_are_what_changes_a_figure(tmp_path):
     changed = settings_of(load(tmp_path, hidden_act="relu", num_attention_heads=4, id2label=labels))
     assert other_settings(mine, changed) == [
         *("hidden_act", "id2label.0", "id2label.2", "num_attention_heads"),
-        *("modules.attention_head_size", "modules.num_attention_heads", "modules.scaling"),
+        *("modules.attention_head_size", "modules.class", "modules.num_attention_heads", "modules.scaling"),
     ]
     assert other_settings(mine, {"of another version": 1, "hidden_act": "gelu"}) == []
     model.config.problem_type = "single_label_classification"  # as its head writes there when it first runs
