@@ -303,9 +303,19 @@ class ReRAMConfig(QuantizationConfigMixin):
         data = {f.name: copy.deepcopy(getattr(self, f.name)) for f in fields(self) if f.init and f.name != "device"}
         return {"quant_method": "reram", "version": CONFIG_VERSION, "device": self.device.to_dict()} | data
 
+    @property
+    def kelvin(self) -> float:
+        """What :func:`hf_reram.deploy` takes where it is told none: ``temperature``, or the device's reference [K]."""
+        return self.device.reference_temperature if self.temperature is None else self.temperature
+
     def hardware(self) -> dict[str, Any]:
         """The part of :meth:`to_dict` that says which weights lie on which cells, and how."""
         return {key: value for key, value in self.to_dict().items() if key not in TRAINING_FIELDS}
+
+    def other_hardware(self, other: "ReRAMConfig") -> list[str]:
+        """Names of the fields of :meth:`hardware` that another config has otherwise."""
+        mine, theirs = self.hardware(), other.hardware()
+        return [name for name in mine if mine[name] != theirs[name]]
 
 
 def _of_version_1(device: Any) -> Any:

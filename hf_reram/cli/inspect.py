@@ -39,7 +39,7 @@ def inspect(
     heat = None if temperature is None else parse_temperature(temperature)
     layers = inspect_layers(found, time, heat, work.batches if work else None)[:top]
     config = crossbar_state(found).config
-    kelvin = heat or config.temperature or config.device.reference_temperature
+    kelvin = heat or config.kelvin
     if as_json:
         summary = asdict(summarize(found))
         show_json(

@@ -4,17 +4,18 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..config import ReRAMConfig
 from ..device.checks import read_json, refuse_deep
 from ..device.temperature import parse_temperature
 from ..device.time import format_time, parse_time
 from .escape import escaped
-from .fields import HEAT, LIST, METRICS, NUMBERS, OBJECT, SEED, TEXT, TEXTS, TIME, fields_of, optional
+from .fields import HEAT, LIST, METRICS, NUMBERS, OBJECT, OBJECTS, SEED, TEXT, TEXTS, TIME, fields_of, optional
 from .files import write_whole
 from .tables import at_kelvin, markdown, over_chips, places
 
@@ -24,7 +25,8 @@ class Measurement:
     """One chip at one time and temperature.
 
     Attributes:
-        time: s since programming. temperature: K, None for the device's reference temperature.
+        time: s since programming. temperature: K; None for the device's reference temperature, and for what each part
+            of a model deploys at by itself where these are several.
         seed: number of the chip. metrics: value by name.
     """
 
@@ -70,7 +72,8 @@ class RobustnessReport:
     Attributes:
         measurements: every chip, time and temperature.
         digital, ideal: metrics of the digital model and of the ideal crossbar, or None.
-        config: the ReRAMConfig in full. summary: what is on crossbars. notes: what a reader must know.
+        config: the ReRAMConfig in full; other_configs: those of further parts that were patched by themselves.
+        summary: what is on crossbars. notes: what a reader must know.
         weights: :func:`hf_reram.model.digest.weights_digest` of the model that was measured.
         uncalled: crossbar layers that did not run in some of the evaluations: they were no chip.
         about: what the model card says beside numbers, see :class:`hf_reram.hub.about.About`.
@@ -90,6 +93,7 @@ class RobustnessReport:
     about: dict[str, Any] = field(default_factory=dict)
     uncalled: list[str] = field(default_factory=list)
     model_config: dict[str, Any] = field(default_factory=dict)
+    other_configs: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self):
         count = Counter((m.time, m.temperature, m.seed) for m in self.measurements)
@@ -122,6 +126,35 @@ class RobustnessReport:
         found = self.temperatures
         return None if not found or None in found else found[0]
 
+    def configs(self) -> list[ReRAMConfig]:
+        """The ReRAMConfigs of all parts that were measured; none where the report does not say.
+
+        Raises:
+            ValueError: one that cannot be read.
+        """
+        return [ReRAMConfig.from_dict(config) for config in (self.config, *self.other_configs) if config]
+
+    @property
+    def own_temperature(self) -> float | None:
+        """What a temperature of None is [K]; None where each part had its own, or the report does not say."""
+        try:
+            found = {config.kelvin for config in self.configs()}
+        except ValueError:
+            return None
+        return found.pop() if len(found) == 1 else None
+
+    def in_kelvins(self) -> "RobustnessReport":
+        """The same with the device's reference temperature as a number, which tables and cards then show: for a model
+        that is deployed at another one by itself."""
+        own = self.own_temperature
+        if own is None or None not in self.temperatures:
+            return self
+        there = [m for m in self.measurements if m.temperature is None]
+        known = {(m.time, m.seed) for m in there}
+        others = [m for m in self.measurements if m.temperature is not None]
+        others = [m for m in others if m.temperature != own or (m.time, m.seed) not in known]
+        return replace(self, measurements=[*(replace(m, temperature=own) for m in there), *others])
+
     def statistic(self, metric: str, time: str | float, temperature: str | float | None = None) -> Statistic:
         """The chips' statistic of one metric at one time, over those where it is finite; :meth:`left_out` names the
         others.
@@ -133,6 +166,8 @@ class RobustnessReport:
             ValueError: nothing was measured there.
         """
         kelvin = self.main_temperature if temperature is None else parse_temperature(temperature)
+        if kelvin not in self.temperatures and None in self.temperatures and kelvin == self.own_temperature:
+            kelvin = None
         if metric not in self.metrics or parse_time(time) not in self.times or kelvin not in self.temperatures:
             raise ValueError(
                 f"nothing measured for metric={metric!r}, time={time!r}, temperature={temperature!r}: there are "
@@ -294,4 +329,4 @@ FIELDS = {
     "summary": TEXT,
     "notes": TEXTS,
 }
-OPTIONAL = {"weights": TEXT, "about": OBJECT, "uncalled": TEXTS, "model_config": OBJECT}
+OPTIONAL = {"weights": TEXT, "about": OBJECT, "uncalled": TEXTS, "model_config": OBJECT, "other_configs": OBJECTS}

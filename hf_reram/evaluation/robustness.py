@@ -14,6 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..config import ReRAMConfig
 from ..device.checks import shown
 from ..device.seeds import checked_seed, derived_seed
 from ..device.temperature import parse_temperature
@@ -54,7 +55,9 @@ def evaluate_robustness(
         evaluate: called with the model in evaluation mode, returns metrics by name, or one number. It runs once per
             chip, time and temperature, and once for each reference.
         times: see :func:`hf_reram.deploy`; equal ones count once.
-        temperatures: K, or texts such as "85C"; None takes the config's. Equal ones count once.
+        temperatures: K, or texts such as "85C"; None takes what :func:`hf_reram.deploy` takes by itself: the config's
+            ``temperature``, or the device's reference where that is None. Equal ones count once. The report notes None
+            for the reference.
         seeds: how many chips, or the chips' numbers, each once. Chip ``n`` is the same chip at every time, and its
             read noise the same in every evaluation, whatever else is evaluated beside it.
         references: also evaluate the digital model and the ideal crossbar (I-V curve and converters, nothing else).
@@ -91,9 +94,7 @@ def evaluate_robustness(
     if not callable(evaluate):
         raise ValueError(f"evaluate={evaluate!r}: allowed is a function of the model")
     seconds = list(dict.fromkeys(parse_time(t) for t in times))
-    own = {part.config.temperature for part in states}
-    own_kelvin = own.pop() if len(own) == 1 else None  # None: each part its own
-    kelvins = list(dict.fromkeys(own_kelvin if t is None else parse_temperature(t) for t in temperatures))
+    kelvins = list(dict.fromkeys(_noted(t, [part.config for part in states]) for t in temperatures))
     for kelvin in kelvins:
         for part in states:
             part.config.device.equivalent_time(0.0, part.config.temperature if kelvin is None else kelvin)
@@ -102,15 +103,18 @@ def evaluate_robustness(
     several = processes() > 1
     together = several and (together or talks(model))
     shares = several and share_chips and not together
-    weights = weights_digest(model)
+    weights, settings = weights_digest(model), settings_of(model)
     logs = not together or dist.get_rank() == 0
     with _alike(together or shares):
-        log = RunLog(resume, owner_of(model, key, weights)) if resume is not None and logs else None
+        log: RunLog | None = None
+        if resume is not None and logs:
+            log = RunLog(resume, owner_of(model, key, weights), parts_of(model, key, weights))
         found: dict[Run, dict[str, float]] = log.read() if log else {}
     warn_clipped(crossbar_layers(model).values())
     silent: set[str] = set(log.uncalled) if log else set()
+    casts: set[str] = set(log.autocasts) if log else set()
     if together or shares:
-        runs, found, silent = of_first((runs, found, silent))
+        runs, found, silent, casts = of_first((runs, found, silent, casts))
     pending = [run for run in runs if run not in found]
     mine = pending[dist.get_rank() :: processes()] if shares else pending
     hidden, differs = not progress or (together and dist.get_rank() > 0), False
@@ -118,19 +122,22 @@ def evaluate_robustness(
         for run in mine:
             with _alike(together):
                 found[run], missed, other = _measure(model, evaluate, run, together)
+                cast = sorted({str(dtype).removeprefix("torch.") for state in states for dtype in state.autocasts})
                 if missed and not allow_uncalled:
                     raise RuntimeError(_complaint(model, missed))
                 if run.kind != "chip":  # deploy looks by itself
                     _refuse_changed(model, weights)
                 if log:
-                    log.append(run, found[run], missed)
+                    log.append(run, found[run], missed, cast)
             silent |= set(missed)
+            casts |= set(cast)
             differs |= other
             bar.update()
     if shares:
-        for runs_of, silent_of in of_each(({run: found[run] for run in mine}, silent)):
+        for runs_of, silent_of, casts_of in of_each(({run: found[run] for run in mine}, silent, casts)):
             found |= runs_of
             silent |= silent_of
+            casts |= casts_of
     if silent and not allow_uncalled:  # in a log from before
         raise RuntimeError(_complaint(model, silent))
     _refuse_changed(model, weights)
@@ -141,15 +148,21 @@ def evaluate_robustness(
         digital=found[Run("digital")] if Run("digital") in runs else None,
         ideal=found[Run("ideal")] if Run("ideal") in runs else None,
         config=state.config.to_dict(),
+        other_configs=[part.config.to_dict() for part in states[1:]],
         summary=str(summarize(model)),
         notes=_notes(model, seconds, kelvins),
         weights=weights,
-        model_config=settings_of(model),
+        model_config=settings,
         uncalled=[name for name in [*crossbar_layers(model), *replaced(model)] if name in silent],
     )
+    report.notes += [f"evaluated under autocast to {cast}" for cast in sorted(casts)]
     if differs:
         report.notes.append("processes measured different figures in the same evaluation: these are the first one's")
         logger.warning("%s", report.notes[-1])
+    modules, now = settings["modules"], settings_of(model)["modules"]
+    if changed := [name for name in modules if modules[name] != now.get(name)]:  # counters and caches, or evaluate's
+        report.notes.append(f"attributes of modules changed while the model was evaluated: {', '.join(changed)}")
+        settings["modules"] = {name: value for name, value in modules.items() if name not in changed}
     report.notes += (missing := report.left_out())
     for note in missing:
         logger.warning("%s: it is no part of the means", note)
@@ -196,6 +209,16 @@ def owner_of(model: nn.Module, key: Any = None, weights: str | None = None) -> s
     return hashlib.sha256(f"{owner} {text}".encode()).hexdigest()
 
 
+def parts_of(model: nn.Module, key: Any, weights: str) -> dict[str, str]:
+    """Short fingerprints of what :func:`owner_of` is one of: a key that is an object counts by its names."""
+    settings = settings_of(model)
+    parts = {str(name): value for name, value in key.items()} if isinstance(key, Mapping) else {"key": key}
+    parts |= {"weights": weights, "ReRAMConfig": [state.config.to_dict() for state in crossbar_states(model)]}
+    parts |= {"modules": settings.pop("modules"), "model.config": settings}
+    texts = {name: json.dumps(value, sort_keys=True) for name, value in parts.items() if value is not None}
+    return {name: hashlib.sha256(text.encode()).hexdigest()[:12] for name, text in texts.items()}
+
+
 def _refuse_changed(model: nn.Module, weights: str) -> None:
     if weights_digest(model) != weights:
         raise RuntimeError(
@@ -228,6 +251,15 @@ def _notes(model: nn.Module, seconds: list[float], kelvins: list[float | None]) 
     if len(states) > 1:
         notes.append(f"parts of the model are on devices of their own: {_devices(model)}")
     return notes
+
+
+def _noted(temperature: str | float | None, configs: Sequence[ReRAMConfig]) -> float | None:
+    """A temperature as a report notes it [K]: None is what ``deploy`` takes by itself where that is the reference, or
+    another one for each part."""
+    own = {config.kelvin for config in configs}
+    kelvin = parse_temperature(temperature) if temperature is not None else own.pop() if len(own) == 1 else None
+    plain = {config.kelvin for config in configs} | {config.device.reference_temperature for config in configs}
+    return None if plain == {kelvin} else kelvin
 
 
 def _chips(seeds: int | Iterable[int]) -> list[int]:
@@ -276,6 +308,8 @@ def _measure(
         torch.manual_seed(derived_seed(run.seed, f"read noise at {run.time:g} s, {run.temperature} K"))
         reset_calls(model)
         before = [state.deployments for state in states]
+        for state in states:
+            state.autocasts = set()
         with _alike(together):
             metrics = _metrics(evaluate(model))
             if [state.deployments for state in states] != before:

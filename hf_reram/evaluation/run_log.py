@@ -2,12 +2,13 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .fields import HEAT, METRICS, OBJECT, SEED, TEXT, TEXTS, TIME, fields_of
+from ..device.checks import shown
+from .fields import HEAT, METRICS, NAMED_TEXTS, OBJECT, SEED, TEXT, TEXTS, TIME, fields_of
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,14 @@ class RunLog:
 
     Args:
         owner: a fingerprint of the weights and of all else that the metrics depend on.
+        parts: short ones of its parts, by what they are of, so that an error can say which is another.
     """
 
-    def __init__(self, path: str | Path, owner: str):
-        self.path, self.owner = Path(path), owner
-        self.uncalled: set[str] = set()  # crossbar layers that did not run in some of the runs that were read
+    def __init__(self, path: str | Path, owner: str, parts: Mapping[str, str] | None = None):
+        self.path, self.owner, self.parts = Path(path), owner, dict(parts or {})
+        # Of the runs that were read: crossbar layers that did not run in some, and what some were cast to.
+        self.uncalled: set[str] = set()
+        self.autocasts: set[str] = set()
 
     def read(self) -> dict[Run, dict[str, float]]:
         """The finished runs.
@@ -46,22 +50,35 @@ class RunLog:
         lines = self.path.read_bytes().splitlines() if self.path.exists() else []
         try:
             parsed = [entry for line in lines if (entry := _parse(line)) is not None]
-            entries = [fields_of(entry, ENTRY, {"uncalled": TEXTS}) for entry in parsed]
+            entries = [fields_of(entry, ENTRY, KNOWN) for entry in parsed]
         except ValueError as error:
             raise ValueError(f"{self.path} is no file of finished runs: {error}; delete it or name another") from error
-        if any(entry["of"] != self.owner for entry in entries):
+        if foreign := [entry for entry in entries if entry["of"] != self.owner]:
             raise ValueError(
-                f"{self.path} holds runs of other weights, another config or another evaluation: allowed are those of "
-                "this model and this key; delete it or name another file"
+                f"{self.path} holds runs of other weights, another config or another evaluation "
+                f"({self._difference(foreign[0].get('parts'))}): allowed are those of this model and this key; delete "
+                "it or name another file"
             )
         self.uncalled = {name for entry in entries for name in entry.get("uncalled", ())}
+        self.autocasts = {name for entry in entries for name in entry.get("autocasts", ())}
         return {Run(**fields_of(entry["run"], RUN)): entry["metrics"] for entry in entries}
 
-    def append(self, run: Run, metrics: dict[str, float], uncalled: Sequence[str] = ()) -> None:
-        """Write one finished run, and the crossbar layers that were not called for it."""
+    def _difference(self, parts: dict[str, str] | None) -> str:
+        """What is another in another owner's run, in words."""
+        if not parts or not self.parts:
+            return "an earlier hf_reram's, or nothing tells which"
+        names = [name for name in {**self.parts, **parts} if self.parts.get(name) != parts.get(name)]
+        return f"what differs: {', '.join(map(shown, names))}"
+
+    def append(
+        self, run: Run, metrics: dict[str, float], uncalled: Sequence[str] = (), autocasts: Sequence[str] = ()
+    ) -> None:
+        """Write one finished run, the crossbar layers that were not called for it, and what others were cast to."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         entry = {"of": self.owner, "run": asdict(run), "metrics": metrics}
         entry |= {"uncalled": list(uncalled)} if uncalled else {}
+        entry |= {"autocasts": list(autocasts)} if autocasts else {}
+        entry |= {"parts": self.parts} if self.parts else {}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write("\n" + json.dumps(entry) + "\n")  # the first line break ends a line that a kill has cut off
             file.flush()
@@ -69,6 +86,7 @@ class RunLog:
 
 
 RUN = {"kind": TEXT, "time": TIME, "temperature": HEAT, "seed": SEED}
+KNOWN = {"uncalled": TEXTS, "autocasts": TEXTS, "parts": NAMED_TEXTS}
 ENTRY = {"of": TEXT, "run": OBJECT, "metrics": METRICS}
 
 

@@ -9,6 +9,7 @@ from transformers.utils import logging
 from ..device.checks import plain
 from ..device.time import format_time, parse_time
 from ..model.deploy import deploy
+from .code import added_attributes
 from .content import content_of, part_of
 from .precision import restored
 from .report import RobustnessReport, Statistic
@@ -20,15 +21,11 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 # What an evaluation depends on of a Trainer, and of its arguments.
-PARTS = (
-    "compute_metrics",
-    "preprocess_logits_for_metrics",
-    "data_collator",
-    "compute_loss_func",
-    "processing_class",
-    "label_names",
-    "_gen_kwargs",
+METRIC = (
+    *("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func", "label_names", "_gen_kwargs"),
+    "evaluator",  # of sentence-transformers
 )
+PREPROCESSING = ("data_collator", "processing_class")
 ARGUMENTS = (
     "eval_batch_size",
     "bf16_full_eval",
@@ -109,18 +106,32 @@ class EvaluationMixin(Base):
         """A data set that an evaluation is given, as the trainer's data loader takes it."""
         return dataset
 
-    def _evaluation_key(self, loaders: Mapping[str, Any], metrics: Sequence[str] | None) -> list[Any]:
-        """What figures depend on beside the model, as JSON values."""
-        parts = {name: part_of(name, getattr(self, name, None)) for name in PARTS}
-        parts["generation_config"] = part_of("generation_config", self.generation_settings())
-        return [
-            {name: content_of(loader.dataset) for name, loader in loaders.items()},
-            None if metrics is None else list(metrics),
-            {name: part_of(name, getattr(self.args, name, None)) for name in ARGUMENTS},
-            self.accelerator.mixed_precision,
-            part_of("trainer", type(self)),
-            parts,
-        ]
+    def _evaluation_key(self, loaders: Mapping[str, Any], metrics: Sequence[str] | None) -> dict[str, Any]:
+        """What figures depend on beside the model, as JSON values by what they are of."""
+        args = {
+            **{name: getattr(self.args, name, None) for name in ARGUMENTS},
+            **added_attributes(self.args, "transformers"),
+        }
+        own = added_attributes(self, "transformers", runs=True)
+        own = {name: value for name, value in own.items() if name not in (*METRIC, *PREPROCESSING)}
+        return {
+            "data": {name: content_of(loader.dataset) for name, loader in loaders.items()},
+            "preprocessing": {name: part_of(name, getattr(self, name, None), files=True) for name in PREPROCESSING},
+            "metric": [
+                None if metrics is None else list(metrics),
+                {name: part_of(name, getattr(self, name, None)) for name in METRIC},
+                part_of("generation_config", self.generation_settings()),
+            ],
+            "arguments": [
+                {name: part_of(f"argument {name}", value) for name, value in args.items()},
+                self.accelerator.mixed_precision,
+                self.is_cast(),
+            ],
+            "trainer": [
+                part_of("trainer", type(self)),
+                {name: part_of(f"trainer's {name}", value) for name, value in own.items()},
+            ],
+        }
 
     def evaluate_robustness(
         self,
@@ -137,9 +148,10 @@ class EvaluationMixin(Base):
             eval_dataset: None takes the trainer's; of a dict (or ``DatasetDict``) of data sets each metric has the data
                 set's name before it, as in ``Trainer.evaluate``.
             metrics: which of the metrics to keep, with or without the prefix "eval_"; None keeps all.
-            kwargs: of :func:`hf_reram.evaluate_robustness`; the ``key`` of a ``resume`` file is made of the data sets'
-                content, the trainer's functions (as ``compute_metrics``) and the arguments that an evaluation depends
-                on, where none is given. Several processes evaluate each chip together.
+            kwargs: of :func:`hf_reram.evaluate_robustness`. The ``key`` of a ``resume`` file, where none is given, is
+                made of the data sets' content, the trainer's functions (as ``compute_metrics``), the arguments that an
+                evaluation depends on, and what a subclass of the trainer or of its arguments adds. Several processes
+                evaluate each chip together.
 
         Raises:
             ValueError: ``metrics`` names one that the evaluation does not give, a ``resume`` file without ``key`` where

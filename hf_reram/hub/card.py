@@ -35,6 +35,7 @@ def model_card(
     report: RobustnessReport,
     comparison: Mapping[str, RobustnessReport] | None = None,
     plot: str | None = "robustness.png",
+    configs: Sequence[ReRAMConfig] | None = None,
 ) -> ModelCard:
     """The card of the model that ``report`` was measured on.
 
@@ -42,6 +43,8 @@ def model_card(
         report: with :attr:`~RobustnessReport.about`; without measurements the card says that there are none.
         comparison: reports by label, for the table; None: the model alone.
         plot: where the card finds it; None shows none.
+        configs: of the model's parts as they are now, whose loss, times and temperature may be others than when it was
+            measured; None: as then.
 
     Raises:
         ValueError: the report says nothing about its model.
@@ -49,10 +52,11 @@ def model_card(
     if not report.about:
         raise ValueError("the report's 'about' is empty: a card needs at least what About's required fields say")
     about = About.from_dict(report.about)
-    config = ReRAMConfig.from_dict(report.config)
+    measured_with = report.configs() or [ReRAMConfig.from_dict(report.config)]
+    configs = list(configs or measured_with)
     rows = dict(comparison or {about.name: report})
     measured = bool(report.measurements)
-    last = report.times[-1] if measured else parse_time(config.retention_times[-1])
+    last = report.times[-1] if measured else parse_time(configs[0].retention_times[-1])
     template = resources.files(__package__) / "templates" / "model_card.md"
     return ModelCard.from_template(
         _metadata(about, report),
@@ -62,13 +66,15 @@ def model_card(
         name=escaped(about.name),
         base=_link(about.base_model),
         adapter_of=python_text(about.base_model) if about.relation == "adapter" else None,
-        device=escaped(config.device.name),
-        source=escaped(config.device.source),
+        device=escaped(_devices(measured_with)),
+        sources=[escaped(source) for source in dict.fromkeys(c.device.source for c in measured_with) if source],
         headline=_headline(about, report),
         auto_class=AUTO_CLASSES.get(about.task, "AutoModel"),
         repo=python_text(about.repo or about.name),
         evaluate=code_span(f"hf-reram eval {shlex.quote(about.repo or about.name)}"),
         last_time=format_time(last),
+        kelvin=(kelvin := _snippet_kelvin(report, configs)),
+        at_kelvin=at_kelvin(kelvin),
         metric=escaped(about.metric),
         dataset=", ".join(escaped(part) for part in (about.dataset, about.dataset_split) if part),
         examples=about.examples,
@@ -79,9 +85,10 @@ def model_card(
         else "",
         fewer=escaped(over_fewer(metrics_cells(rows, last, _shown(about, report)))),
         plot=plot if measured else None,
-        hardware=_hardware(config),
+        hardware=(hardware := _each_hardware(measured_with)),
+        devices=[""] if len(hardware[0][1]) == 1 else [escaped(config.device.name) for config in _each(measured_with)],
         summary=escaped(report.summary),
-        training=_training(about, config),
+        training=_training(about, configs),
         command=code_block(about.command, "bash") if about.command else None,
         limits=_limits(report),
     )
@@ -107,7 +114,7 @@ def _link(base_model: str) -> str:
 
 
 def _metadata(about: About, report: RobustnessReport) -> ModelCardData:
-    device = ReRAMConfig.from_dict(report.config).device.name
+    device = _devices(report.configs())
     results: list[EvalResult] = []
 
     def add(metric: str, value: float, when: str) -> None:
@@ -158,9 +165,39 @@ def _headline(about: About, report: RobustnessReport) -> str:
     found = report.statistic(about.metric, last)
     base = about.base_metrics.get(about.metric)
     n = places([found.mean])
-    on = "one chip" if found.chips == 1 else "chips"
+    chips = len({m.seed for m in report.measurements if (m.time, m.temperature) == (last, report.main_temperature)})
+    on = "one chip" if chips == 1 else "chips" if found.chips == chips else f"{found.chips} of {chips} chips"
     aged = f"{found.shown(n)} on {on} {format_time(last)} after programming{at_kelvin(report.main_temperature)}"
     return f"{escaped(about.metric)}: {aged}" + (f", {base:.{n}f} of the digital base." if base is not None else ".")
+
+
+def _snippet_kelvin(report: RobustnessReport, configs: Sequence[ReRAMConfig]) -> float | None:
+    """The temperature [K] that ``deploy`` has to be told for the figures that name none; None where the model takes it
+    by itself."""
+    if not report.measurements:
+        return None
+    kelvin = report.main_temperature or report.own_temperature
+    return None if {config.kelvin for config in configs} == {kelvin} else kelvin
+
+
+def _each(configs: Sequence[ReRAMConfig]) -> list[ReRAMConfig]:
+    """One config for each hardware."""
+    found: list[ReRAMConfig] = []
+    for config in configs:
+        if all(config.hardware() != other.hardware() for other in found):
+            found.append(config)
+    return found
+
+
+def _devices(configs: Sequence[ReRAMConfig]) -> str:
+    return " and ".join(dict.fromkeys(config.device.name for config in configs))
+
+
+def _each_hardware(configs: Sequence[ReRAMConfig]) -> list[tuple[str, list[str]]]:
+    """What a table says of the hardware, with a column for each that parts of the model are on."""
+    columns = [dict(_hardware(config)) for config in _each(configs)]
+    names = dict.fromkeys(name for column in sorted(columns, key=len, reverse=True) for name in column)
+    return [(name, [column.get(name, "none") for column in columns]) for name in names]
 
 
 def _hardware(config: ReRAMConfig) -> list[tuple[str, str]]:
@@ -193,10 +230,8 @@ def _bits(bits: int | None) -> str:
     return f"{bits} bits" if bits else "ideal"
 
 
-def _training(about: About, config: ReRAMConfig) -> list[str]:
-    kelvin = config.temperature or config.device.reference_temperature
-    times = ", ".join(format_time(parse_time(t)) for t in config.retention_times)
-    lines = [f"retention loss “{config.retention_loss}”, for {times} at {kelvin:g} K"]
+def _training(about: About, configs: Sequence[ReRAMConfig]) -> list[str]:
+    lines = list(dict.fromkeys(map(_loss, configs)))
     lines += ["without labels: on the digital base's predictions"] if about.label_free else []
     lines += [escaped(line) for line in about.training]
     lines += [f"{about.co2_grams:g} g CO₂eq"] if about.co2_grams is not None else []
@@ -204,6 +239,11 @@ def _training(about: About, config: ReRAMConfig) -> list[str]:
         made = ", ".join(f"{name} {version}" for name, version in about.versions.items())
         lines.append(escaped(f"{about.date}, {made}" if about.date else made))
     return lines
+
+
+def _loss(config: ReRAMConfig) -> str:
+    times = ", ".join(format_time(parse_time(t)) for t in config.retention_times)
+    return f"retention loss “{config.retention_loss}”, for {times} at {config.kelvin:g} K"
 
 
 def _limits(report: RobustnessReport) -> list[str]:

@@ -82,11 +82,14 @@ def put_on(model: Any, asked: ReRAMConfig) -> None:
     if all(getattr(config, name) == getattr(asked, name) for config in configs for name in SELECTION_FIELDS):
         take_layers_off(model, added)
         added = []
+    other = [name for config in configs for name in config.other_hardware(asked) if name not in SELECTION_FIELDS]
+    other += ["layers"] if before.keys() != crossbar_layers(model).keys() else []
     logger.warning(
-        "the checkpoint is of %s, and its calibration with it: put on %s as quantization_config says, the model is not "
-        "calibrated, call hf_reram.calibrate(model, batches)%s",
+        "the checkpoint is of %s, and its calibration with it: put on %s as quantization_config says, which differs in "
+        "%s, the model is not calibrated, call hf_reram.calibrate(model, batches)%s",
         names,
         asked.device.name,
+        ", ".join(dict.fromkeys(other)),
         f"; these layers were digital in the checkpoint, and are on crossbars now: {', '.join(added)}" if added else "",
     )
 

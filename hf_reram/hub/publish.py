@@ -1,7 +1,7 @@
 """A checkpoint's folder made ready for the Hub: report, comparison, plot and card beside the weights."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import yaml_dump
 
+from ..config import ReRAMConfig
 from ..device.checks import read_json, refuse_deep, shown
 from ..evaluation.files import write_whole
 from ..evaluation.report import RobustnessReport
@@ -119,6 +120,7 @@ def publish(
     comparison: Mapping[str, RobustnessReport] | None = None,
     title: str | None = None,
     metadata: Mapping[str, Any] | None = None,
+    configs: Sequence[ReRAMConfig] | None = None,
 ) -> None:
     """Put report, comparison, plot and card beside a checkpoint's weights: ``robustness.json``, ``comparison.json``,
     ``robustness.png`` and ``README.md``, ready for the Hub. Files of an earlier report are removed.
@@ -126,10 +128,11 @@ def publish(
     Args:
         report: without measurements there is only a card, which says so.
         title: of the plot. metadata: more of the card's, such as ``license``.
+        configs: see :func:`.card.model_card`.
     """
     folder, about = Path(folder), About.from_dict(report.about)
     rows = dict(comparison or {})
-    card = model_card(report, rows or None)
+    card = model_card(report, rows or None, configs=configs)
     data: Any = card.data
     for key, value in (metadata or {}).items():
         if key == "tags":

@@ -15,13 +15,13 @@ from ..device.checks import read_json
 from ..evaluation.files import write_whole
 from ..evaluation.report import RobustnessReport
 from ..model.adapters import has_adapters
-from ..model.find import crossbar_layers, crossbar_state
+from ..model.find import crossbar_layers, crossbar_state, crossbar_states
 from ..training.checkpoints import CONFIGS
 from .about import about_model
 from .crossbars import CROSSBARS, save_crossbars
 from .load import ADAPTER, has_file, load_model
 from .publish import COMPARISON, PLOT, merge_cards, publish, read_card, read_comparison, read_text
-from .report import PARTS, REPORT, report_of, unmeasured, why_foreign
+from .report import PARTS, REPORT, report_of, told_for, unmeasured, why_foreign
 
 logger = logging.get_logger(__name__)
 
@@ -133,7 +133,9 @@ def prepare(folder: str | os.PathLike, model: Any, repo: str | None = None) -> N
         report = RobustnessReport.from_json(file)
         if why := why_foreign(model, report):
             raise ValueError(f"{file} was measured {why}, not on what is beside it: evaluate it again, or delete it")
-        rows = read_comparison(folder / COMPARISON) if (folder / COMPARISON).exists() else None
+        report = told_for(model, report)
+        if (folder / COMPARISON).exists():
+            rows = {label: told_for(model, row) for label, row in read_comparison(folder / COMPARISON).items()}
     elif (report := report_of(model)) is None and crossbar_state(model).report is not None:
         logger.warning("the weights have changed since evaluate_robustness: report and plot are not uploaded")
     if report is None:
@@ -142,7 +144,7 @@ def prepare(folder: str | os.PathLike, model: Any, repo: str | None = None) -> N
         report.about = about_model(model, report, repo).to_dict()
     if repo is not None:
         report.about["repo"] = repo
-    publish(folder, report, rows)
+    publish(folder, report, rows, configs=[state.config for state in crossbar_states(model)])
 
 
 def save_processor(model: Any, folder: str | os.PathLike) -> None:

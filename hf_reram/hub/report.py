@@ -9,10 +9,9 @@ from safetensors import safe_open
 from torch import nn
 from transformers.utils import cached_file, extract_commit_hash, logging
 
-from ..config import ReRAMConfig
 from ..evaluation.report import RobustnessReport
 from ..model.digest import other_settings, settings_of, weights_digest
-from ..model.find import crossbar_state
+from ..model.find import crossbar_state, crossbar_states
 from ..model.summary import summarize
 from .about import about_model
 
@@ -44,13 +43,21 @@ def stored_report(name: str | os.PathLike, **where: Any) -> RobustnessReport | N
 def report_of(model: nn.Module) -> RobustnessReport | None:
     """The report of a patched model as it is now: the one that :func:`hf_reram.evaluate_robustness` made of it last, or
     that came with its checkpoint. None where there is none, or where it was measured on other weights or hardware, or
-    with another config of the model.
+    with another config of the model. Of a model that is deployed at another temperature by itself since, it says at
+    which one it was measured.
 
     Raises:
         ValueError: the model is not patched.
     """
     report = crossbar_state(model).report
-    return report if report is not None and not why_foreign(model, report) else None
+    return told_for(model, report) if report is not None and not why_foreign(model, report) else None
+
+
+def told_for(model: nn.Module, report: RobustnessReport) -> RobustnessReport:
+    """A patched model's report, with temperatures in kelvins where the model is deployed at another one by itself than
+    when it was measured."""
+    own = {state.config.kelvin for state in crossbar_states(model)}
+    return report if own == {report.own_temperature} else report.in_kelvins()
 
 
 def why_foreign(model: nn.Module, report: RobustnessReport) -> str:
@@ -60,18 +67,25 @@ def why_foreign(model: nn.Module, report: RobustnessReport) -> str:
         return f"on other weights (digest {report.weights[:12] or 'missing'}, these have {found[:12]})"
     other = other_settings(settings_of(model), report.model_config)  # of older reports nothing
     if report.config:  # says something of its hardware
-        hardware = crossbar_state(model).config.hardware()
+        configs = [state.config for state in crossbar_states(model)]
         try:
-            measured = ReRAMConfig.from_dict(report.config).hardware()
+            measured = report.configs()
         except ValueError as error:
             return f"with a config that cannot be read ({error})"
-        other += [name for name in hardware if measured[name] != hardware[name]]
+        if len(measured) != len(configs):
+            return f"with {len(measured)} configs of parts, where the model's parts have {len(configs)}"
+        fields = dict.fromkeys(name for one, now in zip(measured, configs) for name in one.other_hardware(now))
+        kelvins = [[config.kelvin for config in every] for every in (measured, configs)]
+        if None in report.temperatures and report.own_temperature is None and kelvins[0] != kelvins[1]:
+            fields["temperature"] = None  # of parts at several, which no single one says
+        other += fields
     return f"with another {', '.join(other[:8])}{', …' if len(other) > 8 else ''}" if other else ""
 
 
 def unmeasured(model: Any, repo: str | None = None) -> RobustnessReport:
     """A report without measurements, for the card of a model that was not evaluated."""
-    report = RobustnessReport([], config=crossbar_state(model).config.to_dict(), summary=str(summarize(model)))
+    config, *others = (state.config.to_dict() for state in crossbar_states(model))
+    report = RobustnessReport([], config=config, summary=str(summarize(model)), other_configs=others)
     report.about = about_model(model, None, repo).to_dict()
     return report
 

@@ -12,7 +12,7 @@ from huggingface_hub import CommitInfo, HfApi, run_as_future
 from transformers.utils import logging
 
 from ..evaluation.report import RobustnessReport
-from ..model.find import crossbar_layers
+from ..model.find import crossbar_layers, crossbar_states
 from .about import about_model
 from .publish import publish
 from .push import is_safe, push
@@ -87,7 +87,8 @@ class HubMixin(Base):
         if not report.about.get("training"):
             report.about["training"] = [self._training_note()]
         report.about |= {key: known[key] for key in ("name", "repo") if key in known}
-        publish(folder, report, metadata={key: value for key, value in metadata.items() if value is not None})
+        metadata = {key: value for key, value in metadata.items() if value is not None}
+        publish(folder, report, metadata=metadata, configs=[state.config for state in crossbar_states(self.model)])
 
     def _training_note(self) -> str:
         args = self.args

@@ -137,6 +137,12 @@ class ReRAMTrainerMixin(TrainingMixin, EvaluationMixin, HubMixin):
         self._gen_kwargs = {name: value for name, value in given.items() if value is not None}
         self.gather_function = self.accelerator.gather
 
+    def is_cast(self) -> bool:
+        """Whether evaluations cast automatically: as the first Trainer that a model was given to has it."""
+        if getattr(self.model, "_is_accelerate_prepared", False):
+            return hasattr(self.model, "_original_forward")
+        return bool(self.accelerator.native_amp)
+
     def generation_settings(self) -> dict[str, Any]:
         """What the model generates with where it is told nothing else, without the defaults, which its first generation
         writes there."""

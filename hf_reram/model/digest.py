@@ -10,6 +10,7 @@ from torch import nn
 
 from ..nn.tensors import whole
 from .adapters import adapter_scales, adapters_in_use
+from .attributes import TRAINING_ONLY, attributes_of
 from .find import WRAPPERS, crossbar_states, unwrapped, walk
 from .sharding import reshard
 
@@ -27,7 +28,6 @@ COSMETIC = (
     "output_hidden_states",
     "output_attentions",
 )
-TRAINING_ONLY = ("drop", "initializer")  # in the names of what an evaluation does not see
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -60,7 +60,8 @@ def weights_digest(model: nn.Module) -> str:
 
 def settings_of(model: nn.Module) -> dict[str, Any]:
     """What an evaluation of the model depends on beside its weights and its ReRAMConfig, as plain JSON values by name:
-    the config of the Hugging Face model, or of those inside, without what changes no figure, and adapters' scales."""
+    the config of the Hugging Face model, or of those inside, without what changes no figure, adapters' scales, and
+    fingerprints of what else its modules hold (:func:`.attributes.attributes_of`), as ``modules``."""
     found: dict[str, Any] = {}
     inside: set[nn.Module] = set()
     for name, module in walk(model):
@@ -70,6 +71,7 @@ def settings_of(model: nn.Module) -> dict[str, Any]:
             found |= {f"{name}.{key}" if name else key: value for key, value in _telling(to_dict()).items()}
     if scales := adapter_scales(unwrapped(model)):
         found["adapters"] = scales
+    found["modules"] = attributes_of(model)
     text = json.dumps(found, default=lambda value: sorted(map(str, value)) if isinstance(value, set) else str(value))
     return json.loads(text, parse_constant=str)
 
@@ -98,7 +100,7 @@ def other_settings(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
             found += [f"{name}.{part}" for part in other_settings(one, other)]
         elif one != other:
             found.append(name)
-    return sorted(found)
+    return sorted(found, key=lambda name: (name.startswith("modules."), name))  # which follow from the others
 
 
 def model_digest(model: nn.Module, weights: str | None = None) -> str:

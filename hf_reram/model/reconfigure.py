@@ -17,13 +17,13 @@ logger = logging.get_logger(__name__)
 
 
 def reconfigure(model: nn.Module, **changes: Any) -> nn.Module:
-    """Change the loss, its weight and times, the temperature or the number of calibration batches of a patched model,
-    in place; its calibration stays.
+    """Change the loss, its weight, warm-up and times, the temperature or the number of calibration batches of a patched
+    model, in place; its calibration stays.
 
     Args:
         model: patched, or of parts that were: all get the changes.
-        changes: ``retention_loss``, ``retention_weight``, ``retention_times``, ``temperature`` and
-            ``calibration_batches``, as in :class:`hf_reram.ReRAMConfig`.
+        changes: ``retention_loss``, ``retention_weight``, ``retention_warmup``, ``retention_times``, ``temperature``
+            and ``calibration_batches``, as in :class:`hf_reram.ReRAMConfig`.
 
     Raises:
         ValueError: the model is not patched, a wrong value, or a field that says how weights lie on the cells: these

@@ -41,6 +41,21 @@ _PASSING: dict[str, Any] = {
 }
 
 
+# What a crossbar has beside the digital layer that it was.
+ADDED = (
+    "crossbar",
+    "crossbar_name",
+    "counter",
+    "sensitivity",
+    "copies_output",
+    "clipped_by_choice",
+    "choice_is_known",
+    "_scalars",
+    "_constants",
+    *_PASSING,
+)
+
+
 class Counter:
     """How often a layer ran, on its cells and digitally: one object for the layer and the replicas that
     nn.DataParallel makes of it."""
@@ -131,8 +146,10 @@ class CrossbarLayer(Layout):
             if not compiled and self._held is not LOOKED and (self._held is None or self._held != self._count()):
                 self._held = LOOKED
                 self.crossbar.note_changed(self)
-        elif self.chip is None and not compiled and self._has_changed():
-            self.crossbar.note_changed(self)
+        elif not compiled:
+            self.crossbar.note_autocast(input.device.type)
+            if self.chip is None and self._has_changed():
+                self.crossbar.note_changed(self)
         return self.scalars()
 
     # Its numbers
@@ -294,18 +311,7 @@ class CrossbarLayer(Layout):
         for name in BUFFERS:
             self._buffers.pop(name, None)
             self._parameters.pop(name, None)
-        for name in (
-            "crossbar",
-            "crossbar_name",
-            "counter",
-            "sensitivity",
-            "copies_output",
-            "clipped_by_choice",
-            "choice_is_known",
-            "_scalars",
-            "_constants",
-            *_PASSING,
-        ):
+        for name in ADDED:
             self.__dict__.pop(name, None)
         self.__class__ = self.__dict__.pop("_digital_class")
 

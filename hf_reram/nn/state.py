@@ -39,6 +39,7 @@ class CrossbarState:
         names: of the layers that were put on crossbars. chips: contexts that deploy it now; deployments: so far.
         changed: layers whose weights have changed since the last forward in evaluation. clipped: share of the weights
             that are clipped, by name of the layers where it is more than by choice.
+        autocasts: dtypes that forwards in evaluation were cast to automatically, since this was emptied.
         following: of the training that the numbers of calibration follow now, None where they stay.
     """
 
@@ -59,6 +60,7 @@ class CrossbarState:
         self.chips = self.deployments = 0
         self.changed: list[Any] = []
         self.clipped: dict[str, float] = {}
+        self.autocasts: set[torch.dtype] = set()
         self.following: Following | None = None
         self._root = reference(root)
         self._waiting: list[Any] = []  # references to forwards whose terms may still join a loss
@@ -98,6 +100,11 @@ class CrossbarState:
             self.changed.append(layer)
         elif on_changed_alone is not None:
             on_changed_alone([layer])
+
+    def note_autocast(self, kind: str) -> None:
+        """A layer runs in evaluation on a kind of device; under ``torch.compile`` nobody asks."""
+        if torch.is_autocast_enabled(kind):
+            self.autocasts.add(torch.get_autocast_dtype(kind))
 
     # Forwards
 

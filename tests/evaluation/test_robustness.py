@@ -1,5 +1,6 @@
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -131,7 +132,7 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(tiny_bert, tmp_path):
     assert resumed.to_dict() == again.to_dict()  # read noise too is that of the chip, whatever ran before
     with torch.no_grad():
         tiny_bert.classifier.weight.mul_(0.9)
-    with pytest.raises(ValueError, match="other weights"):
+    with pytest.raises(ValueError, match=r"other weights.*\(what differs: 'weights'\)"):
         evaluate_robustness(tiny_bert, evaluate, **options)
 
 
@@ -161,9 +162,18 @@ def test_runs_of_another_evaluation_are_not_taken_over(model, tmp_path):
     first = evaluate_robustness(model, mean_square, key={"data": "A", "split": 1}, **options)
     again = evaluate_robustness(model, lambda m: pytest.fail("not again"), key={"split": 1, "data": "A"}, **options)
     assert again.measurements == first.measurements
-    for key in ({"data": "B", "split": 1}, None):
-        with pytest.raises(ValueError, match="another evaluation"):
+    for key, what in (
+        ({"data": "B", "split": 1}, "'data'"),
+        (None, "'data', 'split'"),
+        ("B", "'key', 'data', 'split'"),
+    ):
+        with pytest.raises(ValueError, match=rf"another evaluation \(what differs: {what}\)"):
             evaluate_robustness(model, mean_square, key=key, **options)
+    log = tmp_path / "log.jsonl"  # as earlier versions wrote it
+    log.write_text(re.sub(r', "parts": \{[^}]*\}', "", log.read_text()))
+    assert evaluate_robustness(model, mean_square, key={"split": 1, "data": "A"}, **options) == first
+    with pytest.raises(ValueError, match=r"another evaluation \(an earlier hf_reram's, or nothing tells which\)"):
+        evaluate_robustness(model, mean_square, **options)
     with pytest.raises(ValueError, match="allowed is a JSON value"):
         evaluate_robustness(model, mean_square, key=object(), **options)
 
@@ -302,3 +312,25 @@ def test_temperatures_may_be_texts(model):
     assert report.temperatures == [358.15, 300.0]
     with pytest.raises(ValueError, match=r"temperature=85: allowed is 200 to 2000 K.*; 85 °C\? write '85C'"):
         evaluate_robustness(model, mean_square, ["1d"], [85], seeds=1, progress=False)
+
+
+def test_a_temperature_that_a_deployment_takes_by_itself_counts_once():
+    """Which is the config's, or the device's reference."""
+    for configured, given, noted in (
+        (None, [None, 298.15, "25C"], [None]),
+        ("85C", [None, 358.15], [358.15]),
+        ("85C", [298.15, None], [298.15, 358.15]),
+        (298.15, [298.15], [None]),
+    ):
+        torch.manual_seed(0)
+        made = patch_model(nn.Sequential(nn.Linear(8, 4)).eval(), ReRAMConfig(temperature=configured))
+        calibrate(made, [torch.randn(32, 8)])
+        report = evaluate_robustness(made, mean_square, ["1h"], given, 2, progress=False)
+        assert report.temperatures == noted and len(report.measurements) == 2 * len(noted)
+        own = [m.metrics for m in report.measurements if m.temperature == noted[-1]]
+        assert own == [
+            m.metrics for m in evaluate_robustness(made, mean_square, ["1h"], seeds=2, progress=False).measurements
+        ]
+        assert report.statistic("power", "1h", made[0].crossbar.config.kelvin).mean == np.mean(
+            [m["power"] for m in own]
+        )

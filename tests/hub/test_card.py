@@ -75,6 +75,7 @@ def test_a_card_counts_the_chips_of_each_figure():
     found.ideal["exact"] = float("nan")
     card = model_card(found)
     assert "mean ± standard deviation over 3 chips; over 2: f1 of robust after 1d:" in card.text
+    assert "f1: 51.5 ± 0.7 on 2 of 3 chips 1d after programming, 58.2 of the digital base" in card.text
     assert "Mean over chips after 1d:" in card.text  # both of two
     _, results = model_index_to_eval_results(card.data.to_dict()["model-index"])
     names = {r.metric_name for r in results}

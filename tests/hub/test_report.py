@@ -2,11 +2,14 @@
 
 import json
 import logging
+import re
 
 import pytest
+import torch
+from torch import nn
 from transformers import BertForSequenceClassification
 
-from hf_reram import ReRAMConfig, evaluate_robustness, patch_model, report_of, unpatch_model
+from hf_reram import ReRAMConfig, deploy, evaluate_robustness, patch_model, reconfigure, report_of, unpatch_model
 from hf_reram.hub.push import prepare
 from tests.samples.models import bert_batch, tiny_bert
 
@@ -74,3 +77,84 @@ def test_a_config_that_cannot_be_read_is_no_hardware_of_ours(tmp_path, said):
     report.to_json(tmp_path / "robustness.json")
     assert report_of(BertForSequenceClassification.from_pretrained(tmp_path)) is None
     assert "cannot be read" in said()[0]
+
+
+def of_snippet(card: str, model) -> float:
+    """The figure of the chip that the card's own line deploys."""
+    call = re.search(r"with hf_reram\.deploy\((.*)\):", card)[1]
+    with eval(f"deploy({call})", {"deploy": deploy, "model": model}):
+        return float(model(**bert_batch()).loss.detach())
+
+
+@pytest.mark.parametrize("configured, asked, later", [(None, None, 420), (420, None, None), (None, 420, None)])
+def test_the_card_deploys_the_chip_that_was_measured(tmp_path, configured, asked, later):
+    """Whatever temperature the model is deployed at by itself since; read noise apart, which is drawn anew."""
+    device = {**ReRAMConfig().device.to_dict(), "read_noise": 0.0}
+    model = patch_model(tiny_bert(), ReRAMConfig(device=device, temperature=configured))
+    report = evaluate_robustness(
+        model, lambda m: float(m(**bert_batch()).loss.detach()), ["1d"], [asked], seeds=1, progress=False
+    )
+    figure = report.measurements[0].metrics["metric"]
+    kelvin = float(asked or configured or 298.15)
+    model.save_pretrained(tmp_path)
+    prepare(tmp_path, model)
+    before = (tmp_path / "README.md").read_text()
+    assert of_snippet(before, model) == figure and ("temperature=" in before) == (asked is not None)
+    assert f"after programming at {kelvin:g} K" in before or kelvin == 298.15
+    reconfigure(model, temperature=later, retention_loss="output", retention_times=["1h"])
+    model.save_pretrained(tmp_path)
+    for again in (model, BertForSequenceClassification.from_pretrained(tmp_path)):
+        prepare(tmp_path, again)
+        card = (tmp_path / "README.md").read_text()
+        assert f"temperature={kelvin}, seed=0" in card and of_snippet(card, again) == figure
+        assert card.count(f"after programming at {kelvin:g} K") >= 3  # metadata, headline, snippet
+        assert f", of a single chip at {kelvin:g} K, so that" in card
+        assert f"retention loss “output”, for 1h at {later or 298.15:g} K" in card
+        assert f"at {kelvin:g} K" in report_of(again).to_markdown()
+        assert json.loads((tmp_path / "robustness.json").read_text())["measurements"][0]["temperature"] == kelvin
+    with deploy(model, "1d"):
+        assert float(model(**bert_batch()).loss.detach()) != figure or asked is not None
+    reconfigure(model, temperature=configured)
+    assert report_of(model) is report
+
+
+def towers(*configs):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(6, 6)) for _ in configs)).eval()
+    for part, config in zip(model, configs):
+        patch_model(part, config)
+    report = evaluate_robustness(
+        model, lambda m: float(m(torch.ones(2, 6)).sum().detach()), ["1d"], seeds=1, progress=False
+    )
+    return model, report
+
+
+def test_a_report_is_of_the_devices_of_all_parts(tmp_path):
+    model, report = towers(ReRAMConfig(weight_clip=None), ReRAMConfig(weight_clip=None, device="cmo-hfox-ibm"))
+    assert report_of(model) is report
+    report.to_json(tmp_path / "robustness.json")
+    (tmp_path / "model.safetensors").touch()
+    prepare(tmp_path, model)
+    card = (tmp_path / "README.md").read_text()
+    assert "crossbars" in card and "hfox-neurram and cmo-hfox-ibm ReRAM crossbars" in card
+    assert "| hfox-neurram | cmo-hfox-ibm |\n| --- | --- | --- |\n| conductance |" in card
+    names = [part[0].crossbar.config.device for part in model]
+    row = f"| {names[0].g_min:g}–{names[0].g_max:g} µS, differential pairs | {names[1].g_min:g}–{names[1].g_max:g} µS"
+    assert row in card
+    patch_model(unpatch_model(model[1]), ReRAMConfig(weight_clip=None))
+    assert report_of(model) is None
+    with pytest.raises(ValueError, match="measured with another device"):
+        prepare(tmp_path, model)
+    report.other_configs = []  # as reports of earlier versions
+    report.to_json(tmp_path / "robustness.json")
+    with pytest.raises(ValueError, match="measured with 1 configs of parts, where the model's parts have 2"):
+        prepare(tmp_path, model)
+
+
+def test_parts_at_temperatures_of_their_own_are_no_model_at_one(tmp_path):
+    model, report = towers(ReRAMConfig(temperature=400), ReRAMConfig())
+    assert report.temperatures == [None] and report_of(model) is report
+    reconfigure(model, temperature=400)
+    assert report_of(model) is None
+    reconfigure(model[1], temperature=None)
+    assert report_of(model) is report

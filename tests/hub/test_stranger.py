@@ -93,6 +93,8 @@ def changed(*path, to):
         (changed("digital", to=[1]), "digital="),
         (changed("ideal", to={"f1": True}), "ideal="),
         (changed("config", to="reram"), "config='reram'"),
+        (changed("other_configs", to={"a": 1}), "other_configs="),
+        (changed("other_configs", to=["reram"]), "other_configs="),
         (changed("summary", to=None), "summary=None"),
         (changed("notes", to="note"), "notes='note'"),
         (changed("notes", to=[1]), "notes="),

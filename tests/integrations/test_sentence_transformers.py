@@ -62,9 +62,9 @@ def fresh(folder, dense=False):
     return SentenceTransformer(modules=parts, device="cpu")
 
 
-def similarity():
+def similarity(*scores):
     texts = ["the cell", "a weight", "years", "drifts"], ["a cell", "the weight drifts", "and", "for years ."]
-    return EmbeddingSimilarityEvaluator(*texts, [0.9, 0.5, 0.1, 0.3], write_csv=False)
+    return EmbeddingSimilarityEvaluator(*texts, list(scores) or [0.9, 0.5, 0.1, 0.3], write_csv=False)
 
 
 def trainer_of(tmp_path, model, kind=CrossbarTrainer, loss=losses.MultipleNegativesRankingLoss, **options):
@@ -232,3 +232,25 @@ def test_what_compares_two_forwards_is_refused(tmp_path, folder, wrong):
         wrong = {"teacher": fresh(folder)}
     with pytest.raises(ValueError, match="allowed are sentence-transformers' own losses"):
         trainer_of(tmp_path, fresh(folder), **{"reram_config": noisy(), **wrong})
+
+
+def test_a_resumed_evaluation_knows_its_loss_and_its_evaluator(tmp_path, folder):
+    model, data = fresh(folder), Dataset.from_dict(PAIRS)
+    options = {"times": ["1d"], "seeds": 1, "progress": False, "references": False, "resume": tmp_path / "log.jsonl"}
+
+    def run(*scores, scale=20.0):
+        trainer = trainer_of(
+            tmp_path,
+            model,
+            loss=lambda model: losses.MultipleNegativesRankingLoss(model, scale=scale),
+            eval_dataset=data,
+            evaluator=similarity(*scores),
+            reram_config=noisy(),
+        )
+        return trainer.evaluate_robustness(**options).measurements
+
+    assert run() == run()
+    with pytest.raises(ValueError, match=r"what differs: 'metric'\)"):
+        run(0.1, 0.2, 0.3, 0.4)
+    with pytest.raises(ValueError, match=r"what differs: 'trainer'\)"):
+        run(scale=5.0)

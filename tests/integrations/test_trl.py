@@ -296,3 +296,21 @@ def test_the_order_of_base_classes_is_said():
     own = type("Own", (), {"compute_loss": None})
     right = type("Right", (own, ReRAMTrainerMixin, trl.SFTTrainer), {})
     assert issubclass(type("Sub", (right,), {}), Trainer)
+
+
+def test_a_resumed_evaluation_knows_a_preference_trainer_s_settings(tmp_path):
+    options = {"times": ["1d"], "seeds": 1, "progress": False, "references": False, "resume": tmp_path / "log.jsonl"}
+    model = calibrate(patch_model(fresh(), noisy()), [{"input_ids": torch.randint(1, 12, (4, 8))}])
+
+    def run(reference=0.0, **arguments):
+        torch.manual_seed(0)
+        other = fresh()
+        with torch.no_grad():
+            other.lm_head.weight.add_(reference)
+        return dpo(tmp_path, model, arguments, ref_model=other).evaluate_robustness(**options)
+
+    assert run().measurements == run().measurements
+    with pytest.raises(ValueError, match=r"what differs: 'arguments', 'trainer'\)"):
+        run(beta=0.5)
+    with pytest.raises(ValueError, match=r"what differs: 'trainer'\)"):
+        run(reference=0.5)

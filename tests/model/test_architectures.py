@@ -18,6 +18,7 @@ from hf_reram import (
     sampled_drift,
     unpatch_model,
 )
+from hf_reram.model.attributes import attributes_of
 from hf_reram.model.bypass import left_digital
 from hf_reram.model.select import unsupported
 from hf_reram.nn import CrossbarLayer
@@ -54,6 +55,7 @@ def _whole_path(entry, tmp_path, all_on_crossbars=False):
     model, batch = entry.build(), entry.batch()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     expected = _run(model, batch)
+    told = attributes_of(model)
     config = ReRAMConfig(device="cmo-hfox-ibm", retention_times=["1d"], retention_loss="output+drift")
 
     bypassed = {type(model.get_submodule(name)).__name__ for name in left_digital(model)}
@@ -91,6 +93,7 @@ def _whole_path(entry, tmp_path, all_on_crossbars=False):
     again, info = getattr(transformers, entry.model).from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert list(crossbar_layers(again)) == list(layers)
+    assert attributes_of(again) == attributes_of(model) == told
     for one, other in zip(_run(again.eval(), batch), robust, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 

@@ -58,7 +58,10 @@ def test_loading_for_other_cells_puts_the_model_on_them(robust, tmp_path, caplog
     asked = ReRAMConfig(device="cmo-hfox-ibm", weight_scale="per_tensor")
     with caplog.at_level("WARNING", "hf_reram"):
         loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, quantization_config=asked)
-    assert "put on cmo-hfox-ibm as quantization_config says, the model is not calibrated" in caplog.text
+    assert (
+        "put on cmo-hfox-ibm as quantization_config says, which differs in device, weight_scale, the model"
+        in caplog.text
+    )
     layers = crossbar_layers(loaded)
     assert all(
         layer.crossbar.config.device.name == "cmo-hfox-ibm" and not layer.calibrated for layer in layers.values()
@@ -73,6 +76,16 @@ def test_loading_for_other_cells_puts_the_model_on_them(robust, tmp_path, caplog
     assert any("are not calibrated" in note for note in report.notes)
     loaded.save_pretrained(tmp_path / "again")
     assert AutoModel.from_pretrained(tmp_path / "again").config.quantization_config.device.name == "cmo-hfox-ibm"
+
+
+@pytest.mark.parametrize(
+    "changes, what", [({"input_range": "per_token"}, "input_range"), ({"target_modules": ["query"]}, "layers")]
+)
+def test_loading_for_other_cells_of_the_same_device_says_what_differs(robust, tmp_path, caplog, changes, what):
+    robust.save_pretrained(tmp_path)
+    with caplog.at_level("WARNING", "hf_reram"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path, quantization_config=ReRAMConfig(**changes))
+    assert f"put on hfox-neurram as quantization_config says, which differs in {what}, the model" in caplog.text
 
 
 @pytest.mark.parametrize(

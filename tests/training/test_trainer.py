@@ -1,6 +1,8 @@
 import copy
 import logging
 import threading
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -533,6 +535,47 @@ class Smoothed(ReRAMTrainer):
         return (loss * 2, outputs) if return_outputs else loss * 2
 
 
+def test_a_report_says_that_it_was_measured_under_autocast(tmp_path):
+    """Which accelerate puts around a model once, for the first Trainer that it is given to."""
+    data, options = examples(8), {"seeds": 1, "progress": False, "resume": tmp_path / "log.jsonl"}
+    model = fresh_bert()
+    with torch.no_grad():
+        model.classifier.weight.mul_(50)
+    calibrate(patch_model(model, ReRAMConfig(retention_loss="none")), [bert_batch()])
+    with digital(model.eval()), torch.no_grad():
+        plain = float(model(**default_data_collator(data)).loss)
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = float(model(**default_data_collator(data)).loss)
+    assert abs(plain - cast) > 1e-5
+    for other, order in ((copy.deepcopy(model), (True, False)), (copy.deepcopy(model), (False, True))):
+        for bf16 in order:
+            trainer = ReRAMTrainer(other, arguments(tmp_path, bf16=bf16), eval_dataset=data)
+            for _ in range(2):  # of the log, too
+                report = trainer.evaluate_robustness(["1d"], **options)
+                assert report.digital["loss"] == pytest.approx(cast if order[0] else plain, rel=1e-6)
+                assert ("evaluated under autocast to bfloat16" in report.notes) == order[0]
+            (tmp_path / "log.jsonl").unlink()
+
+
+@dataclass
+class Factored(TrainingArguments):
+    loss_factor: float = 1.0
+
+
+CFG = SimpleNamespace(threshold=0.5)
+
+
+def counted(prediction):
+    return {"share": float((prediction.predictions.max(-1) > CFG.threshold).mean())}
+
+
+class Weighted(ReRAMTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        loss = nn.functional.cross_entropy(outputs.logits, inputs["labels"], self.class_weights)
+        return (self.args.loss_factor * loss, outputs) if return_outputs else self.args.loss_factor * loss
+
+
 def test_a_resumed_evaluation_knows_what_it_evaluates_with(tmp_path):
     """Of what changes a figure but no weight, each is another evaluation."""
     model = patch_model(fresh_bert(), ReRAMConfig())
@@ -548,18 +591,42 @@ def test_a_resumed_evaluation_knows_what_it_evaluates_with(tmp_path):
 
     first = run()
     assert run().measurements == first.measurements
-    for change in (
-        {"compute_metrics": lambda p: {"accuracy": 1 - accuracy(p)["accuracy"]}},
-        {"preprocess_logits_for_metrics": lambda logits, labels: -logits},
-        {"data_collator": cut},
-        {"eval_dataset": data.with_transform(ones)},
-        {"arguments_": {"bf16_full_eval": True}},
-        {"arguments_": {"label_smoothing_factor": 0.5}},
-        {"arguments_": {"per_device_eval_batch_size": 4}},
-        {"kind": Smoothed},
+    for part, change in (
+        ("metric", {"compute_metrics": lambda p: {"accuracy": 1 - accuracy(p)["accuracy"]}}),
+        ("metric", {"preprocess_logits_for_metrics": lambda logits, labels: -logits}),
+        ("preprocessing", {"data_collator": cut}),
+        ("data", {"eval_dataset": data.with_transform(ones)}),
+        ("arguments", {"arguments_": {"bf16_full_eval": True}}),
+        ("arguments", {"arguments_": {"label_smoothing_factor": 0.5}}),
+        ("arguments", {"arguments_": {"per_device_eval_batch_size": 4}}),
+        ("trainer", {"kind": Smoothed}),
     ):
-        with pytest.raises(ValueError, match="another evaluation"):
+        with pytest.raises(ValueError, match=rf"another evaluation \(what differs: '{part}'\)"):
             run(**change)
+    factored = Factored(str(tmp_path), report_to=[], use_cpu=True, remove_unused_columns=False)
+    numbers: list[tuple[float, float]] = []
+
+    def own(resume, weights=1.0, factor=1.0, threshold=0.5):
+        factored.loss_factor, CFG.threshold = factor, threshold
+        trainer = Weighted(model, factored, train_dataset=examples(), eval_dataset=data, compute_metrics=counted)
+        trainer.class_weights = torch.tensor([weights, 1.0, 1.0])
+        found = trainer.evaluate_robustness(resume=tmp_path / resume, **options).measurements[0].metrics
+        numbers.append((found["loss"], found["share"]))
+
+    own("own.jsonl")
+    own("own.jsonl")
+    assert numbers[0] == numbers[1]
+    for part, change in {
+        "trainer": {"weights": 5.0},
+        "arguments": {"factor": 3.0},
+        "metric": {"threshold": 0.0},
+    }.items():
+        with pytest.raises(ValueError, match=rf"another evaluation \(what differs: '{part}'\)"):
+            own("own.jsonl", **change)
+        own("other.jsonl", **change)
+        (tmp_path / "other.jsonl").unlink()
+    assert len({loss for loss, _ in numbers[1:4]}) == 3 and numbers[4][0] == numbers[0][0]
+    assert numbers[3][0] == pytest.approx(3 * numbers[0][0], rel=1e-5) and numbers[4][1] == 1 > numbers[0][1]
     run(eval_dataset=data.with_transform(ones), resume="ones.jsonl")
     with pytest.raises(ValueError, match="another evaluation"):
         run(eval_dataset=data.with_transform(twos), resume="ones.jsonl")

@@ -1,0 +1,177 @@
+"""What code of a script's own reads is told by what it is, wherever it stands."""
+
+import importlib
+import itertools
+import os
+import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import datasets
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from hf_reram.evaluation.code import added_attributes, globals_of, imports_of, is_installed, source_of
+from hf_reram.evaluation.content import described
+
+
+def script(code, **names):
+    """The function ``score`` of a script."""
+    names = {"__name__": "__main__", **names}
+    exec(code, names)
+    return names["score"]
+
+
+def told(code, **names):
+    return described(script(code, **names))
+
+
+def test_globals_and_what_is_taken_of_them():
+    code = compile("def f(p): return [os.path.join(g, x) for x in p.predictions] + CFG.a.b(h)(os)", "f", "exec")
+    found = globals_of(code)
+    assert found["os"] == {("path", "join"), ()} and found["g"] == found["h"] == {()} and found["CFG"] == {("a", "b")}
+    assert "predictions" not in found and "x" not in found and "p" not in found
+
+
+def test_an_attribute_is_no_global_of_its_name():
+    code = "def score(p): return p.predictions.mean()"
+    assert told(code) == told(code, predictions=1) == told(code, predictions=[2], mean=3)
+    assert told("def score(p): return predictions", predictions=1) != told(
+        "def score(p): return predictions", predictions=2
+    )
+
+
+class Metric:
+    table = [1, 2]
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    @staticmethod
+    def compute(p):
+        return p
+
+
+class Wider(Metric):
+    table = [1, 3]
+
+
+def test_objects_that_a_function_names_are_told_by_what_they_hold():
+    code = "def score(p): return CFG.threshold"
+    same = [told(code, CFG=SimpleNamespace(threshold=0.5)) for _ in range(2)]
+    assert same[0] == same[1] != told(code, CFG=SimpleNamespace(threshold=0.7))
+    code = "def score(p): return METRIC.compute(p)"
+    assert told(code, METRIC=Metric(1)) == told(code, METRIC=Metric(1))
+    assert len({told(code, METRIC=metric) for metric in (Metric(1), Metric(2), Wider(1))}) == 3
+    marked = [script("def score(p): return score.factor") for _ in range(3)]
+    for function, factor in zip(marked, (1, 1, 2)):
+        function.factor = factor
+    assert described(marked[0]) == described(marked[1]) != described(marked[2])
+
+
+def test_a_metric_of_evaluate_is_told_by_its_code_and_not_by_its_last_use(tmp_path):
+    evaluate = pytest.importorskip("evaluate")
+    features = datasets.Features({name: datasets.Value("int32") for name in ("predictions", "references")})
+    about = dict.fromkeys(("description", "citation", "inputs_description"), "")
+
+    class Mine(evaluate.Metric):
+        def _info(self):
+            return evaluate.MetricInfo(features=features, **about)
+
+        def _compute(self, predictions, references):
+            return {"n": len(predictions)}
+
+    class Other(Mine):
+        def _compute(self, predictions, references):
+            return {"n": -len(predictions)}
+
+    code = "def score(p): return METRIC.compute(predictions=p, references=p)"
+    metric = Mine(cache_dir=str(tmp_path / "a"))
+    before = told(code, METRIC=metric)
+    assert script(code, METRIC=metric)([1, 2]) == {"n": 2}
+    assert told(code, METRIC=metric) == before == told(code, METRIC=Mine(cache_dir=str(tmp_path / "b")))
+    assert told(code, METRIC=Other(cache_dir=str(tmp_path / "a"))) != before
+    assert told(code, METRIC=Mine("other", cache_dir=str(tmp_path / "a"))) != before
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """Writes modules of a script's own, which are then imported anew."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    counter = itertools.count()
+
+    def write(**files):
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("my_metrics", "my_tables")]:
+            del sys.modules[name]
+        for name, text in files.items():
+            (tmp_path / f"{name}.py").write_text(text)
+            os.utime(tmp_path / f"{name}.py", (next(counter),) * 2)  # or the compiled file is taken for its own
+        importlib.invalidate_caches()
+        return importlib.import_module("my_metrics")
+
+    yield write
+    write(my_metrics="")
+    del sys.modules["my_metrics"]
+
+
+WAYS = {
+    "attribute": "import my_metrics\ndef score(p): return my_metrics.score(p)",
+    "inside": "def score(p):\n  import my_metrics\n  return my_metrics.score(p)",
+    "name": "from my_metrics import score as inner\ndef score(p): return inner(p)",
+    "name inside": "def score(p):\n  from my_metrics import score as inner\n  return inner(p)",
+    "alias": "import my_metrics\ndef score(p):\n  m = my_metrics\n  return m.score(p)",
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_modules_of_a_script_are_told_by_their_code(package, way):
+    inner = "import math\nimport my_tables\ndef score(p): return my_tables.shift(p) * math.pi"
+    table = "def shift(p): return p + 1"
+    first = [(package(my_metrics=inner, my_tables=table), told(WAYS[way]))[1] for _ in range(2)]
+    package(my_metrics=inner.replace("* math.pi", "* 2"))
+    edited = told(WAYS[way])
+    package(my_metrics=inner, my_tables=table.replace("+ 1", "- 1"))
+    assert first[0] == first[1] and len({first[0], edited, told(WAYS[way])}) == 3
+
+
+def test_a_value_that_is_set_in_a_module_counts(package):
+    module = package(my_metrics="LIMIT = 1\ndef score(p): return p > LIMIT")
+    before = told(WAYS["attribute"])
+    module.LIMIT = 2
+    assert told(WAYS["attribute"]) != before
+    module.LIMIT, module.other = 1, 5  # which it does not read
+    assert told(WAYS["attribute"]) == before
+
+
+def test_installed_modules_have_no_source_of_a_script():
+    assert is_installed("torch.nn") and is_installed("json") and is_installed("hf_reram.config")
+    assert is_installed("torch.ops") and not is_installed("__main__") and not is_installed(__name__)
+    assert source_of(["torch", "json", "hf_reram", "no.such.module"]) == []
+    (name, _), *others = source_of(["tests.samples.texts"])
+    assert others[-1][0] == "tests.samples.texts" and name == "tests"
+    code = compile("from .a import b\nfrom .. import c\nimport d.e\nfrom f import *", "x", "exec")
+    assert imports_of(code, "x.y") == {"x.y.a", "x.y.a.b", "x", "x.c", "d.e", "f"}
+
+
+class Weighted(Trainer):
+    def __init__(self, *args, class_weights=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.class_weights = class_weights
+
+
+@dataclass
+class Factored(TrainingArguments):
+    loss_factor: float = 1.0
+
+
+def test_what_a_subclass_adds_to_a_library_s_class(tmp_path):
+    options = {"report_to": [], "use_cpu": True}
+    plain, more = TrainingArguments(str(tmp_path), **options), Factored(str(tmp_path), loss_factor=2.0, **options)
+    trainer = Weighted(torch.nn.Linear(2, 2), plain, class_weights=[1, 2])
+    assert added_attributes(trainer, "transformers", runs=True) == {"class_weights": [1, 2]}
+    assert added_attributes(plain, "transformers") == {} and added_attributes(more, "transformers") == {
+        "loss_factor": 2.0
+    }
+    trainer.compute_loss = len
+    assert added_attributes(trainer, "transformers", runs=True) == {"class_weights": [1, 2], "compute_loss": len}
