@@ -23,9 +23,10 @@ def load_rows(
 
     Raises:
         FileNotFoundError: no such file or folder.
-        ValueError: a file of another kind, without a row, or whose text is not UTF-8.
+        ValueError: a file of another kind, one that cannot be read, without a row, or whose text is not UTF-8.
     """
     from datasets import Dataset, load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
     path = folder or file
     if path is None:
@@ -49,7 +50,11 @@ def load_rows(
                     pass
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8: {error}") from error
-    return load_dataset(kind, data_files=path, split="train")
+    try:
+        return load_dataset(kind, data_files=path, split="train")
+    except (DatasetGenerationError, ValueError) as error:  # which do not name the file
+        why = error.__cause__ or error
+        raise ValueError(f"{path} holds no rows that can be read as {kind}: {why}") from error
 
 
 def load_tokenizer(name: str, **options: Any) -> Any:

@@ -1,6 +1,8 @@
 """Training texts that a causal model samples itself, where no data are at hand."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +10,13 @@ import torch
 from accelerate import PartialState
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import GenerationConfig
 
 from ..device.checks import is_finite
 from ..evaluation.files import write_whole
 from ..model.deploy import digital_eval
-from ..model.find import crossbar_layers
+from ..model.digest import weights_digest
+from ..model.find import crossbar_layers, unwrapped
 from ..model.inputs import evaluating, forked_rng
 
 
@@ -36,7 +40,7 @@ def generate_texts(
     Args:
         model: one with ``generate``. tokenizer: the model's.
         count: of texts. length: of each, in tokens at most.
-        folder: where the batches are kept, for this model and these arguments alone.
+        folder: where the batches are kept, of these weights and arguments alone.
         seed: of the first batch. batch_size: texts a batch. temperature: divides the logits.
 
     Raises:
@@ -52,23 +56,26 @@ def generate_texts(
     sizes = [min(batch_size, count - start) for start in range(0, count, batch_size)]
     files = [folder / f"{index:06d}.json" for index in range(len(sizes))]
     said = {"count": count, "length": length, "batch_size": batch_size, "temperature": temperature, "seed": seed}
+    said["model"] = weights_digest(model)
     if state.is_main_process:
         _claim(folder / "arguments.json", said)
     mine = range(state.process_index, len(sizes), state.num_processes)
     with digital_eval(model) if crossbar_layers(model) else evaluating(model):
         for index in tqdm(mine, desc="sampling texts", disable=not state.is_main_process):
             if not files[index].exists():
-                texts = _sampled(model, tokenizer, sizes[index], length, temperature, seed + index)
+                texts = _sampled(unwrapped(model), tokenizer, sizes[index], length, temperature, seed + index)
                 write_whole(files[index], json.dumps(texts, ensure_ascii=False, indent=1) + "\n")
     state.wait_for_everyone()
     return [text for file in files for text in json.loads(file.read_text(encoding="utf-8"))]
 
 
 def _sampled(model: Any, tokenizer: Any, size: int, length: int, temperature: float, seed: int) -> list[str]:
-    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    begin = end if begin is None else begin
+    own = model.generation_config
+    ends = {tokenizer.eos_token_id, *(own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id])}
+    ends -= {None}
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     device = next(model.parameters()).device
-    with forked_rng(model):
+    with forked_rng(model), _plain_generation(model):
         torch.manual_seed(seed)
         if begin is None:  # texts of this tokenizer neither begin nor end: any token
             start = torch.randint(model.config.vocab_size, (size, 1), device=device)
@@ -80,15 +87,27 @@ def _sampled(model: Any, tokenizer: Any, size: int, length: int, temperature: fl
             do_sample=True,
             temperature=float(temperature),
             top_k=0,
-            top_p=1.0,
             max_length=length,
-            pad_token_id=end if end is not None else 0,
+            eos_token_id=sorted(ends) or None,
+            pad_token_id=min(ends, default=0),
         )
-    if end is not None:  # what follows an end is padding
-        rows = [row[: row.index(end, 1)] if end in row[1:] else row for row in found.tolist()]
-    else:
-        rows = found.tolist()
+    rows = []
+    for first, *row in found.tolist():
+        end = next((i for i, token in enumerate(row) if token in ends), len(row))  # behind it is padding
+        rows.append([first, *row[:end]])
     return tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+
+@contextmanager
+def _plain_generation(model: Any) -> Iterator[None]:
+    """Without what a model's generation config adds where nothing is asked for: penalties, beams, other cuts of the
+    distribution."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _claim(file: Path, said: dict[str, Any]) -> None:

@@ -98,7 +98,8 @@ def packed(texts: Iterable[Any], tokenizer: Any, length: int, what: str = "the d
 def _tokens(texts: list[Any], tokenizer: Any, what: str) -> list[list[int]]:
     if isinstance(texts[0], str):
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        return [[*found, *end] for found in tokenizer(texts, verbose=False).input_ids]
+        ids = tokenizer(texts, verbose=False).input_ids
+        return [found if found[-len(end) :] == end else [*found, *end] for found in ids]  # which some add themselves
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"{what} holds conversations, and the tokenizer has no chat template: allowed are texts")
     for messages in texts:

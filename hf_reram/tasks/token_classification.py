@@ -20,35 +20,76 @@ logger = logging.get_logger(__name__)
 WORDS = ("tokens", "words")
 TAGS = ("ner_tags", "labels", "tags", "pos_tags")
 IGNORED = -100  # at tokens that have no tag of their own
+UNTAGGED = (-1, IGNORED)  # that data sets give words without a tag
 
 
-def find_word_columns(dataset: Any, what: str = "dataset") -> tuple[str, str]:
-    """Names of the words' column and the tags' column.
+def find_word_columns(
+    dataset: Any, what: str = "dataset", id2label: Mapping[int, str] | None = None
+) -> tuple[str, str]:
+    """Names of the words' column and the tags' column; where there are several of tags, as of entities and of parts of
+    speech, of the first one whose tags are the model's.
+
+    Args:
+        id2label: the model's names by number.
 
     Raises:
-        ValueError: there are none, no row, or rows with other numbers of words and tags.
+        ValueError: there are none, no row, rows with other numbers of words and tags, or several columns of tags and
+            nothing tells which is the model's.
     """
     columns = dataset.column_names
     words = next((name for name in WORDS if name in columns), None)
-    tags = next((name for name in TAGS if name in columns), None)
-    if words is None or tags is None:
+    tags = [name for name in TAGS if name in columns]
+    if words is None or not tags:
         lacking = f"words, one of {list(WORDS)}" if words is None else f"tags, one of {list(TAGS)}"
         raise ValueError(f"{what} has columns {columns}: missing are {lacking}")
     if len(dataset) == 0:
         raise ValueError(f"{what} is empty: allowed is at least one sentence")
-    for i, (mine, theirs) in enumerate(zip(dataset[words], dataset[tags])):
+    column = tags[0] if len(tags) == 1 else _fitting(dataset, tags, id2label or {}, what)
+    for i, (mine, theirs) in enumerate(zip(dataset[words], dataset[column])):
         if not (isinstance(mine, Sequence) and isinstance(theirs, Sequence)) or isinstance(mine, str):
             raise ValueError(f"{what} has {mine!r} and {theirs!r} in row {i}: allowed are lists of words and of tags")
         if len(mine) != len(theirs):
             raise ValueError(f"{what} has {len(mine)} words and {len(theirs)} tags in row {i}: allowed is a tag a word")
         if wrong := [word for word in mine if not isinstance(word, str)]:
             raise ValueError(f"{what} has {wrong[0]!r} among the words of row {i}: allowed are strings")
-    return words, tags
+    return words, column
+
+
+def _fitting(dataset: Any, columns: Sequence[str], id2label: Mapping[int, str], what: str) -> str:
+    """The first of several columns whose tags are the model's by name; of a model without names, the one that has as
+    many names as the model has classes."""
+    if not _is_nameless(id2label):
+        for column in columns:
+            tags = {tag for row in dataset[column] for tag in row or ()}
+            if _names(dataset, column) is not None or any(isinstance(tag, str) for tag in tags):
+                try:
+                    tags_as_classes(dataset, column, id2label)
+                except ValueError:
+                    continue
+                return column
+    else:
+        fitting = [column for column in columns if len(_names(dataset, column) or ()) == len(id2label) > 0]
+        if len(fitting) == 1:
+            return fitting[0]
+    raise ValueError(
+        f"{what} has several columns of tags, {list(columns)}, and nothing tells which of them the model's "
+        f"{len(id2label)} classes are of: allowed is one of them, or tags with the model's names, "
+        f"{sorted(id2label.values())[:5]}"
+    )
+
+
+def _is_nameless(id2label: Mapping[int, str]) -> bool:
+    return all(name == f"LABEL_{number}" for number, name in id2label.items())
+
+
+def _names(dataset: Any, column: str) -> list[str] | None:
+    """That the data set has for its tags' numbers."""
+    return getattr(getattr(dataset.features[column], "feature", None), "names", None)
 
 
 def tags_as_classes(dataset: Any, column: str, id2label: Mapping[int, str], what: str = "dataset") -> list[list[int]]:
     """The tags as numbers of the model's classes: by name where the data set has names and the model too, else as they
-    are.
+    are; :data:`IGNORED` where a word has none (-1 or -100).
 
     Args:
         column: of the tags. id2label: the model's names by number.
@@ -57,17 +98,17 @@ def tags_as_classes(dataset: Any, column: str, id2label: Mapping[int, str], what
         ValueError: tags that are not the model's.
     """
     label2id = {name: int(number) for number, name in id2label.items()}
-    nameless = all(name == f"LABEL_{number}" for number, name in id2label.items())
-    rows = [list(row) for row in dataset[column]]
-    feature = getattr(dataset.features[column], "feature", None)
-    names = getattr(feature, "names", None)
-    if names is not None and not nameless:
-        rows = [[names[tag] for tag in row] for row in rows]
-    found = {tag for row in rows for tag in row}
+    rows = [[IGNORED if tag in UNTAGGED else tag for tag in row] for row in dataset[column]]
+    names = _names(dataset, column)
+    if names is not None and not _is_nameless(id2label):
+        if unknown := sorted({tag for row in rows for tag in row if tag != IGNORED and not 0 <= tag < len(names)}):
+            raise ValueError(f"{what} has tags {unknown[:5]}: allowed are 0 to {len(names) - 1}, and -1 for none")
+        rows = [[tag if tag == IGNORED else names[tag] for tag in row] for row in rows]
+    found = {tag for row in rows for tag in row} - {IGNORED}
     if any(isinstance(tag, str) for tag in found):
         if unknown := sorted(str(tag) for tag in found - label2id.keys()):
             raise ValueError(f"{what} has tags {unknown[:5]}: allowed are the model's, {sorted(label2id)}")
-        return [[label2id[tag] for tag in row] for row in rows]
+        return [[tag if tag == IGNORED else label2id[tag] for tag in row] for row in rows]
     known = set(label2id.values())
     if unknown := sorted(map(str, found - known)):
         raise ValueError(f"{what} has tags {unknown[:5]}: allowed are 0 to {len(known) - 1}, the model's classes")
@@ -91,7 +132,8 @@ class TokenClassification:
     entities their ``f1``, ``precision`` and ``recall``, see :func:`hf_reram.tasks.entity_metrics`, so it fits
     :func:`hf_reram.evaluate_robustness`.
 
-    Words behind ``max_length`` and those of which the tokenizer makes no token are left out, and counted in a warning.
+    Words behind ``max_length``, those of which the tokenizer makes no token and those without a tag are left out, and
+    counted in a warning.
 
     Args:
         dataset: with columns of :data:`WORDS` and :data:`TAGS`. tokenizer: of the model, a fast one.
@@ -112,7 +154,7 @@ class TokenClassification:
         batch_size: int = 32,
     ):
         what = "the evaluation data"
-        words, tags = find_word_columns(dataset, what)
+        words, tags = find_word_columns(dataset, what, id2label)
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(
                 f"{type(tokenizer).__name__} does not tell which word a token is of: allowed is a fast one"
@@ -126,7 +168,11 @@ class TokenClassification:
         every, kept = sum(map(len, classes)), sum(map(len, self.wanted))
         if kept < every:
             logger.warning(
-                "%s: %d of %d words are left out, without a token within %d", what, every - kept, every, max_length
+                "%s: %d of %d words are left out, without a tag or a token within %d",
+                what,
+                every - kept,
+                every,
+                max_length,
             )
         if not kept:
             raise ValueError(f"{what} hold no word of {every}: allowed is at least one")

@@ -68,3 +68,40 @@ def test_a_model_on_crossbars_samples_digitally(model, tmp_path):
 def test_bad_arguments(model, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         generate_texts(model, tokenizer(), **{"count": 2, "length": 4, "folder": tmp_path, **changes})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("repetition_penalty", 50.0),
+        ("num_beams", 3),
+        ("max_new_tokens", 60),
+        ("num_return_sequences", 2),
+        ("return_dict_in_generate", True),
+        ("suppress_tokens", [3]),
+        ("top_k", 1),
+        ("top_p", 0.1),
+        ("min_p", 0.5),
+    ],
+)
+def test_what_a_generation_config_asks_for_does_not_bend_the_distribution(model, tmp_path, name, value):
+    expected = generate_texts(model, tokenizer(), 4, 8, tmp_path / "a")
+    setattr(model.generation_config, name, value)
+    before = model.generation_config.to_dict()
+    assert generate_texts(model, tokenizer(), 4, 8, tmp_path / "b") == expected
+    assert model.generation_config.to_dict() == before
+
+
+def test_texts_end_where_the_model_says_so_too(model, tmp_path):
+    model.generation_config.eos_token_id = [0, 11]  # as chat models end their turns
+    texts = generate_texts(model, tokenizer(), 20, 16, tmp_path)
+    assert not any("." in text or "<end>" in text for text in texts)
+    assert len({len(text.split()) for text in texts}) > 2
+
+
+def test_another_models_texts_are_not_taken(model, tmp_path):
+    generate_texts(model, tokenizer(), 4, 8, tmp_path)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    with pytest.raises(ValueError, match="sampled with another model: allowed is a new folder"):
+        generate_texts(model, tokenizer(), 4, 8, tmp_path)

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutput
 from typer.testing import CliRunner
@@ -59,6 +60,12 @@ def test_windows_hold_all_texts_one_after_the_other(caplog):
     ]  # one token more predicts none
     with pytest.raises(ValueError, match="no text is left of 2"):
         packed(["", " "], tokenizer(), 4)
+
+
+def test_a_text_ends_once():
+    ending = tokenizer()
+    ending._tokenizer.post_processor = TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 0)])
+    assert [w.tolist() for w in packed(["the cell", "a weight"], ending, 16)] == [[2, 3, 0, 7, 8, 0]]
 
 
 def test_texts_of_a_data_set():
@@ -131,6 +138,13 @@ def test_empty_documents_are_counted_by_row(tmp_path, caplog):
     (tmp_path / "none.txt").write_text(" \n\n \n")
     with pytest.raises(ValueError, match="no text is left"):
         load_task("text-generation", llama(), str(tmp_path / "base"), str(tmp_path / "none.txt"))
+
+
+@pytest.mark.parametrize("content", ["[]", '{"text": "a"}\n{"text": ', "{'text': 1}"])
+def test_a_file_without_rows_is_named(tmp_path, content):
+    (tmp_path / "rows.json").write_text(content)
+    with pytest.raises(ValueError, match=r"rows\.json holds no rows that can be read as json"):
+        load_rows("", "train", file=str(tmp_path / "rows.json"))
 
 
 def test_chips_of_a_language_model():

@@ -82,6 +82,38 @@ def test_tags_are_the_models_by_name():
     assert TokenClassification(data, pieces(), nameless)(model) == {"accuracy": 100.0}
 
 
+@pytest.mark.parametrize("none", [-1, -100])
+@pytest.mark.parametrize("named", [True, False])
+def test_words_without_a_tag_are_left_out_and_counted(caplog, none, named):
+    rows = [[0, none, 1, 2], [3] * 8, [none] * 8]
+    data = Dataset.from_dict({"tokens": [words[: len(row)] for words, row in zip(SENTENCES, rows)], "ner_tags": rows})
+    if named:
+        feature = {"tokens": List(Value("string")), "ner_tags": List(ClassLabel(names=NAMES))}
+        data = data.cast(Features(feature)) if none == -1 else data
+    with caplog.at_level("WARNING", "hf_reram"):
+        found = TokenClassification(data, pieces(), dict(enumerate(NAMES)))
+    assert [row.tolist() for row in found.wanted] == [[0, 1, 2], [3] * 8, []]
+    assert "9 of 20 words are left out, without a tag" in caplog.text
+
+
+def test_of_several_columns_of_tags_the_models_is_taken():
+    speech = ["DT", "NN", "VB", "O"]
+    said = [["DT", "NN", "VB", "O"][: len(words)] + ["NN"] * (len(words) - 4) for words in SENTENCES]
+    columns = {"tokens": SENTENCES, "pos_tags": said, "ner_tags": [["O"] * len(words) for words in SENTENCES]}
+    data = Dataset.from_dict(columns)
+    assert TokenClassification(data, pieces(), dict(enumerate(NAMES))).wanted[0].tolist() == [0, 0, 0, 0]
+    ours = dict(enumerate([*speech[:3], "O"]))
+    data = Dataset.from_dict({**columns, "ner_tags": [["B-TIME"] * len(words) for words in SENTENCES]})
+    assert TokenClassification(data, pieces(), ours).wanted[0].tolist() == [0, 1, 2, 3]
+    for names in ({0: "A", 1: "B"}, {i: f"LABEL_{i}" for i in range(4)}):
+        with pytest.raises(ValueError, match=r"several columns of tags, \['ner_tags', 'pos_tags'\], and nothing tells"):
+            TokenClassification(data, pieces(), names)
+    features = {"tokens": List(Value("string")), "pos_tags": List(ClassLabel(names=speech))}
+    numbered = {**columns, "pos_tags": [[speech.index(tag) for tag in row] for row in said]}
+    data = Dataset.from_dict(numbered).cast(Features({**features, "ner_tags": List(Value("string"))}))
+    assert TokenClassification(data, pieces(), {i: f"LABEL_{i}" for i in range(4)}).wanted[0].tolist() == [0, 1, 2, 3]
+
+
 def test_words_without_a_token_are_left_out_and_counted(caplog):
     model = bert()
     said = guesses(model)
@@ -91,7 +123,7 @@ def test_words_without_a_token_are_left_out_and_counted(caplog):
         evaluate = TokenClassification(
             Dataset.from_dict({"tokens": sentences, "labels": tags}), pieces(), model.config.id2label
         )
-    assert "1 of 21 words are left out, without a token within 512" in caplog.text
+    assert "1 of 21 words are left out, without a tag or a token within 512" in caplog.text
     assert evaluate(model)["accuracy"] == 100
     short = TokenClassification(
         Dataset.from_dict({"tokens": SENTENCES, "labels": said}), pieces(), dict(enumerate(NAMES)), 3
