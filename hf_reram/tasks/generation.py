@@ -55,7 +55,7 @@ def generate_texts(
     folder, state = Path(folder), PartialState()
     sizes = [min(batch_size, count - start) for start in range(0, count, batch_size)]
     files = [folder / f"{index:06d}.json" for index in range(len(sizes))]
-    said = {"count": count, "length": length, "batch_size": batch_size, "temperature": temperature, "seed": seed}
+    said: dict[str, Any] = {"count": count, "length": length, "batch_size": batch_size, "temperature": temperature, "seed": seed}
     said["model"] = weights_digest(model)
     if state.is_main_process:
         _claim(folder / "arguments.json", said)

@@ -98,7 +98,7 @@ def tags_as_classes(dataset: Any, column: str, id2label: Mapping[int, str], what
         ValueError: tags that are not the model's.
     """
     label2id = {name: int(number) for number, name in id2label.items()}
-    rows = [[IGNORED if tag in UNTAGGED else tag for tag in row] for row in dataset[column]]
+    rows: list[list[Any]] = [[IGNORED if tag in UNTAGGED else tag for tag in row] for row in dataset[column]]
     names = _names(dataset, column)
     if names is not None and not _is_nameless(id2label):
         if unknown := sorted({tag for row in rows for tag in row if tag != IGNORED and not 0 <= tag < len(names)}):
