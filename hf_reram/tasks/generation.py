@@ -55,8 +55,8 @@ def generate_texts(
     folder, state = Path(folder), PartialState()
     sizes = [min(batch_size, count - start) for start in range(0, count, batch_size)]
     files = [folder / f"{index:06d}.json" for index in range(len(sizes))]
-    said: dict[str, Any] = {"count": count, "length": length, "batch_size": batch_size, "temperature": temperature, "seed": seed}
-    said["model"] = weights_digest(model)
+    said: dict[str, Any] = {"count": count, "length": length, "batch_size": batch_size, "temperature": temperature}
+    said |= {"seed": seed, "model": weights_digest(model)}
     if state.is_main_process:
         _claim(folder / "arguments.json", said)
     mine = range(state.process_index, len(sizes), state.num_processes)
