@@ -37,6 +37,8 @@ class Arguments:
     device: str = field(default="hfox-neurram", metadata={"help": "preset"})
     retention_loss: str = ReRAMConfig.retention_loss or "none"
     retention_warmup: float = ReRAMConfig.retention_warmup
+    input_range: str = ReRAMConfig.input_range
+    redundancy: float = field(default=ReRAMConfig.redundancy, metadata={"help": "share of cells on top"})
     time: str = field(default="1d", metadata={"help": "trained for and evaluated at"})
     epochs: float = 2.0
     digital_epochs: float = field(default=0.0, metadata={"help": "before these, with the plain Trainer"})
@@ -98,6 +100,8 @@ def main() -> None:
             device=args.device,
             retention_loss=args.retention_loss,
             retention_warmup=args.retention_warmup,
+            input_range=args.input_range,
+            redundancy=args.redundancy,
             retention_times=[args.time],
         )
         trainer = trained(ReRAMTrainer, args.epochs, base, reram_config=config)
