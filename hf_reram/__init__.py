@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .model.patch import patch_model, unpatch_model
     from .model.reconfigure import reconfigure
     from .model.summary import summarize
+    from .model.targets import adapter_target_modules
     from .nn.ops.fused import use_fused_kernels
     from .nn.registry import register_crossbar
     from .training.distillation import divergence
@@ -52,6 +53,7 @@ _NAMES = {
     "model.patch": ["patch_model", "unpatch_model"],
     "model.reconfigure": ["reconfigure"],
     "model.summary": ["summarize"],
+    "model.targets": ["adapter_target_modules"],
     "nn.ops.fused": ["use_fused_kernels"],
     "nn.registry": ["register_crossbar"],
     "training.distillation": ["divergence"],
@@ -67,6 +69,7 @@ __all__ = [
     "ReRAMTrainerMixin",
     "RobustnessReport",
     "__version__",
+    "adapter_target_modules",
     "add_retention_loss",
     "calibrate",
     "crossbar_layers",

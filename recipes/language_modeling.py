@@ -24,7 +24,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, HfArgumentParser, default_data_collator, set_seed
 
-from hf_reram import ReRAMConfig, ReRAMTrainer, patch_model, use_fused_kernels
+from hf_reram import ReRAMConfig, ReRAMTrainer, adapter_target_modules, patch_model, use_fused_kernels
 from hf_reram.tasks import (
     OURS,
     About,
@@ -149,7 +149,8 @@ def main() -> None:
         model = load_model(arguments)
         if arguments.lora:
             patch_model(model, method_config)
-            model = get_peft_model(model, LoraConfig(r=arguments.lora_rank, target_modules="all-linear"))
+            lora = LoraConfig(r=arguments.lora_rank, target_modules=adapter_target_modules(model))
+            model = get_peft_model(model, lora)
         return ReRAMTrainer(
             model,
             replace(training, output_dir=folder, push_to_hub=False),

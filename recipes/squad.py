@@ -27,7 +27,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_reram import ReRAMConfig, ReRAMTrainer, deploy, patch_model, use_fused_kernels
+from hf_reram import ReRAMConfig, ReRAMTrainer, adapter_target_modules, deploy, patch_model, use_fused_kernels
 from hf_reram.tasks import (
     OURS,
     About,
@@ -118,7 +118,8 @@ def main() -> None:
         model = base()
         if arguments.lora:
             patch_model(model, method_config)
-            model = get_peft_model(model, LoraConfig(r=arguments.lora_rank, target_modules="all-linear"))
+            lora = LoraConfig(r=arguments.lora_rank, target_modules=adapter_target_modules(model))
+            model = get_peft_model(model, lora)
         return ReRAMTrainer(
             model,
             replace(training, output_dir=folder, push_to_hub=False),

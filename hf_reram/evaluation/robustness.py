@@ -231,10 +231,10 @@ def _notes(model: nn.Module, seconds: list[float], kelvins: list[float | None]) 
     """What a reader of the numbers has to know of the devices."""
     states = crossbar_states(model)
     notes = []
-    if names := uncalibrated(model):
+    for what, names in uncalibrated(model).items():
         notes.append(
-            f"{len(names)} of {len(crossbar_layers(model))} crossbar layers are not calibrated, each batch spans an "
-            f"input range of its own: {', '.join(names)}"
+            f"{len(names)} of {len(crossbar_layers(model))} crossbar layers are not calibrated, {what}: "
+            f"{', '.join(names)}"
         )
     if clipped := clipped_beyond_choice(crossbar_layers(model).values()):
         notes.append(f"weights changed after calibration are clipped to what the cells can hold: {in_words(clipped)}")

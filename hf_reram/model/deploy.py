@@ -195,19 +195,27 @@ def warn_uncalled(model: nn.Module, what: str, names: list[str] | None = None) -
         logger.warning("%d of %d crossbar layers %s: %s", len(names), len(layers), what, shown)
 
 
-def uncalibrated(model: nn.Module) -> list[str]:
-    """Names of the crossbar layers that have no input range, so that each batch spans its own, as no chip does."""
-    return [name for name, layer in crossbar_layers(model).items() if not layer.calibrated]
+# What layers compute with before calibration, by whether each token has its own input range.
+UNCALIBRATED = {
+    False: "each batch spans an input range of its own",
+    True: "their gains and offsets are not set, and each batch spans an ADC's range of its own",
+}
+
+
+def uncalibrated(model: nn.Module) -> dict[str, list[str]]:
+    """Names of the crossbar layers that nothing is known of from data, by what they do instead, as no chip does."""
+    found: dict[str, list[str]] = {}
+    for name, layer in crossbar_layers(model).items():
+        if not layer.calibrated:
+            found.setdefault(UNCALIBRATED[layer.scalars().per_token], []).append(name)
+    return found
 
 
 def warn_uncalibrated(model: nn.Module) -> None:
     """Name crossbar layers that are not calibrated, once for each set of a model's layers."""
-    warn_uncalled(
-        model,
-        "are not calibrated: each batch spans an input range of its own, which no chip does; call "
-        "hf_reram.calibrate(model, batches)",
-        uncalibrated(model),
-    )
+    for what, names in uncalibrated(model).items():
+        what = f"are not calibrated: {what}, which no chip does; call hf_reram.calibrate(model, batches)"
+        warn_uncalled(model, what, names)
 
 
 @torch.no_grad()

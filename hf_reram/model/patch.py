@@ -41,8 +41,9 @@ def patch_model(model: nn.Module, config: ReRAMConfig) -> nn.Module:
     in one tensor (transformers' experts interface) and the projections of ``nn.MultiheadAttention`` become layers of
     their own inside, whose weights are parts of what is there. Embeddings and layers
     tied to them stay digital, and so do PEFT's adapters beside a crossbar. Input ranges are set by
-    :func:`hf_reram.calibrate`; until then each batch spans its own. The model keeps a copy of ``config``: what changes
-    in it later has no effect, and says so; :func:`hf_reram.reconfigure` changes what can be changed.
+    :func:`hf_reram.calibrate`; until then each batch spans its own, or each token where ``input_range`` is
+    "per_token". The model keeps a copy of ``config``: what changes in it later has no effect, and says so;
+    :func:`hf_reram.reconfigure` changes what can be changed.
 
     Raises:
         ValueError: the model is patched already, nothing is left to patch, a name in ``target_modules`` or

@@ -5,9 +5,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from .parts import Holder, register_holder
 from .places import Part
+
+logger = logging.get_logger(__name__)
 
 NAMES = ("query", "key", "value")
 
@@ -15,8 +18,8 @@ NAMES = ("query", "key", "value")
 @register_holder
 class CrossbarAttention(Holder):
     """``nn.MultiheadAttention``, whose projections are called: ``in_proj_query``, ``in_proj_key`` and
-    ``in_proj_value``, each with its own input, and ``out_proj``. Scores, softmax and their product with the values are
-    digital."""
+    ``in_proj_value``, each with its own input, and ``out_proj``, without adapters on it. Scores, softmax and their
+    product with the values are digital."""
 
     embed_dim: int
     num_heads: int
@@ -106,12 +109,26 @@ class CrossbarAttention(Holder):
             heads = weights @ v
         else:
             heads = F.scaled_dot_product_attention(q, k, v, both, dropout)
-        out = self.out_proj(heads.transpose(1, 2).flatten(2))
+        out = _below_adapters(self.out_proj)(heads.transpose(1, 2).flatten(2))
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
         if not batched:
             return out.squeeze(0), None if weights is None else weights.squeeze(0)
         return out if self.batch_first else out.transpose(0, 1), weights
+
+
+def _below_adapters(layer: Any) -> Any:
+    """The layer whose weight PyTorch's attention reads, without running the adapters that PEFT has put on it: they are
+    in no digital model, so that they must not be beside a crossbar."""
+    if "base_layer" in layer._modules and not getattr(layer, "merged", False) and not torch.compiler.is_compiling():
+        logger.warning_once(
+            "the adapters on the out_proj of an nn.MultiheadAttention do not run, as in PyTorch, which reads that "
+            "layer's weight: they are not trained, and merging those that are not zero changes the model; leave the "
+            "layer out of the adapters, as hf_reram.adapter_target_modules does"
+        )
+    while "base_layer" in layer._modules:
+        layer = layer.base_layer
+    return layer
 
 
 def _float_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

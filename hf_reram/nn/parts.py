@@ -29,8 +29,11 @@ class CrossbarPart(CrossbarLayer, Part):
         if now is not None and is_parametrized(self.holder):
             raise RuntimeError(
                 f"layer {self.crossbar_name!r}: its weight is computed from other tensors in each forward, as by "
-                "adapters of parameters (target_parameters), which no cells do: add them before patch_model, which "
-                "then leaves the module digital"
+                "adapters of parameters (target_parameters), which no cells do. PEFT adds these by itself where "
+                "target_modules is 'all-linear' or names experts: give it the layers outside of them, such as "
+                "target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj'], which "
+                "hf_reram.adapter_target_modules(model) lists; or add them before patch_model, which then leaves the "
+                "module digital"
             )
         return now
 

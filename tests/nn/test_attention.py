@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from hf_reram import (
     ReRAMConfig,
@@ -15,6 +16,7 @@ from hf_reram import (
     crossbar_layers,
     deploy,
     digital,
+    evaluate_robustness,
     patch_model,
     sampled_drift,
     unpatch_model,
@@ -196,3 +198,43 @@ def test_under_adapters_it_stays_digital_or_is_no_chip():
     after = peft.get_peft_model(model, adapters).eval()
     with pytest.raises(RuntimeError, match=r"'attention\.in_proj_query' has changed since"), deploy(after, "1d"):
         after(x)
+
+
+@pytest.mark.parametrize("first", ["adapters", "crossbars"])
+def test_adapters_on_out_proj_do_not_run_as_in_pytorch(first, caplog):
+    """In the digital model, on crossbars, in the report, and trained or not."""
+    peft = pytest.importorskip("peft")
+    adapters, x = peft.LoraConfig(target_modules=["out_proj", "last"], init_lora_weights=False), torch.randn(3, 5, 16)
+    plain = peft.get_peft_model(Reader(), adapters).eval()
+    if first == "adapters":
+        model = patch_model(copy.deepcopy(plain), straight())
+    else:
+        model = peft.get_peft_model(patch_model(Reader(), straight()), adapters).eval()
+        model.load_state_dict(plain.state_dict(), strict=False)
+    assert list(crossbar_layers(model)) == ["attention.out_proj", *(f"attention.{n}" for n in PARTS[:3]), "last"]
+    logging.warning_once.cache_clear()
+    for trained in (False, True):
+        if trained:
+            parameters = [p for p in model.parameters() if p.requires_grad]
+            optimizer = torch.optim.SGD(parameters, lr=0.1)
+            for _ in range(2):
+                optimizer.zero_grad()
+                model.train()(x).square().mean().backward()
+                optimizer.step()
+            without = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
+            assert {name.split(".lora_")[0] for name in without} == {"base_model.model.attention.out_proj"}
+            plain.load_state_dict(model.eval().state_dict(), strict=False)
+        with torch.no_grad():
+            expected = plain(x)
+            with caplog.at_level("WARNING", "hf_reram"), digital(model):
+                torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-3)
+        report = evaluate_robustness(model, lambda m: {"mean": float(m(x).abs().mean())}, ["1d"], seeds=1)
+        assert report.digital["mean"] == pytest.approx(float(expected.abs().mean()), rel=1e-5)
+    assert caplog.text.count("the adapters on the out_proj of an nn.MultiheadAttention do not run, as in PyTorch") == 1
+    model.merge_adapter(), plain.merge_adapter()
+    with torch.no_grad(), digital(model):
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-5, atol=1e-5)
+    model.unmerge_adapter()
+    with torch.no_grad():
+        torch.testing.assert_close(unpatch_model(model)(x), expected, rtol=1e-5, atol=1e-5)

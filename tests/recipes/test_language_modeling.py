@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
 import hf_reram
 from hf_reram.tasks import Perplexity, packed
-from tests.samples.texts import TEXTS, save_model, tokenizer
+from tests.samples.experts import mixtral
+from tests.samples.texts import TEXTS, WORDS, save_model, tokenizer
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "language_modeling.py"
 SMALL = ["--max_steps", "3", "--chips", "2", "--times", "1s", "1d", "--save_steps", "2", "--use_cpu", "True"]
@@ -74,6 +75,17 @@ def test_with_labels_with_lora_and_in_bfloat16(run, tmp_path, flags):
     assert "| hf_reram |" in run("--methods", "hf_reram", *flags)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "hf-reram" / "model")
     assert hf_reram.crossbar_layers(model) and not hasattr(model, "peft_config")
+
+
+def test_lora_of_a_mixture_stands_beside_its_experts(run, tmp_path):
+    files = write(tmp_path)
+    base = mixtral(vocab_size=len(WORDS), max_position_embeddings=32, bos_token_id=None, eos_token_id=0)
+    base.save_pretrained(tmp_path / "base")
+    run("--methods", "hf_reram", "--lora", "True", "--lora_rank", "2", files=files)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "hf-reram" / "model")
+    assert "model.layers.0.mlp.experts.3.down" in hf_reram.crossbar_layers(model) and not hasattr(model, "peft_config")
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, base.get_parameter(name))}
+    assert moved == {f"model.layers.0.self_attn.{name}_proj.weight" for name in "qkvo"}
 
 
 def test_on_texts_that_the_model_samples(run, tmp_path):
