@@ -48,3 +48,11 @@ def adapter_scales(model: Any) -> dict[str, Any]:
         if isinstance(scales, dict):
             found[name] = {adapter: scales[adapter] for adapter in module.active_adapters if adapter in scales}
     return found
+
+
+def adapter_keys(model: Any) -> set[str]:
+    """Keys of a ``PeftModel``'s state dict that its adapters have brought, not the model inside."""
+    if not has_adapters(model):
+        return set()
+    prefix = getattr(model.base_model, "prefix", None)  # of the adapters' parts, as "lora_"
+    return {key for key in model.state_dict() if prefix and any(part.startswith(prefix) for part in key.split("."))}

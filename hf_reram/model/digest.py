@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..nn import CrossbarLayer
+from ..nn.scalars import BUFFERS
 from ..nn.tensors import whole
-from .adapters import adapter_scales, adapters_in_use
+from .adapters import adapter_keys, adapter_scales, adapters_in_use
 from .attributes import TRAINING_ONLY, attributes_of
 from .find import WRAPPERS, crossbar_states, unwrapped, walk
 from .sharding import reshard
@@ -30,10 +32,14 @@ COSMETIC = (
 )
 
 
-def weights_digest(model: nn.Module) -> str:
+def weights_digest(model: nn.Module, base: bool = False) -> str:
     """SHA-256 over names, dtypes, shapes and values of the state dict, and over which of several adapters are in use,
     in hexadecimal; whatever replicates, shards or compiles the model. Where the weights are sharded (FSDP2), all
     processes have to ask for it.
+
+    Args:
+        base: leave out crossbars' numbers of calibration and PEFT's adapters, so that it is the same however the same
+            weights are mapped.
 
     Raises:
         ValueError: weights are on the meta device, as where accelerate has offloaded them.
@@ -43,8 +49,9 @@ def weights_digest(model: nn.Module) -> str:
     while isinstance(inner, WRAPPERS) or hasattr(inner, "_orig_mod"):
         inner = inner.module if isinstance(inner, WRAPPERS) else inner._orig_mod
     reshard(inner)
+    left_out = _beside_the_base(inner) if base else set()
     for name, tensor in sorted(inner.state_dict().items()):
-        if not isinstance(tensor, torch.Tensor):
+        if not isinstance(tensor, torch.Tensor) or name in left_out:
             continue
         if tensor.is_meta:
             raise ValueError(
@@ -56,6 +63,13 @@ def weights_digest(model: nn.Module) -> str:
     for line in adapters_in_use(inner):
         digest.update(line.encode())
     return digest.hexdigest()
+
+
+def _beside_the_base(model: nn.Module) -> set[str]:
+    """Keys of the state dict that are numbers of calibration or of PEFT's adapters."""
+    layers = [name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, CrossbarLayer)]
+    found = {f"{name}.{buffer}" if name else buffer for name in layers for buffer in BUFFERS}
+    return found | adapter_keys(model)
 
 
 def settings_of(model: nn.Module) -> dict[str, Any]:

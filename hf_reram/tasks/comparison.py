@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from ..config import ReRAMConfig
 from ..device.time import format_time
+from ..evaluation.content import described, part_of
 from ..evaluation.escape import code_block, escaped
 from ..evaluation.files import write_whole
 from ..evaluation.report import RobustnessReport
@@ -32,6 +33,8 @@ from ..evaluation.tables import (
 from ..hub.about import About
 from ..hub.publish import publish
 from ..model.deploy import digital
+from ..model.digest import settings_of, weights_digest
+from ..model.sharding import of_first, processes
 from ..training.checkpoints import last_checkpoint
 from ..version import __version__
 
@@ -40,6 +43,11 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
+
+PROTOCOL = "protocol.json"
+
+# Of a model's settings, what a method changes.
+CHANGING = ("modules", "adapters")
 
 NAIVE = {
     "range_shrink": 1.0,
@@ -101,14 +109,17 @@ def run_protocol(
     settings: Mapping[str, Any] | None = None,
     temperatures: Sequence[float | None] = (None,),
     prepare: Callable[["ReRAMTrainer"], None] | None = None,
+    key: Any = None,
 ) -> dict[str, RobustnessReport]:
     """Train and evaluate every method, and compare them in ``folder``: ``report.md``, ``report.json``,
     ``robustness.png``, and for each method a folder with its checkpoints, model and report. A model's folder also holds
     its card, plot and comparison, ready to be pushed.
 
     What a killed run has finished is not done again: methods, training steps up to the last checkpoint (as
-    ``TrainingArguments.save_strategy`` says), chips. With several processes each evaluates its share of the chips, and
-    the first one writes.
+    ``TrainingArguments.save_strategy`` says), chips. Times, chips, temperatures and methods may then be others or more.
+    ``folder`` keeps what all else was, in ``protocol.json``: config, settings, and fingerprints of what is evaluated,
+    of the base model's weights and config, and of the training data, where something tells those from others. With
+    several processes each evaluates its share of the chips, and the first one writes.
 
     Args:
         make_trainer: called with a method's config and output folder; returns a trainer with a fresh copy of the base.
@@ -118,23 +129,32 @@ def run_protocol(
         title: of the plot.
         settings: what else the results depend on, such as hyperparameters.
         prepare: called with each trainer before its training, after the base was measured.
+        key: what ``evaluate`` depends on beside the model, any JSON value; None: a fingerprint of ``evaluate`` and its
+            data.
 
     Returns:
         Reports by the methods' labels.
 
     Raises:
-        ValueError: ``folder`` holds a comparison with another config or other settings.
+        ValueError: ``folder`` holds a comparison with another config, other settings, another evaluation, base model or
+            training data, or an earlier hf_reram's, which did not keep them; names what differs. Or nothing tells
+            ``evaluate`` from another one and there is no ``key``.
     """
     folder, reports = Path(folder), {}
-    _claim(folder, {"config": config.to_dict(), "settings": dict(settings or {})})
+    key = part_of("evaluation", evaluate) if key is None else key
+    what = {"config": config.to_dict(), "settings": dict(settings or {}), "content": {"evaluation": key}}
+    _refuse_others(folder, what)  # before the work that a trainer is
     about = replace(about, versions=_versions(), date=str(date.today()))
     main = True
     for method in methods:
         home = folder / method.folder
         trainer = make_trainer(method.config(config), str(home))
         main = trainer.is_world_process_zero()
+        if "base" not in what["content"]:
+            what["content"] |= _made_of(trainer)
+            _claim(folder, what)
         if not about.base_metrics:
-            about.base_metrics = _base_metrics(trainer, evaluate, folder / "base.json")
+            about.base_metrics = _base_metrics(trainer, evaluate, folder / "base.json", what["content"])
         if prepare is not None:
             prepare(trainer)
         note = _train(trainer, home) if method.loss is not None else None
@@ -147,6 +167,7 @@ def run_protocol(
             seeds,
             progress=main,
             resume=home / "chips.jsonl",
+            key=key,
             share_chips=True,
         )
         report.about = replace(about, training=[*about.training, *([note] if note else [])]).to_dict()
@@ -163,14 +184,36 @@ def run_protocol(
     return reports
 
 
-def _base_metrics(trainer: "ReRAMTrainer", evaluate: Callable, file: Path) -> dict[str, float]:
-    """Those of the digital base, which a trainer's fresh model still is."""
+def _made_of(trainer: "ReRAMTrainer") -> dict[str, Any]:
+    """Fingerprints of the base model, which a trainer's fresh model still is, and of the data that it is trained on;
+    None where nothing tells these from others."""
+    settings = {name: value for name, value in settings_of(trainer.model).items() if name not in CHANGING}
+    data = _content_of_training(trainer) if trainer.is_world_process_zero() else None  # which may be long to read
+    data = of_first(data) if processes() > 1 else data
+    return {"base": described([weights_digest(trainer.model, base=True), settings]), "training data": data}
+
+
+def _content_of_training(trainer: "ReRAMTrainer") -> str | None:
+    try:
+        return part_of("training data", trainer.train_dataset, files=True)
+    except ValueError as error:
+        logger.warning("other training data would not be noticed when this comparison is resumed: %s", error)
+        return None
+
+
+def _base_metrics(
+    trainer: "ReRAMTrainer", evaluate: Callable, file: Path, content: Mapping[str, Any]
+) -> dict[str, float]:
+    """Those of the digital base, which a trainer's fresh model still is; measured once for the same ``content``."""
+    of = described([content["base"], content["evaluation"]])
     if file.exists():
-        return json.loads(file.read_text(encoding="utf-8"))
+        before = json.loads(file.read_text(encoding="utf-8"))
+        if before.get("of") == of:
+            return before["metrics"]
     with digital(trainer.model):
         found = {name: float(value) for name, value in evaluate(trainer.model).items()}
     if trainer.is_world_process_zero():
-        write_whole(file, json.dumps(found, indent=2) + "\n")
+        write_whole(file, json.dumps({"of": of, "metrics": found}, indent=2) + "\n")
     return found
 
 
@@ -235,20 +278,25 @@ def write_comparison(
 
 def _claim(folder: Path, what: dict[str, Any]) -> None:
     """Note in the folder what is compared there, or check that it is the same as before."""
-    file, text = folder / "protocol.json", json.dumps(what, indent=2, default=str) + "\n"
-    if file.exists():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        now = json.loads(text)
-        changed = sorted(
-            f"{part}.{key}"
-            for part in now
-            for key in now[part].keys() | before.get(part, {}).keys()
-            if now[part].get(key) != before.get(part, {}).get(key)
+    _refuse_others(folder, what)
+    if not (file := folder / PROTOCOL).exists():
+        write_whole(file, json.dumps(what, indent=2, default=str) + "\n")
+
+
+def _refuse_others(folder: Path, what: dict[str, Any]) -> None:
+    """Refuse a folder where something else is compared. What only one side says is another value too, such as a flag of
+    another version of transformers."""
+    if not (file := folder / PROTOCOL).exists():
+        return
+    before, now = json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(what, default=str))
+    changed = sorted(
+        f"{part}.{name}"
+        for part in now
+        for name in (now[part] if part == "content" else now[part].keys() | before.get(part, {}).keys())
+        if now[part].get(name) != before.get(part, {}).get(name)
+    )
+    if changed:
+        raise ValueError(
+            f"{folder} holds a comparison with other values of {changed}: allowed are the same ones, which "
+            "resumes it, or another folder"
         )
-        if changed:
-            raise ValueError(
-                f"{folder} holds a comparison with other values of {changed}: allowed are the same ones, which "
-                "resumes it, or another folder"
-            )
-    else:
-        write_whole(file, text)

@@ -1,7 +1,159 @@
-"""What the compared methods differ in."""
+"""What the compared methods differ in, and what a folder's comparison may be resumed with."""
 
-from hf_reram import ReRAMConfig
+import copy
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import TrainingArguments, default_data_collator
+
+from hf_reram import ReRAMConfig, ReRAMTrainer
+from hf_reram.model.digest import weights_digest
+from hf_reram.tasks import About, Perplexity, packed, run_protocol
 from hf_reram.tasks.comparison import METHODS, OURS
+from tests.samples.texts import TEXTS, llama, tokenizer
+
+NAIVE, CALIBRATED = METHODS[:2]
+
+
+class Comparison:
+    """A small one without training, whose parts can be changed before it is run again."""
+
+    def __init__(self, folder: Path):
+        torch.manual_seed(0)
+        self.folder, self.base, self.config = folder, llama(), ReRAMConfig(device="cmo-hfox-ibm")
+        self.held, self.train = TEXTS[:2], TEXTS[1:]
+        self.arguments = TrainingArguments(str(folder), use_cpu=True, report_to=[], disable_tqdm=True)
+
+    def evaluate(self) -> Perplexity:
+        return Perplexity(packed(self.held, tokenizer(), 16))
+
+    def trainer(self, config: ReRAMConfig, folder: str) -> ReRAMTrainer:
+        rows = [window.tolist() for window in packed(self.train, tokenizer(), 4) if len(window) == 4]
+        data = Dataset.from_dict({"input_ids": rows, "labels": rows})
+        model = copy.deepcopy(self.base)
+        return ReRAMTrainer(
+            model, self.arguments, train_dataset=data, data_collator=default_data_collator, reram_config=config
+        )
+
+    def run(self, chips: int = 1, times: tuple[str, ...] = ("1d",), methods=(NAIVE,), **more):
+        about = About("text-generation", "perplexity", "texts", "base", "robust")
+        return run_protocol(
+            self.trainer, self.evaluate(), self.config, self.folder, times, about, chips, methods, **more
+        )
+
+
+@pytest.fixture
+def comparison(tmp_path) -> Comparison:
+    return Comparison(tmp_path)
+
+
+def cut(log: Path) -> None:
+    """As a kill before the last chip leaves it."""
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_other_evaluated_texts_are_refused_in_the_same_folder(comparison, killed):
+    comparison.run(chips=2)
+    if killed:
+        cut(comparison.folder / "naive-crossbar" / "chips.jsonl")
+    comparison.held = TEXTS[1:3]
+    with pytest.raises(ValueError, match=r"holds a comparison with other values of \['content.evaluation'\]"):
+        comparison.run(chips=2)
+
+
+def test_figures_of_other_texts_are_not_resumed_without_the_protocol_either(comparison):
+    """Each file tells by itself what it is of."""
+    comparison.run()
+    (comparison.folder / "protocol.json").unlink()
+    comparison.held = TEXTS[1:3]
+    with pytest.raises(ValueError, match="runs of other weights, another config or another evaluation"):
+        comparison.run()
+    (comparison.folder / "naive-crossbar" / "chips.jsonl").unlink()
+    found = comparison.run()["naive crossbar"].about["base_metrics"]
+    assert found == pytest.approx(comparison.evaluate()(comparison.base), rel=1e-6)
+
+
+def test_another_base_model_in_the_same_place_is_refused(comparison):
+    comparison.run()
+    with torch.no_grad():
+        comparison.base.lm_head.weight[0, 0] += 0.01
+    with pytest.raises(ValueError, match=r"other values of \['content.base'\]"):
+        comparison.run()
+
+
+def test_the_same_weights_with_another_config_are_another_base_model(comparison):
+    comparison.run()
+    comparison.base.config.hidden_act = "gelu"
+    with pytest.raises(ValueError, match=r"other values of \['content.base'\]"):
+        comparison.run()
+
+
+def test_other_training_data_are_refused(comparison):
+    comparison.run()
+    comparison.train = TEXTS[:3]
+    with pytest.raises(ValueError, match=r"other values of \['content.training data'\]"):
+        comparison.run()
+
+
+def test_a_folder_that_does_not_say_of_what_its_figures_are_is_refused(comparison):
+    comparison.run()
+    file = comparison.folder / "protocol.json"
+    before = json.loads(file.read_text())
+    before.pop("content")
+    file.write_text(json.dumps(before))
+    with pytest.raises(ValueError, match=r"other values of \['content.evaluation'"):
+        comparison.run()
+
+
+def test_more_chips_other_times_and_more_methods_go_on(comparison):
+    """What was measured stays, and the rest is what it is in a folder of its own."""
+    comparison.run(chips=1, times=("1d",))
+    log = comparison.folder / "naive-crossbar" / "chips.jsonl"
+    before = log.read_text()
+    both = {"chips": 2, "times": ("1d", "1y"), "methods": (CALIBRATED, NAIVE)}
+    found = comparison.run(**both)
+    assert log.read_text().startswith(before)
+    assert len(log.read_text().split("\n\n")) == 2 + 2 * 2
+    fresh = Comparison(comparison.folder / "fresh").run(**both)
+    for label in ("naive crossbar", CALIBRATED.label):
+        assert found[label].measurements == fresh[label].measurements and len(found[label].measurements) == 4
+
+
+def test_an_evaluation_that_nothing_tells_needs_a_key(comparison):
+    lock = threading.Lock()
+
+    def evaluate(model):
+        assert lock is not None
+        return Perplexity(packed(TEXTS[:2], tokenizer(), 16))(model)
+
+    comparison.evaluate = lambda: evaluate
+    with pytest.raises(ValueError, match="the evaluation cannot be told from another one: say with key="):
+        comparison.run()
+    comparison.run(key="two texts")
+    with pytest.raises(ValueError, match=r"other values of \['content.evaluation'\]"):
+        comparison.run(key="three texts")
+
+
+def test_the_base_is_the_same_however_it_is_mapped(comparison):
+    """And with adapters beside it; another weight is another base."""
+    from peft import LoraConfig, get_peft_model
+
+    options = {"weight_clip": 2.0, "equalize_inputs": True, "redundancy": 0.25, "input_range": "learned"}
+    config = ReRAMConfig(device="cmo-hfox-ibm", **options)
+    models = [comparison.trainer(method.config(config), str(comparison.folder)).model for method in (NAIVE, OURS)]
+    assert {weights_digest(model, base=True) for model in models} == {weights_digest(comparison.base)}
+    assert len({weights_digest(model) for model in models}) > 1
+    lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)  # of random numbers
+    adapted = [get_peft_model(model, lora) for model in models]
+    assert len({weights_digest(model, base=True) for model in adapted}) == 1
+    with torch.no_grad():
+        adapted[0].get_base_model().lm_head.weight[0, 0] += 0.01
+    assert len({weights_digest(model, base=True) for model in adapted}) == 2
 
 
 def test_methods_differ_from_ours_in_what_their_names_say():
