@@ -14,7 +14,7 @@ is started again. The finetuned model is in OUTPUT_DIR/hf-reram/model, the compa
 
 import shlex
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ from hf_reram.tasks import (
     last_checkpoint,
     load_rows,
     push,
+    recipe_settings,
     reestimate_batch_norm,
     run_protocol,
 )
@@ -306,10 +307,6 @@ def main() -> None:
         if arguments.batch_norm == "reestimate" and batch_norms(trainer.model):
             reestimate_batch_norm(trainer.model, batches())
 
-    fixed = {**asdict(arguments), **asdict(reram)}
-    for name in ("times", "chips", "methods"):  # may differ from those of the run that is resumed
-        del fixed[name]
-    settings = ("max_steps", "num_train_epochs", "learning_rate", "per_device_train_batch_size", "seed")
     local = arguments.validation_dir or arguments.validation_file or arguments.train_dir or arguments.train_file
     folder = Path(arguments.model_name_or_path)
     name = arguments.preset if arguments.from_scratch else folder.resolve().name
@@ -335,7 +332,7 @@ def main() -> None:
         reram.chips,
         methods,
         title=f"{about.dataset} on {config.device.name}, {reram.chips} chips",
-        settings={**fixed, **{name: getattr(training, name) for name in settings}},
+        settings=recipe_settings(training, arguments, reram),
         prepare=prepare,
     )
     if training.process_index == 0:

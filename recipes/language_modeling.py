@@ -14,7 +14,7 @@ OUTPUT_DIR/hf-reram/model, the comparison in OUTPUT_DIR/report.md.
 
 import shlex
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from hf_reram.tasks import (
     load_tokenizer,
     packed,
     push,
+    recipe_settings,
     run_protocol,
     texts_of,
     window_length,
@@ -163,10 +164,6 @@ def main() -> None:
             teacher_temperature=reram.teacher_temperature,
         )
 
-    fixed = {**asdict(arguments), **asdict(reram)}
-    for name in ("times", "chips", "methods"):  # may differ from those of the run that is resumed
-        del fixed[name]
-    names = ("max_steps", "num_train_epochs", "learning_rate", "per_device_train_batch_size", "seed", "bf16")
     local = arguments.validation_file
     base_name = Path(arguments.model_name_or_path)
     tokens = sum(len(window) for window in held)
@@ -193,7 +190,7 @@ def main() -> None:
         reram.chips,
         methods,
         title=f"{about.base_model} on {config.device.name}, {reram.chips} chips",
-        settings={**fixed, **{name: getattr(training, name) for name in names}},
+        settings=recipe_settings(training, arguments, reram),
     )
     if training.process_index == 0:
         output = Path(training.output_dir)

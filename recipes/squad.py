@@ -13,7 +13,7 @@ shows HasAns_span_f1, the F1 of answerable questions if the model may not abstai
 import json
 import shlex
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -37,6 +37,7 @@ from hf_reram.tasks import (
     draw,
     load_rows,
     push,
+    recipe_settings,
     run_protocol,
     training_features,
 )
@@ -132,10 +133,6 @@ def main() -> None:
             teacher_temperature=reram.teacher_temperature,
         )
 
-    fixed = {**asdict(arguments), **asdict(reram)}
-    for name in ("times", "chips", "methods"):  # may differ from those of the run that is resumed
-        del fixed[name]
-    names = ("max_steps", "num_train_epochs", "learning_rate", "per_device_train_batch_size", "seed")
     local = arguments.validation_file is not None
     base_name = Path(arguments.model_name_or_path)
     about = About(
@@ -160,7 +157,7 @@ def main() -> None:
         reram.chips,
         methods,
         title=f"SQuAD v2 on {config.device.name}, {reram.chips} chips",
-        settings={**fixed, **{name: getattr(training, name) for name in names}},
+        settings=recipe_settings(training, arguments, reram),
     )
     if training.process_index == 0:
         if OURS in methods:

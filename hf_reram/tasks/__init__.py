@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .metrics.squad_v2 import token_f1
     from .question_answering import QuestionAnswering, training_features
     from .registry import TASKS, Task, load_task
+    from .settings import recipe_settings
     from .text_classification import TextClassification
     from .token_classification import TokenClassification
 
@@ -67,6 +68,7 @@ _NAMES = {
     "metrics.squad_v2": ["token_f1"],
     "question_answering": ["QuestionAnswering", "training_features"],
     "registry": ["TASKS", "Task", "load_task"],
+    "settings": ["recipe_settings"],
     "text_classification": ["TextClassification"],
     "token_classification": ["TokenClassification"],
 }
@@ -108,6 +110,7 @@ __all__ = [
     "number_or_word",
     "packed",
     "push",
+    "recipe_settings",
     "reestimate_batch_norm",
     "run_protocol",
     "texts_of",

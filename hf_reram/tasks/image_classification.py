@@ -224,11 +224,17 @@ class ImageClassification:
         ValueError: as :func:`find_columns`.
     """
 
+    workers = 0
+    _kept: list[Mapping[str, Tensor]] | None = None
+
     def __init__(self, dataset, transform: Callable[[Any], Tensor], batch_size: int = 64, workers: int = 0):
         image, label = find_columns(dataset, "the evaluation data")
         self.images = ImageDataset(dataset, transform, image, label)
         self.batch_size, self.workers = batch_size, workers
-        self._kept: list[Mapping[str, Tensor]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what changes no figure, so that another number of workers is no other evaluation."""
+        return {name: value for name, value in vars(self).items() if name not in ("workers", "_kept")}
 
     def batches(self):
         if self._kept is not None:

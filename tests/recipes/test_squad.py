@@ -46,7 +46,8 @@ def test_the_whole_protocol_and_its_resumption(run, tmp_path):
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
     assert (ours / "chips.jsonl").read_text().split() == before[0].split()
     assert (ours / "model" / "model.safetensors").read_bytes() == before[1]
-    assert "allowed are the same ones" in run("--learning_rate", "1e-5", fails=True)
+    refused = run("--optim", "sgd", "--gradient_accumulation_steps", "8", fails=True)
+    assert "other values of ['settings.gradient_accumulation_steps', 'settings.optim']: allowed are the same" in refused
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ pytest.importorskip("torchvision")
 
 from datasets import Dataset, Features, Image, Value
 
+from hf_reram.evaluation.content import part_of
 from hf_reram.tasks.image_classification import (
     ImageClassification,
     ImageDataset,
@@ -48,6 +49,19 @@ def test_accuracy_of_a_known_classifier(name):
     assert ImageClassification(wrong, plain)(model) == {"accuracy": 50.0}
     assert augmented(data[0]["image"]).shape == plain(data[0]["image"]).shape == (3, 32, 32)
     assert Colours(augmented)(augmented(data[1]["image"])[None]).logits.argmax() == 1
+
+
+def test_what_changes_no_figure_makes_no_other_evaluation():
+    plain = processor_transforms(image_sample.processors()["square"])[1]
+
+    def content(count: int = 8, used: bool = False, **options) -> str:
+        evaluate = ImageClassification(image_sample.dataset(count), plain, **options)
+        if used:
+            evaluate(Colours(plain))
+        return part_of("evaluation", evaluate)
+
+    assert content() == content(workers=2) == content(used=True)
+    assert len({content(), content(count=9), content(batch_size=5)}) == 3
 
 
 def test_top5_counts_the_five_best():
