@@ -333,6 +333,7 @@ def main() -> None:
         methods,
         title=f"{about.dataset} on {config.device.name}, {reram.chips} chips",
         settings=recipe_settings(training, arguments, reram),
+        allow_uncalled=reram.allow_uncalled,
         prepare=prepare,
     )
     if training.process_index == 0:

@@ -191,6 +191,7 @@ def main() -> None:
         methods,
         title=f"{about.base_model} on {config.device.name}, {reram.chips} chips",
         settings=recipe_settings(training, arguments, reram),
+        allow_uncalled=reram.allow_uncalled,
     )
     if training.process_index == 0:
         output = Path(training.output_dir)

@@ -158,6 +158,7 @@ def main() -> None:
         methods,
         title=f"SQuAD v2 on {config.device.name}, {reram.chips} chips",
         settings=recipe_settings(training, arguments, reram),
+        allow_uncalled=reram.allow_uncalled,
     )
     if training.process_index == 0:
         if OURS in methods:

@@ -47,6 +47,9 @@ def evaluate(
     redundancy: Annotated[
         float | None, typer.Option(min=0, max=4, help="Share of cells on top, where they do most.")
     ] = None,
+    allow_uncalled: Annotated[
+        bool, typer.Option("--allow-uncalled", help="Also where crossbar layers, as of experts, never ran; names them.")
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Of the examples drawn.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder for report, table and plot.")] = Path("reram-eval"),
@@ -85,6 +88,7 @@ def evaluate(
         progress=not as_json,
         resume=output / f"chips-{owner_of(found, key)[:12]}.jsonl",
         key=key,
+        allow_uncalled=allow_uncalled,
     )
     metrics = work.evaluate.shown(report.metrics) if isinstance(work.evaluate, LMEval) else [work.metric]
     local = dataset is not None and Path(dataset).exists()
@@ -110,6 +114,8 @@ def evaluate(
     say(report.summary)
     for note in report.notes:
         say(f"- {note}")
+    if report.uncalled:
+        say(f"- crossbar layers that were not called, and so were no chip: {', '.join(report.uncalled)}")
     say(f"Report, table and plot: {output}/robustness.json, robustness.md, robustness.png")
 
 

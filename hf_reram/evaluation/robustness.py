@@ -283,7 +283,7 @@ def _complaint(model: nn.Module, names: Iterable[str]) -> str:
     return (
         f"{len(names)} of {count} crossbar layers were not called in an evaluation, or not on their cells, so that its "
         f"numbers are not a chip's there: {', '.join(names)}. Keep them digital (modules_to_not_convert), or have them "
-        "named in the report (allow_uncalled=True)"
+        "named in the report (allow_uncalled=True, in a command --allow-uncalled)"
     )
 
 

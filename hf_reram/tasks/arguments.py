@@ -55,6 +55,10 @@ class ReRAMArguments:
     )
     times: list[str] = field(default_factory=lambda: ["1s", "1d", "1mo", "1y", "10y"], metadata={"help": "evaluated"})
     chips: int = field(default=10, metadata={"help": "evaluated, each with its own programming"})
+    allow_uncalled: bool = field(
+        default=False,
+        metadata={"help": "evaluate also where crossbar layers never ran, as experts without a token, and name them"},
+    )
     methods: list[str] = field(default_factory=list, metadata={"help": "parts of methods' labels; default all"})
     teacher: bool = field(default=False, metadata={"help": "follow the digital model's predictions"})
     teacher_weight: float = field(

@@ -110,6 +110,7 @@ def run_protocol(
     temperatures: Sequence[float | None] = (None,),
     prepare: Callable[["ReRAMTrainer"], None] | None = None,
     key: Any = None,
+    allow_uncalled: bool = False,
 ) -> dict[str, RobustnessReport]:
     """Train and evaluate every method, and compare them in ``folder``: ``report.md``, ``report.json``,
     ``robustness.png``, and for each method a folder with its checkpoints, model and report. A model's folder also holds
@@ -131,6 +132,7 @@ def run_protocol(
         prepare: called with each trainer before its training, after the base was measured.
         key: what ``evaluate`` depends on beside the model, any JSON value; None: a fingerprint of ``evaluate`` and its
             data.
+        allow_uncalled: see :func:`hf_reram.evaluate_robustness`; ``report.md`` names the layers too.
 
     Returns:
         Reports by the methods' labels.
@@ -169,6 +171,7 @@ def run_protocol(
             resume=home / "chips.jsonl",
             key=key,
             share_chips=True,
+            allow_uncalled=allow_uncalled,
         )
         report.about = replace(about, training=[*about.training, *([note] if note else [])]).to_dict()
         reports[method.label] = report
@@ -268,6 +271,10 @@ def write_comparison(
             metrics_table(reports, last, digital=base, metrics=details),
         ]
     parts += ["\n".join(f"- {escaped(note)}" for note in first.notes)] if first.notes else []
+    for label, report in reports.items():
+        if report.uncalled:
+            silent = escaped(f"{label}: {', '.join(report.uncalled)}")
+            parts.append(f"Crossbar layers that were not called, and so were no chip, of {silent}.")
     if about.get("command"):
         versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
         parts += [f"Measured on {about['date']} with {versions}:", code_block(about["command"], "bash")]

@@ -19,14 +19,14 @@ NEUTRAL = (
 NEUTRAL_KINDS = ("logging_", "log_", "save_", "eval_", "hub_", "trackio_")  # as their names begin
 
 # Of a recipe's own flags, what may be another when it is resumed.
-FREE = ("times", "chips", "methods")
+FREE = ("times", "chips", "methods", "allow_uncalled")
 
 
 def recipe_settings(training: TrainingArguments, *arguments: Any) -> dict[str, Any]:
     """All that a recipe's results depend on of its flags, as ``settings`` for
     :func:`hf_reram.tasks.run_protocol`: of ``training`` what can change the trained weights, and the number of
     processes, which share a step's examples; of the other ``arguments`` (dataclasses) all but times, chips and methods,
-    of which there may be more when the comparison is resumed."""
+    of which there may be more when the comparison is resumed, and what is only said of them."""
     found = {name: value for each in arguments for name, value in asdict(each).items() if name not in FREE}
     for name, value in training.to_dict().items():
         if name not in NEUTRAL and not name.startswith(NEUTRAL_KINDS):

@@ -15,6 +15,8 @@ from hf_reram.model.find import crossbar_state
 from hf_reram.tasks.flags import mapping_flags
 from hf_reram.version import __version__
 from tests.samples import images as image_sample
+from tests.samples.experts import mixtral
+from tests.samples.texts import WORDS, save_model
 
 
 def test_version_and_help(python):
@@ -177,6 +179,21 @@ def timm_folder(tmp_path_factory):
     config = {"architecture": "resnet10t", "num_classes": 4, "num_features": 512, "pretrained_cfg": seen}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def test_experts_without_a_token_are_named_where_that_is_allowed(tmp_path):
+    save_model(tmp_path / "base")  # for its tokenizer
+    mixtral(experts=8, chosen=1, vocab_size=len(WORDS), max_position_embeddings=32).save_pretrained(tmp_path / "base")
+    (tmp_path / "held.txt").write_text("the cell drifts .", encoding="utf-8")
+    command = ["eval", str(tmp_path / "base"), "--dataset", str(tmp_path / "held.txt"), "--chips", "1", "--times", "1d"]
+    command += ["--device", "cmo-hfox-ibm", "--output", str(tmp_path / "out")]
+    refused = CliRunner().invoke(app, command)
+    assert refused.exit_code == 1 and "--allow-uncalled" in "".join(refused.output.split())
+    done = CliRunner().invoke(app, [*command, "--allow-uncalled"])
+    assert done.exit_code == 0, done.output
+    silent = json.loads((tmp_path / "out" / "robustness.json").read_text())["uncalled"]
+    assert len(silent) >= 2 * 3  # five tokens reach five experts at most
+    assert "".join(silent[0].split()) in "".join(done.output.split())
 
 
 def test_a_model_of_timm_is_evaluated(timm_folder, tmp_path):

@@ -104,6 +104,22 @@ def test_on_texts_that_the_model_samples(run, tmp_path):
     assert [len(json.loads(part.read_text())) for part in parts] == [4, 4, 4]
 
 
+def test_a_mixture_with_experts_that_no_token_reaches(run, tmp_path):
+    """Told so after the training, one goes on with the flag, and report and card name them."""
+    files = write(tmp_path)
+    mixtral(experts=8, chosen=1, vocab_size=len(WORDS), max_position_embeddings=32).save_pretrained(tmp_path / "base")
+    flags = ["--methods", "hf_reram"]
+    assert "or have them named in the report (allow_uncalled=True" in run(*flags, files=files, fails=True)
+    trained = (tmp_path / "out" / "hf-reram" / "trained.txt").read_text()
+    assert "| hf_reram |" in run(*flags, "--allow_uncalled", "True", files=files)
+    home = tmp_path / "out" / "hf-reram"
+    assert (home / "trained.txt").read_text() == trained
+    silent = ", ".join(json.loads((home / "robustness.json").read_text())["uncalled"])
+    assert ".mlp.experts." in silent
+    assert silent in (tmp_path / "out" / "report.md").read_text()
+    assert silent in (home / "model" / "README.md").read_text()
+
+
 def test_on_conversations(run, tmp_path):
     files = write(tmp_path)
     chat = tokenizer()

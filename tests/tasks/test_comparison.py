@@ -14,7 +14,8 @@ from hf_reram import ReRAMConfig, ReRAMTrainer
 from hf_reram.model.digest import weights_digest
 from hf_reram.tasks import About, Perplexity, packed, run_protocol
 from hf_reram.tasks.comparison import METHODS, OURS
-from tests.samples.texts import TEXTS, llama, tokenizer
+from tests.samples.experts import expert_inputs, mixtral
+from tests.samples.texts import TEXTS, WORDS, llama, tokenizer
 
 NAIVE, CALIBRATED = METHODS[:2]
 
@@ -137,6 +138,26 @@ def test_an_evaluation_that_nothing_tells_needs_a_key(comparison):
     comparison.run(key="two texts")
     with pytest.raises(ValueError, match=r"other values of \['content.evaluation'\]"):
         comparison.run(key="three texts")
+
+
+def test_experts_that_no_token_reaches_are_named_where_that_is_allowed(comparison):
+    comparison.base = mixtral(experts=6, chosen=1, vocab_size=len(WORDS))
+    batches = comparison.evaluate().batches
+    reached = {
+        number
+        for batch in batches
+        for number, (rows, *_) in enumerate(expert_inputs(comparison.base, batch))
+        if len(rows)
+    }
+    layers = [f"model.layers.0.mlp.experts.{i}" for i in range(6) if i not in reached]
+    expected = [f"{layer}.{part}" for layer in layers for part in ("gate_up", "down")]
+    assert expected
+    with pytest.raises(RuntimeError, match=f"{len(expected)} of 17 crossbar layers were not called.*--allow-uncalled"):
+        comparison.run(methods=(CALIBRATED,))
+    report = comparison.run(methods=(CALIBRATED,), allow_uncalled=True)[CALIBRATED.label]
+    assert report.uncalled == expected
+    said = (comparison.folder / "report.md").read_text()
+    assert f"were no chip, of {CALIBRATED.label}: {', '.join(expected)}." in said
 
 
 def test_the_base_is_the_same_however_it_is_mapped(comparison):

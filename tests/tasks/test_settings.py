@@ -60,6 +60,7 @@ def test_what_changes_the_weights_changes_the_settings(flags):
         {"per_device_eval_batch_size": 2, "eval_accumulation_steps": 3},
         {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 4, "dataloader_pin_memory": False},
         {"hub_model_id": "someone/robust", "hub_private_repo": True, "disable_tqdm": True},
+        {"reram": {"allow_uncalled": True}},
         {"reram": {"times": ["1s"], "chips": 3, "methods": ["naive"]}},
     ],
     ids=str,
