@@ -12,8 +12,6 @@ injection and with hf_reram's loss, at the same steps and data. A run that was k
 is started again. The finetuned model is in OUTPUT_DIR/hf-reram/model, the comparison in OUTPUT_DIR/report.md.
 """
 
-import shlex
-import sys
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -35,7 +33,6 @@ from transformers import (
 from hf_reram import ReRAMConfig, ReRAMTrainer, use_fused_kernels
 from hf_reram.tasks import (
     OURS,
-    About,
     ImageClassification,
     ImageDataset,
     MixUp,
@@ -51,7 +48,9 @@ from hf_reram.tasks import (
     keep_preprocessing,
     last_checkpoint,
     load_rows,
+    name_of_data,
     push,
+    recipe_about,
     recipe_settings,
     reestimate_batch_norm,
     run_protocol,
@@ -308,19 +307,22 @@ def main() -> None:
             reestimate_batch_norm(trainer.model, batches())
 
     local = arguments.validation_dir or arguments.validation_file or arguments.train_dir or arguments.train_file
-    folder = Path(arguments.model_name_or_path)
-    name = arguments.preset if arguments.from_scratch else folder.resolve().name
-    about = About(
+    trained_on = name_of_data(
+        arguments.dataset_name,
+        arguments.train_split,
+        *(arguments.train_dir, arguments.train_file, arguments.validation_dir, arguments.validation_file),
+    )
+    about = recipe_about(
+        "recipes/image_classification.py",
+        str(arguments.preset) if arguments.from_scratch else arguments.model_name_or_path,
+        training,
         task="image-classification",
         metric="accuracy",
         dataset=Path(local).name if local else arguments.dataset_name,
         dataset_split="held-out labels" if arguments.split_labels else arguments.validation_split,
-        base_model=name if arguments.from_scratch or folder.is_dir() else arguments.model_name_or_path,
-        name=f"{name}-reram",
-        repo=training.hub_model_id,
         examples=len(held),
         label_free=train_label is None,
-        command="accelerate launch " + shlex.join(["recipes/image_classification.py", *sys.argv[1:]]),
+        training=[f"trained on {len(train)} images of {trained_on}"],
     )
     run_protocol(
         make_trainer,

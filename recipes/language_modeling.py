@@ -12,8 +12,6 @@ model itself samples. A run that was killed goes on where it stopped when it is 
 OUTPUT_DIR/hf-reram/model, the comparison in OUTPUT_DIR/report.md.
 """
 
-import shlex
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,6 @@ from transformers import AutoModelForCausalLM, HfArgumentParser, default_data_co
 from hf_reram import ReRAMConfig, ReRAMTrainer, adapter_target_modules, patch_model, use_fused_kernels
 from hf_reram.tasks import (
     OURS,
-    About,
     Perplexity,
     RecipeTrainingArguments,
     ReRAMArguments,
@@ -35,8 +32,10 @@ from hf_reram.tasks import (
     generate_texts,
     load_rows,
     load_tokenizer,
+    name_of_data,
     packed,
     push,
+    recipe_about,
     recipe_settings,
     run_protocol,
     texts_of,
@@ -84,6 +83,12 @@ def parse() -> tuple[Arguments, ReRAMArguments, Training]:
     arguments, reram, training = parser.parse_args_into_dataclasses()
     if arguments.dtype not in DTYPES:
         raise ValueError(f"dtype={arguments.dtype!r}: allowed are {sorted(DTYPES)}")
+    for name in ("train_file", "max_train_samples"):
+        if arguments.generate_data is not None and getattr(arguments, name) is not None:
+            raise ValueError(
+                f"{name}={getattr(arguments, name)!r} beside generate_data={arguments.generate_data}: allowed is one "
+                "of them, as the model samples the training texts itself"
+            )
     if arguments.dataset_name == "Salesforce/wikitext" and arguments.dataset_config_name is None:
         arguments.dataset_config_name = "wikitext-2-raw-v1"
     return arguments, reram, training
@@ -116,6 +121,14 @@ def training_windows(texts: list, tokenizer: Any, length: int, labels: bool) -> 
         raise ValueError(f"the training data hold no window of {length} tokens: allowed are longer texts or windows")
     columns = {"input_ids": windows, **({"labels": windows} if labels else {})}
     return Dataset.from_dict({name: [w.tolist() for w in column] for name, column in columns.items()})
+
+
+def training_data(arguments: Arguments, length: int) -> str:
+    """What the training texts are, in words."""
+    if arguments.generate_data is None:
+        return name_of_data(arguments.dataset_name, arguments.train_split, arguments.train_file)
+    count, temperature = arguments.generate_data, arguments.generate_temperature
+    return f"{count} texts of at most {length} tokens that the base model sampled at temperature {temperature:g}"
 
 
 def main() -> None:
@@ -165,20 +178,21 @@ def main() -> None:
         )
 
     local = arguments.validation_file
-    base_name = Path(arguments.model_name_or_path)
     tokens = sum(len(window) for window in held)
-    about = About(
+    about = recipe_about(
+        "recipes/language_modeling.py",
+        arguments.model_name_or_path,
+        training,
         task="text-generation",
         metric="perplexity",
         dataset=Path(local).name if local else arguments.dataset_name,
         dataset_split="" if local else arguments.validation_split,
-        base_model=base_name.resolve().name if base_name.is_dir() else arguments.model_name_or_path,
-        name=f"{base_name.resolve().name}-reram",
-        repo=training.hub_model_id,
         examples=len(held),
         label_free=reram.label_free,
-        command="accelerate launch " + shlex.join(["recipes/language_modeling.py", *sys.argv[1:]]),
-        training=[f"perplexity of {tokens} tokens in windows of {length}, trained on windows of {train_length}"],
+        training=[
+            f"perplexity of {tokens} tokens in windows of {length}",
+            f"trained on {len(train)} windows of {train_length} tokens, of {training_data(arguments, train_length)}",
+        ],
     )
     run_protocol(
         make_trainer,

@@ -11,8 +11,6 @@ shows HasAns_span_f1, the F1 of answerable questions if the model may not abstai
 """
 
 import json
-import shlex
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -30,13 +28,14 @@ from transformers import (
 from hf_reram import ReRAMConfig, ReRAMTrainer, adapter_target_modules, deploy, patch_model, use_fused_kernels
 from hf_reram.tasks import (
     OURS,
-    About,
     QuestionAnswering,
     RecipeTrainingArguments,
     ReRAMArguments,
     draw,
     load_rows,
+    name_of_data,
     push,
+    recipe_about,
     recipe_settings,
     run_protocol,
     training_features,
@@ -134,18 +133,18 @@ def main() -> None:
         )
 
     local = arguments.validation_file is not None
-    base_name = Path(arguments.model_name_or_path)
-    about = About(
+    trained_on = name_of_data(arguments.dataset_name, "train", arguments.train_file)
+    about = recipe_about(
+        "recipes/squad.py",
+        arguments.model_name_or_path,
+        training,
         task="question-answering",
         metric="HasAns_span_f1",
         dataset=f"SQuAD v2 ({Path(arguments.validation_file).name})" if local else arguments.dataset_name,
-        base_model=base_name.resolve().name if base_name.is_dir() else arguments.model_name_or_path,
-        name=f"{base_name.resolve().name}-reram",
-        repo=training.hub_model_id,
         examples=len(held),
         details=[name for name in DETAILS if not (arguments.answerable_only and name.startswith("NoAns"))],
         label_free=reram.label_free,
-        command="accelerate launch " + shlex.join(["recipes/squad.py", *sys.argv[1:]]),
+        training=[f"trained on {len(train)} windows of {trained_on}"],
     )
     run_protocol(
         make_trainer,

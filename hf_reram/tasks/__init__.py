@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ..hub.about import About
     from ..hub.push import push
     from ..training.checkpoints import last_checkpoint
+    from .about import name_of_data, recipe_about
     from .arguments import RecipeTrainingArguments, ReRAMArguments
     from .comparison import METHODS, OURS, Method, run_protocol, write_comparison
     from .data import draw, load_rows, load_tokenizer
@@ -46,6 +47,7 @@ _NAMES = {
     ".hub.about": ["About"],
     ".hub.push": ["push"],
     ".training.checkpoints": ["last_checkpoint"],
+    "about": ["name_of_data", "recipe_about"],
     "arguments": ["RecipeTrainingArguments", "ReRAMArguments"],
     "comparison": ["METHODS", "OURS", "Method", "run_protocol", "write_comparison"],
     "data": ["draw", "load_rows", "load_tokenizer"],
@@ -107,9 +109,11 @@ __all__ = [
     "load_rows",
     "load_task",
     "load_tokenizer",
+    "name_of_data",
     "number_or_word",
     "packed",
     "push",
+    "recipe_about",
     "recipe_settings",
     "reestimate_batch_norm",
     "run_protocol",

@@ -43,6 +43,7 @@ def test_the_whole_protocol_on_folders_of_images(run, tmp_path, base):
     assert hf_reram.crossbar_layers(model)
     card = (tmp_path / "out" / "hf-reram" / "model" / "README.md").read_text()
     assert "AutoModelForImageClassification" in card and "8 examples" in card
+    assert "trained on 12 images of a" in card
     assert all(json.loads((tmp_path / "out" / "protocol.json").read_text())["content"].values())
     assert run(*base, *data) and json.loads((tmp_path / "out" / "report.json").read_text()) == report
     one, other, *_ = sorted((tmp_path / "b").rglob("*.png"))

@@ -52,6 +52,8 @@ def test_the_whole_comparison_and_its_resumption(run, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(home / "model")
     assert hf_reram.crossbar_layers(model) and hf_reram.report_of(model).about["task"] == "text-generation"
     card = (home / "model" / "README.md").read_text()
+    count = sum(len(w) == 8 for w in packed([f"{text} {text}" for text in dict.fromkeys(TEXTS)], tokenizer(), 8))
+    assert f"trained on {count} windows of 8 tokens, of train.txt" in card
     assert "pipeline_tag: text-generation" in card and "on the digital base's predictions" in card
     before = (home / "chips.jsonl").read_text(), (home / "model" / "model.safetensors").read_bytes()
     (home / "chips.jsonl").write_text("".join(before[0].splitlines(keepends=True)[:-1]))
@@ -101,7 +103,12 @@ def test_on_texts_that_the_model_samples(run, tmp_path):
     files = [*files[:2], *files[4:], "--generate_data", "12", "--per_device_eval_batch_size", "4"]
     assert run("--methods", "hf_reram", files=files, processes=2).count("\n| hf_reram |") == 1
     parts = sorted((tmp_path / "out" / "generated").glob("0*.json"))
+    texts = [text for part in parts for text in json.loads(part.read_text())]
     assert [len(json.loads(part.read_text())) for part in parts] == [4, 4, 4]
+    count = sum(len(window) == 8 for window in packed(texts, tokenizer(), 8))
+    card = (tmp_path / "out" / "hf-reram" / "model" / "README.md").read_text()
+    said = f"trained on {count} windows of 8 tokens, of 12 texts of at most 8 tokens that the base model sampled at "
+    assert said + "temperature 1" in card
 
 
 def test_a_mixture_with_experts_that_no_token_reaches(run, tmp_path):
@@ -138,11 +145,23 @@ def test_on_conversations(run, tmp_path):
         (["--dtype", "float16"], "dtype='float16': allowed are"),
         (["--max_length", "64"], "length=64: allowed is an integer from 2 to 32"),
         (["--max_train_samples", "1", "--train_max_length", "31"], "hold no window of 31 tokens"),
-        (["--generate_data", "0"], "count=0: allowed is an integer from 1"),
+        (["--generate_data", "16"], "train.txt' beside generate_data=16: allowed is one of them"),
     ],
 )
 def test_bad_input_is_a_clear_error(run, flags, message):
     assert message in run(*flags, fails=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--generate_data", "0"], "count=0: allowed is an integer from 1"),
+        (["--generate_data", "4", "--max_train_samples", "2"], "max_train_samples=2 beside generate_data=4: allowed"),
+    ],
+)
+def test_bad_sampling_is_a_clear_error(run, tmp_path, flags, message):
+    files = write(tmp_path)
+    assert message in run(*flags, files=[*files[:2], *files[4:]], fails=True)
 
 
 def test_a_model_for_something_else_and_one_without_a_tokenizer_are_refused(run, tmp_path):

@@ -1,4 +1,5 @@
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,6 +39,8 @@ def test_the_whole_protocol_and_its_resumption(run, tmp_path):
     model = AutoModelForQuestionAnswering.from_pretrained(ours / "model")
     assert hf_reram.crossbar_layers(model)
     assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())) == 6
+    card = (ours / "model" / "README.md").read_text()
+    assert re.search(r"trained on \d+ windows of train\.parquet", card) and "base" in card
     before = (ours / "chips.jsonl").read_text(), (ours / "model" / "model.safetensors").read_bytes()
     # Killed after training and all but one chip: the same figures again, that chip alone measured anew.
     lines = before[0].splitlines(keepends=True)
