@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from ..config import ReRAMConfig
 from ..device.time import format_time
-from ..evaluation.content import described, part_of
+from ..evaluation.content import content_of, described, part_of
 from ..evaluation.escape import code_block, escaped
 from ..evaluation.files import write_whole
 from ..evaluation.report import RobustnessReport
@@ -198,7 +198,7 @@ def _made_of(trainer: "ReRAMTrainer") -> dict[str, Any]:
 
 def _content_of_training(trainer: "ReRAMTrainer") -> str | None:
     try:
-        return part_of("training data", trainer.train_dataset, files=True)
+        return content_of(trainer.train_dataset)
     except ValueError as error:
         logger.warning("other training data would not be noticed when this comparison is resumed: %s", error)
         return None

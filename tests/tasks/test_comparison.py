@@ -26,8 +26,8 @@ class Comparison:
     def __init__(self, folder: Path):
         torch.manual_seed(0)
         self.folder, self.base, self.config = folder, llama(), ReRAMConfig(device="cmo-hfox-ibm")
-        self.held, self.train = TEXTS[:2], TEXTS[1:]
-        self.arguments = TrainingArguments(str(folder), use_cpu=True, report_to=[], disable_tqdm=True)
+        self.held, self.train, self.streamed = TEXTS[:2], TEXTS[1:], False
+        self.arguments = TrainingArguments(str(folder), max_steps=1, use_cpu=True, report_to=[], disable_tqdm=True)
 
     def evaluate(self) -> Perplexity:
         return Perplexity(packed(self.held, tokenizer(), 16))
@@ -35,6 +35,7 @@ class Comparison:
     def trainer(self, config: ReRAMConfig, folder: str) -> ReRAMTrainer:
         rows = [window.tolist() for window in packed(self.train, tokenizer(), 4) if len(window) == 4]
         data = Dataset.from_dict({"input_ids": rows, "labels": rows})
+        data = data.to_iterable_dataset() if self.streamed else data
         model = copy.deepcopy(self.base)
         return ReRAMTrainer(
             model, self.arguments, train_dataset=data, data_collator=default_data_collator, reram_config=config
@@ -99,6 +100,15 @@ def test_other_training_data_are_refused(comparison):
     comparison.train = TEXTS[:3]
     with pytest.raises(ValueError, match=r"other values of \['content.training data'\]"):
         comparison.run()
+
+
+def test_training_data_that_nothing_tells_are_left_out(comparison, caplog):
+    comparison.streamed = True
+    with caplog.at_level("WARNING", "hf_reram"):
+        report = comparison.run()
+    assert "other training data would not be noticed" in caplog.text
+    assert json.loads((comparison.folder / "protocol.json").read_text())["content"]["training data"] is None
+    assert comparison.run()["naive crossbar"].measurements == report["naive crossbar"].measurements
 
 
 def test_a_folder_that_does_not_say_of_what_its_figures_are_is_refused(comparison):
