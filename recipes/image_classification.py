@@ -40,6 +40,7 @@ from hf_reram.tasks import (
     ReRAMArguments,
     batch_norms,
     check_labels,
+    claim_folder,
     draw,
     find_columns,
     fold_batch_norm,
@@ -198,8 +199,6 @@ def load_model(name: str, **changes):
 def train_base(arguments: Arguments, training: Training, train, classes: int, names: list[str] | None) -> str:
     """The digital base, trained or finetuned on the data; its folder."""
     home = Path(training.output_dir or ".") / "base"
-    if (home / "model" / "config.json").exists():
-        return str(home / "model")
     set_seed(training.seed)
     if arguments.from_scratch:
         model, name = new_model(arguments, classes), None
@@ -222,6 +221,9 @@ def train_base(arguments: Arguments, training: Training, train, classes: int, na
         model.config.id2label, model.config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
     processor = image_processor(model, name, arguments.image_size)
     images = ImageDataset(train, augmented, image, label)
+    claim_folder(home, recipe_settings(settings), model, images, "a base model")
+    if (home / "model" / "config.json").exists():
+        return str(home / "model")
     trainer = Trainer(model, settings, train_dataset=images, processing_class=processor)
     trainer.train(resume_from_checkpoint=last_checkpoint(home))
     trainer.save_model(str(home / "model"))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..training.checkpoints import last_checkpoint
     from .about import name_of_data, recipe_about
     from .arguments import RecipeTrainingArguments, ReRAMArguments
-    from .comparison import METHODS, OURS, Method, run_protocol, write_comparison
+    from .comparison import METHODS, OURS, Method, claim_folder, run_protocol, write_comparison
     from .data import draw, load_rows, load_tokenizer
     from .demo import CORNER, Digits, train_base
     from .flags import device_of, number_or_word
@@ -49,7 +49,7 @@ _NAMES = {
     ".training.checkpoints": ["last_checkpoint"],
     "about": ["name_of_data", "recipe_about"],
     "arguments": ["RecipeTrainingArguments", "ReRAMArguments"],
-    "comparison": ["METHODS", "OURS", "Method", "run_protocol", "write_comparison"],
+    "comparison": ["METHODS", "OURS", "Method", "claim_folder", "run_protocol", "write_comparison"],
     "data": ["draw", "load_rows", "load_tokenizer"],
     "demo": ["CORNER", "Digits", "train_base"],
     "flags": ["device_of", "number_or_word"],
@@ -96,6 +96,7 @@ __all__ = [
     "TokenClassification",
     "batch_norms",
     "check_labels",
+    "claim_folder",
     "device_of",
     "draw",
     "entity_metrics",

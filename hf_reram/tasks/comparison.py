@@ -191,16 +191,16 @@ def _made_of(trainer: "ReRAMTrainer") -> dict[str, Any]:
     """Fingerprints of the base model, which a trainer's fresh model still is, and of the data that it is trained on;
     None where nothing tells these from others."""
     settings = {name: value for name, value in settings_of(trainer.model).items() if name not in CHANGING}
-    data = _content_of_training(trainer) if trainer.is_world_process_zero() else None  # which may be long to read
+    data = _content_of(trainer.train_dataset) if trainer.is_world_process_zero() else None  # which may be long to read
     data = of_first(data) if processes() > 1 else data
     return {"base": described([weights_digest(trainer.model, base=True), settings]), "training data": data}
 
 
-def _content_of_training(trainer: "ReRAMTrainer") -> str | None:
+def _content_of(dataset: Any) -> str | None:
     try:
-        return content_of(trainer.train_dataset)
+        return content_of(dataset)
     except ValueError as error:
-        logger.warning("other training data would not be noticed when this comparison is resumed: %s", error)
+        logger.warning("other training data would not be noticed when this is resumed: %s", error)
         return None
 
 
@@ -283,14 +283,29 @@ def write_comparison(
     write_whole(folder / "report.json", text + "\n")
 
 
-def _claim(folder: Path, what: dict[str, Any]) -> None:
+def claim_folder(folder: str | Path, settings: Mapping[str, Any], model: nn.Module, dataset: Any, holds: str) -> None:
+    """Note in ``folder`` what is trained there, or refuse it where that is something else.
+
+    Args:
+        settings: JSON values, such as :func:`hf_reram.tasks.recipe_settings`.
+        model: before its training. dataset: that it is trained on. holds: what the folder holds, for the error.
+
+    Raises:
+        ValueError: the folder holds a training of another model, on other data or with other settings; names what
+            differs.
+    """
+    content = {"base": described(model), "training data": _content_of(dataset)}
+    _claim(Path(folder), {"settings": dict(settings), "content": content}, holds)
+
+
+def _claim(folder: Path, what: dict[str, Any], holds: str = "a comparison") -> None:
     """Note in the folder what is compared there, or check that it is the same as before."""
-    _refuse_others(folder, what)
+    _refuse_others(folder, what, holds)
     if not (file := folder / PROTOCOL).exists():
         write_whole(file, json.dumps(what, indent=2, default=str) + "\n")
 
 
-def _refuse_others(folder: Path, what: dict[str, Any]) -> None:
+def _refuse_others(folder: Path, what: dict[str, Any], holds: str = "a comparison") -> None:
     """Refuse a folder where something else is compared. What only one side says is another value too, such as a flag of
     another version of transformers."""
     if not (file := folder / PROTOCOL).exists():
@@ -304,6 +319,6 @@ def _refuse_others(folder: Path, what: dict[str, Any]) -> None:
     )
     if changed:
         raise ValueError(
-            f"{folder} holds a comparison with other values of {changed}: allowed are the same ones, which "
+            f"{folder} holds {holds} with other values of {changed}: allowed are the same ones, which "
             "resumes it, or another folder"
         )

@@ -90,7 +90,18 @@ def test_a_new_head_for_other_classes(run, tmp_path):
     data = ["--train_file", str(tmp_path / "train.parquet"), "--validation_file", str(tmp_path / "train.parquet")]
     data += ["--model_name_or_path", str(tmp_path / "base"), "--methods", "naive"]
     assert "4 classes and the model 7" in run(*data, fails=True)
-    assert "| naive crossbar |" in run(*data, "--base_steps", "1")
+    trained, again = (run(*data, "--base_steps", "1") for _ in range(2))
+    assert "| naive crossbar |" in again and trained.endswith(again)
+    assert "base holds a base model with other values of ['settings.max_steps']" in run(
+        *data, "--base_steps", "2", fails=True
+    )
+    image_sample.dataset(12).to_parquet(tmp_path / "train.parquet")
+    assert "other values of ['content.training data']" in run(*data, "--base_steps", "1", fails=True)
+    image_sample.dataset(8).to_parquet(tmp_path / "train.parquet")
+    model = image_sample.save_model(tmp_path / "base", classes=7)
+    next(model.parameters()).data.neg_()
+    model.save_pretrained(tmp_path / "base")
+    assert "other values of ['content.base']" in run(*data, "--base_steps", "1", fails=True)
 
 
 @pytest.mark.parametrize(
