@@ -8,6 +8,7 @@ not be there.
 import inspect
 import sys
 from collections.abc import Iterable
+from types import CodeType
 from typing import Any
 
 FORWARD = "forward"
@@ -24,6 +25,11 @@ class Forward:
     def __signature__(self) -> inspect.Signature:
         signature = inspect.signature(getattr(type(self.model), FORWARD))
         return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    @property
+    def __code__(self) -> CodeType:
+        """Which ``torch.export`` asks for."""
+        return getattr(type(self.model), FORWARD).__code__
 
     def __call__(self, *args, **kwargs) -> Any:
         if self.called:

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from hf_reram import ReRAMConfig, RobustnessReport, calibrate, patch_model
 from hf_reram.cli import app
 from hf_reram.cli.model import patched
+from hf_reram.cli.output import console
 from hf_reram.evaluation.report import Measurement
 from hf_reram.hub.load import load_model
 from hf_reram.model.find import crossbar_state
@@ -46,7 +47,8 @@ def test_eval_and_inspect_of_a_plain_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "shown"), [("static", None), ("learned", "learned"), ("per_token", "per token")])
-def test_inspect_says_which_kind_of_range_a_layer_has(tmp_path, kind, shown):
+def test_inspect_says_which_kind_of_range_a_layer_has(tmp_path, monkeypatch, kind, shown):
+    monkeypatch.setattr(console, "width", 400)
     model = patch_model(image_sample.save_model(tmp_path), ReRAMConfig(input_range=kind))
     batch = torch.randn(4, 3, 32, 32)
     calibrate(model, [batch]).save_pretrained(tmp_path)
@@ -54,7 +56,7 @@ def test_inspect_says_which_kind_of_range_a_layer_has(tmp_path, kind, shown):
     layers = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)["layers"]
     assert [layer["range_kind"] for layer in layers] == [kind] * 2
     assert all((layer["input_range"] is None) == (kind == "per_token") for layer in layers)
-    table = CliRunner().invoke(app, command, terminal_width=400, env={"COLUMNS": "400"}).stdout
+    table = CliRunner().invoke(app, command).stdout
     ranges = "" if kind == "per_token" else f"{layers[0]['input_range']:.3g}"
     assert f"{ranges} {shown or ''}".strip() in table and ("input range per token)" in table) == (kind == "per_token")
     assert ("learned" in table) == (kind == "learned")

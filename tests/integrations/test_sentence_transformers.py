@@ -23,6 +23,7 @@ from hf_reram import (
 )
 from hf_reram.hub.push import _files
 from tests.samples.devices import device, straight
+from tests.samples.models import bert_batch
 from tests.samples.texts import TEXTS, WORDS, tokenizer
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
@@ -254,3 +255,14 @@ def test_a_resumed_evaluation_knows_its_loss_and_its_evaluator(tmp_path, folder)
         run(0.1, 0.2, 0.3, 0.4)
     with pytest.raises(ValueError, match=r"what differs: 'trainer'\)"):
         run(scale=5.0)
+
+
+def test_models_are_exported_beside_the_package(tiny_bert):
+    """Which asks their ``forward`` for its code."""
+    patch_model(tiny_bert.eval(), ReRAMConfig())
+    calibrate(tiny_bert, [bert_batch()])
+    assert "forward" in vars(tiny_bert)
+    batch = {name: value for name, value in bert_batch().items() if name != "labels"}
+    with torch.no_grad():
+        found = torch.export.export(tiny_bert, (), batch, strict=False).module()(**batch).logits
+        torch.testing.assert_close(found, tiny_bert(**batch).logits)
