@@ -118,8 +118,6 @@ def least_error_scales(
     best, least = largest, None
     for multiple in (None, *reversed(CLIPS)):
         scale = largest if multiple is None else torch.minimum(largest, multiple * rms)
-        if multiple is not None and torch.equal(scale, largest):  # beyond all weights: no clipping once more
-            continue
         cost = expected_error(rows, scale, error, inputs, systematic)
         cost = cost if largest.numel() > 1 else cost.sum().reshape(1, 1, 1)
         if least is None:
