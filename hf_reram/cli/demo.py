@@ -23,6 +23,7 @@ def demo(
 
     from transformers.utils import logging
 
+    from ..hub.about import digital_rows
     from ..tasks.demo import CORNER, METHODS, TIMES, run_demo
 
     writable(folder)
@@ -46,9 +47,9 @@ def demo(
     table.add_column("")
     for time in TIMES:
         table.add_column(f"after {time}", justify="right")
-    some = next(iter(reports.values()))
-    assert some.digital is not None
-    table.add_row("digital", *[f"{some.digital['accuracy']:.1f}"] * len(TIMES))
+    about = list(reports.values())[-1].about
+    for label, found in digital_rows(about["base_metrics"], about["control_metrics"]).items():
+        table.add_row(label, *[f"{found['accuracy']:.1f}"] * len(TIMES))
     for label, report in reports.items():
         cells = [report.statistic("accuracy", t) for t in TIMES]
         table.add_row(label, *(cell.shown(1) for cell in cells))

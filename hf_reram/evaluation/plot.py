@@ -22,9 +22,9 @@ def plot_reports(
     metric: str,
     labels: Sequence[str] | None = None,
     title: str | None = None,
-    digital: Mapping[str, float] | None = None,
+    digital: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Path:
-    """Write the PNG; see :meth:`hf_reram.RobustnessReport.plot`.
+    """Write the PNG; see :meth:`hf_reram.RobustnessReport.plot`. ``digital`` are metrics of reference lines, by label.
 
     Raises:
         ValueError: not one label per report, or a report without measurements of the metric.
@@ -52,8 +52,9 @@ def plot_reports(
             axes.plot(times, mean, color=color, marker=MARKERS[i % 7], ms=5, ls=("-", "--", ":")[j % 3], label=name)
             low, high = ([s.mean + sign * s.std for s in statistics] for sign in (-1, 1))
             axes.fill_between(times, low, high, color=color, alpha=0.15, lw=0)
-    if digital and metric in digital:
-        axes.axhline(digital[metric], color="0.35", ls=(0, (5, 3)), lw=1.2, label="digital base")
+    for (label, found), dashes in zip((digital or {}).items(), ((5, 3), (1, 2))):
+        if metric in found:
+            axes.axhline(found[metric], color="0.35", ls=(0, dashes), lw=1.2, label=label)
     axes.set_xscale("log")
     last = max(max(report.times) for report in reports)
     axes.set_xlim(0.7, max(last * 1.5, 2))

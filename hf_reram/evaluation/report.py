@@ -285,6 +285,7 @@ class RobustnessReport:
         labels: Sequence[str] | None = None,
         title: str | None = None,
         digital: Mapping[str, float] | None = None,
+        control: Mapping[str, float] | None = None,
     ) -> Path:
         """Write a PNG: the metric against time since programming, mean with the band of ± one standard deviation over
         chips, the digital model as a reference line.
@@ -292,6 +293,7 @@ class RobustnessReport:
         Args:
             others: more reports for the same plot. metric: None takes the first. labels: one a report.
             digital: metrics of the reference line; None takes this report's.
+            control: metrics of a second one, of the digital model finetuned at the same budget; None draws none.
 
         Raises:
             ValueError: a report holds no measurements, or none of the metric; or not one label a report.
@@ -299,7 +301,8 @@ class RobustnessReport:
         from .plot import plot_reports
 
         metric = metric or next(iter(self.metrics), "")
-        return plot_reports(path, [self, *others], metric, labels, title, digital or self.digital)
+        lines = {"digital base": digital or self.digital or {}, "digital, finetuned": control or {}}
+        return plot_reports(path, [self, *others], metric, labels, title, lines)
 
 
 def _in_json(value: Any) -> Any:

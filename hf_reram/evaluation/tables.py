@@ -83,19 +83,19 @@ def named(reports: Mapping[str, "RobustnessReport"]) -> Mapping[str, "Robustness
 def metrics_table(
     reports: Mapping[str, "RobustnessReport"],
     time: float,
-    digital: Mapping[str, float] | None = None,
+    digital: Mapping[str, Mapping[str, float]] | None = None,
     metrics: Sequence[str] = (),
 ) -> str:
-    """A row a metric (empty ``metrics``: all), a column a model, mean over chips at one time; ``digital`` are of the
-    base."""
+    """A row a metric (empty ``metrics``: all), a column a model, mean over chips at one time; ``digital`` are the metrics
+    of digital models, by label."""
     first, reports = next(iter(reports.values())), named(reports)
-    rows = []
+    rows, digital = [], digital or {}
     for metric in metrics or first.metrics:
-        base = [digital.get(metric, math.nan)] if digital else []
+        base = [found.get(metric, math.nan) for found in digital.values()]
         means = [report.found(metric, time, report.main_temperature).mean for report in reports.values()]
         n = places([*base, *means])
         rows.append([metric, *(_figure(value, n) for value in [*base, *means])])
-    return markdown(["", *(["digital base"] if digital else []), *reports], rows)
+    return markdown(["", *digital, *reports], rows)
 
 
 def _figure(value: float, decimals: int) -> str:
@@ -105,16 +105,16 @@ def _figure(value: float, decimals: int) -> str:
 def comparison_table(
     reports: Mapping[str, "RobustnessReport"],
     metric: str | None = None,
-    digital: Mapping[str, float] | None = None,
+    digital: Mapping[str, Mapping[str, float]] | None = None,
 ) -> str:
-    """The digital base (``digital``, its metrics) and a row a model: ideal crossbar, and mean ± standard deviation over
-    chips at each time."""
+    """A row a digital model (``digital``, their metrics by label) and a row a model on crossbars: ideal, and mean ±
+    standard deviation over chips at each time."""
     metric = metric or next(iter(reports.values())).metrics[0]
     times = sorted({time for report in reports.values() for time in report.times})
     n = places(cell.mean for cell in comparison_cells(reports, metric).values())
     rows = []
-    if digital:
-        rows.append(["digital base", "–", *[_figure(digital.get(metric, math.nan), n)] * len(times)])
+    for label, found in (digital or {}).items():
+        rows.append([label, "–", *[_figure(found.get(metric, math.nan), n)] * len(times)])
     for label, report in named(reports).items():
         cells = [report.found(metric, time, report.main_temperature) for time in times]
         ideal = f"{report.ideal[metric]:.{n}f}" if report.ideal and metric in report.ideal else "–"

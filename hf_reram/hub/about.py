@@ -22,6 +22,7 @@ OTHERS = {
     "repo": optional(TEXT),
     "examples": optional(COUNT),
     "base_metrics": NUMBERS,
+    "control_metrics": NUMBERS,
     "details": TEXTS,
     "label_free": FLAG,
     "command": optional(TEXT),
@@ -56,7 +57,8 @@ class About:
         base_model: Hub id, or the name of a local model. relation: the Hub's word for what was made of it.
         name: of the robust model. repo: where it is, None: ``name``.
         examples: how many were evaluated.
-        base_metrics: of the digital base. details: the metrics of the second table; empty: all.
+        base_metrics: of the digital base. control_metrics: of the base finetuned digitally, at the same budget.
+        details: the metrics of the second table; empty: all.
         label_free: whether it was trained on the base's predictions alone.
         command: that made it. training: what else to say about the training, a sentence each.
         co2_grams: that the training emitted, where known.
@@ -73,6 +75,7 @@ class About:
     repo: str | None = None
     examples: int | None = None
     base_metrics: dict[str, float] = field(default_factory=dict)
+    control_metrics: dict[str, float] = field(default_factory=dict)
     details: list[str] = field(default_factory=list)
     label_free: bool = False
     command: str | None = None
@@ -84,6 +87,11 @@ class About:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self)
+
+    @property
+    def digital(self) -> dict[str, dict[str, float]]:
+        """The metrics of what there is of digital models, by what a table calls them."""
+        return digital_rows(self.base_metrics, self.control_metrics)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "About":
@@ -99,6 +107,11 @@ class About:
             return cls(**fields_of(values, NEEDED, OTHERS))
         except ValueError as error:
             raise ValueError(f"a report's 'about': {error}") from None
+
+
+def digital_rows(base: Mapping[str, float], control: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """The metrics of a digital base and of its control, by what a table calls them; without those that are empty."""
+    return {label: dict(found) for label, found in (("digital base", base), ("digital, finetuned", control)) if found}
 
 
 def about_model(model: Any, report: RobustnessReport | None, repo: str | None = None, **known: Any) -> About:

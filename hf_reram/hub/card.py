@@ -79,8 +79,8 @@ def model_card(
         dataset=", ".join(escaped(part) for part in (about.dataset, about.dataset_split) if part),
         examples=about.examples,
         chips=escaped(over_chips(comparison_cells(rows, about.metric), same_temperature(rows))) if measured else "",
-        table=comparison_table(rows, about.metric, digital=about.base_metrics).strip() if measured else "",
-        details=metrics_table(rows, last, digital=about.base_metrics, metrics=_shown(about, report)).strip()
+        table=comparison_table(rows, about.metric, digital=about.digital).strip() if measured else "",
+        details=metrics_table(rows, last, digital=about.digital, metrics=_shown(about, report)).strip()
         if measured and len(report.metrics) > 1
         else "",
         fewer=escaped(over_fewer(metrics_cells(rows, last, _shown(about, report)))),
@@ -163,12 +163,13 @@ def _headline(about: About, report: RobustnessReport) -> str:
         return "Its robustness has not been measured, or not with these weights."
     last = report.times[-1]
     found = report.statistic(about.metric, last)
-    base = about.base_metrics.get(about.metric)
     n = places([found.mean])
     chips = len({m.seed for m in report.measurements if (m.time, m.temperature) == (last, report.main_temperature)})
     on = "one chip" if chips == 1 else "chips" if found.chips == chips else f"{found.chips} of {chips} chips"
     aged = f"{found.shown(n)} on {on} {format_time(last)} after programming{at_kelvin(report.main_temperature)}"
-    return f"{escaped(about.metric)}: {aged}" + (f", {base:.{n}f} of the digital base." if base is not None else ".")
+    digital = (("the digital base", about.base_metrics), ("the base finetuned digitally", about.control_metrics))
+    others = [f", {metrics[about.metric]:.{n}f} of {words}" for words, metrics in digital if about.metric in metrics]
+    return f"{escaped(about.metric)}: {aged}{''.join(others)}."
 
 
 def _snippet_kelvin(report: RobustnessReport, configs: Sequence[ReRAMConfig]) -> float | None:

@@ -148,7 +148,8 @@ def publish(
         report.to_json(folder / REPORT)
         reports = rows or {about.name: report}
         first, *others = reports.values()
-        looks: Any = {"metric": about.metric, "labels": list(reports), "title": title, "digital": about.base_metrics}
+        looks: Any = {"metric": about.metric, "labels": list(reports), "title": title}
+        looks |= {"digital": about.base_metrics, "control": about.control_metrics}
         first.plot(folder / PLOT, *others, **looks)
     write_card(folder / "README.md", card)
 

@@ -114,17 +114,29 @@ def layer_scales(layer: CrossbarLayer, rows: Tensor, clip: float | str | None, i
 def least_error_scales(
     rows: Tensor, largest: Tensor, rms: Tensor, error: WeightError, inputs: Inputs | None, systematic: float = 1.0
 ) -> Tensor:
-    """Of all :data:`CLIPS`, the scale with the least :func:`expected_error`, for each element of ``largest``."""
-    best, least = largest, None
-    for multiple in (None, *reversed(CLIPS)):
-        scale = largest if multiple is None else torch.minimum(largest, multiple * rms)
+    """Of all :data:`CLIPS`, the scale with the least :func:`expected_error`, for each element of ``largest``: every
+    fourth of them first, then those half as far from the best. What a smaller scale cuts off grows and what it quiets
+    falls, so there is one valley, and 8 of 15 errors find its bottom.
+    """
+    multiples = torch.tensor([torch.finfo(torch.float32).max, *reversed(CLIPS)], device=rows.device)
+    place = torch.zeros(largest.shape, dtype=torch.long, device=rows.device)
+    best, least = largest, torch.full_like(largest, math.inf)
+
+    def compare(candidate: Tensor) -> None:
+        nonlocal place, best, least
+        candidate = candidate.clamp(0, len(CLIPS))
+        scale = torch.minimum(largest, multiples[candidate] * rms)
         cost = expected_error(rows, scale, error, inputs, systematic)
         cost = cost if largest.numel() > 1 else cost.sum().reshape(1, 1, 1)
-        if least is None:
-            best, least = scale, cost
-        else:
-            best = torch.where(cost < least, scale, best)
-            least = torch.minimum(cost, least)
+        place, best = torch.where(cost < least, candidate, place), torch.where(cost < least, scale, best)
+        least = torch.minimum(cost, least)
+
+    for first in range(0, len(multiples), 4):
+        compare(torch.full_like(place, first))
+    for stride in (2, 1):
+        middle = place
+        compare(middle - stride)
+        compare(middle + stride)
     return best
 
 

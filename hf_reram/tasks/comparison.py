@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from torch import nn
+from transformers import Trainer
 from transformers.utils import logging
 
 from ..config import ReRAMConfig
@@ -30,8 +31,9 @@ from ..evaluation.tables import (
     over_fewer,
     same_temperature,
 )
-from ..hub.about import About
+from ..hub.about import About, digital_rows
 from ..hub.publish import publish
+from ..integrations.trainer import DigitalTrainer
 from ..model.deploy import digital
 from ..model.digest import settings_of, weights_digest
 from ..model.sharding import of_first, processes
@@ -67,11 +69,13 @@ class Method:
         label: in table and plot. loss: ``retention_loss``; "" takes the config's, None trains nothing.
         mapped: shrink, clipping, input offset, scales and redundancy as the config says, else a naive crossbar: the
             whole read voltage, the largest weight at g_max, inputs driven as they are.
+        digital: trained off the crossbars, and no chip.
     """
 
     label: str
     loss: str | None
     mapped: bool = True
+    digital: bool = False
 
     @property
     def folder(self) -> str:
@@ -87,9 +91,11 @@ class Method:
 
 
 OURS = Method("hf_reram", "")
+CONTROL = Method("digital, finetuned", "none", mapped=False, digital=True)
 METHODS = (
     Method("naive crossbar", None, mapped=False),
     Method("calibrated mapping, no finetuning", None),
+    CONTROL,
     Method("finetuned without retention loss", "none"),
     Method("finetuned with noise injection", "noise"),
     OURS,
@@ -114,7 +120,9 @@ def run_protocol(
 ) -> dict[str, RobustnessReport]:
     """Train and evaluate every method, and compare them in ``folder``: ``report.md``, ``report.json``,
     ``robustness.png``, and for each method a folder with its checkpoints, model and report. A model's folder also holds
-    its card, plot and comparison, ready to be pushed.
+    its card, plot and comparison, ready to be pushed. :data:`CONTROL` trains the base digitally, with the same task
+    loss, steps and data: what finetuning does without crossbars; a base that would follow itself, without labels, stays
+    what it is and is not trained.
 
     What a killed run has finished is not done again: methods, training steps up to the last checkpoint (as
     ``TrainingArguments.save_strategy`` says), chips. Times, chips, temperatures and methods may then be others or more.
@@ -138,17 +146,22 @@ def run_protocol(
         Reports by the methods' labels.
 
     Raises:
+        ValueError: no method is on crossbars.
         ValueError: ``folder`` holds a comparison with another config, other settings, another evaluation, base model or
             training data, or an earlier hf_reram's, which did not keep them; names what differs. Or nothing tells
             ``evaluate`` from another one and there is no ``key``.
     """
     folder, reports = Path(folder), {}
+    if all(method.digital for method in methods):
+        raise ValueError(f"methods={[m.label for m in methods]}: allowed is at least one that is on crossbars")
     key = part_of("evaluation", evaluate) if key is None else key
     what = {"config": config.to_dict(), "settings": dict(settings or {}), "content": {"evaluation": key}}
     _refuse_others(folder, what)  # before the work that a trainer is
     about = replace(about, versions=_versions(), date=str(date.today()))
     main = True
-    for method in methods:
+    crossbars = [method for method in methods if not method.digital]
+    controls = [method for method in methods if method.digital and not about.label_free]
+    for method in [*controls, *crossbars]:
         home = folder / method.folder
         trainer = make_trainer(method.config(config), str(home))
         main = trainer.is_world_process_zero()
@@ -156,9 +169,14 @@ def run_protocol(
             what["content"] |= _made_of(trainer)
             _claim(folder, what)
         if not about.base_metrics:
-            about.base_metrics = _base_metrics(trainer, evaluate, folder / "base.json", what["content"])
+            with digital(trainer.model):
+                of = described([what["content"]["base"], key])
+                about.base_metrics = _digital_metrics(trainer, evaluate, folder / "base.json", of)
         if prepare is not None:
             prepare(trainer)
+        if method.digital:
+            about.control_metrics = _control_metrics(trainer, evaluate, home, described(what["content"]))
+            continue
         note = _train(trainer, home) if method.loss is not None else None
         logger.warning("evaluating: %s", method.label)
         report = evaluate_robustness(
@@ -181,7 +199,7 @@ def run_protocol(
             trainer.save_model(str(home / "model"))
     if main:
         write_comparison(folder, reports, about.metric, title)
-        for method in methods:
+        for method in crossbars:
             if method.loss is not None:
                 publish(folder / method.folder / "model", reports[method.label], reports, title)
     return reports
@@ -204,23 +222,33 @@ def _content_of(dataset: Any) -> str | None:
         return None
 
 
-def _base_metrics(
-    trainer: "ReRAMTrainer", evaluate: Callable, file: Path, content: Mapping[str, Any]
-) -> dict[str, float]:
-    """Those of the digital base, which a trainer's fresh model still is; measured once for the same ``content``."""
-    of = described([content["base"], content["evaluation"]])
-    if file.exists():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        if before.get("of") == of:
-            return before["metrics"]
-    with digital(trainer.model):
-        found = {name: float(value) for name, value in evaluate(trainer.model).items()}
+def _control_metrics(trainer: "ReRAMTrainer", evaluate: Callable, home: Path, of: str) -> dict[str, float]:
+    """Those of the base trained digitally, whose model is kept in ``home``."""
+    if (before := _kept(home / "digital.json", of)) is not None:
+        return before
+    control = DigitalTrainer.beside(trainer)
+    _train(control, home)
+    control.save_model(str(home / "model"))
+    return _digital_metrics(control, evaluate, home / "digital.json", of)
+
+
+def _kept(file: Path, of: str) -> dict[str, float] | None:
+    """The metrics that a file holds, if they are those of ``of``."""
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return before["metrics"] if before.get("of") == of else None
+
+
+def _digital_metrics(trainer: Trainer, evaluate: Callable, file: Path, of: str) -> dict[str, float]:
+    """Those of a trainer's model, which computes digitally, measured once for the same ``of``."""
+    if (before := _kept(file, of)) is not None:
+        return before
+    found = {name: float(value) for name, value in evaluate(trainer.model).items()}
     if trainer.is_world_process_zero():
         write_whole(file, json.dumps({"of": of, "metrics": found}, indent=2) + "\n")
     return found
 
 
-def _train(trainer: "ReRAMTrainer", home: Path) -> str:
+def _train(trainer: Trainer, home: Path) -> str:
     """Train from the last checkpoint on, if there is one; what to say about it, which a resumption says again."""
     checkpoint = last_checkpoint(home)
     done = trainer.train(resume_from_checkpoint=checkpoint)
@@ -238,7 +266,7 @@ def _train(trainer: "ReRAMTrainer", home: Path) -> str:
     return note
 
 
-def _machine(trainer: "ReRAMTrainer") -> str:
+def _machine(trainer: Trainer) -> str:
     if trainer.args.device.type == "cuda":
         return f"{trainer.args.world_size} x {torch.cuda.get_device_name()}"
     return f"{torch.get_num_threads() * trainer.args.world_size} CPU threads"
@@ -256,19 +284,20 @@ def write_comparison(
     folder, (first, *others) = Path(folder), list(reports.values())
     metric = metric or first.metrics[0]
     last, about = first.times[-1], list(reports.values())[-1].about
-    base = about.get("base_metrics") or first.digital
-    first.plot(folder / "robustness.png", *others, metric=metric, labels=list(reports), title=title, digital=base)
+    base, control = about.get("base_metrics") or first.digital or {}, about.get("control_metrics") or {}
+    looks: dict[str, Any] = {"metric": metric, "labels": list(reports), "title": title}
+    first.plot(folder / "robustness.png", *others, digital=base, control=control, **looks)
     chips = over_chips(comparison_cells(reports, metric), same_temperature(reports))
     parts = [
         f"{escaped(metric)}, {escaped(chips)}:",
-        comparison_table(reports, metric, digital=base),
+        comparison_table(reports, metric, digital=digital_rows(base, control)),
     ]
     if len(first.metrics) > 1:
         details = about.get("details", ())
         fewer = over_fewer(metrics_cells(reports, last, details))
         parts += [
             f"Every metric after {format_time(last)}{escaped(fewer)}:",
-            metrics_table(reports, last, digital=base, metrics=details),
+            metrics_table(reports, last, digital=digital_rows(base, control), metrics=details),
         ]
     parts += ["\n".join(f"- {escaped(note)}" for note in first.notes)] if first.notes else []
     for label, report in reports.items():

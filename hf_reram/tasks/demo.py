@@ -30,9 +30,10 @@ from ..integrations.trainer import ReRAMTrainer
 from ..model.deploy import deploy
 from ..model.patch import patch_model
 from ..model.summary import summarize
-from .comparison import METHODS, OURS, Method, write_comparison
+from .comparison import CONTROL, METHODS, OURS, Method, write_comparison
 
 TIMES = ("1s", "1d", "10y")
+LEARNING_RATE = 1e-3  # of the finetunings; the base's is twice as much
 
 # A hard corner, on purpose: an I-V curve read far into its sinh, and a spread that grows with conductance and time.
 CORNER = DeviceConfig(
@@ -133,6 +134,14 @@ def train_base(digits: Digits, folder: Path, epochs: float, seed: int) -> nn.Mod
     return model
 
 
+def train_control(base: nn.Module, digits: Digits, folder: Path, epochs: float, seed: int) -> nn.Module:
+    """The base trained further, as the models on crossbars are, and digitally."""
+    set_seed(seed)
+    model = copy.deepcopy(base)
+    _train(Trainer(model, _arguments(folder, epochs, LEARNING_RATE, seed), train_dataset=digits.dataset()))
+    return model
+
+
 def run_method(method: Method, base: nn.Module, digits: Digits, folder: Path, epochs: float, chips: int, seed: int):
     """Make one method's model out of the base and evaluate it: (model, report)."""
     set_seed(seed)
@@ -142,7 +151,7 @@ def run_method(method: Method, base: nn.Module, digits: Digits, folder: Path, ep
         patch_model(model, config)
         calibrate(model, [{"pixel_values": images} for images in digits.train[0].split(64)])
     else:
-        arguments = _arguments(folder, epochs, 1e-3, seed)
+        arguments = _arguments(folder, epochs, LEARNING_RATE, seed)
         trainer = ReRAMTrainer(model, arguments, train_dataset=digits.dataset(), reram_config=config)
         _train(trainer)
     report = evaluate_robustness(model, digits.accuracy, times=TIMES, seeds=chips, progress=False)
@@ -173,8 +182,12 @@ def run_demo(
     base = train_base(digits, folder, base_epochs, seed)
     accuracy = digits.accuracy(base)["accuracy"]
     progress(f"digital base: {accuracy:.1f} % of {len(digits.test[1])} test digits")
+    finetuned = digits.accuracy(train_control(base, digits, folder, epochs, seed))["accuracy"]
+    progress(f"{CONTROL.label}: {finetuned:.1f} %")
     reports, ours = {}, None
     for method in METHODS:
+        if method is CONTROL:
+            continue
         model, report = run_method(method, base, digits, folder, epochs, chips, seed)
         reports[method.label] = report
         if method is OURS:
@@ -191,6 +204,7 @@ def run_demo(
         name="digits-reram",
         examples=len(digits.test[1]),
         base_metrics={"accuracy": accuracy},
+        control_metrics={"accuracy": finetuned},
     )
     reports[OURS.label].about = about.to_dict()
     write_comparison(folder, reports, title=title)

@@ -11,19 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer
 from transformers.trainer_utils import IntervalStrategy, has_length
 from transformers.utils import logging
 
-from ..calibration.batch_norm import freeze_batch_norm
 from ..calibration.sensitivity import measure_sensitivity
 from ..calibration.settle import calibrate
 from ..config import TRAINING_FIELDS, ReRAMConfig
 from ..device.checks import read_json
 from ..device.seeds import derived_seed
 from ..model.deploy import refuse_modes, warn_uncalibrated
-from ..model.find import crossbar_layers, crossbar_state, crossbar_states, unwrapped
-from ..model.inputs import begins_anew, call_model, decoder_inputs, evaluating, find_logits, forked_rng, without_cache
+from ..model.find import crossbar_layers, crossbar_state, crossbar_states
+from ..model.inputs import begins_anew, call_model, forked_rng
 from ..model.patch import patch_model, unpatch_model
 from ..model.reconfigure import reconfigure, watch
 from ..model.select import lies_as
@@ -31,14 +29,12 @@ from ..nn.clipping import clipped_beyond_choice, warn_clipped
 from .callbacks import HoldWeights, NameUncalled
 from .checkpoints import last_checkpoint, read_configs, set_incomplete_aside
 from .diagnosis import explain
-from .distillation import check_temperature, divergence
+from .distillation import divergence
 from .following import clamped_shares
 from .losses import join_terms, measured_ratios, sampled_drift
+from .task_loss import TaskLossMixin
 
 logger = logging.get_logger(__name__)
-
-# Of Trainer, beside which the mixin stands.
-Base: Any = object
 
 # What the log has beside the loss: sums over steps and processes, and what they are divided by.
 LOGGED = ("task_loss", "retention_loss", "noise_to_signal")
@@ -47,7 +43,7 @@ LOGGED = ("task_loss", "retention_loss", "noise_to_signal")
 MUCH_CLAMPED = 0.05
 
 
-class TrainingMixin(Base):
+class TrainingMixin(TaskLossMixin):
     """What :class:`hf_reram.ReRAMTrainerMixin` does to train: patches and calibrates the model, adds the losses, logs
     them, and keeps weights within the cells' range."""
 
@@ -57,28 +53,16 @@ class TrainingMixin(Base):
         self,
         *args,
         reram_config: ReRAMConfig | None = None,
-        teacher: nn.Module | None = None,
-        teacher_weight: float = 1.0,
-        teacher_temperature: float = 1.0,
         calibration_dataset=None,
-        freeze_batch_norm: bool = False,
         follow_training: bool = True,
         **kwargs,
     ):
-        if not 0 <= teacher_weight <= 1:
-            raise ValueError(f"teacher_weight={teacher_weight!r}: allowed is a number from 0 to 1")
-        check_temperature("teacher_temperature", teacher_temperature)
         self.reram_config: Any = reram_config
         self._given_config, self._handed_config = copy.deepcopy(reram_config), reram_config
-        self.teacher, self.teacher_weight, self.teacher_temperature = None, teacher_weight, teacher_temperature
-        self.teacher_given = teacher is not None
-        self.calibration_dataset, self.freeze_batch_norm = calibration_dataset, freeze_batch_norm
-        self.follow_training = follow_training
+        self.calibration_dataset, self.follow_training = calibration_dataset, follow_training
         self._sums: dict[str, Tensor] = {}
-        self._looked_at_loss = self._told_of_clamped = self._joined = self._guided = False
+        self._told_of_clamped = self._joined = False
         super().__init__(*args, **kwargs)
-        if teacher is not None:
-            _refuse_shared(teacher, self.model)
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{type(self).__name__} in one process on {self.args.n_gpu} GPUs would train copies of the model with "
@@ -86,11 +70,6 @@ class TrainingMixin(Base):
                 "accelerate launch does, or set CUDA_VISIBLE_DEVICES to one"
             )
         self._prepare_crossbars(self.model)
-        if teacher is not None:
-            self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
-            self.teacher.register_forward_pre_hook(self._note_guide)
-        if self.label_names and self.teacher is not None:
-            self.can_return_loss = True
         self.add_callback(HoldWeights(self))
         self.add_callback(NameUncalled(self))
 
@@ -256,12 +235,6 @@ class TrainingMixin(Base):
             raise FloatingPointError(f"the loss of step {self.state.global_step + 1} is {float(loss)}{why}")
         return loss
 
-    def compute_loss_context_manager(self) -> Any:
-        """As ``Trainer``'s, around whatever ``compute_loss`` there is, with batch norm frozen where that is wanted."""
-        if self.freeze_batch_norm:
-            freeze_batch_norm(self.model)  # which model.train() has just ended
-        return super().compute_loss_context_manager()
-
     def digital_references(self) -> AbstractContextManager:
         """Around the loss: what a trainer compares the model with computes digitally."""
         return nullcontext()
@@ -295,8 +268,7 @@ class TrainingMixin(Base):
         if not model.training:
             with self.digital_references():
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if num_items_in_batch is not None and self.model_accepts_loss_kwargs and not self._looked_at_loss:
-            self._look_at_loss(model, inputs, num_items_in_batch)
+        self._see_scaling(model, inputs, num_items_in_batch)
         state = crossbar_state(self.model)
         self._joined = True
         for part in crossbar_states(self.model):
@@ -328,59 +300,6 @@ class TrainingMixin(Base):
             if retention is None:
                 self._count("retention_loss", mean)
         return (loss, outputs) if return_outputs else loss
-
-    @torch.no_grad()
-    def _look_at_loss(self, model: nn.Module, inputs: dict[str, Any], count: Any) -> None:
-        """See whether the model divides its loss by ``num_items_in_batch``. Trainer believes that of every model that
-        takes ``**kwargs``; where one averages over the batch nevertheless (BertForSequenceClassification), processes
-        and accumulated batches would add up instead of being averaged, and the retention loss would weigh less."""
-        asked = getattr(super().compute_loss, "__func__", None) is Trainer.compute_loss
-        if not asked or self.args.world_size * self.args.gradient_accumulation_steps == 1:
-            self._looked_at_loss = True  # another trainer knows how its own loss is scaled
-            return
-        with evaluating(model):
-            one, half = (getattr(model(**inputs, num_items_in_batch=count * times), "loss", None) for times in (1, 2))
-        told = torch.zeros((), device=self.args.device)  # 1: it divides, 2: it does not
-        if one is not None and half is not None and torch.isfinite(one) and one != 0:  # else without labels
-            told += 2 if torch.allclose(one.float(), half.float(), rtol=1e-3) else 1
-        told = self.accelerator.gather(told[None]).max()
-        self._looked_at_loss = bool(told > 0)
-        if told == 2:
-            self.model_accepts_loss_kwargs = False
-
-    def _task_loss(self, model, inputs, kept, num_items_in_batch, wants_outputs):
-        """The loss, and the model's outputs where they are wanted, for which trl's trainers run the model again."""
-        if self.teacher is None:
-            found = super().compute_loss(model, inputs, wants_outputs, num_items_in_batch)
-            return found if wants_outputs else (found, None)
-        heat = self.teacher_temperature
-        with torch.no_grad():
-            guide = self.teacher(**{**without_cache(self.teacher), **self._without_labels(kept)})
-        if self.teacher_weight == 1.0 or not any(name in kept for name in self.label_names):
-            outputs = model(**self._without_labels(kept))
-            return self._ga_mean(divergence(outputs, guide, heat, model=model), num_items_in_batch), outputs
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if not any(logits.requires_grad for logits in find_logits(outputs).values()):  # those of trl's trainers
-            outputs = model(**self._without_labels(kept))
-        guided = self._ga_mean(divergence(outputs, guide, heat, model=model), num_items_in_batch)
-        return (1 - self.teacher_weight) * loss + self.teacher_weight * guided, outputs
-
-    def _note_guide(self, *_) -> None:
-        self._guided = True
-
-    def _without_labels(self, inputs: dict) -> dict:
-        """What a forward needs beside labels; of an encoder-decoder that makes its decoder's tokens of them, these."""
-        kept = {key: value for key, value in inputs.items() if key not in self.label_names}
-        return kept | decoder_inputs(self.model, inputs)
-
-    def _scaled_for_ga(self, num_items_in_batch) -> bool:
-        """Whether the task loss is already normalized over the accumulated batch; as in Trainer.training_step."""
-        if self.loss_is_scaled_for_ga is not None:
-            return self.loss_is_scaled_for_ga
-        return (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func is not None
-
-    def _ga_mean(self, loss: Tensor, num_items_in_batch) -> Tensor:
-        return loss / self.current_gradient_accumulation_steps if self._scaled_for_ga(num_items_in_batch) else loss
 
     # Logging
 
@@ -425,23 +344,3 @@ class TrainingMixin(Base):
                 len(high),
                 ", ".join(high),
             )
-
-
-def _refuse_shared(teacher: nn.Module, model: nn.Module) -> None:
-    """
-    Raises:
-        ValueError: the teacher is the model that is trained, or has a module with parameters in common with it, which
-            would be on crossbars, or a parameter that is trained.
-    """
-    if unwrapped(teacher) is unwrapped(model):
-        raise ValueError("teacher is the model that is trained: allowed is another one, such as a copy.deepcopy of it")
-    modules, trained = set(model.modules()), {p for p in model.parameters() if p.requires_grad}
-    shared = [name for name, module in teacher.named_modules() if module in modules and module._parameters]
-    trainable = [name for name, p in teacher.named_parameters() if p in trained]
-    shared += [name for name in trainable if name.rpartition(".")[0] not in shared]
-    if shared:
-        names = ", ".join(shared[:3]) + (", ..." if len(shared) > 3 else "")
-        raise ValueError(
-            f"teacher shares {len(shared)} modules or parameters with the model that is trained ({names}): allowed is "
-            "a model with its own, such as a copy.deepcopy of it"
-        )

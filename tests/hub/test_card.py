@@ -56,6 +56,13 @@ def test_body_says_how_to_load_it_and_what_it_reaches():
     assert "\n\n\n" not in text
 
 
+def test_a_card_shows_the_base_finetuned_digitally_beside_the_base():
+    text = model_card(report(control_metrics={"f1": 59.75, "exact": 41.0})).text
+    assert "58.2 of the digital base, 59.8 of the base finetuned digitally." in text
+    assert "| digital, finetuned | – | 59.8 | 59.8 |" in text
+    assert "| f1 | 58.2 | 59.8 | 51.0 |" in text
+
+
 def test_a_card_of_one_hot_chip_says_so_and_claims_no_spread():
     found = report()
     found.measurements = [Measurement(m.time, 423.15, m.seed, m.metrics) for m in found.measurements if m.seed == 0]

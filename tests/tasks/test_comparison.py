@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from transformers import TrainingArguments, default_data_collator
+from transformers import Trainer, TrainingArguments, default_data_collator
 
 from hf_reram import ReRAMConfig, ReRAMTrainer
 from hf_reram.model.digest import weights_digest
 from hf_reram.tasks import About, Perplexity, packed, run_protocol
-from hf_reram.tasks.comparison import METHODS, OURS
+from hf_reram.tasks.comparison import CONTROL, METHODS, OURS
 from tests.samples.experts import expert_inputs, mixtral
 from tests.samples.texts import TEXTS, WORDS, llama, tokenizer
 
@@ -41,8 +41,8 @@ class Comparison:
             model, self.arguments, train_dataset=data, data_collator=default_data_collator, reram_config=config
         )
 
-    def run(self, chips: int = 1, times: tuple[str, ...] = ("1d",), methods=(NAIVE,), **more):
-        about = About("text-generation", "perplexity", "texts", "base", "robust")
+    def run(self, chips: int = 1, times: tuple[str, ...] = ("1d",), methods=(NAIVE,), label_free=False, **more):
+        about = About("text-generation", "perplexity", "texts", "base", "robust", label_free=label_free)
         return run_protocol(
             self.trainer, self.evaluate(), self.config, self.folder, times, about, chips, methods, **more
         )
@@ -187,6 +187,48 @@ def test_the_base_is_the_same_however_it_is_mapped(comparison):
     assert len({weights_digest(model, base=True) for model in adapted}) == 2
 
 
+def test_the_control_is_what_a_plain_trainer_makes_of_the_base(comparison):
+    found = comparison.run(methods=(NAIVE, CONTROL))[NAIVE.label].about
+    plain = comparison.trainer(comparison.config, str(comparison.folder))
+    base = copy.deepcopy(comparison.base)
+    data, collator = plain.train_dataset, plain.data_collator
+    Trainer(base, comparison.arguments, train_dataset=data, data_collator=collator).train()
+    expected = comparison.evaluate()(base)
+    assert found["control_metrics"] == pytest.approx(expected, rel=1e-6)
+    assert found["base_metrics"]["perplexity"] != pytest.approx(expected["perplexity"], rel=1e-3)
+    kept = type(base).from_pretrained(comparison.folder / "digital-finetuned" / "model")
+    assert comparison.evaluate()(kept) == pytest.approx(expected, rel=1e-6)
+    row = f"| digital, finetuned | – | {expected['perplexity']:.1f} |"
+    assert row in (comparison.folder / "report.md").read_text()
+
+
+def test_the_control_is_trained_once(comparison, monkeypatch):
+    first = comparison.run(methods=(CONTROL, NAIVE))[NAIVE.label].about["control_metrics"]
+    monkeypatch.setattr(Trainer, "train", None)
+    assert comparison.run(methods=(CONTROL, NAIVE))[NAIVE.label].about["control_metrics"] == first
+
+
+def test_a_control_of_other_texts_is_measured_again(comparison):
+    comparison.run(methods=(CONTROL, NAIVE))
+    for file in ("protocol.json", "naive-crossbar/chips.jsonl"):
+        (comparison.folder / file).unlink()
+    comparison.held = TEXTS[1:3]
+    found = comparison.run(methods=(CONTROL, NAIVE))[NAIVE.label].about["control_metrics"]
+    kept = type(comparison.base).from_pretrained(comparison.folder / "digital-finetuned" / "model")
+    assert found == pytest.approx(comparison.evaluate()(kept), rel=1e-6)
+
+
+def test_a_base_that_would_follow_itself_has_no_control(comparison):
+    report = comparison.run(methods=(CONTROL, NAIVE), label_free=True)[NAIVE.label]
+    assert report.about["control_metrics"] == {} and not (comparison.folder / "digital-finetuned").exists()
+    assert "digital, finetuned" not in (comparison.folder / "report.md").read_text()
+
+
+def test_a_control_alone_is_no_comparison(comparison):
+    with pytest.raises(ValueError, match="allowed is at least one that is on crossbars"):
+        comparison.run(methods=(CONTROL,))
+
+
 def test_methods_differ_from_ours_in_what_their_names_say():
     options = {"weight_clip": 2.5, "range_shrink": 0.5, "equalize_inputs": True}
     options |= {"weight_scale": "per_tile", "tile_size": 64, "redundancy": 0.1}
@@ -198,7 +240,7 @@ def test_methods_differ_from_ours_in_what_their_names_say():
         found[method.label] = {key: theirs[key] for key in ours if theirs[key] != ours[key]}
     naive = {"range_shrink": 1.0, "weight_clip": None, "retention_loss": "none"}
     naive |= {"center_inputs": False, "equalize_inputs": False, "weight_scale": "per_channel", "redundancy": 0.0}
-    assert found.pop("naive crossbar") == naive
+    assert found.pop("naive crossbar") == found.pop(CONTROL.label) == naive
     assert found.pop("finetuned with noise injection") == {"retention_loss": "noise"}
     assert found.pop(OURS.label) == {}
     assert all(changes == {"retention_loss": "none"} for changes in found.values()) and len(found) == 2
