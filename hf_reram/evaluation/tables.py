@@ -86,8 +86,8 @@ def metrics_table(
     digital: Mapping[str, Mapping[str, float]] | None = None,
     metrics: Sequence[str] = (),
 ) -> str:
-    """A row a metric (empty ``metrics``: all), a column a model, mean over chips at one time; ``digital`` are the metrics
-    of digital models, by label."""
+    """A row a metric (empty ``metrics``: all), a column a model, mean over chips at one time; ``digital`` are digital
+    models' metrics, by label."""
     first, reports = next(iter(reports.values())), named(reports)
     rows, digital = [], digital or {}
     for metric in metrics or first.metrics:

@@ -5,7 +5,15 @@ from torch import nn
 from hf_reram import DeviceConfig, ReRAMConfig, patch_model
 from hf_reram.device.moments import weight_error
 from hf_reram.nn import mapping
-from hf_reram.nn.mapping import Inputs, expected_error, least_error_scales, relative_weights, weight_scales
+from hf_reram.nn.mapping import (
+    CLIPS,
+    Inputs,
+    Magnitudes,
+    expected_error,
+    least_error_scales,
+    relative_weights,
+    weight_scales,
+)
 
 ERROR = weight_error(DeviceConfig.from_preset("hfox-neurram"), (86400.0,), None)
 
@@ -56,6 +64,40 @@ def test_auto_is_the_best_of_its_candidates(per_channel):
         other = weight_scales(rows, clip, per_channel, ERROR, inputs).view(1, -1, 1)
         cost = expected_error(rows, other.expand(1, 32, 1), ERROR, inputs)
         assert (total <= cost * 1.0001).all() if per_channel else total.sum() <= cost.sum() * 1.0001
+
+
+HEAVY = torch.distributions.StudentT(3.0)
+
+
+@pytest.mark.parametrize("preset", ["hfox-neurram", "cmo-hfox-ibm", "generic"])
+@pytest.mark.parametrize("with_inputs", [True, False])
+def test_sums_over_bins_of_magnitude_are_those_over_weights(preset, with_inputs):
+    torch.manual_seed(0)
+    rows = torch.cat([torch.randn(2, 8, 700), HEAVY.sample((2, 8, 700)), torch.zeros(2, 1, 700)], 1)
+    error = weight_error(DeviceConfig.from_preset(preset), (86400.0,), None)
+    x = torch.randn(2, 50, 700) * torch.rand(2, 1, 700)
+    inputs = Inputs(x, torch.randn(2, 1, 700).expand(x.shape), 1e-3) if with_inputs else None
+    rms = rows.square().mean(2, keepdim=True).sqrt()
+    sizes = Magnitudes.of(rows, rms, x.square().mean(1)[:, None] if with_inputs else None)
+    for multiple in (1.0, 2.5, 8.0):
+        scale = torch.minimum(rows.abs().amax(2, keepdim=True), multiple * rms)
+        exact = expected_error(rows, scale, error, inputs, 2.0)
+        torch.testing.assert_close(expected_error(rows, scale, error, inputs, 2.0, sizes), exact, rtol=1e-2, atol=0.0)
+
+
+@pytest.mark.parametrize("levels", [None, 16])
+def test_auto_of_wide_layers_is_near_the_best_of_all_candidates(levels):
+    torch.manual_seed(0)
+    rows = HEAVY.sample((1, 64, 600))
+    inputs = relative(rows, torch.randn(1, 128, 600) * torch.randn(1, 1, 600).exp())
+    device = DeviceConfig.from_dict({**DeviceConfig.from_preset("hfox-neurram").to_dict(), "levels": levels})
+    error = weight_error(device, (86400.0,), None)
+    largest, rms = rows.abs().amax(2, keepdim=True), rows.square().mean(2, keepdim=True).sqrt()
+    scales = [torch.minimum(largest, clip * rms) for clip in (*CLIPS, 1e9)]
+    costs = torch.stack([expected_error(rows, scale, error, inputs) for scale in scales])
+    found = weight_scales(rows, "auto", True, error, inputs).view(1, -1, 1)
+    assert all((found == scale).any() for scale in scales[2:6])  # not one for all
+    assert expected_error(rows, found, error, inputs).sum() <= 1.01 * costs.amin(0).sum()
 
 
 def test_expected_error_is_what_sampling_shows():
