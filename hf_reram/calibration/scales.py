@@ -57,19 +57,27 @@ def settle_scale(same: list[LayerStatistics]) -> None:
         found.layer.note_choice()
 
 
-def spread_pairs(held: list[list[LayerStatistics]], config: ReRAMConfig) -> None:
-    """Give the arrays their pairs per weight, from the shares of their layers' outputs' power that the spread of their
-    cells has."""
+def spread_pairs(held: list[list[LayerStatistics]], config: ReRAMConfig, effects: dict[str, float]) -> None:
+    """Give the arrays their pairs per weight.
+
+    Args:
+        effects: of the spread of each layer's cells on what the model predicts, by layer name
+            (:func:`.sensitivity.spread_effects`). Where nothing is known of any, the shares of the layers' outputs'
+            power that the spread has are taken.
+    """
+    known = any(effect > 0 for effect in effects.values())
     errors, cells = [], []
     for array in held:
         error = 0.0
         for found in array:
             layer = found.layer
-            if found.samples is not None:
+            if known:
+                error += effects[found.name]
+            elif found.samples is not None:
                 with gathered([layer]):
                     rows, inputs = _weighted_inputs(found)
-                scale = layer.along_rows(layer.weight_scale)
-                error += float(expected_error(rows.float(), scale, layer.error, Inputs(inputs.phi), 0.0).sum())
+                    scale = layer.along_rows(layer.weight_scale)
+                    error += float(expected_error(rows.float(), scale, layer.error, Inputs(inputs.phi), 0.0).sum())
         errors.append(error)
         cells.append(array[0].layer.weight.numel())
     for array, pairs in zip(held, allot_pairs(errors, cells, config.redundancy * sum(cells))):

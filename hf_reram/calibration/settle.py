@@ -23,7 +23,7 @@ from ..nn.tensors import is_shard, whole
 from .observation import Observation, ordinary
 from .ranges import settle_drive
 from .scales import by_array, settle_scale, share_input_scales, share_scales, spread_pairs
-from .sensitivity import measure_sensitivity
+from .sensitivity import measure_sensitivity, spread_effects
 from .statistics import Channels, LayerStatistics
 
 
@@ -87,6 +87,8 @@ def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = No
             for state in states:
                 own = {name: s for name, s in statistics.items() if s.layer.crossbar is state}
                 _settle_all(own, observation.leaders, state.config)
+                if state.config.redundancy:
+                    _settle_redundant(own, observation.leaders, state.config, _effects(model, kept))
         if sensitivity:
             measure_sensitivity(model, kept)
         if processes() > 1 and is_sharded(model):
@@ -139,22 +141,40 @@ def _take_first_process(layers: Iterable[Any]) -> None:
 
 def _settle_all(statistics: dict[str, LayerStatistics], leaders: dict[str, str], config: ReRAMConfig) -> None:
     """Choose the numbers of layers that were patched together."""
+    for shared in _followers(statistics, leaders):
+        with gathered(s.layer for s in shared):
+            _settle(shared, config)
+    share_scales(by_array(statistics))
+
+
+def _settle_redundant(
+    statistics: dict[str, LayerStatistics], leaders: dict[str, str], config: ReRAMConfig, effects: dict[str, float]
+) -> None:
+    """Choose the pairs per weight, and the numbers of layers that have several anew: of quieter cells others may be
+    best."""
+    held = by_array(statistics)
+    spread_pairs(held, config, effects)
+    for shared in _followers(statistics, leaders):
+        with gathered(s.layer for s in shared):
+            if any(s.layer.pairs > 1 for s in shared):
+                _settle(shared, config)
+    share_scales(held)
+
+
+def _effects(model: nn.Module, batches: list) -> dict[str, float]:
+    try:
+        return spread_effects(model, batches)
+    except ValueError:  # it has no outputs that are known as predictions
+        return {}
+
+
+def _followers(statistics: dict[str, LayerStatistics], leaders: dict[str, str]) -> list[list[LayerStatistics]]:
+    """The layers that were reached, those together that read the same input."""
     followers: dict[str, list[LayerStatistics]] = {}
     for name, found in statistics.items():
         if found.samples is not None:
             followers.setdefault(leaders[name], []).append(found)
-    held = by_array(statistics)
-    for shared in followers.values():
-        with gathered(s.layer for s in shared):
-            _settle(shared, config)
-    share_scales(held)
-    if config.redundancy:
-        spread_pairs(held, config)
-        for shared in followers.values():
-            with gathered(s.layer for s in shared):
-                if any(s.layer.pairs > 1 for s in shared):
-                    _settle(shared, config)  # quieter cells: other ranges and scales may be best
-        share_scales(held)
+    return list(followers.values())
 
 
 def _settle(shared: list[LayerStatistics], config: ReRAMConfig) -> None:

@@ -1,12 +1,16 @@
-"""The Fisher information of a layer's outputs against its exact value."""
+"""The Fisher information of a layer's outputs against its exact value, and what spread changes against chips."""
+
+import copy
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import BertForTokenClassification, GPT2Config, GPT2LMHeadModel
 
-from hf_reram import ReRAMConfig, crossbar_layers, patch_model
-from hf_reram.calibration.sensitivity import measure_sensitivity
+from hf_reram import ReRAMConfig, calibrate, crossbar_layers, deploy, patch_model
+from hf_reram.calibration.sensitivity import measure_sensitivity, spread_effects
+from tests.samples.devices import device, straight
 from tests.samples.models import bert_batch, tiny_bert
 
 
@@ -96,3 +100,70 @@ def test_padding_predicts_nothing(kind):
         measure_sensitivity(model, [batch])
         found.append({name: float(layer.sensitivity.sum()) for name, layer in crossbar_layers(model).items()})
     assert found[0] and all(found[1][name] == pytest.approx(value, rel=0.25) for name, value in found[0].items())
+
+
+class Net(nn.Module):
+    """A padded convolution and two linear layers, of inputs with a mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 8, 3, padding=1, stride=2)
+        self.hidden = nn.Linear(128, 32)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x):
+        return self.head(self.hidden(self.conv(x).tanh().flatten(1)).relu())
+
+
+@pytest.mark.parametrize("equalized", [False, True])
+@pytest.mark.parametrize("name", ["conv", "hidden", "head"])
+def test_the_effect_of_a_layers_spread_is_the_divergence_that_chips_show(name, equalized):
+    """Of the digital model's predictions from those with this one layer on chips."""
+    torch.manual_seed(0)
+    model, x = Net().eval(), torch.randn(400, 2, 8, 8) + 1.0
+    with torch.no_grad():
+        model.head.weight.mul_(4)
+        x[:, 1] *= 20.0
+        model.conv.weight[:, 1] /= 20.0
+    config = straight(device=device(v0=1e6, read_noise=0.0), equalize_inputs=equalized, retention_times=["1s"])
+    alone, expected = copy.deepcopy(model), model(x).log_softmax(-1).detach()
+    patch_model(model, config)
+    calibrate(model, [x])
+    effects = spread_effects(model, [x])
+    patch_model(alone, ReRAMConfig.from_dict({**config.to_dict(), "target_modules": [name]}))
+    calibrate(alone, [x])
+    found = []
+    with torch.no_grad():
+        for seed in range(60):
+            with deploy(alone, "1s", seed=seed):
+                found.append(F.kl_div(alone(x).log_softmax(-1), expected, log_target=True, reduction="sum"))
+    assert effects[name] == pytest.approx(float(torch.stack(found).mean()), rel=0.25)
+    assert 1e-4 < effects[name] / len(x) < 0.1  # small enough for a second order
+
+
+def test_cells_on_top_go_where_spread_changes_the_predictions():
+    """Not where a layer's own output has most of it: what follows hardly reads the first layer's."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.Linear(16, 8)).eval()
+    with torch.no_grad():
+        model[2].weight[:, :15] *= 0.01
+        model[0].weight[15] *= 1e-3
+        model[0].bias[15] = 2.0
+    x = torch.randn(256, 16)
+    patch_model(model, ReRAMConfig(device=device(), redundancy=1.0, weight_scale="per_channel", retention_times=["1d"]))
+    calibrate(model, [x])
+    pairs = {name: layer.pairs for name, layer in crossbar_layers(model).items()}
+    assert pairs["0"] == 1 < pairs["3"]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_it_leaves_no_trace(frozen):
+    model = Net().requires_grad_(not frozen)
+    patch_model(model, ReRAMConfig())
+    x, before = torch.randn(4, 2, 8, 8), {n: p.clone() for n, p in model.named_parameters()}
+    state = torch.random.get_rng_state()
+    assert min(spread_effects(model, [x]).values()) > 0
+    assert torch.equal(state, torch.random.get_rng_state())
+    for n, p in model.named_parameters():
+        assert torch.equal(p, before[n]) and p.grad is None and p.requires_grad is not frozen
+    assert model.training and torch.is_grad_enabled()

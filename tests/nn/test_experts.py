@@ -234,7 +234,7 @@ def test_training_follows_and_holds_each_expert():
         assert float((layer.weight.abs() / layer.held_scale()).max()) <= 1 + 1e-6
 
 
-@pytest.mark.parametrize("options", [{"sensitivity": True}, {"tile_size": 8}, {"redundancy": 0.3}, {"per_token": True}])
+@pytest.mark.parametrize("options", [{"sensitivity": True}, {"tile_size": 8}, {"redundancy": 2.0}, {"per_token": True}])
 def test_options_of_layers_are_options_of_experts(options):
     model, ids = mixtral(experts=2, chosen=1), tokens()
     sensitivity = options.pop("sensitivity", False)
