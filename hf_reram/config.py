@@ -74,9 +74,9 @@ class ReRAMConfig(QuantizationConfigMixin):
             and mean shift, counts 8 times.
         tile_size: rows of a crossbar tile; each tile has its own ADC and read noise. None: one tile a layer.
         redundancy: cells on top of two a weight, as a share of those, in [0, 4]; calibration gives them to the layers
-            where they take most off the model's expected output error, whose weights several pairs then hold together
-            (several devices a synapse, Boybat et al., Nat. Commun. 9, 2514, 2018). Few cells do much where some layers
-            are small and sensitive: stems, depthwise convolutions.
+            whose spread changes the model's predictions most, by their Fisher information; several pairs then hold a
+            weight together (several devices a synapse, Boybat et al., Nat. Commun. 9, 2514, 2018). Few cells do much
+            where some layers are small and sensitive: stems, depthwise convolutions, a language model's values.
         dac_bits, adc_bits: 2 to 16, sign included; None: ideal converters.
         target_modules: names of layers to put on crossbars: a list of names or last parts of names, or a regular
             expression that matches whole names (as in PEFT). None: every Linear, Conv2d and Conv1D.

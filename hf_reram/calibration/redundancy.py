@@ -1,4 +1,4 @@
-"""Which layers get the cells on top: those where a cell takes most off the model's expected output error.
+"""Which layers get the cells on top: those where a cell takes most off what the chips' spread does to the predictions.
 
 Averaging k pairs divides the power of the cells' independent errors by k. Layers differ in their error per cell by
 orders of magnitude: a stem or a depthwise convolution has few cells, and disturbs the model as much as a layer of a
@@ -19,7 +19,7 @@ def allot_pairs(errors: Sequence[float], cells: Sequence[int], spare: float) -> 
     choice of as many cells does better; what is left over at the end is less than the next layer's pair.
 
     Args:
-        errors: of each layer with one pair a weight, such as its noise-to-signal ratio. cells: with one pair a weight.
+        errors: of each layer with one pair a weight, such as :func:`.sensitivity.spread_effects`. cells: with one pair a weight.
     """
     pairs = [1] * len(cells)
 
