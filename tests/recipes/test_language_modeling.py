@@ -77,13 +77,19 @@ def test_the_whole_comparison_and_its_resumption(run, tmp_path):
         pytest.param(["--teacher", "False"], id="labels"),
         pytest.param(["--teacher_weight", "0.5", "--retention_loss", "output+drift"], id="both"),
         pytest.param(["--lora", "True", "--lora_rank", "2"], id="lora"),
+        pytest.param(["--lora", "True", "--lora_rank", "2", "--teacher_weight", "0.5"], id="lora and both"),
         pytest.param(["--bf16", "True", "--dtype", "bfloat16"], id="bfloat16"),
     ],
 )
 def test_with_labels_with_lora_and_in_bfloat16(run, tmp_path, flags):
-    assert "| hf_reram |" in run("--methods", "hf_reram", *flags)
+    printed = run("--methods", "digital", "hf_reram", *flags)
+    label_free = not any(flag.startswith("--teacher") for flag in flags)
+    assert "| hf_reram |" in printed and ("| digital, finetuned |" in printed) != label_free
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "hf-reram" / "model")
     assert hf_reram.crossbar_layers(model) and not hasattr(model, "peft_config")
+    if not label_free:
+        control = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "digital-finetuned" / "model")
+        assert not any(type(module).__name__.startswith("Crossbar") for module in control.modules())
 
 
 def test_lora_of_a_mixture_stands_beside_its_experts(run, tmp_path):

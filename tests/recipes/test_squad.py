@@ -33,7 +33,7 @@ def test_the_whole_protocol_and_its_resumption(run, tmp_path):
     output = run()
     assert "| hf_reram |" in output
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert len(report) == 5
+    assert len(report) == 5 and "| digital, finetuned | – |" in output
     assert (tmp_path / "out" / "robustness.png").exists()
     ours = tmp_path / "out" / "hf-reram"
     model = AutoModelForQuestionAnswering.from_pretrained(ours / "model")
@@ -62,7 +62,8 @@ def test_the_whole_protocol_and_its_resumption(run, tmp_path):
     ],
 )
 def test_without_labels_with_lora_and_with_fused_kernels(run, flags):
-    assert "| hf_reram |" in run("--methods", "hf_reram", *flags)
+    printed = run("--methods", "digital", "hf_reram", *flags)
+    assert "| hf_reram |" in printed and ("| digital, finetuned |" in printed) == ("--teacher" not in flags)
 
 
 def test_two_processes_write_once_and_measure_the_same(run, tmp_path):
@@ -80,7 +81,7 @@ def test_two_processes_write_once_and_measure_the_same(run, tmp_path):
 
 def test_the_fsdp2_recipe_runs_to_its_end(python, run, tmp_path):
     """Sharded over two processes: the weights and figures of one process."""
-    flags, homes = ["--methods", "calibrated", "hf_reram"], (tmp_path / "one", tmp_path / "two")
+    flags, homes = ["--methods", "digital", "calibrated", "hf_reram"], (tmp_path / "one", tmp_path / "two")
     for home in homes:
         home.mkdir()
         squad_sample.write(home)
@@ -102,6 +103,8 @@ def test_the_fsdp2_recipe_runs_to_its_end(python, run, tmp_path):
     expected, found = (json.loads((home / "robustness.json").read_text()) for home in (one, two))
     for mine, theirs in zip(found["measurements"], expected["measurements"], strict=True):
         assert mine["metrics"] == pytest.approx(theirs["metrics"], rel=1e-3)
+    controls = [report["about"]["control_metrics"] for report in (found, expected)]
+    assert controls[0] and controls[0] == pytest.approx(controls[1], rel=1e-3)
     models = [AutoModelForQuestionAnswering.from_pretrained(home / "model") for home in (one, two)]
     weights, sharded = (model.state_dict() for model in models)
     assert weights.keys() == sharded.keys()
