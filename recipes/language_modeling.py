@@ -6,10 +6,10 @@
     accelerate launch --config_file recipes/configs/fsdp2.yaml recipes/language_modeling.py --bf16 True --lora True
 
 Compares the digital base, as it is and finetuned, a naive crossbar, the calibrated mapping, and finetuning without
-retention loss, with noise injection and with hf_reram's loss, at the same steps and data. The finetuned models follow the digital one's
-predictions (``--teacher False``: the next tokens; ``--teacher_weight 0.5``: both), on texts, conversations, or what the
-model itself samples. A run that was killed goes on where it stopped when it is started again. The finetuned model is in
-OUTPUT_DIR/hf-reram/model, the comparison in OUTPUT_DIR/report.md.
+retention loss, with noise injection and with hf_reram's loss, at the same steps and data. The finetuned models follow
+the digital one's predictions (``--teacher False``: the next tokens; ``--teacher_weight 0.5``: both), on texts,
+conversations, or what the model itself samples. A run that was killed goes on where it stopped when it is started again.
+The finetuned model is in OUTPUT_DIR/hf-reram/model, the comparison in OUTPUT_DIR/report.md.
 """
 
 from dataclasses import dataclass, field, replace

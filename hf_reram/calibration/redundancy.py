@@ -19,7 +19,8 @@ def allot_pairs(errors: Sequence[float], cells: Sequence[int], spare: float) -> 
     choice of as many cells does better; what is left over at the end is less than the next layer's pair.
 
     Args:
-        errors: of each layer with one pair a weight, such as :func:`.sensitivity.spread_effects`. cells: with one pair a weight.
+        errors: of each layer with one pair a weight, such as :func:`.sensitivity.spread_effects`.
+        cells: with one pair a weight.
     """
     pairs = [1] * len(cells)
 
