@@ -8,7 +8,7 @@
 Compares the digital base, as it is and finetuned, a naive crossbar, the calibrated mapping, and finetuning without
 retention loss, with noise injection and with hf_reram's loss, at the same steps and data. The finetuned models follow
 the digital one's predictions (``--teacher False``: the next tokens; ``--teacher_weight 0.5``: both), on texts,
-conversations, or what the model itself samples. A run that was killed goes on where it stopped when it is started again.
+conversations, or what the model itself samples. A run that was killed goes on where it stopped when started again.
 The finetuned model is in OUTPUT_DIR/hf-reram/model, the comparison in OUTPUT_DIR/report.md.
 """
 

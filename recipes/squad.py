@@ -7,7 +7,7 @@
 Compares the digital base, as it is and finetuned, a naive crossbar, the calibrated mapping, and finetuning without
 retention loss, with noise injection and with hf_reram's loss, at the same steps and data. A run that was killed goes on
 where it stopped when it is started again. The finetuned model is in OUTPUT_DIR/hf-reram/model, the comparison in
-OUTPUT_DIR/report.md; its table shows HasAns_span_f1, the F1 of answerable questions if the model may not abstain, beside
+OUTPUT_DIR/report.md; its table has HasAns_span_f1, the F1 of answerable questions if the model may not abstain, beside
 the official figures.
 """
 
