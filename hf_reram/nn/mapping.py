@@ -67,12 +67,12 @@ class Magnitudes(NamedTuple):
     for one candidate of a scale after the other.
 
     Attributes:
-        size: the mean magnitude in each, (groups, channels, bins). count: of the weights in each, or the sum of the
-            powers of their inputs.
+        size: the mean magnitude in each, (groups, channels, bins). power: the number of weights in each, or the sum of
+            the powers of their inputs.
     """
 
     size: Tensor
-    count: Tensor
+    power: Tensor
 
     @classmethod
     def of(cls, rows: Tensor, rms: Tensor, power: Tensor | None = None) -> "Magnitudes":

@@ -252,8 +252,9 @@ def _train(trainer: Trainer, home: Path) -> str:
     """Train from the last checkpoint on, if there is one; what to say about it, which a resumption says again."""
     checkpoint = last_checkpoint(home)
     done = trainer.train(resume_from_checkpoint=checkpoint)
-    if hasattr(trainer.model, "merge_and_unload"):  # LoRA: a chip has no digital side path
-        trainer.model = trainer.model.merge_and_unload()
+    model: Any = trainer.model
+    if hasattr(model, "merge_and_unload"):  # LoRA: a chip has no digital side path
+        trainer.model = model.merge_and_unload()
     steps, size = trainer.state.global_step, trainer.args.train_batch_size * trainer.args.world_size
     size *= trainer.args.gradient_accumulation_steps
     note, file = f"{steps} steps of {size} examples, learning rate {trainer.args.learning_rate:g}", home / "trained.txt"
