@@ -58,6 +58,7 @@ class EvaluationMixin(Base):
             raise ValueError(f"eval_chips={eval_chips!r}: allowed is an integer of at least 1")
         if isinstance(eval_times, str):
             eval_times = [eval_times]
+        self._loaded: dict[str, Any] = {}  # data sets, by what the trainer keeps their loaders under
         self.eval_times, self.eval_chips = list(dict.fromkeys(parse_time(t) for t in eval_times)), eval_chips
         super().__init__(*args, **kwargs)
 
@@ -101,6 +102,18 @@ class EvaluationMixin(Base):
                 return measure(*args, **kwargs)
 
         return measured
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """As ``Trainer.get_eval_dataloader``, which with ``dataloader_persistent_workers`` keeps the loaders of all
+        data sets that it is not asked for by a name under one: of another data set than it keeps, a new one."""
+        name = eval_dataset if isinstance(eval_dataset, str) else "eval"
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]
+        if self._loaded.get(name) is not dataset:
+            vars(self).get("_eval_dataloaders", {}).pop(name, None)
+        self._loaded[name] = dataset
+        return super().get_eval_dataloader(eval_dataset)
 
     def evaluation_dataset(self, dataset: Any) -> Any:
         """A data set that an evaluation is given, as the trainer's data loader takes it."""
