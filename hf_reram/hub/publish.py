@@ -1,7 +1,7 @@
 """A checkpoint's folder made ready for the Hub: report, comparison, plot and card beside the weights."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +152,30 @@ def publish(
         looks |= {"digital": about.base_metrics, "control": about.control_metrics}
         first.plot(folder / PLOT, *others, **looks)
     write_card(folder / "README.md", card)
+
+
+def remove_foreign(folder: Path, weights: str) -> None:
+    """Remove what :func:`publish` and the like have written of other weights than those that are in a folder now:
+    report, with its plot, and comparison. Files that are none of these stay.
+
+    Args:
+        weights: the digest of those there now.
+    """
+    report = _read(RobustnessReport.from_json, folder / REPORT)
+    if report is not None and report.weights != weights:
+        (folder / REPORT).unlink()
+        (folder / PLOT).unlink(missing_ok=True)
+    rows = _read(read_comparison, folder / COMPARISON)
+    if rows is not None and weights not in [row.weights for row in rows.values()]:
+        (folder / COMPARISON).unlink()
+
+
+def _read(read: Callable[[Path], Any], path: Path) -> Any:
+    """What a file holds; None where there is none, or of another kind."""
+    try:
+        return read(path)
+    except (OSError, ValueError):
+        return None
 
 
 def read_comparison(path: str | Path) -> dict[str, RobustnessReport]:

@@ -12,9 +12,11 @@ from huggingface_hub import CommitInfo, HfApi, run_as_future
 from transformers.utils import logging
 
 from ..evaluation.report import RobustnessReport
+from ..model.digest import weights_digest
 from ..model.find import crossbar_layers, crossbar_states
+from ..model.sharding import of_first, processes
 from .about import about_model
-from .publish import publish
+from .publish import COMPARISON, publish, remove_foreign
 from .push import is_safe, push
 from .report import REPORT, report_of, unmeasured
 
@@ -32,13 +34,21 @@ class HubMixin(Base):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As ``Trainer.save_model``, and beside the weights the report of :meth:`evaluate_robustness`, where it is of
-        these weights."""
+        these weights. A report, plot or comparison there that is of others is removed."""
         super().save_model(output_dir, _internal_call)
+        folder, main = Path(output_dir or self.args.output_dir or "."), self.is_world_process_zero()
+        there = any((folder / name).exists() for name in (REPORT, COMPARISON))
+        there &= not any(p.is_meta for p in self.model.parameters())  # offloaded ones nothing tells
+        # In all processes, which may each hold a part of the weights.
+        if of_first(there) if processes() > 1 else there:
+            weights = weights_digest(self.model)
+            if main:
+                remove_foreign(folder, weights)
         if _internal_call or not crossbar_layers(self.model):
             return
-        report = report_of(self.model)  # in all processes, which may each hold a part of the weights
-        if report is not None and self.is_world_process_zero():
-            report.to_json(Path(output_dir or self.args.output_dir or ".") / REPORT)
+        report = report_of(self.model)
+        if report is not None and main:
+            report.to_json(folder / REPORT)
 
     def create_model_card(
         self,
