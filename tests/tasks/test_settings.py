@@ -69,6 +69,42 @@ def test_what_does_not_may_be_another(flags):
     assert settings(**flags) == settings()
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"eval_steps": 7},
+        {"save_steps": 14, "eval_steps": 14},
+        {"metric_for_best_model": "f1"},
+        {"greater_is_better": True},
+        {"per_device_eval_batch_size": 3},
+    ],
+    ids=str,
+)
+def test_what_chooses_the_best_checkpoint_counts_where_it_is_loaded(flags):
+    chosen = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 5, "save_steps": 35}
+    before, now = settings(**chosen), settings(**chosen | flags)
+    assert {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)} == flags.keys()
+    assert settings(**chosen, save_total_limit=3, logging_steps=1) == before
+
+
+def test_the_precision_that_a_launcher_sets_counts(monkeypatch):
+    plain = settings()
+    assert "mixed_precision" not in plain and "mixed_precision" not in settings(bf16=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert settings() == {**plain, "mixed_precision": "bf16"}
+    assert settings(bf16=True).get("mixed_precision") is None
+
+
+def test_no_token_is_kept():
+    token = "hf_" + "aB3" * 12
+    found = settings(own={"train_file": f"https://me:{token}@huggingface.co/d"}, lr_scheduler_kwargs={"token": "own"})
+    assert (found["train_file"], found["lr_scheduler_kwargs"]) == (
+        "https://me:hf_...@huggingface.co/d",
+        {"token": "hf_..."},
+    )
+    assert token not in json.dumps(settings(hub_token=token))
+
+
 def test_what_is_neutral_are_arguments_of_transformers():
     """A misspelt one would be compared."""
     known = RecipeTrainingArguments(output_dir="out", use_cpu=True).to_dict()
