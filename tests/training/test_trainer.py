@@ -1,5 +1,7 @@
 import copy
+import json
 import logging
+import shutil
 import threading
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -35,6 +37,7 @@ from hf_reram import (
     report_of,
 )
 from hf_reram.config import RETENTION_LOSSES
+from hf_reram.hub.push import prepare
 from hf_reram.training.checkpoints import CONFIGS
 from tests.samples import models
 from tests.samples.devices import device
@@ -477,6 +480,33 @@ def test_several_evaluation_sets_have_their_metrics_each(tmp_path):
         assert chip.metrics["hard_loss"] == other.metrics["loss"] != chip.metrics["easy_loss"]
 
 
+def test_workers_that_persist_read_the_data_that_is_asked_for(tmp_path):
+    """The trainer keeps loaders of all data sets that it is given without a name as one."""
+    sets, other = {"easy": examples(8), "hard": examples(16)}, examples(12)
+    options = {"model": fresh_bert().eval(), "compute_metrics": accuracy, "eval_dataset": examples(24)}
+    reram = ReRAMConfig(device=device(read_noise=0.0))
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    plain = trainer_of(tmp_path, reram, **options)
+    kept = trainer_of(tmp_path, reram, **{**options, "model": copy.deepcopy(fresh_bert().eval())}, arguments_=workers)
+    asked = {"times": ["1d"], "seeds": 1, "progress": False}
+    losses = {name: plain.evaluate(data)["eval_loss"] for name, data in {**sets, "other": other, "own": None}.items()}
+    assert len(set(losses.values())) == 4
+
+    assert kept.evaluate()["eval_loss"] == losses["own"]
+    found = kept.evaluate_robustness(eval_dataset=sets, **asked)
+    assert found.measurements == plain.evaluate_robustness(eval_dataset=sets, **asked).measurements
+    found = kept.evaluate_robustness(eval_dataset=other, **asked)
+    assert found.measurements == plain.evaluate_robustness(eval_dataset=other, **asked).measurements
+    assert kept.evaluate(other)["eval_loss"] == losses["other"]
+    assert kept.evaluate()["eval_loss"] == losses["own"]
+    kept.eval_dataset = sets
+    assert kept.evaluate()["eval_hard_loss"] == losses["hard"]
+    sets["hard"] = other
+    assert kept.evaluate()["eval_hard_loss"] == losses["other"]
+    loader = kept.get_eval_dataloader("hard")
+    assert kept.get_eval_dataloader("hard") is loader  # whose workers go on
+
+
 def test_a_dataset_dict_is_several_data_sets(tmp_path):
     part = Dataset.from_list([{key: value.tolist() for key, value in row.items()} for row in examples(8)])
     trainer = trainer_of(tmp_path, ReRAMConfig(device=device(read_noise=0.0)), compute_metrics=accuracy)
@@ -640,9 +670,21 @@ def test_a_saved_model_has_its_report_beside_it(tmp_path):
     report = trainer.evaluate_robustness(["1d"], seeds=1, eval_dataset=examples(8), progress=False)
     trainer.save_model(str(tmp_path / "model"))
     assert RobustnessReport.from_json(tmp_path / "model" / "robustness.json").measurements == report.measurements
+    prepare(tmp_path / "model", trainer.model)
+    comparison = tmp_path / "model" / "comparison.json"
+    comparison.write_text(json.dumps({"ours": report.to_dict()}))
+    trainer.save_model(str(tmp_path / "model"))
+    written = {"robustness.json", "robustness.png", "comparison.json"}
+    assert written <= {file.name for file in (tmp_path / "model").iterdir()}
+    shutil.copytree(tmp_path / "model", tmp_path / "other")
+    (tmp_path / "other" / "robustness.json").write_text('{"mine": 1}')
     trainer.train()
-    trainer.save_model(str(tmp_path / "later"))
+    for folder in ("later", "model", "other"):
+        trainer.save_model(str(tmp_path / folder))
     assert not (tmp_path / "later" / "robustness.json").exists()
+    assert written.isdisjoint(file.name for file in (tmp_path / "model").iterdir())
+    assert (tmp_path / "other" / "robustness.json").read_text() == '{"mine": 1}'  # which is no report of ours
+    assert (tmp_path / "other" / "robustness.png").exists() and not (tmp_path / "other" / "comparison.json").exists()
 
 
 def test_another_loss_keeps_the_calibration_of_a_model_without_training_data(tmp_path):
