@@ -4,48 +4,21 @@ import dis
 import hashlib
 import importlib.util
 import os
-import site
 import sys
-import sysconfig
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-_FOLDERS = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-LIBRARIES = tuple(
-    str(Path(folder)) + os.sep for folder in (*_FOLDERS, *site.getsitepackages(), site.getusersitepackages())
-)
-OWN = __name__.partition(".")[0]
+from ..model.code import codes_of
+from ..model.installed import LIBRARIES, OWN, is_installed
+
 LOADS = ("LOAD_GLOBAL", "LOAD_NAME")
 SETTLED = (bool, int, float, str, type(None), types.FunctionType, types.MethodType, nn.Module)
 ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
-
-
-def is_installed(module: str | None) -> bool:
-    """Whether a module is Python's, of an installed package or of this one: its version says what it does."""
-    if module == "__main__" or module not in sys.modules:
-        return False
-    top = module.partition(".")[0]
-    return top == OWN or any(_is_installed(sys.modules[name]) for name in (module, top) if name in sys.modules)
-
-
-def _is_installed(module: Any) -> bool:
-    file = getattr(module, "__file__", None)
-    if file is None:
-        return getattr(getattr(module, "__spec__", None), "origin", None) in ("built-in", "frozen")
-    return file.startswith(LIBRARIES)
-
-
-def codes_of(code: types.CodeType) -> Iterator[types.CodeType]:
-    """Code and what is defined in it."""
-    yield code
-    for part in code.co_consts:
-        if isinstance(part, types.CodeType):
-            yield from codes_of(part)
 
 
 def globals_of(code: types.CodeType) -> dict[str, set[tuple[str, ...]]]:

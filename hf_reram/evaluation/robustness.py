@@ -20,7 +20,7 @@ from ..device.seeds import checked_seed, derived_seed
 from ..device.temperature import parse_temperature
 from ..device.time import parse_time
 from ..model.deploy import deploy, digital, refuse_modes, uncalibrated
-from ..model.digest import model_digest, settings_of, weights_digest
+from ..model.digest import model_digest, settings_of, values_of, weights_digest
 from ..model.find import crossbar_layers, crossbar_states, replaced, reset_calls, uncalled
 from ..model.inputs import evaluating, forked_rng
 from ..model.sharding import of_each, of_first, processes, talks
@@ -108,7 +108,7 @@ def evaluate_robustness(
     with _alike(together or shares):
         log: RunLog | None = None
         if resume is not None and logs:
-            log = RunLog(resume, owner_of(model, key, weights), parts_of(model, key, weights))
+            log = RunLog(resume, owner_of(model, key, weights), parts_of(model, key, weights), values_of(model))
         found: dict[Run, dict[str, float]] = log.read() if log else {}
     warn_clipped(crossbar_layers(model).values())
     silent: set[str] = set(log.uncalled) if log else set()
@@ -311,7 +311,7 @@ def _measure(
         for state in states:
             state.autocasts = set()
         with _alike(together):
-            metrics = _metrics(evaluate(model))
+            metrics = numbers_of(evaluate(model))
             if [state.deployments for state in states] != before:
                 raise RuntimeError(
                     "evaluate deployed the model as a chip of its own, so that its numbers are not those of the chip "
@@ -331,7 +331,12 @@ def _same(a: dict[str, float], b: dict[str, float]) -> bool:
     return a.keys() == b.keys() and np.allclose([a[name] for name in b], list(b.values()), rtol=1e-5, equal_nan=True)
 
 
-def _metrics(result) -> dict[str, float]:
+def numbers_of(result: Any) -> dict[str, float]:
+    """What an evaluation returned, by name; one number is a ``metric``.
+
+    Raises:
+        ValueError: it returned something else, or nothing.
+    """
     items = result.items() if isinstance(result, Mapping) else [("metric", result)]
     metrics = {}
     for key, value in items:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..device.checks import shown
+from ..model.digest import other_settings
 from .fields import HEAT, METRICS, NAMED_TEXTS, OBJECT, SEED, TEXT, TEXTS, TIME, fields_of
 
 
@@ -33,10 +34,18 @@ class RunLog:
     Args:
         owner: a fingerprint of the weights and of all else that the metrics depend on.
         parts: short ones of its parts, by what they are of, so that an error can say which is another.
+        values: what the metrics depend on too, and agrees only up to last bits, as
+            :func:`hf_reram.model.digest.values_of` gives it.
     """
 
-    def __init__(self, path: str | Path, owner: str, parts: Mapping[str, str] | None = None):
-        self.path, self.owner, self.parts = Path(path), owner, dict(parts or {})
+    def __init__(
+        self,
+        path: str | Path,
+        owner: str,
+        parts: Mapping[str, str] | None = None,
+        values: Mapping[str, Any] | None = None,
+    ):
+        self.path, self.owner, self.parts, self.values = Path(path), owner, dict(parts or {}), dict(values or {})
         # Of the runs that were read: crossbar layers that did not run in some, and what some were cast to.
         self.uncalled: set[str] = set()
         self.autocasts: set[str] = set()
@@ -53,7 +62,9 @@ class RunLog:
             entries = [fields_of(entry, ENTRY, KNOWN) for entry in parsed]
         except ValueError as error:
             raise ValueError(f"{self.path} is no file of finished runs: {error}; delete it or name another") from error
-        if foreign := [entry for entry in entries if entry["of"] != self.owner]:
+        if foreign := [
+            entry for entry in entries if entry["of"] != self.owner or not self._has(entry.get("values", {}))
+        ]:
             raise ValueError(
                 f"{self.path} holds runs of other weights, another config or another evaluation "
                 f"({self._difference(foreign[0].get('parts'))}): allowed are those of this model and this key; delete "
@@ -62,6 +73,9 @@ class RunLog:
         self.uncalled = {name for entry in entries for name in entry.get("uncalled", ())}
         self.autocasts = {name for entry in entries for name in entry.get("autocasts", ())}
         return {Run(**fields_of(entry["run"], RUN)): entry["metrics"] for entry in entries}
+
+    def _has(self, values: dict[str, Any]) -> bool:
+        return values.keys() == self.values.keys() and not other_settings(self.values, values)
 
     def _difference(self, parts: dict[str, str] | None) -> str:
         """What is another in another owner's run, in words."""
@@ -79,6 +93,7 @@ class RunLog:
         entry |= {"uncalled": list(uncalled)} if uncalled else {}
         entry |= {"autocasts": list(autocasts)} if autocasts else {}
         entry |= {"parts": self.parts} if self.parts else {}
+        entry |= {"values": self.values} if self.values else {}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write("\n" + json.dumps(entry) + "\n")  # the first line break ends a line that a kill has cut off
             file.flush()
@@ -86,7 +101,7 @@ class RunLog:
 
 
 RUN = {"kind": TEXT, "time": TIME, "temperature": HEAT, "seed": SEED}
-KNOWN = {"uncalled": TEXTS, "autocasts": TEXTS, "parts": NAMED_TEXTS}
+KNOWN = {"uncalled": TEXTS, "autocasts": TEXTS, "parts": NAMED_TEXTS, "values": OBJECT}
 ENTRY = {"of": TEXT, "run": OBJECT, "metrics": METRICS}
 
 

@@ -1,34 +1,35 @@
-"""What a forward may read of a model that neither its state dict nor its config holds: buffers that are not saved, and
-the plain attributes of its modules."""
+"""What a forward may read of a model that neither its state dict nor its config holds: buffers that are not saved, the
+plain attributes of its modules, and code of a script's own."""
 
-import dis
+import functools
 import hashlib
 import json
+import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..device.checks import is_finite
 from ..nn import CrossbarLayer
 from ..nn.layer import ADDED
 from ..nn.parts import Holder
 from ..nn.places import Part
-from ..nn.tensors import whole
+from .code import MAKING, NAMED, Untold, code_of, told, writes
 from .find import TRANSPARENT, WRAPPERS, walk
+from .installed import OWN, is_installed
 
-PLAIN = (bool, int, float, str, type(None))
-FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 # What says nothing of an evaluation, or where a model is from.
 LEFT_OUT = frozenset(
     (
         "training",
         "inplace",
         "momentum",
-        "gradient_checkpointing",
         "name_or_path",
+        "model_tags",
         "is_quantized",
         "quantization_method",
         "hf_device_map",
@@ -36,52 +37,131 @@ LEFT_OUT = frozenset(
         *ADDED,
     )
 )
-TRAINING_ONLY = ("drop", "initializer")  # in the names of what an evaluation does not see
-# Packages whose classes' own attributes say what a class can do, and change from version to version.
-LIBRARIES = ("torch", "transformers", "peft", __name__.partition(".")[0])
-CHANGING = ("append", "add", "clear", "extend", "insert", "pop", "remove", "update")  # methods of lists and the like
-ROUNDED = 8  # of a float32's last bits, in which devices differ
+TRAINING_ONLY = ("drop", "initializer", "checkpointing")  # in the names of what an evaluation does not see
+# What transformers' ``dynamic_rope_update`` writes of a module, of those kinds of ``rope_type`` alone.
+DYNAMIC_ROPE = ("dynamic", "longrope")
+WRITTEN_OF_ROPE = ("inv_freq", "attention_scaling", "max_seq_len_cached")
+# The end of names of sums of floating-point numbers, and the name of code, whose bytecode is another in each Python.
+VALUES, CODE = " values", f"code of Python {sys.version_info.major}.{sys.version_info.minor}"
+GOLDEN = 0.6180339887498949
+CALLED = (*NAMED, functools.partial)
+# Where what wraps a function has it.
+INNER: Any = (
+    (types.FunctionType, "__wrapped__"),
+    ((types.MethodType, staticmethod, classmethod), "__func__"),
+    ((functools.partial, functools.cached_property), "func"),
+    (property, "fget"),
+)
+TOLERANCE = 1e-5  # of sums, relative to those of the sizes: devices differ in the last bits
 
 
-def attributes_of(model: nn.Module) -> dict[str, str]:
-    """Fingerprints, by attribute, of what all modules hold under it: of buffers that are not saved and other tensors,
-    floating-point ones to 16 bits, of numbers and texts, tuples and dicts of them, the classes' own too, and of
-    functions' and the modules' own classes' names (``class``). Without what only trainings read, and what a forward
+def attributes_of(model: nn.Module) -> dict[str, Any]:
+    """What all modules hold, by attribute: fingerprints of numbers, texts, containers, functions' names and tensors of
+    integers, of buffers that are not saved as of others, and of the modules' classes' names (``class``). Of
+    floating-point tensors three sums, under the name and :data:`VALUES`, which :func:`are_close` compares. Of code that
+    is no installed package's a fingerprint, as :data:`CODE`. Without what only trainings read, and what a forward
     writes by itself, as counters of calls and caches."""
-    found: dict[str, list[str]] = {}
+    found = _Found()
     written = _written_by(model)
     for name, module in walk(model):
         if _is_of_parts(module):
             continue
+        cls = _class_of(module)
         if not isinstance(module, WRAPPERS) and TRANSPARENT.isdisjoint(module._modules):
-            found.setdefault("class", []).append(f"{name} {_class_of(module).__qualname__}")
-        for attribute in _names(module):
-            value = getattr(module, attribute, None)
-            if _is_plain(value) and not _is_empty(value):
-                found.setdefault(attribute, []).append(f"{name} {json.dumps(value, sort_keys=True)}")
-            elif isinstance(value, torch.Tensor) and not value.is_meta:
-                found.setdefault(attribute, []).append(f"{name} {_told(value)}")
-            elif isinstance(value, FUNCTIONS) and not hasattr(type(module), attribute):
-                found.setdefault(attribute, []).append(f"{name} {value.__qualname__}")
-        for attribute in module._non_persistent_buffers_set:
-            buffer = module._buffers.get(attribute)
-            if buffer is not None and not buffer.is_meta:
-                found.setdefault(attribute, []).append(f"{name} {_told(buffer)}")
-    return {
-        attribute: hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
-        for attribute, lines in sorted(found.items())
-        if attribute not in written
-    }
+            found.add("class", name, cls.__qualname__)
+        for attribute, value in _held(module):
+            if f".{attribute}" in written[cls] or _is_dynamic(module, attribute):
+                continue
+            if isinstance(value, CALLED) and hasattr(cls, attribute):  # a method of its own, as of what has wrapped it
+                methods = {id(part): part for parent in cls.__mro__ for part in vars(parent).values()}
+                found.add_code(attribute, name, value, methods)
+            else:
+                found.add_value(attribute, name, value)
+                found.add_code(attribute, name, value)
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            found.add_code("hooks", name, hook)
+    for cls in written:
+        found.add_code("class", "", cls)
+    return found.fingerprints()
 
 
-def _names(module: nn.Module) -> Iterator[str]:
-    """Names of the module's attributes, and of those that its class has for all, that may count."""
-    classes = [cls for cls in type(module).__mro__ if cls.__module__.partition(".")[0] not in LIBRARIES]
-    own = {name: None for cls in classes if issubclass(cls, nn.Module) for name in vars(cls)}
-    for name in {**vars(module), **own}:
+class _Found:
+    """Lines of what modules hold, and sums of floating-point tensors, by attribute."""
+
+    def __init__(self) -> None:
+        self.lines: dict[str, list[str]] = {CODE: []}
+        self.sums: dict[str, list[float]] = {}
+
+    def add(self, attribute: str, name: str, line: str, floats: Sequence[torch.Tensor] = ()) -> None:
+        self.lines.setdefault(attribute, []).append(f"{name} {line}")
+        self.add_floats(attribute, name, floats)
+
+    def add_value(self, attribute: str, name: str, value: Any) -> None:
+        floats: list[torch.Tensor] = []
+        try:
+            part = told(value, floats)
+        except Untold:
+            return
+        if isinstance(value, torch.Tensor) and floats:
+            self.add_floats(attribute, name, floats)
+        elif not _is_empty(value):
+            as_it_is = isinstance(value, (torch.Tensor, *NAMED))
+            self.add(attribute, name, part if as_it_is else json.dumps(part, sort_keys=True), floats)
+
+    def add_code(self, attribute: str, name: str, value: Any, known: dict[Any, Any] | None = None) -> None:
+        floats: list[torch.Tensor] = []
+        if code := code_of(value, floats, known):
+            self.add(CODE, f"{attribute} of {name}", json.dumps(code), floats)
+
+    def add_floats(self, attribute: str, name: str, floats: Sequence[torch.Tensor]) -> None:
+        for at, tensor in enumerate(floats):
+            before = self.sums.get(f"{attribute}{VALUES}", [0.0, 0.0, 0.0])
+            now = _sums(tensor, f"{name} {at}")
+            self.sums[f"{attribute}{VALUES}"] = [one + other for one, other in zip(before, now)]
+
+    def fingerprints(self) -> dict[str, Any]:
+        hashes = {
+            attribute: hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
+            for attribute, lines in self.lines.items()
+        }
+        return dict(sorted({**hashes, **self.sums}.items()))
+
+
+def _sums(tensor: torch.Tensor, name: str) -> list[float]:
+    """How many numbers, their sizes' sum, and that of the numbers times weights of their places, other ones for each
+    name."""
+    values = tensor.cpu().reshape(-1).double().nan_to_num(nan=0.0).clamp(-1e30, 1e30)
+    first = int.from_bytes(hashlib.sha256(name.encode()).digest()[:2], "big")
+    weights = torch.arange(first, first + values.numel(), dtype=torch.float64).mul_(GOLDEN).sin_()
+    return [float(values.numel()), float(values.abs().sum()), float(values @ weights)]
+
+
+def are_close(one: Any, other: Any) -> bool:
+    """Whether two lists of sums are those of the same numbers but for their last bits."""
+    if not all(isinstance(sums, list) and len(sums) == 3 and all(map(is_finite, sums)) for sums in (one, other)):
+        return False
+    allowed = TOLERANCE * max(one[1], other[1])
+    return one[0] == other[0] and all(abs(a - b) <= allowed for a, b in zip(one[1:], other[1:]))
+
+
+def _held(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The module's attributes that may count, buffers that are not saved and what its class has for all among them."""
+    classes = [cls for cls in reversed(type(module).__mro__) if issubclass(cls, nn.Module)]
+    own = [vars(cls) for cls in classes if not is_installed(cls.__module__)]
+    shared = {name: value for each in own for name, value in each.items() if not isinstance(value, NAMED)}
+    unsaved = module._non_persistent_buffers_set
+    buffers = {name: buffer for name, buffer in module._buffers.items() if name in unsaved and buffer is not None}
+    for name, value in {**shared, **vars(module), **buffers}.items():
         kept = not name.startswith("_") and name not in LEFT_OUT and not any(part in name for part in TRAINING_ONLY)
         if kept and not (name == "p" and isinstance(module, nn.modules.dropout._DropoutNd)):
-            yield name
+            yield name, value
+
+
+def _is_dynamic(module: nn.Module, attribute: str) -> bool:
+    """Whether transformers' ``dynamic_rope_update`` writes the attribute as the length of the input says."""
+    kinds = str(vars(module).get("rope_type"))
+    written = any(part in attribute for part in WRITTEN_OF_ROPE) and "original" not in attribute
+    return written and any(kind in kinds for kind in DYNAMIC_ROPE)
 
 
 def _class_of(module: nn.Module) -> type:
@@ -97,7 +177,7 @@ def _is_empty(value: Any) -> bool:
     """Whether it is of containers alone, which loading may make anew where there were none."""
     if isinstance(value, dict):
         value = list(value.values())
-    return isinstance(value, (tuple, list)) and all(map(_is_empty, value))
+    return isinstance(value, (tuple, list, set)) and all(map(_is_empty, value))
 
 
 def _is_of_parts(module: nn.Module) -> bool:
@@ -107,111 +187,56 @@ def _is_of_parts(module: nn.Module) -> bool:
     )
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(part) for key, part in value.items())
-    return isinstance(value, PLAIN) or (isinstance(value, (tuple, list)) and all(map(_is_plain, value)))
-
-
-def _told(buffer: torch.Tensor) -> str:
-    values = whole(buffer.detach()).cpu().contiguous().reshape(-1)
-    if values.is_floating_point():
-        values = (values.float().view(torch.int32) + (1 << (ROUNDED - 1))) >> ROUNDED
-    data = values.view(torch.uint8).numpy().tobytes() if values.numel() else b""
-    return f"{buffer.dtype} {tuple(buffer.shape)} {hashlib.sha256(data).hexdigest()}"
-
-
 # What forwards write
 
 
-def _written_by(model: nn.Module) -> set[str]:
-    """Names of attributes that forwards of the model's modules, and hooks of them, write on whatever."""
-    classes: set[Any] = set()
-    called: set[str] = {"forward"}
-    written: set[str] = set()
+def _written_by(model: nn.Module) -> dict[type, set[str]]:
+    """Names, after a dot, of attributes that forwards write on modules of a class, or hooks of these: with all methods
+    that a forward of any of the model's modules names, and functions of their files."""
+    begun: dict[type, list[types.FunctionType]] = {}
     for _, module in walk(model):
-        classes.add(_class_of(module))
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values(), vars(module).get("forward")]
-        for hook in hooks:
-            function = hook if hasattr(hook, "__code__") else type(hook).__call__
-            function = getattr(function, "__func__", function)
-            if isinstance(function, types.FunctionType) and function.__module__.partition(".")[0] != LIBRARIES[-1]:
-                found = _of_function(function)
-                written |= found[0]
-                called |= found[1]
-    asked = {"__init__", "_init_weights", "reset_parameters"}  # which no forward calls
-    while new := called - asked:  # methods of one module that another one's forward calls, too
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values(), vars(module).get("forward")]
+        hooks = [hook if isinstance(hook, CALLED) else type(hook).__call__ for hook in hooks]
+        begun.setdefault(_class_of(module), []).extend(found for hook in hooks for found in _function(hook))
+    written: dict[type, set[str]] = {cls: set() for cls in begun}
+    looked: set[tuple[type, types.CodeType]] = set()
+    asked, new = set(MAKING), {"forward"}
+    while new:
         asked |= new
-        for cls in classes:
-            for name in new & _method_names(cls):
-                found = _of_methods(cls, name)
-                written |= found[0]
-                called |= found[1]
+        named: set[str] = set()
+        for cls in begun:
+            todo = [function for name in new & _names(cls) for function in _functions(cls, name)] + begun[cls]
+            while todo:
+                function = todo.pop()
+                if (cls, function.__code__) in looked:
+                    continue
+                looked.add((cls, function.__code__))
+                names, loaded = writes(function.__code__)
+                written[cls] |= names
+                named |= loaded
+                beside = [found for name in loaded for found in _function(function.__globals__.get(name))]
+                todo += [found for found in beside if found.__globals__ is function.__globals__]
+        new = named - asked
     return written
 
 
 @cache
-def _method_names(cls: type) -> frozenset[str]:
+def _names(cls: type) -> frozenset[str]:
     return frozenset(name for parent in cls.__mro__ if parent not in (nn.Module, object) for name in vars(parent))
 
 
-@cache
-def _of_methods(cls: type, name: str) -> tuple[frozenset[str], frozenset[str]]:
-    """:func:`_of_function` of all that a class and its parents have under a name, of which ``super()`` may call
-    each."""
+def _functions(cls: type, name: str) -> list[types.FunctionType]:
+    """All that a class and its parents have under a name, of which ``super()`` may call each."""
     parts = [vars(parent).get(name) for parent in cls.__mro__ if parent not in (nn.Module, object)]
-    parts = [part.fget if isinstance(part, property) else getattr(part, "__func__", part) for part in parts]
-    found = [_of_function(part) for part in parts if isinstance(part, types.FunctionType)]
-    return _joined(found)
+    return [found for part in parts for found in _function(part)]
 
 
-def _of_function(function: types.FunctionType, seen: set[types.CodeType] | None = None) -> Any:
-    """Names of attributes that a function writes, and all names that it loads, with what it wraps and the functions of
-    its file that it names."""
-    seen = set() if seen is None else seen
-    if function.__code__ in seen:
-        return frozenset(), frozenset()
-    seen.add(function.__code__)
-    found = [_looked_at(function.__code__)]
-    wrapped = [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
-    beside = [function.__globals__.get(name) for name in found[0][1]]
-    for part in [*wrapped, *(part for part in beside if getattr(part, "__module__", None) == function.__module__)]:
-        if isinstance(part, types.FunctionType):
-            found.append(_of_function(part, seen))
-    return _joined(found)
-
-
-def _joined(found: list[Any]) -> tuple[frozenset[str], frozenset[str]]:
-    written, loaded = zip(*found) if found else ((), ())
-    return frozenset().union(*written), frozenset().union(*loaded)
-
-
-@cache
-def _looked_at(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
-    """Names of attributes that code writes, and all names that it loads."""
-    written: set[str] = set()
-    loaded: set[str] = set()
-    by_line: dict[Any, set[str]] = {}
-    before = None
-    for step in dis.get_instructions(code):
-        name, line = step.argval, step.positions.lineno if step.positions else None
-        attribute = step.opname in ("LOAD_ATTR", "LOAD_METHOD")
-        if step.opname in ("STORE_ATTR", "DELETE_ATTR"):
-            written.add(name)
-        if step.opname.startswith(("STORE_SUBSCR", "STORE_SLICE", "DELETE_SUBSCR")):
-            written |= by_line.get(line, set())
-        if attribute and before is not None and (name in CHANGING or (name.endswith("_") and not name.endswith("__"))):
-            written.add(before)
-        if attribute or step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_SUPER_ATTR"):
-            loaded.add(str(name))
-        if attribute:
-            by_line.setdefault(line, set()).add(name)
-        before = name if attribute else None
-    if loaded & {"register_buffer", "setattr", "__dict__"}:
-        written |= {part for part in code.co_consts if isinstance(part, str) and part.isidentifier()}
-    for part in code.co_consts:
-        if isinstance(part, types.CodeType):
-            more = _looked_at(part)
-            written |= more[0]
-            loaded |= more[1]
-    return frozenset(written), frozenset(loaded)
+def _function(value: Any) -> list[types.FunctionType]:
+    """The function that a hook, method or property is, without what decorates it; none of this package's."""
+    inner = value
+    while inner is not None:
+        value = inner
+        inner = next((getattr(value, name, None) for kind, name in INNER if isinstance(value, kind)), None)
+    if not isinstance(value, types.FunctionType):
+        return []
+    return [value] if str(value.__globals__.get("__name__")).partition(".")[0] != OWN else []

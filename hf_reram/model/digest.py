@@ -12,7 +12,7 @@ from ..nn import CrossbarLayer
 from ..nn.scalars import BUFFERS
 from ..nn.tensors import whole
 from .adapters import adapter_keys, adapter_scales, adapters_in_use
-from .attributes import TRAINING_ONLY, attributes_of
+from .attributes import TRAINING_ONLY, VALUES, are_close, attributes_of
 from .find import WRAPPERS, crossbar_states, unwrapped, walk
 from .sharding import reshard
 
@@ -106,24 +106,31 @@ def _telling(config: dict[str, Any]) -> dict[str, Any]:
 
 def other_settings(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """Names of what two models' settings say differently; what only one of them has, as of another version of
-    transformers, is not compared."""
+    transformers, is not compared, and sums of floating-point numbers up to their last bits."""
     found = []
     for name in mine.keys() & theirs.keys():
         one, other = mine[name], theirs[name]
         if isinstance(one, dict) and isinstance(other, dict):
             found += [f"{name}.{part}" for part in other_settings(one, other)]
-        elif one != other:
+        elif one != other and not (name.endswith(VALUES) and are_close(one, other)):
             found.append(name)
     return sorted(found, key=lambda name: (name.startswith("modules."), name))  # which follow from the others
 
 
+def values_of(model: nn.Module) -> dict[str, Any]:
+    """Of a model's settings the sums of floating-point numbers, which :func:`other_settings` compares."""
+    return {name: part for name, part in attributes_of(model).items() if name.endswith(VALUES)}
+
+
 def model_digest(model: nn.Module, weights: str | None = None) -> str:
     """The same of a patched model's weights, its ReRAMConfig and its settings together: two models that do and age
-    alike have the same.
+    alike have the same. Without :func:`values_of` it, which agree only up to their last bits.
 
     Args:
         weights: their digest where it is known.
     """
     configs = [state.config.to_dict() for state in crossbar_states(model)]
-    config = json.dumps([configs, settings_of(model)], sort_keys=True)
+    settings = settings_of(model)
+    settings["modules"] = {name: part for name, part in settings["modules"].items() if not name.endswith(VALUES)}
+    config = json.dumps([configs, settings], sort_keys=True)
     return hashlib.sha256(f"{weights or weights_digest(model)} {config}".encode()).hexdigest()
