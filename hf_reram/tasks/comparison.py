@@ -21,7 +21,7 @@ from ..evaluation.content import content_of, described, part_of
 from ..evaluation.escape import code_block, escaped
 from ..evaluation.files import write_whole
 from ..evaluation.report import RobustnessReport
-from ..evaluation.robustness import evaluate_robustness
+from ..evaluation.robustness import evaluate_robustness, numbers_of
 from ..evaluation.tables import (
     comparison_cells,
     comparison_table,
@@ -36,6 +36,7 @@ from ..hub.publish import publish
 from ..integrations.trainer import DigitalTrainer
 from ..model.deploy import digital
 from ..model.digest import settings_of, weights_digest
+from ..model.inputs import evaluating
 from ..model.sharding import of_first, processes
 from ..training.checkpoints import last_checkpoint
 from ..version import __version__
@@ -104,7 +105,7 @@ METHODS = (
 
 def run_protocol(
     make_trainer: Callable[[ReRAMConfig, str], "ReRAMTrainer"],
-    evaluate: Callable[[nn.Module], Mapping[str, float]],
+    evaluate: Callable[[nn.Module], Mapping[str, float] | float],
     config: ReRAMConfig,
     folder: str | Path,
     times: Sequence[str | float],
@@ -239,10 +240,12 @@ def _kept(file: Path, of: str) -> dict[str, float] | None:
 
 
 def _digital_metrics(trainer: Trainer, evaluate: Callable, file: Path, of: str) -> dict[str, float]:
-    """Those of a trainer's model, which computes digitally, measured once for the same ``of``."""
+    """Those of a trainer's model in evaluation mode, which computes digitally, measured once for the same ``of``."""
     if (before := _kept(file, of)) is not None:
         return before
-    found = {name: float(value) for name, value in evaluate(trainer.model).items()}
+    model: Any = trainer.model
+    with evaluating(model):
+        found = numbers_of(evaluate(model))
     if trainer.is_world_process_zero():
         write_whole(file, json.dumps({"of": of, "metrics": found}, indent=2) + "\n")
     return found

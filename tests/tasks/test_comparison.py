@@ -41,8 +41,16 @@ class Comparison:
             model, self.arguments, train_dataset=data, data_collator=default_data_collator, reram_config=config
         )
 
-    def run(self, chips: int = 1, times: tuple[str, ...] = ("1d",), methods=(NAIVE,), label_free=False, **more):
-        about = About("text-generation", "perplexity", "texts", "base", "robust", label_free=label_free)
+    def run(
+        self,
+        chips: int = 1,
+        times: tuple[str, ...] = ("1d",),
+        methods=(NAIVE,),
+        label_free=False,
+        metric="perplexity",
+        **more,
+    ):
+        about = About("text-generation", metric, "texts", "base", "robust", label_free=label_free)
         return run_protocol(
             self.trainer, self.evaluate(), self.config, self.folder, times, about, chips, methods, **more
         )
@@ -222,6 +230,21 @@ def test_a_base_that_would_follow_itself_has_no_control(comparison):
     report = comparison.run(methods=(CONTROL, NAIVE), label_free=True)[NAIVE.label]
     assert report.about["control_metrics"] == {} and not (comparison.folder / "digital-finetuned").exists()
     assert "digital, finetuned" not in (comparison.folder / "report.md").read_text()
+
+
+def test_the_base_and_the_control_are_measured_in_evaluation_mode(comparison):
+    comparison.base = llama(attention_dropout=0.5).train()
+
+    def evaluate(model) -> float:
+        assert not any(module.training for module in model.modules())
+        with torch.no_grad():
+            return float(model(torch.arange(6)[None]).logits.sum())
+
+    comparison.evaluate = lambda: evaluate
+    about = comparison.run(methods=(NAIVE, CONTROL), metric="metric", key="sum")[NAIVE.label].about
+    kept = type(comparison.base).from_pretrained(comparison.folder / "digital-finetuned" / "model")
+    assert about["base_metrics"] == {"metric": pytest.approx(evaluate(comparison.base.eval()), rel=1e-6)}
+    assert about["control_metrics"] == {"metric": pytest.approx(evaluate(kept.eval()), rel=1e-6)}
 
 
 def test_a_control_alone_is_no_comparison(comparison):

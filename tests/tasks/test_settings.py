@@ -74,7 +74,7 @@ def test_what_does_not_may_be_another(flags):
     [
         {"eval_steps": 7},
         {"save_steps": 14, "eval_steps": 14},
-        {"metric_for_best_model": "f1"},
+        {"metric_for_best_model": "f1", "greater_is_better": True},
         {"greater_is_better": True},
         {"per_device_eval_batch_size": 3},
     ],
