@@ -179,7 +179,8 @@ def changed_in(code: types.CodeType) -> tuple[frozenset[str], frozenset[str], fr
     that it sets, those that it changes in place, as by ``append`` or under an index, and all that it names."""
     own, bound, altered, named = code.co_varnames[:1], set(), set(), set()
     for part in codes_of(code):
-        steps, loaded = list(dis.get_instructions(part)), []  # by step, what it leaves on top, "." for the argument
+        steps = list(dis.get_instructions(part))
+        loaded: list[str] = []  # by step, what it leaves on top, "." for the argument
         for step in steps:
             name, before, now = step.argval, loaded[-1] if loaded else "", ""
             if "LOAD_FAST" in step.opname or step.opname in (*LOADS, "LOAD_DEREF"):

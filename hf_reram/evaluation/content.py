@@ -242,7 +242,8 @@ class _Description:
         from tokenizers import Tokenizer
         from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-        of, cls = self.of, type(value)
+        of = self.of
+        cls: Any = type(value)
         if callable(getattr(cls, "told_by", None)):
             return [of(cls), of(value.told_by())]
         if isinstance(value, (Dataset, IterableDataset)):

@@ -157,7 +157,7 @@ def test_an_evaluation_that_nothing_tells_needs_a_key(comparison):
 
 def test_a_key_that_is_no_json_value_is_refused_before_any_work(comparison, monkeypatch):
     monkeypatch.setattr(comparison, "trainer", None)
-    with pytest.raises(ValueError, match="key=.*: allowed is a JSON value"):
+    with pytest.raises(ValueError, match=r"key=.*: allowed is a JSON value"):
         comparison.run(key={"split": object()})
 
 
