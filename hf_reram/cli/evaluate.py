@@ -78,7 +78,7 @@ def evaluate(
         work = load_task(kind, found, model, dataset, split, samples, batch_size, seed)
     if fresh:
         calibrate(found, work.batches)
-    key = [kind, work.content, batch_size]
+    key = [kind, work.content]
     report = evaluate_robustness(
         found,
         work.evaluate,

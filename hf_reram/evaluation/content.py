@@ -1,11 +1,13 @@
 """What an evaluation is measured on and with, as a fingerprint that is the same in another process."""
 
+import copyreg
 import enum
 import functools
 import hashlib
 import json
 import types
-from collections.abc import Iterable, Iterator
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import PurePath
 from typing import Any
 
@@ -13,17 +15,20 @@ import numpy as np
 import torch
 
 from ..model.digest import settings_of, weights_digest
-from .code import globals_of, imports_of, is_installed, source_of
+from .code import changed_in, changed_in_use, globals_of, imports_of, is_installed, set_since, source_of
 from .data_files import content_under, files_of, row_content
 
-# Of a class, what makes its instances do what they do.
-OF_CLASSES = (
-    *(bool, int, float, str, bytes, tuple, list, dict, set, frozenset, np.ndarray, np.generic, torch.Tensor),
-    *(types.FunctionType, staticmethod, classmethod, property, functools.partial, functools.cached_property, type),
+BUILT_IN = (
+    *(types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, np.ufunc),
+    *(types.MemberDescriptorType, types.GetSetDescriptorType),
 )
-BUILT_IN = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, np.ufunc)
-# Of a tokenizer beside its vocabulary.
-TOKENIZER = ("padding_side", "truncation_side", "model_max_length", "model_input_names", "special_tokens_map")
+CONTAINERS = (list, dict, set, OrderedDict, defaultdict, deque)
+# Of what transformers has: where it is from, how it is stored and called, and what its class says.
+UNTOLD = (
+    *("_name_or_path", "name_or_path", "transformers_version", "_commit_hash", "vocab_file", "merges_file"),
+    *("init_inputs", "init_kwargs", "files_loaded", "verbose", "deprecation_warnings", "_in_target_context_manager"),
+    *("_processor_class", "processor_class", "backend"),
+)
 
 
 def content_of(dataset: Any) -> str:
@@ -49,7 +54,7 @@ def content_of(dataset: Any) -> str:
         digest.update(sink.getvalue())
         for path in files_of(table):
             digest.update(_content_in(path).encode())
-    if dataset.format["type"] is not None:  # what becomes of the rows
+    if dataset.format != dataset.with_format(None).format:  # what becomes of the rows, and which columns are seen
         digest.update(part_of("data set's transform", dataset.format, files=True).encode())
     return digest.hexdigest()
 
@@ -82,7 +87,8 @@ def described(value: Any, files: bool = False) -> Any:
     """A JSON value that another value has only if it is the same: numbers and texts as they are, all else as a SHA-256
     of what it is made of. Functions are their code, with what they close over, and all that they name, modules of a
     script's own by what is read of them; models their settings and weights; other objects their class and what they
-    pickle. Of installed packages names alone count.
+    pickle, or what their method ``told_by`` says. What use sets and fills, caches and counters, does not count, and of
+    installed packages only names.
 
     Args:
         files: texts and paths that name a file or folder stand for what is in it.
@@ -101,8 +107,7 @@ def described(value: Any, files: bool = False) -> Any:
 class _Description:
     def __init__(self, files: bool) -> None:
         self.files = files
-        self.read: dict[tuple[str, bool], str | None] = {}  # what is in files, by their path
-        self.in_code = False
+        self.read: dict[str | PurePath, str | None] = {}  # what is in files, by their path
         self.known: dict[int, tuple[Any, str]] = {}  # holds on to the values, whose ids others would get
         self.above: dict[int, int] = {}
 
@@ -127,16 +132,17 @@ class _Description:
         """What is in the file or folder that a text or path names."""
         if not self.files or not isinstance(value, (str, PurePath)):
             return None
-        asked = str(value), not self.in_code  # whose texts are words that may also be a folder's name
-        if asked not in self.read:
-            self.read[asked] = content_under(*asked)
-        return self.read[asked]
+        if value not in self.read:
+            self.read[value] = content_under(value)
+        return self.read[value]
 
     def parts(self, value: Any) -> list:
         """What a value is made of, as JSON values."""
         of = self.of
-        if isinstance(value, (torch.dtype, torch.device, np.dtype, enum.Enum, complex, PurePath, type(...))):
+        if isinstance(value, (torch.dtype, torch.device, np.dtype, complex, PurePath, type(...))):
             return [str(value), *([] if (inside := self.inside(value)) is None else [inside])]
+        if isinstance(value, enum.Enum):
+            return ["enum", of(type(value)), of(value.value)]
         if isinstance(value, (bytes, bytearray, memoryview)):
             return ["bytes", hashlib.sha256(value).hexdigest()]
         if isinstance(value, torch.Tensor):
@@ -159,14 +165,11 @@ class _Description:
         if isinstance(value, (staticmethod, classmethod)):
             return [of(value.__func__)]
         if isinstance(value, property):
-            return ["property", of(value.fget)]
+            return ["property", of(value.fget), of(value.fset)]
         if isinstance(value, functools.cached_property):
             return ["property", of(value.func)]
         if isinstance(value, types.CodeType):
-            around, self.in_code = self.in_code, True
-            constants = [of(part) for part in value.co_consts]
-            self.in_code = around
-            return ["code", value.co_code.hex(), list(value.co_names), *constants]
+            return ["code", value.co_code.hex(), list(value.co_names), *map(of, value.co_consts)]
         if isinstance(value, (types.ModuleType, *BUILT_IN)):
             owner = getattr(value, "__self__", None)
             name = [getattr(value, "__module__", None), getattr(value, "__qualname__", value.__name__)]
@@ -177,19 +180,39 @@ class _Description:
 
     def function(self, value: types.FunctionType) -> list:
         of, code = self.of, value.__code__
-        inside = [of(cell.cell_contents) if cell != types.CellType() else None for cell in value.__closure__ or ()]
-        parts = [_name(value), of(value.__defaults__), of(value.__kwdefaults__), *inside]
-        if is_installed(value.__module__):
+        bound, altered, _ = changed_in(code)
+        closed = zip(code.co_freevars, value.__closure__ or ())
+        inside = {name: cell.cell_contents for name, cell in closed if cell != types.CellType()}
+        kept = self.without_state(inside, bound, altered)
+        parts = [_name(value), of(value.__defaults__), of(value.__kwdefaults__), *(of(kept[name]) for name in kept)]
+        if is_installed(value.__globals__.get("__name__")):  # a decorator may have given it another __module__
             return parts
+        reads = globals_of(code)
+        known = {name: value.__globals__[name] for name in sorted(reads) if name in value.__globals__}
         used = []
-        for name, chains in sorted(globals_of(code).items()):
-            if name in value.__globals__ and name[:2] != "__":
-                item = value.__globals__[name]
+        for name, item in self.without_state(known, bound, altered).items():
+            if name[:2] != "__":
                 module = isinstance(item, types.ModuleType) and not is_installed(item.__name__)
-                used.append([name, self.read_of(item, chains) if module else of(item)])
-        imported = source_of(imports_of(code, value.__globals__.get("__package__") or ""))
+                used.append([name, self.read_of(item, reads[name]) if module else of(item)])
+        imported = self.source(imports_of(code, value.__globals__.get("__package__") or ""))
         own = {name: part for name, part in vars(value).items() if name != "__wrapped__"}
         return [*parts, of(code), *used, *([imported] if imported else []), *([of(own)] if own else [])]
+
+    @staticmethod
+    def without_state(values: dict, bound: Collection[str], altered: Collection[str]) -> dict:
+        """Those that are not set, nor if they are lists or the like changed, by what they are values of."""
+        return {
+            name: value
+            for name, value in values.items()
+            if name not in bound and not (name in altered and type(value) in CONTAINERS)
+        }
+
+    def source(self, names: Iterable[str]) -> list:
+        """Of modules of a script's own their files, and what has been set in them since."""
+        return [
+            [name, digest, *([self.of(changed)] if (changed := set_since(name)) else [])]
+            for name, digest in source_of(names)
+        ]
 
     def read_of(self, module: types.ModuleType, chains: Iterable[tuple[str, ...]]) -> list:
         """What code reads of a module that is no installed package's; where it takes the module itself, its source."""
@@ -201,58 +224,64 @@ class _Description:
                     break
                 value = getattr(value, name, None)
             whole = isinstance(value, types.ModuleType) and not is_installed(value.__name__)
-            found.append([*chain, source_of([value.__name__]) if whole else self.of(value)])
+            found.append([*chain, self.source([value.__name__]) if whole else self.of(value)])
         return found
 
     def body(self, cls: type) -> Iterator[Any]:
         """What makes instances of a class do what they do, and is no installed package's."""
         if is_installed(cls.__module__):
             return
-        for name, part in sorted(vars(cls).items()):
+        _, altered = changed_in_use(cls)
+        for name, part in sorted(self.without_state(dict(vars(cls)), (), altered).items()):
             special = name.startswith("__") and name.endswith("__")  # of these, what they do
-            kinds = (types.FunctionType, staticmethod, classmethod) if special else OF_CLASSES
-            if isinstance(part, kinds) or callable(getattr(part, "__wrapped__", None)):
+            if name != "_abc_impl" and (not special or callable(part) or isinstance(part, (staticmethod, classmethod))):
                 yield [name, part]
 
     def object(self, value: Any) -> list:
-        from datasets import Dataset
-        from transformers import PreTrainedTokenizerBase
+        from datasets import Dataset, IterableDataset
+        from tokenizers import Tokenizer
+        from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
         of = self.of
-        if isinstance(value, Dataset):
+        cls: Any = type(value)
+        if callable(getattr(cls, "told_by", None)):
+            return [of(cls), of(value.told_by())]
+        if isinstance(value, (Dataset, IterableDataset)):
             return ["data", content_of(value)]
+        if isinstance(value, torch.utils.data.Dataset) and not self.files:
+            return ["data", described(value, files=True)]
         if isinstance(value, torch.nn.Module):  # as a collator has it: what it computes, not what it remembers
-            return [of(type(value)), settings_of(value), weights_digest(value)]
-        if isinstance(value, PreTrainedTokenizerBase):
-            return [_name(type(value)), _vocabulary(value), *(of(getattr(value, name, None)) for name in TOKENIZER)]
-        if type(value).__module__.startswith("transformers.") and callable(getattr(value, "to_dict", None)):
+            classes = sorted({of(type(module)) for module in value.modules()})
+            return [of(cls), settings_of(value), weights_digest(value), classes]
+        if isinstance(value, Tokenizer):  # without how it cut and padded last
+            text = json.dumps({**json.loads(value.to_str()), "truncation": None, "padding": None}, sort_keys=True)
+            return [_name(cls), hashlib.sha256(text.encode()).hexdigest()]
+        if isinstance(value, torch.Generator):  # how far it is, its use says
+            return [_name(cls), value.initial_seed()]
+        if isinstance(value, np.random.Generator):
+            return [_name(cls), of(value.bit_generator.seed_seq)]
+        if any(each.__module__ == "evaluate.module" for each in cls.__mro__) and hasattr(value, "config_name"):
+            return [of(cls), value.config_name]  # what else it holds is of its last use
+        if isinstance(value, functools._lru_cache_wrapper):
+            return ["cached", of(value.__wrapped__)]
+        untold: tuple[str, ...] = functools.WRAPPER_ASSIGNMENTS  # which a decorator's object has of what it wraps
+        if isinstance(value, (PreTrainedTokenizerBase, ProcessorMixin)):
+            untold += (*UNTOLD, *(("_vocab", "_merges") if hasattr(value, "backend_tokenizer") else ()))
+        elif cls.__module__.startswith("transformers.") and callable(getattr(value, "to_dict", None)):
             data = value.to_dict()
-            return [_name(type(value)), of({key: data[key] for key in data if key not in UNTOLD})]
-        if any(cls.__module__ == "evaluate.module" for cls in type(value).__mro__) and hasattr(value, "config_name"):
-            return [of(type(value)), value.config_name]  # what else it holds is of its last use
-        if callable(inner := getattr(value, "__wrapped__", None)):  # as functools.cache has it
-            return [_name(type(value)), of(inner)]
+            return [of(cls), of({key: data[key] for key in data if key not in UNTOLD})]
         try:
-            made = value.__reduce_ex__(4)
+            reduce = copyreg.dispatch_table.get(cls)
+            made = reduce(value) if reduce else value.__reduce_ex__(4)
         except Exception as error:  # whatever its parts raise
-            raise ValueError(f"nothing tells one {_name(type(value))} from another: {error}") from error
+            raise ValueError(f"nothing tells one {_name(cls)} from another: {error}") from error
         if isinstance(made, str):
-            return [_name(type(value)), made]
+            return [_name(cls), made]
         _, args, state, items, pairs = (*made, *[None] * 5)[:5]
-        if isinstance(state, dict):  # without what says of which columns and the like a collator has warned
-            state = {name: part for name, part in state.items() if "warned" not in str(name)}
-        return [of(type(value)), of(tuple(args)), of(state), of(list(items or ())), of(list(pairs or ()))]
-
-
-UNTOLD = ("_name_or_path", "transformers_version", "_commit_hash")
-
-
-def _vocabulary(tokenizer: Any) -> str:
-    """Of a fast tokenizer all that it does, without how it cut and padded last."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    data = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
-    kept = {name: part for name, part in data.items() if backend is None or name not in ("truncation", "padding")}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+        if isinstance(state, dict):
+            state = self.without_state(state, *changed_in_use(cls))
+            state = {name: part for name, part in state.items() if name not in untold}
+        return [of(cls), of(tuple(args)), of(state), of(list(items or ())), of(list(pairs or ()))]
 
 
 def _name(value: Any) -> str:

@@ -4,7 +4,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 MOST_FILES = 200_000  # that are looked at in a folder
@@ -26,21 +26,19 @@ def file_content(path: str | os.PathLike) -> str:
         raise ValueError(f"the file {path} that it names cannot be read: {error}") from error
 
 
-def content_under(text: str, folders: bool = True) -> str | None:
-    """What is in the file or, by names, sizes and times of their last change, in the folder that a text names; None
-    where it names none, or is nothing but dots and slashes, which may be anything.
-
-    Args:
-        folders: whether a folder counts.
+def content_under(text: str | PurePath) -> str | None:
+    """What is in the file or, by names, sizes and times of their last change, in the folder that a path names, or a
+    text that looks like one; None where it names none, or is nothing but dots and slashes, which may be anything.
 
     Raises:
         ValueError: the folder holds more than 200,000 files.
     """
-    if len(text) > LONGEST or not text.isprintable() or not text.strip("./\\ "):
+    if isinstance(text, str) and not (len(text) <= LONGEST and text.isprintable() and _PATH.search(text)):
         return None
-    text = os.path.expanduser(text)
+    if not (text := str(text)).strip("./\\ "):
+        return None
     if os.path.isdir(text):
-        return _folder_content(text) if folders else None
+        return _folder_content(text)
     return file_content(text) if os.path.isfile(text) else None
 
 

@@ -26,6 +26,7 @@ from ..model.inputs import evaluating, forked_rng
 from ..model.sharding import of_each, of_first, processes, talks
 from ..model.summary import summarize
 from ..nn.clipping import clipped_beyond_choice, in_words, warn_clipped
+from .content import part_of
 from .report import Measurement, RobustnessReport
 from .run_log import Run, RunLog
 
@@ -63,9 +64,9 @@ def evaluate_robustness(
         references: also evaluate the digital model and the ideal crossbar (I-V curve and converters, nothing else).
         progress: show a progress bar.
         resume: a file that keeps each finished run; those of the same weights, configs (the model's own too) and
-            ``key`` are not run again.
-        key: what ``evaluate`` depends on beside the model, such as its data set, split, samples and seed: any JSON
-            value. Nothing else tells ``resume`` whether it is the same evaluation.
+            ``key`` are not run again, unless another version of hf_reram, torch or transformers ran them.
+        key: for ``resume``, what ``evaluate`` depends on beside the model, such as its data set, split, samples and
+            seed: any JSON value. None: a fingerprint of ``evaluate``, its code with all that it names and holds.
         share_chips: with several processes, each runs its share of the chips, and all get the whole report;
             ``evaluate`` must then not talk to other processes. Where each forward does (weights sharded by FSDP2, a
             model wrapped by DDP), all run every chip ``together``.
@@ -79,8 +80,9 @@ def evaluate_robustness(
             ``allow_uncalled`` is False; names them. Or ``evaluate`` deploys the model itself, or changes its weights.
             Or the evaluation failed in another of the processes that share chips or evaluate together.
         ValueError: the model is not patched; no times, temperatures or seeds; a bad one of them; ``evaluate``
-            returns no numbers; ``resume`` holds runs of other weights, another config or key; a key that is no JSON
-            value; or both ``share_chips`` and ``together``.
+            returns no numbers; ``resume`` holds runs of other weights, another config or evaluation; nothing tells
+            ``evaluate`` from another one, and there is no ``key``; a key that is no JSON value; or both
+            ``share_chips`` and ``together``.
     """
     states = crossbar_states(model)
     state = states[0]
@@ -108,6 +110,7 @@ def evaluate_robustness(
     with _alike(together or shares):
         log: RunLog | None = None
         if resume is not None and logs:
+            key = {"evaluate": part_of("evaluation", evaluate)} if key is None else key
             log = RunLog(resume, owner_of(model, key, weights), parts_of(model, key, weights), values_of(model))
         found: dict[Run, dict[str, float]] = log.read() if log else {}
     warn_clipped(crossbar_layers(model).values())
@@ -190,7 +193,19 @@ def _alike(several: bool) -> Iterator[None]:
         raise error
 
 
-def owner_of(model: nn.Module, key: Any = None, weights: str | None = None) -> str:
+def key_text(key: Any) -> str:
+    """A key as text.
+
+    Raises:
+        ValueError: it is no JSON value.
+    """
+    try:
+        return json.dumps(key, sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"key={key!r}: allowed is a JSON value: {error}") from None
+
+
+def owner_of(model: nn.Module, key: Any, weights: str | None = None) -> str:
     """A fingerprint of the model, its config, and a JSON value that says what is measured.
 
     Args:
@@ -199,14 +214,7 @@ def owner_of(model: nn.Module, key: Any = None, weights: str | None = None) -> s
     Raises:
         ValueError: ``key`` is no JSON value.
     """
-    owner = model_digest(model, weights)
-    if key is None:
-        return owner
-    try:
-        text = json.dumps(key, sort_keys=True)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"key={key!r}: allowed is a JSON value: {error}") from None
-    return hashlib.sha256(f"{owner} {text}".encode()).hexdigest()
+    return hashlib.sha256(f"{model_digest(model, weights)} {key_text(key)}".encode()).hexdigest()
 
 
 def parts_of(model: nn.Module, key: Any, weights: str) -> dict[str, str]:

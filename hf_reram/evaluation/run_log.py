@@ -7,9 +7,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+from transformers.utils import logging
+
 from ..device.checks import shown
 from ..model.digest import other_settings
+from ..version import __version__
 from .fields import HEAT, METRICS, NAMED_TEXTS, OBJECT, SEED, TEXT, TEXTS, TIME, fields_of
+
+logger = logging.get_logger(__name__)
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that make a figure."""
+    return {"hf_reram": __version__, "torch": str(torch.__version__), "transformers": transformers.__version__}
 
 
 @dataclass(frozen=True)
@@ -29,7 +41,7 @@ class Run:
 
 class RunLog:
     """One JSON object a line: a run, its metrics and whose they are. Each is appended as a whole line, so that several
-    processes may write and a kill loses at most the run under way.
+    processes may write and a kill loses at most the run under way. Each says of which versions it is.
 
     Args:
         owner: a fingerprint of the weights and of all else that the metrics depend on.
@@ -51,7 +63,7 @@ class RunLog:
         self.autocasts: set[str] = set()
 
     def read(self) -> dict[Run, dict[str, float]]:
-        """The finished runs.
+        """The finished runs of these :func:`versions`: others stay in the file, and a warning counts them.
 
         Raises:
             ValueError: some are of another owner.
@@ -70,6 +82,11 @@ class RunLog:
                 f"({self._difference(foreign[0].get('parts'))}): allowed are those of this model and this key; delete "
                 "it or name another file"
             )
+        now = versions()
+        if stale := [entry.get("versions", {}) for entry in entries if entry.get("versions") != now]:
+            other = ", ".join(f"{name} {stale[-1].get(name)}" for name in now if stale[-1].get(name) != now[name])
+            logger.warning("%s holds %d runs of %s: they are run again", self.path, len(stale), other)
+        entries = [entry for entry in entries if entry.get("versions") == now]
         self.uncalled = {name for entry in entries for name in entry.get("uncalled", ())}
         self.autocasts = {name for entry in entries for name in entry.get("autocasts", ())}
         return {Run(**fields_of(entry["run"], RUN)): entry["metrics"] for entry in entries}
@@ -89,7 +106,7 @@ class RunLog:
     ) -> None:
         """Write one finished run, the crossbar layers that were not called for it, and what others were cast to."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        entry = {"of": self.owner, "run": asdict(run), "metrics": metrics}
+        entry = {"of": self.owner, "run": asdict(run), "metrics": metrics, "versions": versions()}
         entry |= {"uncalled": list(uncalled)} if uncalled else {}
         entry |= {"autocasts": list(autocasts)} if autocasts else {}
         entry |= {"parts": self.parts} if self.parts else {}
@@ -101,7 +118,13 @@ class RunLog:
 
 
 RUN = {"kind": TEXT, "time": TIME, "temperature": HEAT, "seed": SEED}
-KNOWN = {"uncalled": TEXTS, "autocasts": TEXTS, "parts": NAMED_TEXTS, "values": OBJECT}
+KNOWN = {
+    "uncalled": TEXTS,
+    "autocasts": TEXTS,
+    "parts": NAMED_TEXTS,
+    "values": OBJECT,
+    "versions": NAMED_TEXTS,
+}
 ENTRY = {"of": TEXT, "run": OBJECT, "metrics": METRICS}
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from torch import nn
 from transformers import Trainer
 from transformers.utils import logging
@@ -21,7 +20,8 @@ from ..evaluation.content import content_of, described, part_of
 from ..evaluation.escape import code_block, escaped
 from ..evaluation.files import write_whole
 from ..evaluation.report import RobustnessReport
-from ..evaluation.robustness import evaluate_robustness, numbers_of
+from ..evaluation.robustness import evaluate_robustness, key_text, numbers_of
+from ..evaluation.run_log import versions
 from ..evaluation.tables import (
     comparison_cells,
     comparison_table,
@@ -39,7 +39,6 @@ from ..model.digest import settings_of, weights_digest
 from ..model.inputs import evaluating
 from ..model.sharding import of_first, processes
 from ..training.checkpoints import last_checkpoint
-from ..version import __version__
 
 if TYPE_CHECKING:
     from ..integrations.trainer import ReRAMTrainer
@@ -126,7 +125,8 @@ def run_protocol(
     what it is and is not trained.
 
     What a killed run has finished is not done again: methods, training steps up to the last checkpoint (as
-    ``TrainingArguments.save_strategy`` says), chips. Times, chips, temperatures and methods may then be others or more.
+    ``TrainingArguments.save_strategy`` says), chips; figures of another version of hf_reram, torch or transformers are
+    measured again. Times, chips, temperatures and methods may then be others or more.
     ``folder`` keeps what all else was, in ``protocol.json``: config, settings, and fingerprints of what is evaluated,
     of the base model's weights and config, and of the training data, where something tells those from others. With
     several processes each evaluates its share of the chips, and the first one writes.
@@ -150,15 +150,16 @@ def run_protocol(
         ValueError: no method is on crossbars.
         ValueError: ``folder`` holds a comparison with another config, other settings, another evaluation, base model or
             training data, or an earlier hf_reram's, which did not keep them; names what differs. Or nothing tells
-            ``evaluate`` from another one and there is no ``key``.
+            ``evaluate`` from another one and there is no ``key``, or this is no JSON value.
     """
     folder, reports = Path(folder), {}
     if all(method.digital for method in methods):
         raise ValueError(f"methods={[m.label for m in methods]}: allowed is at least one that is on crossbars")
     key = part_of("evaluation", evaluate) if key is None else key
+    key_text(key)  # is an error now, not after a training
     what = {"config": config.to_dict(), "settings": dict(settings or {}), "content": {"evaluation": key}}
     _refuse_others(folder, what)  # before the work that a trainer is
-    about = replace(about, versions=_versions(), date=str(date.today()))
+    about = replace(about, versions=versions(), date=str(date.today()))
     main = True
     crossbars = [method for method in methods if not method.digital]
     controls = [method for method in methods if method.digital and not about.label_free]
@@ -171,12 +172,12 @@ def run_protocol(
             _claim(folder, what)
         if not about.base_metrics:
             with digital(trainer.model):
-                of = described([what["content"]["base"], key])
+                of = described([what["content"]["base"], key, versions()])
                 about.base_metrics = _digital_metrics(trainer, evaluate, folder / "base.json", of)
         if prepare is not None:
             prepare(trainer)
         if method.digital:
-            about.control_metrics = _control_metrics(trainer, evaluate, home, described(what["content"]))
+            about.control_metrics = _control_metrics(trainer, evaluate, home, described([what["content"], versions()]))
             continue
         note = _train(trainer, home) if method.loss is not None else None
         logger.warning("evaluating: %s", method.label)
@@ -274,10 +275,6 @@ def _machine(trainer: Trainer) -> str:
     if trainer.args.device.type == "cuda":
         return f"{trainer.args.world_size} x {torch.cuda.get_device_name()}"
     return f"{torch.get_num_threads() * trainer.args.world_size} CPU threads"
-
-
-def _versions() -> dict[str, str]:
-    return {"hf_reram": __version__, "torch": str(torch.__version__), "transformers": transformers.__version__}
 
 
 def write_comparison(

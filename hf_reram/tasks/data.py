@@ -1,11 +1,11 @@
 """Data sets for the recipes, from the Hub, a file or a folder, and their texts as batches."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import numpy as np
 
 KINDS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".txt": "text"}
 
@@ -76,9 +76,24 @@ def draw(dataset: Any, count: int | None, seed: int) -> Any:
     return dataset if count is None or count >= len(dataset) else dataset.shuffle(seed=seed).select(range(count))
 
 
-def batches_by_length(
-    encoded: Mapping[str, Sequence], tokenizer: Any, batch_size: int, **padding: Any
-) -> list[tuple[list[int], dict[str, Tensor]]]:
+class Batches(list):
+    """What a model is evaluated on, as batches. A fingerprint of an evaluation is of their rows: it is the same for
+    other numbers of rows a batch, on which no figure depends but for rounding.
+
+    Args:
+        batches: of model inputs. rows: all that is in them.
+    """
+
+    def __init__(self, batches: Iterable[Any], rows: Any):
+        super().__init__(batches)
+        self.rows = rows
+
+    def told_by(self) -> Any:
+        """What tells them from others, see :func:`hf_reram.evaluation.content.described`."""
+        return self.rows
+
+
+def batches_by_length(encoded: Mapping[str, Sequence], tokenizer: Any, batch_size: int, **padding: Any) -> Batches:
     """What a tokenizer has made of texts, as padded batches, each with its texts' places. Texts of like length are
     together, which needs less padding.
 
@@ -91,4 +106,5 @@ def batches_by_length(
         part = order[start : start + batch_size]
         rows = {key: [values[i] for i in part] for key, values in encoded.items()}
         batches.append((part, dict(tokenizer.pad(rows, return_tensors="pt", **padding))))
-    return batches
+    rows = {key: [np.asarray(row) for row in values] for key, values in encoded.items()}
+    return Batches(batches, [rows, padding, tokenizer.padding_side, tokenizer.pad_token_id])

@@ -73,6 +73,12 @@ class LMEval:
         self.examples = len({(name, request[0]) for name, found in requests.items() for request in found})
         self.texts = list(dict.fromkeys(_text(*request[1:3]) for found in requests.values() for request in found))
 
+    def told_by(self) -> dict[str, Any]:
+        """What figures depend on, see :func:`hf_reram.evaluation.content.described`: of lm-eval's objects ``content``
+        tells it, which use changes."""
+        left_out = ("loaded", "tokenizer", "batch_size", "quiet")
+        return {name: value for name, value in vars(self).items() if name not in left_out}
+
     def _requests(self) -> dict[str, list]:
         """What the model is asked, by task: number of the question, kind, arguments, question, repeats."""
         from ..integrations.harness import without_bars

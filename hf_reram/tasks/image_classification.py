@@ -224,7 +224,6 @@ class ImageClassification:
         ValueError: as :func:`find_columns`.
     """
 
-    workers = 0
     _kept: list[Mapping[str, Tensor]] | None = None
 
     def __init__(self, dataset, transform: Callable[[Any], Tensor], batch_size: int = 64, workers: int = 0):
@@ -232,9 +231,9 @@ class ImageClassification:
         self.images = ImageDataset(dataset, transform, image, label)
         self.batch_size, self.workers = batch_size, workers
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what changes no figure, so that another number of workers is no other evaluation."""
-        return {name: value for name, value in vars(self).items() if name not in ("workers", "_kept")}
+    def told_by(self) -> dict[str, Any]:
+        """What figures depend on, see :func:`hf_reram.evaluation.content.described`."""
+        return {name: value for name, value in vars(self).items() if name not in ("batch_size", "workers", "_kept")}
 
     def batches(self):
         if self._kept is not None:

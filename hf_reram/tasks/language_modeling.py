@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..model.inputs import evaluating
+from .data import Batches
 
 logger = logging.get_logger(__name__)
 
@@ -127,11 +128,10 @@ class Perplexity:
         by_length: dict[int, list[Tensor]] = {}
         for window in windows:
             by_length.setdefault(len(window), []).append(window)
-        self.batches = [
-            {"input_ids": torch.stack(same[start : start + batch_size])}
-            for same in by_length.values()
-            for start in range(0, len(same), batch_size)
-        ]
+        parts = (
+            same[start : start + batch_size] for same in by_length.values() for start in range(0, len(same), batch_size)
+        )
+        self.batches = Batches(({"input_ids": torch.stack(part)} for part in parts), list(windows))
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """

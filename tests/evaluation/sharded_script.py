@@ -129,7 +129,7 @@ def alike(out: str) -> dict:
     """What the processes see differs; all have to decide as the first one does."""
     model, log = sharded(), Path(out + ".jsonl")
     mine = list(range(3 + rank()))  # chips
-    whole_report = report(model, seeds=mine, resume=str(log))
+    whole_report = report(model, seeds=mine, resume=str(log), key="losses")
     lines = [line for line in log.read_text().splitlines() if line]
     # A log that lacks runs, and that only one process has.
     found = {"report": whole_report, "runs": len(lines)}
@@ -143,7 +143,7 @@ def alike(out: str) -> dict:
         evaluations.append(1)
         return losses(model)
 
-    found["resumed"] = report(model, counted, seeds=mine, resume=str(log) if rank() == 0 else None)
+    found["resumed"] = report(model, counted, seeds=mine, resume=str(log) if rank() == 0 else None, key="losses")
     found["evaluations"] = len(evaluations)
 
     def nan(model):

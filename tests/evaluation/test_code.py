@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from hf_reram.evaluation.code import added_attributes, globals_of, imports_of, is_installed, source_of
+from hf_reram.evaluation.code import added_attributes, changed_in, globals_of, imports_of, is_installed, source_of
 from hf_reram.evaluation.content import described
 
 
@@ -142,6 +142,62 @@ def test_a_value_that_is_set_in_a_module_counts(package):
     assert told(WAYS["attribute"]) != before
     module.LIMIT, module.other = 1, 5  # which it does not read
     assert told(WAYS["attribute"]) == before
+
+
+@pytest.mark.parametrize("way", ["inside", "name inside"])
+def test_a_value_that_is_set_in_a_module_counts_wherever_it_is_imported(package, way):
+    """And that it has been imported meanwhile makes no other evaluation."""
+    text = "import math\nLIMIT: int = 1\nPI = math.pi\nSEEN = []\nN = 0\ndef score(p):\n  global N\n  N += 1\n"
+    module = package(my_metrics=text + "  SEEN.append(p)\n  return p > LIMIT")
+    imported = told(WAYS[way])
+    del sys.modules["my_metrics"]
+    assert told(WAYS[way]) == imported and "my_metrics" not in sys.modules
+    sys.modules["my_metrics"] = module
+    assert script(WAYS[way])(2) and module.N == 1 and told(WAYS[way]) == imported
+    module.LIMIT = 2
+    assert told(WAYS[way]) != imported and not script(WAYS[way])(2)
+    module.LIMIT = 1
+    assert told(WAYS[way]) == imported
+
+
+def test_no_module_is_run_to_tell_what_it_is(package, tmp_path):
+    """Nor the package that it is in, nor what is imported for types alone."""
+    package(
+        my_metrics="from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n  import my_tables\ndef score(p): return p"
+    )
+    (tmp_path / "my_tables.py").write_text("raise SystemExit(3)")
+    (tmp_path / "my_job").mkdir()
+    (tmp_path / "my_job" / "__init__.py").write_text("raise SystemExit(3)")
+    (tmp_path / "my_job" / "deep").mkdir()
+    (tmp_path / "my_job" / "deep" / "args.py").write_text("VALUE = 1")
+    (tmp_path / "my_job" / "old.py").write_text("print 'of Python 2'")
+    importlib.invalidate_caches()
+    names = ["my_job", "my_job.deep.args", "my_job.old", "my_metrics", "my_tables"]
+    found = source_of(["my_metrics", "my_job.deep.args", "my_job.old", "my_job.args.Args", "no.such.module"])
+    assert [name for name, _ in found] == names
+    assert not {"my_job", "my_job.deep", "my_tables"} & sys.modules.keys()
+    before = told("def score(p):\n  from my_job.deep.args import VALUE\n  return p * VALUE")
+    (tmp_path / "my_job" / "deep" / "args.py").write_text("VALUE = 2")
+    assert told("def score(p):\n  from my_job.deep.args import VALUE\n  return p * VALUE") != before
+
+
+TABLE, WEIGHTS, WORDS = {}, {}, {}
+
+
+def test_what_code_changes():
+    def code(own, key):
+        global THERE
+        held = own.kept[key]
+        own.seen.append(held)
+        own.cache[own.place(key)] = own.table[key]
+        own.counts[key] += 1
+        TABLE[key] = WEIGHTS[key]
+        THERE = own.last = own.first
+        WORDS.setdefault(key, held).inner.append(1)
+
+    bound, altered, named = changed_in(code.__code__)
+    assert bound == {"THERE", ".last"} and altered - {""} == {".seen", ".cache", ".counts", "TABLE", "WORDS"}
+    assert {".kept", ".place", ".table", ".first", "WEIGHTS"} <= named
 
 
 def test_installed_modules_have_no_source_of_a_script():

@@ -1,15 +1,27 @@
 """Two fingerprints are the same just where what they are of does the same."""
 
 import copy
+import enum
 import functools
+import io
 import json
+import re
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import DataCollatorWithPadding, ViTImageProcessor, default_data_collator
+from transformers import (
+    ByT5Tokenizer,
+    CLIPImageProcessor,
+    CLIPProcessor,
+    DataCollatorForLanguageModeling,
+    DataCollatorWithPadding,
+    ViTImageProcessor,
+    default_data_collator,
+)
 
 from hf_reram.evaluation.content import content_of, described, part_of
 from hf_reram.model.digest import other_settings, settings_of
@@ -124,6 +136,220 @@ def test_image_processors_and_tokenizers_are_told_by_their_settings():
     assert described(DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)) != before
     tokenizer.padding_side = "left"
     assert described(DataCollatorWithPadding(tokenizer)) != before
+
+
+def told_apart(*values):
+    """Whether each is told from all others, and the same when it is told again."""
+    found = [described(value) for value in values]
+    return found == [described(value) for value in values] and len(set(found)) == len(values)
+
+
+def test_processors_are_told_by_all_that_they_hold(tmp_path):
+    processor = CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": 32}), squad.tokenizer())
+    before = described(processor)
+    processor(text=["a text"], images=[np.zeros((40, 40, 3), np.uint8)], return_tensors="pt")
+    assert described(processor) == before
+    loaded = []
+    for place in "ab":  # the second as the first was saved
+        processor.save_pretrained(tmp_path / place)
+        loaded.append(described(processor := CLIPProcessor.from_pretrained(tmp_path / place)))
+    assert loaded == loaded[:1] * 2
+    before = loaded[0]
+    processor.tokenizer.padding_side = "left"
+    found = {before, described(processor)}
+    processor.chat_template = "{{ messages }}"
+    found.add(described(processor))
+    processor.tokenizer.add_tokens("more")
+    found.add(described(processor))
+    processor.image_processor.do_center_crop = False
+    assert len({*found, described(processor)}) == 5
+
+
+def test_tokenizers_are_told_by_templates_settings_and_code():
+    class Shouting(type(squad.tokenizer())):
+        def __call__(self, text, **options):
+            return super().__call__(text.upper(), **options)
+
+    class Whispering(type(squad.tokenizer())):
+        def __call__(self, text, **options):
+            return super().__call__(text.lower(), **options)
+
+    Whispering.__qualname__ = Shouting.__qualname__
+    spoken = squad.tokenizer()
+    spoken.chat_template = "{{ messages }}"
+    assert told_apart(squad.tokenizer(), spoken, *(kind(**spoken.init_kwargs) for kind in (Shouting, Whispering)))
+    slow = ByT5Tokenizer(extra_ids=5)
+    before = described(slow)
+    slow("some text that is cut", truncation=True, max_length=3)
+    assert described(slow) == before and not slow.is_fast
+    assert told_apart(slow, ByT5Tokenizer(extra_ids=6), ByT5Tokenizer(extra_ids=5, token_type_ids_pattern="all_zeros"))
+
+
+def scale(x, by):
+    return x * by
+
+
+class Grade(enum.Enum):
+    PASS = 0.5
+
+
+class Stern(enum.Enum):
+    PASS = 0.6
+
+
+Stern.__qualname__ = Grade.__qualname__
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        (torch.nn.CrossEntropyLoss(label_smoothing=0.1), torch.nn.CrossEntropyLoss(label_smoothing=0.2)),
+        (torch.nn.CrossEntropyLoss(torch.ones(2)), torch.nn.CrossEntropyLoss(torch.zeros(2))),
+        (Scorer([1]), Scorer([2])),
+        (Scorer([1]).__call__, Scorer([2]).__call__),
+        (Path("a"), Path("b")),
+        (torch.float32, torch.bfloat16),
+        (functools.partialmethod(scale, by=1), functools.partialmethod(scale, by=2)),
+        (re.compile("a"), re.compile("a", re.IGNORECASE)),
+        (Grade.PASS, Stern.PASS),
+        (None, 0),
+    ],
+    ids=str,
+)
+def test_all_that_a_class_has_counts(one, other):
+    def kind(value):
+        return type("Mine", (Scorer,), {"part": value, "__doc__": str(value), "__module__": __name__})
+
+    assert told_apart(kind(one), kind(other))
+    assert described(kind(one)) == described(kind(one))
+
+
+def test_a_class_s_notes_are_no_part_of_it():
+    def kind(doc):
+        return type("Mine", (Scorer,), {"__doc__": doc, "__annotations__": {"a": doc}, "__module__": __name__})
+
+    assert described(kind("a")) == described(kind("b"))
+
+
+def test_a_script_s_own_decorator_is_told_by_its_code():
+    """Also where it stands for a function of a library, as whose it gives itself out."""
+
+    def doubled(function):
+        @functools.wraps(function)
+        def inner(x):
+            return 2 * function(x)
+
+        return inner
+
+    def halved(function):
+        @functools.wraps(function)
+        def inner(x):
+            return function(x) / 2
+
+        return inner
+
+    class At:
+        def __init__(self, function, threshold):
+            functools.update_wrapper(self, function)
+            self.threshold = threshold
+
+        def __call__(self, x):
+            return self.__wrapped__(x) > self.threshold
+
+    class Below(At):
+        def __call__(self, x):
+            return self.__wrapped__(x) < self.threshold
+
+    Below.__qualname__ = At.__qualname__
+    mean = torch.nn.functional.relu
+    assert mean.__module__ == doubled(mean).__module__ == "torch.nn.functional"
+    assert told_apart(mean, doubled(mean), halved(mean), doubled(torch.nn.functional.gelu))
+    assert told_apart(len, At(len, 0.5), At(len, 0.3), At(max, 0.5), Below(len, 0.5))
+    assert told_apart(*(torch.no_grad()(make(factor, CODE)) for factor in (2, 3)))  # a library's around a script's
+
+
+NUMBER = re.compile(r"-?\d+")
+SEEN = []
+COUNT = 0
+
+
+def numbers(prediction):
+    global COUNT
+    COUNT += 1
+    SEEN.append(prediction)
+    return {"n": len(NUMBER.findall(str(prediction)))}
+
+
+def test_patterns_count_and_what_a_metric_notes_down_does_not(monkeypatch):
+    before = described(numbers)
+    assert numbers("1 and -2") == {"n": 2} and len(SEEN) == COUNT == 1
+    assert described(numbers) == before
+    monkeypatch.setitem(numbers.__globals__, "NUMBER", re.compile(r"\d"))
+    assert described(numbers) != before
+
+
+def test_random_numbers_of_a_collator_are_told_by_their_seed():
+    def collator(seed):
+        return DataCollatorForLanguageModeling(squad.tokenizer(), seed=seed)
+
+    used = collator(1)
+    before = described(used)
+    used([{"input_ids": [5, 6, 7, 8]}])
+    assert used.generator is not None and described(used) == before == described(collator(1))
+    assert before != described(collator(2))
+    for make_ in (lambda seed: torch.Generator().manual_seed(seed), np.random.default_rng):
+        drawn = make_(3)
+        before = described(drawn)
+        torch.rand(2, generator=drawn) if isinstance(drawn, torch.Generator) else drawn.random(2)
+        assert described(drawn) == before and told_apart(drawn, make_(4))
+
+
+class Rows(torch.utils.data.Dataset):
+    """Opens its file when it is asked for a row, and remembers these."""
+
+    def __init__(self, file, scale=1.0, names=()):
+        self.file, self.scale, self.names = file, scale, list(names)
+        self.opened, self.cache, self.hits, self.order = None, {}, {}, []
+        for name in names:
+            self.order.append(name)
+
+    def __getitem__(self, index):
+        if self.opened is None:
+            self.opened = io.FileIO(self.file)
+        self.hits[index % 2] = self.hits.get(index % 2, 0)
+        self.hits[index % 2] += 1
+        row = self.cache[index] = self.row(index, self.names[0])
+        return row
+
+    def row(self, index, name):
+        found = {}
+        found[name] = self.order[0]
+        return f"{index} {found}"
+
+    def set_scale(self, scale):
+        self.factor = scale
+
+
+def test_what_use_leaves_in_an_object_does_not_count(tmp_path):
+    (tmp_path / "rows.txt").write_text("a")
+    made = functools.partial(Rows, str(tmp_path / "rows.txt"), names=["x"])
+    used = made()
+    before = [content_of(used), described(lambda: used)]
+    assert used[3] == used[3] == "3 {'x': 'x'}" and not used.opened.closed and used.hits == {1: 2}
+    assert [content_of(used), described(lambda: used)] == before and content_of(made()) == before[0]
+    used.set_scale(2.0)
+    others = [used, made(scale=2.0), made(names=["y"])]
+    used.opened.close()
+    assert len({before[0], *map(content_of, others)}) == 4
+    (tmp_path / "rows.txt").write_text("b")
+    assert content_of(made()) != before[0] and described(lambda: used) != before[1]
+
+
+def test_which_columns_are_seen_is_part_of_a_data_set():
+    rows = Dataset.from_dict({"input_ids": [[1], [2]], "attention_mask": [[1], [0]]})
+    hidden = rows.with_format(None, columns=["input_ids"])
+    assert "attention_mask" not in hidden[0]
+    assert content_of(rows) == content_of(rows.with_format(None)) != content_of(hidden)
 
 
 def test_what_cannot_be_told_is_an_error_that_says_what_to_do():

@@ -1,5 +1,7 @@
 """Data that are named by path are told by what is in their files."""
 
+from pathlib import Path
+
 import datasets
 import numpy as np
 import pytest
@@ -97,3 +99,16 @@ def test_a_file_that_only_a_metric_names_is_a_name(tmp_path):
     (tmp_path / "log.txt").write_text("b")
     after = described(str(tmp_path / "log.txt")), described(str(tmp_path / "log.txt"), files=True)
     assert before[0] == after[0] and before[1] != after[1]
+
+
+def test_words_are_no_folders(tmp_path, monkeypatch):
+    """A text of the data is a path only where it looks like one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    rows = [{"word": "out"}, {"word": "~"}, {"word": "."}, {"word": "/"}]
+    before = content_of(rows), content_of([{"folder": "./out"}]), content_of([Path("out")])
+    assert before == (content_of(rows), content_of([{"folder": "./out"}]), content_of([Path("out")]))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "log.txt").write_text("a")
+    after = content_of(rows), content_of([{"folder": "./out"}]), content_of([Path("out")])
+    assert after[0] == before[0] and after[1] != before[1] and after[2] != before[2]

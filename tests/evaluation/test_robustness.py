@@ -1,6 +1,7 @@
 import json
 import math
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -164,7 +165,7 @@ def test_runs_of_another_evaluation_are_not_taken_over(model, tmp_path):
     assert again.measurements == first.measurements
     for key, what in (
         ({"data": "B", "split": 1}, "'data'"),
-        (None, "'data', 'split'"),
+        (None, "'evaluate', 'data', 'split'"),
         ("B", "'key', 'data', 'split'"),
     ):
         with pytest.raises(ValueError, match=rf"another evaluation \(what differs: {what}\)"):
@@ -186,11 +187,59 @@ def test_runs_of_another_config_of_the_model_are_not_taken_over(tiny_bert, tmp_p
     def loss(model):
         return float(model(**bert_batch()).loss.detach())
 
-    evaluate_robustness(tiny_bert, loss, **options)
-    evaluate_robustness(tiny_bert, lambda m: pytest.fail("not again"), **options)
+    evaluate_robustness(tiny_bert, loss, key="loss", **options)
+    evaluate_robustness(tiny_bert, lambda m: pytest.fail("not again"), key="loss", **options)
     tiny_bert.config.id2label = {0: "c", 1: "b", 2: "a"}
     with pytest.raises(ValueError, match="another config"):
-        evaluate_robustness(tiny_bert, loss, **options)
+        evaluate_robustness(tiny_bert, loss, key="loss", **options)
+
+
+def test_an_evaluation_without_a_key_is_told_by_its_function(model, tmp_path):
+    options = {"times": ["1d"], "seeds": 2, "progress": False, "resume": tmp_path / "log.jsonl"}
+    calls = []
+
+    def scaled(by):
+        def evaluate(model):
+            calls.append(by)
+            return {"power": by * mean_square(model)["power"]}
+
+        return evaluate
+
+    first = evaluate_robustness(model, scaled(1), **options)
+    assert evaluate_robustness(model, scaled(1), **options) == first and calls == [1] * 4
+    with pytest.raises(ValueError, match=r"another evaluation \(what differs: 'evaluate'\)"):
+        evaluate_robustness(model, scaled(2), **options)
+    other = evaluate_robustness(model, scaled(2), **{**options, "resume": tmp_path / "other.jsonl"})
+    for one, twice in zip(first.measurements, other.measurements):
+        assert twice.metrics["power"] == pytest.approx(2 * one.metrics["power"])
+    lock = threading.Lock()
+    with pytest.raises(ValueError, match="the evaluation cannot be told from another one: say with key="):
+        evaluate_robustness(model, lambda m: {"locked": lock.locked()}, **options)
+
+
+def test_runs_of_other_versions_are_run_again(model, tmp_path, caplog, monkeypatch):
+    """And stay where they are, for when these versions are back."""
+    log = tmp_path / "log.jsonl"
+    options = {"times": ["1d"], "seeds": 2, "progress": False, "resume": log, "key": "counted"}
+    calls = []
+
+    def counted(model):
+        calls.append(1)
+        return {"calls": float(len(calls))}
+
+    def found():
+        with caplog.at_level("WARNING", "hf_reram"):
+            report = evaluate_robustness(model, counted, allow_uncalled=True, **options)
+        return [report.digital["calls"], report.ideal["calls"], *(m.metrics["calls"] for m in report.measurements)]
+
+    assert found() == found() == [1.0, 2.0, 3.0, 4.0] and "run again" not in caplog.text
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "0.1")
+        assert found() == found() == [5.0, 6.0, 7.0, 8.0]
+    assert f"{log} holds 4 runs of torch {torch.__version__}: they are run again" in caplog.text
+    assert found() == [1.0, 2.0, 3.0, 4.0] and "holds 4 runs of torch 0.1: they are run again" in caplog.text
+    log.write_text(re.sub(r', "versions": .*?}', "", log.read_text()))  # as earlier versions wrote it
+    assert found() == [9.0, 10.0, 11.0, 12.0]
 
 
 def test_one_metric_that_is_nan_is_shown_and_not_the_end(model, tmp_path, caplog):

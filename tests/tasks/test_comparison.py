@@ -11,9 +11,14 @@ from datasets import Dataset
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from hf_reram import ReRAMConfig, ReRAMTrainer
+from hf_reram.evaluation.content import part_of
 from hf_reram.model.digest import weights_digest
 from hf_reram.tasks import About, Perplexity, packed, run_protocol
 from hf_reram.tasks.comparison import CONTROL, METHODS, OURS
+from hf_reram.tasks.question_answering import QuestionAnswering
+from hf_reram.tasks.text_classification import TextClassification
+from hf_reram.tasks.token_classification import TokenClassification
+from tests.samples import squad
 from tests.samples.experts import expert_inputs, mixtral
 from tests.samples.texts import TEXTS, WORDS, llama, tokenizer
 
@@ -156,6 +161,53 @@ def test_an_evaluation_that_nothing_tells_needs_a_key(comparison):
     comparison.run(key="two texts")
     with pytest.raises(ValueError, match=r"other values of \['content.evaluation'\]"):
         comparison.run(key="three texts")
+
+
+def test_a_key_that_is_no_json_value_is_refused_before_any_work(comparison, monkeypatch):
+    monkeypatch.setattr(comparison, "trainer", None)
+    with pytest.raises(ValueError, match=r"key=.*: allowed is a JSON value"):
+        comparison.run(key={"split": object()})
+
+
+def test_figures_of_another_version_are_measured_again(comparison, monkeypatch):
+    """So that all are of the one that the report names."""
+    first = comparison.run()[NAIVE.label]
+    calls = []
+    evaluate = comparison.evaluate()
+    comparison.evaluate = lambda: lambda model: calls.append(1) or evaluate(model)
+    assert comparison.run(key=part_of("evaluation", evaluate))[NAIVE.label] == first and not calls
+    monkeypatch.setattr(torch, "__version__", "0.1")
+    again = comparison.run(key=part_of("evaluation", evaluate))[NAIVE.label]
+    assert len(calls) == 4 and again.measurements == first.measurements  # the base, the references, the chip
+    assert again.about["versions"]["torch"] == "0.1" != first.about["versions"]["torch"]
+
+
+def test_fewer_examples_a_forward_go_on(comparison):
+    """As after a device has run out of memory."""
+    comparison.run()
+    log = comparison.folder / "naive-crossbar" / "chips.jsonl"
+    before = log.read_text()
+    comparison.evaluate = lambda: Perplexity(packed(comparison.held, tokenizer(), 16), batch_size=1)
+    comparison.run(chips=2)
+    assert log.read_text().startswith(before) and len(log.read_text().split("\n\n")) == 4
+
+
+@pytest.mark.parametrize("kind", ["text", "token", "question"])
+def test_evaluations_are_told_by_their_rows(kind):
+    def made(size=2, last="cid"):
+        if kind == "question":
+            return QuestionAnswering(squad.dataset(4 if last == "cid" else 5), squad.tokenizer(), batch_size=size)
+        texts = ["ann lives in oslo", "bob lives in the city of paris", f"{last} lives"]
+        if kind == "text":
+            rows = Dataset.from_dict({"text": texts, "label": [0, 1, 1]})
+            return TextClassification(rows, squad.tokenizer(), 2, batch_size=size)
+        words = [text.split() for text in texts]
+        rows = Dataset.from_dict({"tokens": words, "tags": [["X"] * len(row) for row in words]})
+        return TokenClassification(rows, squad.tokenizer(), {0: "X", 1: "Y"}, batch_size=size)
+
+    found = [part_of("evaluation", made(size)) for size in (1, 2, 3)]
+    assert len({*found}) == 1 and len(made(1).batches) > len(made(3).batches)
+    assert part_of("evaluation", made(last="dan")) != found[0]
 
 
 def test_experts_that_no_token_reaches_are_named_where_that_is_allowed(comparison):

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from hf_reram import ReRAMConfig, calibrate, deploy, evaluate_robustness, patch_model
 from hf_reram.cli import app
+from hf_reram.evaluation.content import part_of
 from hf_reram.tasks import LMEval, Perplexity, packed
 from tests.samples.devices import device
 from tests.samples.harness import CHOICES, write_answers, write_choice, write_rolling
@@ -119,10 +120,14 @@ def test_each_evaluation_asks_the_same(tmp_path):
     """Few-shot examples are drawn anew each time, from the same seed, and nothing outside notices."""
     model = sure()
     evaluate = LMEval(["tiny_choice"], tokenizer(), num_fewshot=3, include_path=write_choice(tmp_path / "tasks"))
-    asked = evaluate._requests()
+    asked, told = evaluate._requests(), part_of("evaluation", evaluate)
     random.seed(5), np.random.seed(5)
     before = random.getstate()
     assert evaluate(model) == evaluate(model)
+    smaller = LMEval(["tiny_choice"], tokenizer(), 3, include_path=tmp_path / "tasks", batch_size=1)
+    assert told == part_of("evaluation", evaluate) == part_of("evaluation", smaller)
+    other = LMEval(["tiny_choice"], tokenizer(), 2, include_path=tmp_path / "tasks")
+    assert part_of("evaluation", other) != told
     assert evaluate._requests() == asked and asked["tiny_choice"][0][2][0].count("\n\n") == 3
     assert random.getstate() == before
     assert evaluate.loaded["tasks"]["tiny_choice"].instances[0].args == asked["tiny_choice"][0][2]
