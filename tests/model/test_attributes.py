@@ -300,13 +300,13 @@ def test_a_stored_report_and_a_resumed_evaluation_know_tables(tmp_path):
             return float(model(**batch).last_hidden_state.abs().sum())
 
     model = calibrate(patch_model(rotary("default"), ReRAMConfig()), [batch])
-    report = evaluate_robustness(model, score, ["1d"], seeds=1, progress=False, resume=log)
+    report = evaluate_robustness(model, score, ["1d"], seeds=1, progress=False, resume=log, key="score")
     frequencies = model.rotary_emb.inv_freq
     frequencies.copy_(torch.nextafter(frequencies, torch.ones_like(frequencies) * 9))
     assert report_of(model) is report
-    again = evaluate_robustness(model, lambda model: 0.0, ["1d"], seeds=1, progress=False, resume=log)
+    again = evaluate_robustness(model, lambda model: 0.0, ["1d"], seeds=1, progress=False, resume=log, key="score")
     assert again.measurements == report.measurements
     frequencies.mul_(0.25)
     assert report_of(model) is None
     with pytest.raises(ValueError, match="what differs: 'modules'"):
-        evaluate_robustness(model, score, ["1d"], seeds=1, progress=False, resume=log)
+        evaluate_robustness(model, score, ["1d"], seeds=1, progress=False, resume=log, key="score")
