@@ -228,6 +228,7 @@ def train_base(arguments: Arguments, training: Training, train, classes: int, na
     trainer = Trainer(model, settings, train_dataset=images, processing_class=processor)
     trainer.train(resume_from_checkpoint=last_checkpoint(home))
     trainer.save_model(str(home / "model"))
+    trainer.accelerator.wait_for_everyone()
     return str(home / "model")
 
 
@@ -261,9 +262,9 @@ def main() -> None:
         _, train_label = find_columns(train, "the training data", labels=not reram.label_free)
         names = getattr(held.features[label], "names", None)
         classes = len(names) if names else max(held[label]) + 1
-        home = arguments.model_name_or_path
-        if arguments.base_steps:
-            home = train_base(arguments, training, train, classes, names)
+    home = arguments.model_name_or_path
+    if arguments.base_steps:  # by all processes together
+        home = train_base(arguments, training, train, classes, names)
     model = load_model(home)
     check_labels(held, model, "the evaluation data")
     if train_label is not None:

@@ -104,6 +104,16 @@ def test_a_new_head_for_other_classes(run, tmp_path):
     assert "other values of ['content.base']" in run(*data, "--base_steps", "1", fails=True)
 
 
+def test_two_processes_train_a_base_together(python, tmp_path):
+    image_sample.save_model(tmp_path / "base", classes=7)
+    image_sample.dataset(8).to_parquet(tmp_path / "train.parquet")
+    data = ["--train_file", str(tmp_path / "train.parquet"), "--validation_file", str(tmp_path / "train.parquet")]
+    data += ["--model_name_or_path", str(tmp_path / "base"), "--base_steps", "1", "--methods", "naive"]
+    ranks = python.run_two(str(RECIPE), "--output_dir", str(tmp_path / "out"), *SMALL, *data)
+    assert [rank.returncode for rank in ranks] == [0, 0], ranks[0].stderr[-3000:]
+    assert sum(rank.stdout.count("| naive crossbar |") for rank in ranks) == 1
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
