@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ..model.deploy import digital_eval
 from ..model.find import crossbar_layers
 from ..model.inputs import call_model, find_predictions, forked_rng, uncompiled
-from ..model.sharding import is_sharded, reshard
+from ..model.sharding import is_sharded, of_first, processes, reshard
 from ..nn import CrossbarLayer
 from ..nn.array import program
-from ..nn.drive import to_dacs
+from ..nn.drive import drive
 from ..nn.ops.functions import WeightVariance
 from ..nn.places import parameter_of
 from ..nn.tensors import tensors_of
@@ -59,21 +59,24 @@ def measure_sensitivity(model: nn.Module, batches: list) -> None:
 def spread_effects(model: nn.Module, batches: list) -> dict[str, float]:
     """What the spread of each layer's cells changes in the model's predictions, by layer name: to second order the KL
     divergence ``½ E Σ_i δ_i² Var(Δy_i)`` [nats], summed over predictions, where δ is as in :func:`measure_sensitivity`
-    and ``Var(Δy_i) = Σ_r s²(W_ir) x_r²`` is the variance of that token's or pixel's output over chips.
+    and ``Var(Δy_i) = Σ_r s²(W_ir) φ_r²`` is the variance of that token's or pixel's output over chips.
 
     A layer's own relative error does not tell: measured on SmolLM2-135M (cmo-hfox-ibm, ten years), where these add up
     to 0.18 nats and chips lose as much, one of 210 layers has a sixth of it.
 
     Raises:
-        ValueError: the model's outputs hold nothing that it predicts.
+        ValueError: the model's outputs hold nothing that it predicts, or no gradient reaches a layer that was called.
+        RuntimeError: there is no backward through the model.
     """
     sums = {layer: torch.zeros(()) for layer in crossbar_layers(model).values()}
+    sharded = processes() > 1 and is_sharded(model)
 
     @torch.no_grad()
     def watch(layer: CrossbarLayer, x: Tensor) -> Callable[[Tensor], None]:
         now, held = layer.scalars(), program(layer, layer.weight.detach()).float()
         square = WeightVariance.apply(held, layer.held_scale(held.dtype), layer.error.spread(held))
-        variance = layer.multiply(to_dacs(layer, x.detach().float(), now).square(), square, None, now.centered)
+        driven = drive(layer, x.detach().float(), now)
+        variance = layer.multiply(driven.s.square(), square, None, driven.padded)
 
         def collect(grad):
             sums[layer] = sums[layer] + 0.5 * (grad.float().square() * variance).sum().detach().cpu()
@@ -84,11 +87,13 @@ def spread_effects(model: nn.Module, batches: list) -> dict[str, float]:
 
     def enough(outputs: Any) -> bool:
         nonlocal places
-        found = [prediction.by_place(prediction.logits) for prediction in find_predictions(outputs, model)]
-        places += sum(logits.shape[0] * logits.shape[1] for logits in found)
-        return places >= PLACES
+        found = find_predictions(outputs, model)
+        places += sum(p.logits.numel() // (p.logits.shape[p.class_dim] if p.logits.dim() > 1 else 1) for p in found)
+        done = places >= PLACES
+        return of_first(done) if sharded else done  # all processes have their part in each pass
 
-    _probe(model, batches, watch, enough)
+    if beyond := _probe(model, batches, watch, enough):
+        raise ValueError(f"no gradient of the predictions reaches the output of {', '.join(beyond)}")
     return {name: float(sums[layer]) for name, layer in crossbar_layers(model).items()}
 
 
@@ -97,8 +102,9 @@ def _probe(
     batches: Iterable,
     watch: Callable[[CrossbarLayer, Tensor], Callable[[Tensor], None]],
     enough: Callable[[Any], bool] = lambda outputs: False,
-) -> None:
-    """Run a backward pass of a probe of the digital model's predictions for each batch.
+) -> list[str]:
+    """Run a backward pass of a probe of the digital model's predictions for each batch; names of the layers whose
+    outputs had no part in it, as of a model without gradients inside.
 
     Args:
         watch: called with each crossbar layer and its input, gives what is called with the gradient of its output.
@@ -107,38 +113,51 @@ def _probe(
     layers = crossbar_layers(model)
     gathered: list[Tensor] = []  # that FSDP2 has in place of parameters in a forward, and does not train if frozen
 
+    outside: dict[str, None] = {}
+    outputs_of: list[Tensor] = []
+
     def observe(layer: CrossbarLayer, args, kwargs, y):
-        if y.requires_grad:
-            with torch.autocast(y.device.type, enabled=False):
-                y.register_hook(watch(layer, tensors_of((args, kwargs))[0]))
+        if not y.requires_grad:
+            outside[layer.crossbar_name] = None
+            return
+        outputs_of.append(y)
+        with torch.autocast(y.device.type, enabled=False):
+            y.register_hook(watch(layer, tensors_of((args, kwargs))[0]))
 
     def reach(layer: CrossbarLayer, args):
         if (weight := parameter_of(layer)) not in parameters:
             gathered.append(weight.requires_grad_(True))
 
-    hooks = [layer.register_forward_hook(observe, with_kwargs=True) for layer in layers.values()]
-    if is_sharded(model):
-        reshard(model)
-        hooks += [layer.register_forward_pre_hook(reach) for layer in layers.values()]
-    # Every parameter, so that the backward pass reaches every layer even where all of them are frozen.
     parameters = {p: p.requires_grad for p in model.parameters() if p.is_floating_point()}
-    for p in parameters:
-        p.requires_grad_(True)
+    sharded, hooks = is_sharded(model), []
     try:
+        hooks += [layer.register_forward_hook(observe, with_kwargs=True) for layer in layers.values()]
+        if sharded:
+            reshard(model)
+            hooks += [layer.register_forward_pre_hook(reach) for layer in layers.values()]
+        for p in parameters:  # so that the backward pass reaches every layer even where all of them are frozen
+            p.requires_grad_(True)
         with uncompiled(), digital_eval(model), torch.enable_grad(), forked_rng(model):
             torch.manual_seed(0)
             for batch in batches:
                 outputs = call_model(model, batch)
-                torch.autograd.grad(fisher_probe(outputs, model).sum(), [*parameters, *gathered], allow_unused=True)
+                # FSDP2 counts on its parameters' gradients; elsewhere those of outputs are all that is needed.
+                asked = [*parameters, *gathered] if sharded else outputs_of
+                probe = fisher_probe(outputs, model).sum()
+                if asked:
+                    torch.autograd.grad(probe, asked, allow_unused=True)
                 gathered.clear()
+                outputs_of.clear()
                 if enough(outputs):
                     break
     finally:
         for hook in hooks:
             hook.remove()
         for p, required in parameters.items():
-            p.requires_grad_(required)
+            if p.requires_grad is not required:
+                p.requires_grad_(required)
         reshard(model)
+    return list(outside)
 
 
 def _examples(batch: Any) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from ..config import ReRAMConfig
 from ..model.deploy import refuse_offloaded, warn_uncalled
@@ -25,6 +26,8 @@ from .ranges import settle_drive
 from .scales import by_array, settle_scale, share_input_scales, share_scales, spread_pairs
 from .sensitivity import measure_sensitivity, spread_effects
 from .statistics import Channels, LayerStatistics
+
+logger = logging.get_logger(__name__)
 
 
 @torch.inference_mode(False)  # training may follow
@@ -162,9 +165,14 @@ def _settle_redundant(
 
 
 def _effects(model: nn.Module, batches: list) -> dict[str, float]:
+    """Those of each layer's spread, or nothing, said so, where no gradient of predictions tells them."""
     try:
         return spread_effects(model, batches)
-    except ValueError:  # it has no outputs that are known as predictions
+    except (ValueError, RuntimeError) as error:
+        why = str(error).partition("\n")[0]
+        logger.warning(
+            "cells on top go where a layer's own relative error is largest, as its effect is unknown: %s", why
+        )
         return {}
 
 

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from ..evaluation.report import RobustnessReport
 from ..model.digest import weights_digest
 from ..model.find import crossbar_layers, crossbar_states
-from ..model.sharding import of_first, processes
+from ..model.sharding import is_sharded, of_first, processes
 from .about import about_model
 from .publish import COMPARISON, publish, remove_foreign
 from .push import is_safe, push
@@ -39,8 +39,9 @@ class HubMixin(Base):
         folder, main = Path(output_dir or self.args.output_dir or "."), self.is_world_process_zero()
         there = any((folder / name).exists() for name in (REPORT, COMPARISON))
         there &= not any(p.is_meta for p in self.model.parameters())  # offloaded ones nothing tells
-        # In all processes, which may each hold a part of the weights.
-        if of_first(there) if processes() > 1 else there:
+        # In all processes where each holds a part of the weights, and nowhere else: one may save by itself.
+        sharded = processes() > 1 and is_sharded(self.model)
+        if of_first(there) if sharded else there and main:
             weights = weights_digest(self.model)
             if main:
                 remove_foreign(folder, weights)

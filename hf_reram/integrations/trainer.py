@@ -18,28 +18,14 @@ from ..hub.report import report_of
 from ..hub.trainer import HubMixin
 from ..model.deploy import digital
 from ..model.find import crossbar_layers, crossbar_states, unwrapped
-from ..model.patch import unpatch_model
 from ..model.sharding import is_sharded
 from ..training.checkpoints import marked, staged, write_configs
 from ..training.mixin import TrainingMixin
-from ..training.task_loss import Base, TaskLossMixin
 from . import sentence_transformers
 from .trl import call_head, digital_references, prepared
 
 
-class _Resumed(Base):
-    """What a training that is resumed needs of ``Trainer``."""
-
-    def _run_epoch(self, *args, **kwargs) -> None:
-        """As Trainer's, but a training that was finished before it was resumed gets no step more, which would make
-        other weights of those that were evaluated."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
-
-
-class ReRAMTrainerMixin(TrainingMixin, EvaluationMixin, HubMixin, _Resumed):
+class ReRAMTrainerMixin(TrainingMixin, EvaluationMixin, HubMixin):
     """Crossbars for ``Trainer`` or a subclass of it, such as ``Seq2SeqTrainer``::
 
         class MyTrainer(ReRAMTrainerMixin, Seq2SeqTrainer): ...
@@ -168,6 +154,14 @@ class ReRAMTrainerMixin(TrainingMixin, EvaluationMixin, HubMixin, _Resumed):
         told = {name: value for name, value in config.to_dict().items() if value is not None and name not in left_out}
         return {name: value for name, value in told.items() if value != defaults.get(name)}
 
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """As Trainer's, but a training that was finished before it was resumed gets no step more, which would make
+        other weights of those that were evaluated."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _save_checkpoint(self, model, trial) -> None:
         folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         with marked(folder) if self.args.should_save else nullcontext():
@@ -226,27 +220,3 @@ def _names(classes: Iterable[type]) -> str:
 class ReRAMTrainer(ReRAMTrainerMixin, Trainer):
     """``Trainer`` plus crossbars, with the arguments of :class:`ReRAMTrainerMixin`. Takes plain ``TrainingArguments``;
     everything else works as in ``Trainer``."""
-
-
-class DigitalTrainer(TaskLossMixin, _Resumed, Trainer):
-    """``Trainer`` with the teacher of :class:`ReRAMTrainerMixin` and without crossbars: the control that says what a
-    digital model makes of the same training."""
-
-    @classmethod
-    def beside(cls, trainer: ReRAMTrainer) -> "DigitalTrainer":
-        """One with a trainer's arguments, data, teacher and callbacks, for its model, which is taken off its crossbars:
-        ``trainer`` is of no use afterwards. What a subclass of :class:`ReRAMTrainer` computes otherwise it does not."""
-        own = ("hf_reram.", "transformers.")
-        return cls(
-            unpatch_model(trainer.model),
-            trainer.args,
-            train_dataset=trainer.train_dataset,
-            data_collator=trainer.data_collator,
-            processing_class=trainer.processing_class,
-            compute_loss_func=trainer.compute_loss_func,
-            callbacks=[c for c in trainer.callback_handler.callbacks if not type(c).__module__.startswith(own)],
-            teacher=trainer.teacher,
-            teacher_weight=trainer.teacher_weight,
-            teacher_temperature=trainer.teacher_temperature,
-            freeze_batch_norm=trainer.freeze_batch_norm,
-        )

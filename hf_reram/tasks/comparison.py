@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import Trainer
 from transformers.utils import logging
 
 from ..config import ReRAMConfig
@@ -33,10 +32,8 @@ from ..evaluation.tables import (
 )
 from ..hub.about import About, digital_rows
 from ..hub.publish import publish
-from ..integrations.trainer import DigitalTrainer
-from ..model.deploy import digital
+from ..model.deploy import digital_eval
 from ..model.digest import settings_of, weights_digest
-from ..model.inputs import evaluating
 from ..model.sharding import of_first, processes
 from ..training.checkpoints import last_checkpoint
 
@@ -171,9 +168,8 @@ def run_protocol(
             what["content"] |= _made_of(trainer)
             _claim(folder, what)
         if not about.base_metrics:
-            with digital(trainer.model):
-                of = described([what["content"]["base"], key, versions()])
-                about.base_metrics = _digital_metrics(trainer, evaluate, folder / "base.json", of)
+            of = described([what["content"]["base"], key, versions()])
+            about.base_metrics = _digital_metrics(trainer, evaluate, folder / "base.json", of)
         if prepare is not None:
             prepare(trainer)
         if method.digital:
@@ -225,13 +221,11 @@ def _content_of(dataset: Any) -> str | None:
 
 
 def _control_metrics(trainer: "ReRAMTrainer", evaluate: Callable, home: Path, of: str) -> dict[str, float]:
-    """Those of the base trained digitally, whose model is kept in ``home``."""
-    if (before := _kept(home / "digital.json", of)) is not None:
-        return before
-    control = DigitalTrainer.beside(trainer)
-    _train(control, home)
-    control.save_model(str(home / "model"))
-    return _digital_metrics(control, evaluate, home / "digital.json", of)
+    """Those of the base trained digitally."""
+    file = home / "digital.json"
+    if _kept(file, of) is None:
+        _train(trainer, home, trainer.train_digitally)
+    return _digital_metrics(trainer, evaluate, file, of)
 
 
 def _kept(file: Path, of: str) -> dict[str, float] | None:
@@ -240,22 +234,25 @@ def _kept(file: Path, of: str) -> dict[str, float] | None:
     return before["metrics"] if before.get("of") == of else None
 
 
-def _digital_metrics(trainer: Trainer, evaluate: Callable, file: Path, of: str) -> dict[str, float]:
-    """Those of a trainer's model in evaluation mode, which computes digitally, measured once for the same ``of``."""
+def _digital_metrics(trainer: "ReRAMTrainer", evaluate: Callable, file: Path, of: str) -> dict[str, float]:
+    """Those of a trainer's model off its crossbars, measured once for the same ``of``."""
     if (before := _kept(file, of)) is not None:
         return before
-    model: Any = trainer.model
-    with evaluating(model):
-        found = numbers_of(evaluate(model))
+    with digital_eval(trainer.model):
+        found = numbers_of(evaluate(trainer.model))
     if trainer.is_world_process_zero():
         write_whole(file, json.dumps({"of": of, "metrics": found}, indent=2) + "\n")
     return found
 
 
-def _train(trainer: Trainer, home: Path) -> str:
-    """Train from the last checkpoint on, if there is one; what to say about it, which a resumption says again."""
+def _train(trainer: "ReRAMTrainer", home: Path, train: Callable[..., Any] | None = None) -> str:
+    """Train from the last checkpoint on, if there is one; what to say about it, which a resumption says again.
+
+    Args:
+        train: the trainer's method to do it with; None: ``train``.
+    """
     checkpoint = last_checkpoint(home)
-    done = trainer.train(resume_from_checkpoint=checkpoint)
+    done = (train or trainer.train)(resume_from_checkpoint=checkpoint)
     model: Any = trainer.model
     if hasattr(model, "merge_and_unload"):  # LoRA: a chip has no digital side path
         trainer.model = model.merge_and_unload()
@@ -271,7 +268,7 @@ def _train(trainer: Trainer, home: Path) -> str:
     return note
 
 
-def _machine(trainer: Trainer) -> str:
+def _machine(trainer: "ReRAMTrainer") -> str:
     if trainer.args.device.type == "cuda":
         return f"{trainer.args.world_size} x {torch.cuda.get_device_name()}"
     return f"{torch.get_num_threads() * trainer.args.world_size} CPU threads"

@@ -19,7 +19,7 @@ from ..calibration.settle import calibrate
 from ..config import TRAINING_FIELDS, ReRAMConfig
 from ..device.checks import read_json
 from ..device.seeds import derived_seed
-from ..model.deploy import refuse_modes, warn_uncalibrated
+from ..model.deploy import digital, refuse_modes, warn_uncalibrated
 from ..model.find import crossbar_layers, crossbar_state, crossbar_states
 from ..model.inputs import begins_anew, call_model, forked_rng
 from ..model.patch import patch_model, unpatch_model
@@ -172,6 +172,23 @@ class TrainingMixin(TaskLossMixin):
             ValueError: the model is deployed as a chip, or digital.
         """
         refuse_modes(self.model, "train it")
+        return self._train_from(resume_from_checkpoint, *args, **kwargs)
+
+    def train_digitally(self, resume_from_checkpoint: str | bool | None = None) -> Any:
+        """Train with all crossbars digital: the same data, steps and task loss, without drift, retention loss and the
+        cells' range. What finetuning does by itself; the trainer is then done.
+
+        Raises:
+            ValueError: the config has a retention loss, which a digital model has none of.
+        """
+        if (loss := self.reram_config.retention_loss) != "none":
+            raise ValueError(f"retention_loss={loss!r} in a digital training: allowed is 'none'")
+        self.remove_callback(HoldWeights)
+        self.remove_callback(NameUncalled)
+        with digital(self.model):
+            return self._train_from(resume_from_checkpoint)
+
+    def _train_from(self, resume_from_checkpoint: str | bool | None, *args, **kwargs) -> Any:
         if resume_from_checkpoint:
             if self.is_world_process_zero():
                 set_incomplete_aside(self.args.output_dir or ".")

@@ -167,3 +167,52 @@ def test_it_leaves_no_trace(frozen):
     for n, p in model.named_parameters():
         assert torch.equal(p, before[n]) and p.grad is None and p.requires_grad is not frozen
     assert model.training and torch.is_grad_enabled()
+
+
+def test_effects_are_of_what_reaches_the_array():
+    """An input far beyond its range drives it no more than one at its end."""
+    torch.manual_seed(0)
+    model = nn.Linear(8, 1)  # a value, whose gradient is the same everywhere
+    patch_model(model, ReRAMConfig(device=device(), retention_times=["1d"], center_inputs=False))
+    calibrate(model, [torch.randn(64, 8)])
+    end = float(model.input_range) * torch.randn(64, 8).sign()
+    assert spread_effects(model, [end * 1e4])[""] == pytest.approx(spread_effects(model, [end])[""], rel=1e-5)
+
+
+class Frozen(nn.Module):
+    """Two layers without a gradient, then another; or predictions that have none."""
+
+    def __init__(self, decoded: bool):
+        super().__init__()
+        self.one, self.two, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.decoded = decoded
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.two(self.one(x))
+        x = self.head(x)
+        return x.argmax(-1) if self.decoded else x
+
+
+@pytest.mark.parametrize("decoded", [True, False])
+def test_where_no_gradient_tells_the_own_error_decides(decoded, caplog):
+    torch.manual_seed(0)
+    model = Frozen(decoded).requires_grad_(False)
+    patch_model(model, ReRAMConfig(device=device(), redundancy=1.0, retention_times=["1d"]))
+    with caplog.at_level("WARNING", "hf_reram"):
+        calibrate(model, [torch.randn(64, 8)])
+    assert "cells on top go where a layer's own relative error is largest" in caplog.text
+    layers = crossbar_layers(model)
+    assert max(layers["one"].pairs, layers["two"].pairs) > 1
+    assert not any(layer._forward_hooks for layer in layers.values())
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_weights_of_inference_mode_are_calibrated_all_the_same(caplog):
+    with torch.inference_mode():
+        model = Net().eval()
+    patch_model(model, ReRAMConfig(device=device(), redundancy=0.5, retention_times=["1d"]))
+    with caplog.at_level("WARNING", "hf_reram"):
+        calibrate(model, [torch.randn(16, 2, 8, 8)])
+    assert not any(layer._forward_hooks for layer in crossbar_layers(model).values())
+    assert all(layer.calibrated for layer in crossbar_layers(model).values())

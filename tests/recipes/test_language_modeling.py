@@ -87,9 +87,6 @@ def test_with_labels_with_lora_and_in_bfloat16(run, tmp_path, flags):
     assert "| hf_reram |" in printed and ("| digital, finetuned |" in printed) != label_free
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "hf-reram" / "model")
     assert hf_reram.crossbar_layers(model) and not hasattr(model, "peft_config")
-    if not label_free:
-        control = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "digital-finetuned" / "model")
-        assert not any(type(module).__name__.startswith("Crossbar") for module in control.modules())
 
 
 def test_lora_of_a_mixture_stands_beside_its_experts(run, tmp_path):

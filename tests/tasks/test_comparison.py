@@ -256,15 +256,13 @@ def test_the_control_is_what_a_plain_trainer_makes_of_the_base(comparison):
     expected = comparison.evaluate()(base)
     assert found["control_metrics"] == pytest.approx(expected, rel=1e-6)
     assert found["base_metrics"]["perplexity"] != pytest.approx(expected["perplexity"], rel=1e-3)
-    kept = type(base).from_pretrained(comparison.folder / "digital-finetuned" / "model")
-    assert comparison.evaluate()(kept) == pytest.approx(expected, rel=1e-6)
     row = f"| digital, finetuned | – | {expected['perplexity']:.1f} |"
     assert row in (comparison.folder / "report.md").read_text()
 
 
 def test_the_control_is_trained_once(comparison, monkeypatch):
     first = comparison.run(methods=(CONTROL, NAIVE))[NAIVE.label].about["control_metrics"]
-    monkeypatch.setattr(Trainer, "train", None)
+    monkeypatch.setattr(ReRAMTrainer, "train_digitally", None)
     assert comparison.run(methods=(CONTROL, NAIVE))[NAIVE.label].about["control_metrics"] == first
 
 
@@ -274,8 +272,8 @@ def test_a_control_of_other_texts_is_measured_again(comparison):
         (comparison.folder / file).unlink()
     comparison.held = TEXTS[1:3]
     found = comparison.run(methods=(CONTROL, NAIVE))[NAIVE.label].about["control_metrics"]
-    kept = type(comparison.base).from_pretrained(comparison.folder / "digital-finetuned" / "model")
-    assert found == pytest.approx(comparison.evaluate()(kept), rel=1e-6)
+    comparison.folder /= "other"
+    assert found == comparison.run(methods=(CONTROL, NAIVE))[NAIVE.label].about["control_metrics"]
 
 
 def test_a_base_that_would_follow_itself_has_no_control(comparison):
@@ -294,9 +292,8 @@ def test_the_base_and_the_control_are_measured_in_evaluation_mode(comparison):
 
     comparison.evaluate = lambda: evaluate
     about = comparison.run(methods=(NAIVE, CONTROL), metric="metric", key="sum")[NAIVE.label].about
-    kept = type(comparison.base).from_pretrained(comparison.folder / "digital-finetuned" / "model")
     assert about["base_metrics"] == {"metric": pytest.approx(evaluate(comparison.base.eval()), rel=1e-6)}
-    assert about["control_metrics"] == {"metric": pytest.approx(evaluate(kept.eval()), rel=1e-6)}
+    assert about["control_metrics"].keys() == {"metric"} and about["control_metrics"] != about["base_metrics"]
 
 
 def test_a_control_alone_is_no_comparison(comparison):
