@@ -64,7 +64,7 @@ def evaluate_robustness(
         references: also evaluate the digital model and the ideal crossbar (I-V curve and converters, nothing else).
         progress: show a progress bar.
         resume: a file that keeps each finished run; those of the same weights, configs (the model's own too) and
-            ``key`` are not run again, unless another version of hf_reram, torch or transformers ran them.
+            ``key`` are not run again, unless another version of hf_reram, torch, transformers or Python ran them.
         key: for ``resume``, what ``evaluate`` depends on beside the model, such as its data set, split, samples and
             seed: any JSON value. None: a fingerprint of ``evaluate``, its code with all that it names and holds.
         share_chips: with several processes, each runs its share of the chips, and all get the whole report;

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,8 +21,9 @@ logger = logging.get_logger(__name__)
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that make a figure."""
-    return {"hf_reram": __version__, "torch": str(torch.__version__), "transformers": transformers.__version__}
+    """Of the packages that make a figure, and of Python, whose code is what tells evaluations apart."""
+    packages = {"hf_reram": __version__, "torch": str(torch.__version__), "transformers": transformers.__version__}
+    return {**packages, "python": ".".join(platform.python_version_tuple()[:2])}
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,11 @@ class RunLog:
         self.autocasts: set[str] = set()
 
     def read(self) -> dict[Run, dict[str, float]]:
-        """The finished runs of these :func:`versions`: others stay in the file, and a warning counts them.
+        """The finished runs of these :func:`versions`: a warning counts others, which stay in the file, whosever they
+        are, since of other versions the same model may have another fingerprint.
 
         Raises:
-            ValueError: some are of another owner.
+            ValueError: some of these versions are of another owner.
         """
         lines = self.path.read_bytes().splitlines() if self.path.exists() else []
         try:
@@ -74,6 +77,11 @@ class RunLog:
             entries = [fields_of(entry, ENTRY, KNOWN) for entry in parsed]
         except ValueError as error:
             raise ValueError(f"{self.path} is no file of finished runs: {error}; delete it or name another") from error
+        now = versions()
+        if stale := [entry.get("versions", {}) for entry in entries if entry.get("versions") != now]:
+            other = ", ".join(f"{name} {stale[-1].get(name)}" for name in now if stale[-1].get(name) != now[name])
+            logger.warning("%s holds %d runs of %s: they are run again", self.path, len(stale), other)
+        entries = [entry for entry in entries if entry.get("versions") == now]
         if foreign := [
             entry for entry in entries if entry["of"] != self.owner or not self._has(entry.get("values", {}))
         ]:
@@ -82,11 +90,6 @@ class RunLog:
                 f"({self._difference(foreign[0].get('parts'))}): allowed are those of this model and this key; delete "
                 "it or name another file"
             )
-        now = versions()
-        if stale := [entry.get("versions", {}) for entry in entries if entry.get("versions") != now]:
-            other = ", ".join(f"{name} {stale[-1].get(name)}" for name in now if stale[-1].get(name) != now[name])
-            logger.warning("%s holds %d runs of %s: they are run again", self.path, len(stale), other)
-        entries = [entry for entry in entries if entry.get("versions") == now]
         self.uncalled = {name for entry in entries for name in entry.get("uncalled", ())}
         self.autocasts = {name for entry in entries for name in entry.get("autocasts", ())}
         return {Run(**fields_of(entry["run"], RUN)): entry["metrics"] for entry in entries}

@@ -238,8 +238,13 @@ def test_runs_of_other_versions_are_run_again(model, tmp_path, caplog, monkeypat
         assert found() == found() == [5.0, 6.0, 7.0, 8.0]
     assert f"{log} holds 4 runs of torch {torch.__version__}: they are run again" in caplog.text
     assert found() == [1.0, 2.0, 3.0, 4.0] and "holds 4 runs of torch 0.1: they are run again" in caplog.text
+    with monkeypatch.context() as patch:  # which says what tells the model in other words, too
+        patch.setattr("platform.python_version_tuple", lambda: ("3", "1", "4"))
+        patch.setattr(model, "said", "by a config of another transformers", raising=False)
+        assert found() == found() == [9.0, 10.0, 11.0, 12.0]
+    assert found() == [1.0, 2.0, 3.0, 4.0] and "holds 8 runs of python 3.1: they are run again" in caplog.text
     log.write_text(re.sub(r', "versions": .*?}', "", log.read_text()))  # as earlier versions wrote it
-    assert found() == [9.0, 10.0, 11.0, 12.0]
+    assert found() == [13.0, 14.0, 15.0, 16.0]
 
 
 def test_one_metric_that_is_nan_is_shown_and_not_the_end(model, tmp_path, caplog):
