@@ -27,6 +27,7 @@ CHANGING = (
     *("add", "append", "appendleft", "clear", "discard", "extend", "insert", "pop", "popitem", "remove", "setdefault"),
     "update",
 )
+OVERWRITING = ("copy_", "fill", "fill_", "zero_")  # of tensors and arrays
 # By which an object is used.
 USES = ("__call__", "__getitem__", "__getitems__", "__iter__", "__next__", "__len__", "forward")
 
@@ -149,7 +150,8 @@ def _local_file(name: str) -> str | None:
 @cache
 def changed_in(code: types.CodeType) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
     """Names of variables that are not code's own and, with a dot before, of attributes of its first argument: those
-    that it sets, those that it changes in place, as by ``append`` or under an index, and all that it names."""
+    that it sets, those that it changes in place, as by ``append`` or under an index, with "[:]" after them where all of
+    a tensor is written, and all that it names, also with what it takes of them, as in "meter update"."""
     own, bound, altered, named = code.co_varnames[:1], set(), set(), set()
     for part in codes_of(code):
         steps = list(dis.get_instructions(part))
@@ -161,14 +163,18 @@ def changed_in(code: types.CodeType) -> tuple[frozenset[str], frozenset[str], fr
                 now = "." if (last,) == own else "" if "LOAD_FAST" in step.opname else last
             elif step.opname in ATTRIBUTES and before == ".":
                 now = f".{name}"
-            elif step.opname in ATTRIBUTES and name in CHANGING:
-                altered.add(before)
+            elif step.opname in ATTRIBUTES and before:
+                named.add(f"{before} {name}")
+                altered |= {before} if name in CHANGING else {f"{before}[:]"} if name in OVERWRITING else set()
             elif step.opname in ("STORE_GLOBAL", "STORE_DEREF"):
                 bound.add(name)
             elif step.opname in ("STORE_ATTR", "DELETE_ATTR") and before == ".":
                 bound.add(f".{name}")
             elif step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
-                altered.add(_indexed(steps, loaded))
+                index = _indexed(steps, loaded)
+                altered |= {index, f"{index}[:]"} if _is_whole(steps[: len(loaded)]) else {index}
+            elif step.opname == "STORE_SLICE" and _is_whole(steps[: len(loaded)]):  # as of Python 3.12
+                altered |= {loaded[-3], f"{loaded[-3]}[:]"}
             loaded.append(now)
         named |= {*loaded}
     return frozenset(bound), frozenset(altered), frozenset(named)
@@ -185,6 +191,12 @@ def _indexed(steps: list[dis.Instruction], loaded: list[str]) -> str:
     return loaded[at - 1] if at else ""
 
 
+def _is_whole(steps: list[dis.Instruction]) -> bool:
+    """Whether the index that the last of the steps leave on top is ``[:]`` or ``[...]``."""
+    texts = [step.argrepr for step in steps if step.opname != "BUILD_SLICE"]
+    return texts[-2:] == ["None", "None"] or texts[-1] in ("Ellipsis", "slice(None, None, None)")
+
+
 def _code_of(part: Any) -> types.CodeType | None:
     """Of a method, property or the like."""
     inner = (getattr(part, attribute, None) for attribute in ("fget", "func", "__func__"))
@@ -195,13 +207,14 @@ def _code_of(part: Any) -> types.CodeType | None:
 
 
 @cache
-def changed_in_use(cls: type) -> tuple[frozenset[str], frozenset[str]]:
+def changed_in_use(cls: type, uses: frozenset[str] = frozenset()) -> tuple[frozenset[str], ...]:
     """Names of attributes that objects of a class set, and that they change in place, when they are called, run through
-    or asked for items: their state. What their making is told is none."""
+    or asked for items, or by ``uses``, their methods that something calls: their state. What their making is told is
+    none. Third, what they take of attributes, as :func:`changed_in` has it."""
     bound: set[str] = set()
     altered: set[str] = set()
     asked: set[str] = set()
-    todo = [*USES]
+    todo = [*USES, *uses]
     while todo:
         asked.add(name := todo.pop())
         for code in filter(None, (_code_of(vars(parent).get(name)) for parent in cls.__mro__)):
@@ -211,7 +224,8 @@ def changed_in_use(cls: type) -> tuple[frozenset[str], frozenset[str]]:
             todo += names - asked
     made = (_code_of(vars(parent).get("__init__")) for parent in cls.__mro__)
     told = {name for code in made if code for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]}
-    return frozenset(bound - told), frozenset(altered - told)
+    altered -= {*told, *(f"{name}[:]" for name in told)}
+    return frozenset(bound - told), frozenset(altered), frozenset(asked)
 
 
 # What a subclass adds

@@ -5,8 +5,9 @@ import enum
 import functools
 import hashlib
 import json
+import random
 import types
-from collections import OrderedDict, defaultdict, deque
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import PurePath
 from typing import Any
@@ -22,7 +23,7 @@ BUILT_IN = (
     *(types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, np.ufunc),
     *(types.MemberDescriptorType, types.GetSetDescriptorType),
 )
-CONTAINERS = (list, dict, set, OrderedDict, defaultdict, deque)
+CONTAINERS = (list, dict, set, deque)
 # Of what transformers has: where it is from, how it is stored and called, and what its class says.
 UNTOLD = (
     *("_name_or_path", "name_or_path", "transformers_version", "_commit_hash", "vocab_file", "merges_file"),
@@ -110,6 +111,7 @@ class _Description:
         self.read: dict[str | PurePath, str | None] = {}  # what is in files, by their path
         self.known: dict[int, tuple[Any, str]] = {}  # holds on to the values, whose ids others would get
         self.above: dict[int, int] = {}
+        self.uses: dict[int, tuple[Any, set[str]]] = {}  # what code takes of values, by their ids
 
     def of(self, value: Any) -> Any:
         if value is None or (isinstance(value, (bool, int, float, str)) and not isinstance(value, enum.Enum)):
@@ -180,15 +182,17 @@ class _Description:
 
     def function(self, value: types.FunctionType) -> list:
         of, code = self.of, value.__code__
-        bound, altered, _ = changed_in(code)
+        bound, altered, named = changed_in(code)
         closed = zip(code.co_freevars, value.__closure__ or ())
         inside = {name: cell.cell_contents for name, cell in closed if cell != types.CellType()}
+        self.use(inside, named)
         kept = self.without_state(inside, bound, altered)
         parts = [_name(value), of(value.__defaults__), of(value.__kwdefaults__), *(of(kept[name]) for name in kept)]
         if is_installed(value.__globals__.get("__name__")):  # a decorator may have given it another __module__
             return parts
         reads = globals_of(code)
         known = {name: value.__globals__[name] for name in sorted(reads) if name in value.__globals__}
+        self.use(known, named)
         used = []
         for name, item in self.without_state(known, bound, altered).items():
             if name[:2] != "__":
@@ -200,12 +204,23 @@ class _Description:
 
     @staticmethod
     def without_state(values: dict, bound: Collection[str], altered: Collection[str]) -> dict:
-        """Those that are not set, nor if they are lists or the like changed, by what they are values of."""
-        return {
-            name: value
-            for name, value in values.items()
-            if name not in bound and not (name in altered and type(value) in CONTAINERS)
-        }
+        """Those that are not set, nor if they are lists or the like changed, nor tensors overwritten, by what they are
+        values of. Containers of libraries, such as data sets, count."""
+
+        def is_filled(name: str, value: Any) -> bool:
+            if isinstance(value, (torch.Tensor, np.ndarray)):
+                return f"{name}[:]" in altered
+            plain = type(value).__module__ in ("builtins", "collections") or not is_installed(type(value).__module__)
+            return name in altered and isinstance(value, CONTAINERS) and plain
+
+        return {name: value for name, value in values.items() if name not in bound and not is_filled(name, value)}
+
+    def use(self, values: dict, named: Iterable[str]) -> None:
+        """Note down which attributes code takes of values, by their names."""
+        for found in named:
+            name, _, attribute = found.partition(" ")
+            if attribute and name in values:
+                self.uses.setdefault(id(values[name]), (values[name], set()))[1].add(attribute)
 
     def source(self, names: Iterable[str]) -> list:
         """Of modules of a script's own their files, and what has been set in them since."""
@@ -231,7 +246,8 @@ class _Description:
         """What makes instances of a class do what they do, and is no installed package's."""
         if is_installed(cls.__module__):
             return
-        _, altered = changed_in_use(cls)
+        _, altered, named = changed_in_use(cls)
+        self.use(dict(vars(cls)), named)
         for name, part in sorted(self.without_state(dict(vars(cls)), (), altered).items()):
             special = name.startswith("__") and name.endswith("__")  # of these, what they do
             if name != "_abc_impl" and (not special or callable(part) or isinstance(part, (staticmethod, classmethod))):
@@ -244,6 +260,7 @@ class _Description:
 
         of = self.of
         cls: Any = type(value)
+        _, uses = self.uses.get(id(value), (value, set()))
         if callable(getattr(cls, "told_by", None)):
             return [of(cls), of(value.told_by())]
         if isinstance(value, (Dataset, IterableDataset)):
@@ -258,6 +275,8 @@ class _Description:
             return [_name(cls), hashlib.sha256(text.encode()).hexdigest()]
         if isinstance(value, torch.Generator):  # how far it is, its use says
             return [_name(cls), value.initial_seed()]
+        if isinstance(value, (random.Random, np.random.RandomState)) and "seed" in uses:  # anew at each use
+            return [_name(cls)]
         if isinstance(value, np.random.Generator):
             return [_name(cls), of(value.bit_generator.seed_seq)]
         if any(each.__module__ == "evaluate.module" for each in cls.__mro__) and hasattr(value, "config_name"):
@@ -279,8 +298,11 @@ class _Description:
             return [_name(cls), made]
         _, args, state, items, pairs = (*made, *[None] * 5)[:5]
         if isinstance(state, dict):
-            state = self.without_state(state, *changed_in_use(cls))
-            state = {name: part for name, part in state.items() if name not in untold}
+            own = not is_installed(cls.__module__)  # of others, methods that are called may well set what counts
+            bound, altered, named = changed_in_use(cls, frozenset(uses if own else ()))
+            remembered = {name for name in state if isinstance(getattr(cls, name, None), functools.cached_property)}
+            state = self.without_state(state, {*bound, *untold, *remembered}, altered)
+            self.use(state, named)
         return [of(cls), of(tuple(args)), of(state), of(list(items or ())), of(list(pairs or ()))]
 
 

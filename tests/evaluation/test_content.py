@@ -1,10 +1,13 @@
 """Two fingerprints are the same just where what they are of does the same."""
 
+import collections
 import copy
 import enum
 import functools
 import io
 import json
+import pickle
+import random
 import re
 import threading
 from pathlib import Path
@@ -12,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from transformers import (
     ByT5Tokenizer,
     CLIPImageProcessor,
@@ -387,3 +390,90 @@ def test_settings_are_what_changes_a_figure(tmp_path):
     assert settings_of(model) != mine
     assert settings_of(torch.nn.Linear(2, 2)).keys() == {"modules"}
     assert settings_of(torch.nn.ModuleDict({"one": tiny_bert()}))["one.hidden_act"] == "gelu"
+
+
+class Meter:
+    def __init__(self, scale=1.0):
+        self.scale = scale
+        self.reset()
+
+    def reset(self):
+        self.sum, self.count = 0.0, 0
+
+    def update(self, value):
+        self.sum += self.scale * value
+        self.count += 1
+
+    def rescale(self, factor):
+        self.factor = factor
+
+
+class Averaging:
+    def __init__(self, scale=1.0, rows=3):
+        self.meter, self.rows = Meter(scale), rows
+
+    @functools.cached_property
+    def data(self):
+        return torch.ones(self.rows)
+
+    def __call__(self, factor):
+        self.meter.reset()
+        self.meter.update(float((self.data * factor).sum()))
+        return self.meter.sum / self.meter.count
+
+
+def test_meters_and_cached_properties_of_an_evaluation_are_state():
+    used = Averaging()
+    before = described(used)
+    assert used(2.0) == 6.0 and used.meter.count == 1 and len(vars(used)["data"]) == 3
+    assert described(used) == before and told_apart(used, Averaging(scale=2.0), Averaging(rows=4))
+    used.meter.rescale(2.0)  # which the evaluation does not
+    assert described(used) != before
+
+
+def named_and_closed_over(use, kept):
+    """Functions that use it as a global, and as a variable of what they are in."""
+    names = {"__name__": "__main__", "KEPT": kept, "torch": torch, "np": np}
+    lines = [f"def score():\n  {use}", f"def outer(KEPT):\n  def score():\n    {use}\n  return score"]
+    exec("\n".join(lines), names)
+    return [names["score"], names["outer"](kept)]
+
+
+@pytest.mark.parametrize(
+    "use, kept",
+    [
+        ("KEPT['calls'] += 1", collections.Counter()),
+        ("KEPT[:] = torch.ones(3)", torch.zeros(3)),
+        ("KEPT[...] = np.ones(3)", np.zeros(3)),
+        ("KEPT.copy_(torch.ones(3))", torch.zeros(3)),
+        ("KEPT.update(2.0)", Meter()),
+        ("KEPT.seed(0); KEPT.random()", random.Random(1)),
+        ("KEPT.seed(0); KEPT.rand()", np.random.RandomState(1)),
+    ],
+    ids=str,
+)
+def test_what_an_evaluation_fills_anew_does_not_count(use, kept):
+    for at in range(2):
+        used = copy.deepcopy(kept)
+        score = named_and_closed_over(use, used)[at]
+        before, was = described(score), pickle.dumps(used)
+        score()
+        assert described(score) == before and pickle.dumps(used) != was
+
+
+@pytest.mark.parametrize(
+    "use, one, other",
+    [
+        ("KEPT[0] = 1.0", torch.zeros(3), torch.ones(3)),
+        ("KEPT[KEPT == -100] = 0", np.zeros(3), np.ones(3)),
+        ("KEPT[1:] = 0", np.zeros(3), np.ones(3)),
+        ("KEPT.update(2.0)", Meter(1.0), Meter(2.0)),
+        ("KEPT.random()", random.Random(1), random.Random(2)),
+        ("KEPT.rand()", np.random.RandomState(1), np.random.RandomState(2)),
+        ("KEPT.pop('b', None)", *(DatasetDict(a=Dataset.from_dict({"x": [x]})) for x in (1, 2))),
+    ],
+    ids=str,
+)
+def test_what_an_evaluation_starts_from_counts(use, one, other):
+    for first, second in zip(named_and_closed_over(use, one), named_and_closed_over(use, other)):
+        assert told_apart(first, second)
