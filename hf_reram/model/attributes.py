@@ -70,7 +70,8 @@ def attributes_of(model: nn.Module) -> dict[str, Any]:
         if not isinstance(module, WRAPPERS) and TRANSPARENT.isdisjoint(module._modules):
             found.add("class", name, cls.__qualname__)
         for attribute, value in _held(module):
-            if f".{attribute}" in written[cls] or _is_dynamic(module, attribute):
+            remembered = isinstance(getattr(cls, attribute, None), functools.cached_property)
+            if remembered or f".{attribute}" in written[cls] or _is_dynamic(module, attribute):
                 continue
             if isinstance(value, CALLED) and hasattr(cls, attribute):  # a method of its own, as of what has wrapped it
                 methods = {id(part): part for parent in cls.__mro__ for part in vars(parent).values()}
@@ -125,6 +126,9 @@ class _Found:
             for attribute, lines in self.lines.items()
         }
         return dict(sorted({**hashes, **self.sums}.items()))
+
+
+NO_CODE = _Found().fingerprints()[CODE]  # what is told of models of libraries alone
 
 
 def _sums(tensor: torch.Tensor, name: str) -> list[float]:
@@ -199,6 +203,7 @@ def _written_by(model: nn.Module) -> dict[type, set[str]]:
         hooks = [hook if isinstance(hook, CALLED) else type(hook).__call__ for hook in hooks]
         begun.setdefault(_class_of(module), []).extend(found for hook in hooks for found in _function(hook))
     written: dict[type, set[str]] = {cls: set() for cls in begun}
+    elsewhere: set[str] = set()  # on modules of whichever class
     looked: set[tuple[type, types.CodeType]] = set()
     asked, new = set(MAKING), {"forward"}
     while new:
@@ -211,13 +216,14 @@ def _written_by(model: nn.Module) -> dict[type, set[str]]:
                 if (cls, function.__code__) in looked:
                     continue
                 looked.add((cls, function.__code__))
-                names, loaded = writes(function.__code__)
+                names, others, loaded = writes(function.__code__)
                 written[cls] |= names
+                elsewhere |= others
                 named |= loaded
                 beside = [found for name in loaded for found in _function(function.__globals__.get(name))]
                 todo += [found for found in beside if found.__globals__ is function.__globals__]
         new = named - asked
-    return written
+    return {cls: names | elsewhere for cls, names in written.items()}
 
 
 @cache

@@ -39,13 +39,16 @@ class Untold(Exception):
 # Values
 
 
-def told(value: Any, floats: list[torch.Tensor], above: frozenset[int] = frozenset()) -> Any:
+def told(
+    value: Any, floats: list[torch.Tensor], above: frozenset[int] = frozenset(), written: frozenset[str] = frozenset()
+) -> Any:
     """A value as JSON: numbers, texts and containers as they are, functions and classes by their names, arrays by their
     content, objects of a script's own classes by what they hold.
 
     Args:
         floats: gets the arrays of floating-point numbers in it, of which only the shape is told, since devices differ
-            in their last bits. above: ids of what the value is in.
+            in their last bits. above: ids of what the value is in. written: attributes of an object that do not count,
+            after a dot.
 
     Raises:
         Untold: it is of another kind, or in itself.
@@ -74,7 +77,7 @@ def told(value: Any, floats: list[torch.Tensor], above: frozenset[int] = frozens
     if isinstance(value, NAMED):
         return value.__qualname__ if hasattr(value, "__qualname__") else value.__name__
     if isinstance(value, (types.SimpleNamespace, argparse.Namespace)) or _is_own(value):
-        return [type(value).__qualname__, _held(value, floats, above)]
+        return [type(value).__qualname__, _held(value, floats, above, written)]
     raise Untold
 
 
@@ -86,11 +89,12 @@ def _is_own(value: Any) -> bool:
     )
 
 
-def _held(value: Any, floats: list[torch.Tensor], above: frozenset[int]) -> dict[str, Any]:
-    """Those attributes of an object that can be told, its class's among them, and that its methods do not write."""
+def _held(value: Any, floats: list[torch.Tensor], above: frozenset[int], beside: frozenset[str]) -> dict[str, Any]:
+    """Those attributes of an object that can be told, its class's among them, and that neither its methods write nor what
+    is ``beside`` it."""
     parts = {name: part for cls in reversed(type(value).__mro__) if _counts(cls) for name, part in vars(cls).items()}
     methods = [part for name, part in parts.items() if isinstance(part, types.FunctionType) and name not in MAKING]
-    written = {name for method in methods for name in writes(method.__code__)[0]}
+    written = beside.union(*(writes(method.__code__)[0] for method in methods))
     parts |= {name: getattr(value, name, None) for name in getattr(value, "__dataclass_fields__", ())}  # also of slots
     found = {}
     for name, part in {**parts, **getattr(value, "__dict__", {})}.items():
@@ -135,8 +139,8 @@ def code_of(value: Any, floats: list[torch.Tensor], known: dict[Any, Any] | None
 
 
 def code_in(value: Any, floats: list[torch.Tensor], seen: dict[Any, Any] | None = None) -> list[Any]:
-    """The code of a script's own in a function, class or object, as JSON: its bytecode, what it closes over, and the
-    functions and values that it names. Empty where all is of installed packages.
+    """The code of a script's own in a function, class or object, as JSON: its bytecode, and the functions and
+    values that it closes over or names and does not write. Empty where all is of installed packages.
 
     Args:
         floats: see :func:`told`. seen: by id, what is not told again.
@@ -146,12 +150,15 @@ def code_in(value: Any, floats: list[torch.Tensor], seen: dict[Any, Any] | None 
         return []
     seen[id(value)] = value
     if isinstance(value, types.FunctionType):
-        inside = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
+        code = value.__code__
+        cells = zip(code.co_freevars, value.__closure__ or ())
+        kept = [(name, cell) for name, cell in cells if name not in writes(code)[0] and cell != types.CellType()]
+        inside = {name: cell.cell_contents for name, cell in kept}
         if not is_installed(value.__globals__.get("__name__")):  # its own, whatever it says that it wraps
-            code = value.__code__
-            parts = [value.__defaults__, value.__kwdefaults__, *inside, *_named(value)]
-            return [_bytecode(code), *(_used(part, code, floats, seen) for part in parts)]
-        parts = [part for part in inside if isinstance(part, (types.FunctionType, types.MethodType, functools.partial))]
+            parts = [("", value.__defaults__), ("", value.__kwdefaults__), *inside.items(), *_named(value).items()]
+            return [_bytecode(code), *(_used(part, code, floats, seen, name) for name, part in parts)]
+        called = (types.FunctionType, types.MethodType, functools.partial)
+        parts = [part for part in inside.values() if isinstance(part, called)]
     elif isinstance(value, functools.partial):
         parts = [value.func, *value.args, *value.keywords.values()]
     elif isinstance(value, (types.MethodType, staticmethod, classmethod)):
@@ -167,9 +174,12 @@ def code_in(value: Any, floats: list[torch.Tensor], seen: dict[Any, Any] | None 
     return [inner for part in parts if (inner := code_in(part, floats, seen))]
 
 
-def _used(value: Any, code: types.CodeType, floats: list[torch.Tensor], seen: dict[Any, Any]) -> list[Any]:
-    """What code takes of a value that it names: all, or of modules, classes and settings the attributes that it names,
-    too."""
+def _used(
+    value: Any, code: types.CodeType, floats: list[torch.Tensor], seen: dict[Any, Any], name: str = ""
+) -> list[Any]:
+    """What code takes of a value that it has under a name and does not write there: all, or of modules, classes and
+    settings the attributes that it names, too."""
+    written = frozenset(found[len(name) :] for found in writes(code)[0] if name and found.startswith(f"{name}."))
     if isinstance(value, types.ModuleType) and is_installed(value.__name__):
         return []
     parted = (types.ModuleType, argparse.Namespace, types.SimpleNamespace)
@@ -178,21 +188,21 @@ def _used(value: Any, code: types.CodeType, floats: list[torch.Tensor], seen: di
             return []
         seen[id(value), code] = value
         names = sorted({name for part in codes_of(code) for name in part.co_names} & vars(value).keys())
-        parts = [[name, _used(vars(value)[name], code, floats, seen)] for name in names if name[:2] != "__"]
+        kept = [each for each in names if each[:2] != "__" and f".{each}" not in written]
+        parts = [[each, _used(vars(value)[each], code, floats, seen)] for each in kept]
         return [*code_in(value, floats, seen), *parts]
     try:
-        plain = told(value, floats)
+        plain = told(value, floats, written=written)
     except Untold:
         plain = None
     return [plain, *code_in(value, floats, seen)]
 
 
-def _named(function: types.FunctionType) -> list[Any]:
+def _named(function: types.FunctionType) -> dict[str, Any]:
     """The globals that a function reads and does not write."""
     names = {step.argval for part in codes_of(function.__code__) for step in dis.get_instructions(part) if _loads(step)}
-    written, _ = writes(function.__code__)
-    known = function.__globals__.keys() - written
-    return [function.__globals__[name] for name in sorted(names & known) if name[:2] != "__"]
+    known = function.__globals__.keys() - writes(function.__code__)[0]
+    return {name: function.__globals__[name] for name in sorted(names & known) if name[:2] != "__"}
 
 
 def _loads(step: dis.Instruction) -> bool:
@@ -216,26 +226,31 @@ def _bytecode(code: types.CodeType) -> list[Any]:
 
 
 @cache
-def writes(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
-    """Names that a function's source assigns or changes in place, those of attributes after a dot, and all attributes
-    and functions that it names; none where the source is not there."""
+def writes(code: types.CodeType) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
+    """Names that a function's source assigns or changes in place, attributes after a dot and, where they are of a
+    variable, after its name and a dot; attributes of others than ``self``, after a dot; and all attributes and
+    functions that it names. None where the source is not there."""
+    changed: list[ast.AST] = []
     written: set[str] = set()
     named: set[str] = set()
     for node in ast.walk(_tree(code)):
         if isinstance(node, (ast.Attribute, ast.Name, ast.Subscript)) and not isinstance(node.ctx, ast.Load):
-            written.update(_chain(node))
+            changed.append(node)
         if isinstance(node, (ast.Attribute, ast.Name)):
             named.add(node.attr if isinstance(node, ast.Attribute) else node.id)
         if not isinstance(node, ast.Call):
             continue
         called = getattr(node.func, "attr", getattr(node.func, "id", ""))
         if isinstance(node.func, ast.Attribute) and (called in CHANGING or _is_in_place(called)):
-            written.update(_chain(node.func.value))
-        for keyword in node.keywords:
-            written.update(_chain(keyword.value) if keyword.arg == "out" else ())
+            changed.append(node.func.value)
+        changed += [keyword.value for keyword in node.keywords if keyword.arg == "out"]
         if called in REGISTERING:
             written.update(f".{part.value!s}" for part in node.args if isinstance(part, ast.Constant))
-    return frozenset(written), frozenset(named)
+    chains = [[*_chain(node)] for node in changed]
+    written |= {name for chain in chains for name in chain if name[0] == "." or len(chain) == 1}
+    written |= {f"{chain[-1]}{chain[-2]}" for chain in chains if len(chain) > 1 and chain[-1][0] != "."}
+    others = {name for chain in chains for name in (chain[:-2] if chain[-1:] == ["self"] else chain)}
+    return frozenset(written), frozenset(others), frozenset(named)
 
 
 def _is_in_place(method: str) -> bool:
@@ -253,8 +268,12 @@ def _chain(node: ast.AST) -> Iterator[str]:
 
 
 def _tree(code: types.CodeType) -> ast.AST:
+    """Of a function; of lambdas all that are in the same lines, without what is around them."""
     try:
         source = inspect.getsource(code)
-        return ast.parse(f"if 1:\n{source}" if source[:1].isspace() else source)
+        tree = ast.parse(f"if 1:\n{source}" if source[:1].isspace() else source)
     except (OSError, TypeError, SyntaxError, TokenError):  # typed in, or a part of an expression
         return ast.Module([], [])
+    if code.co_name != "<lambda>":
+        return tree
+    return ast.Tuple([node for node in ast.walk(tree) if isinstance(node, ast.Lambda)], ast.Load())

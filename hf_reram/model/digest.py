@@ -12,7 +12,7 @@ from ..nn import CrossbarLayer
 from ..nn.scalars import BUFFERS
 from ..nn.tensors import whole
 from .adapters import adapter_keys, adapter_scales, adapters_in_use
-from .attributes import TRAINING_ONLY, VALUES, are_close, attributes_of
+from .attributes import NO_CODE, TRAINING_ONLY, VALUES, are_close, attributes_of
 from .find import WRAPPERS, crossbar_states, unwrapped, walk
 from .sharding import reshard
 
@@ -131,6 +131,7 @@ def model_digest(model: nn.Module, weights: str | None = None) -> str:
     """
     configs = [state.config.to_dict() for state in crossbar_states(model)]
     settings = settings_of(model)
-    settings["modules"] = {name: part for name, part in settings["modules"].items() if not name.endswith(VALUES)}
+    modules = settings["modules"].items()
+    settings["modules"] = {name: part for name, part in modules if not name.endswith(VALUES) and part != NO_CODE}
     config = json.dumps([configs, settings], sort_keys=True)
     return hashlib.sha256(f"{weights or weights_digest(model)} {config}".encode()).hexdigest()

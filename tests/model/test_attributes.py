@@ -310,3 +310,74 @@ def test_a_stored_report_and_a_resumed_evaluation_know_tables(tmp_path):
     assert report_of(model) is None
     with pytest.raises(ValueError, match="what differs: 'modules'"):
         evaluate_robustness(model, score, ["1d"], seeds=1, progress=False, resume=log, key="score")
+
+
+class Window(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.length, self.gain = None, 1.0
+
+    def forward(self, x):
+        return x * self.gain * self.mask[: self.length]
+
+    @functools.cached_property
+    def mask(self):
+        return torch.ones(8)
+
+
+class Windows(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.windows = nn.ModuleList([Window()])
+
+    def forward(self, x):
+        for window in self.windows:
+            window.length = len(x)
+            x = window(x)
+        return x
+
+
+def test_what_a_forward_writes_on_modules_inside_and_remembers_tells_nothing():
+    """As Swin has it."""
+    model = Windows()
+    told = attributes_of(model)
+    model(torch.ones(5))
+    assert model.windows[0].length == 5 and len(vars(model.windows[0])["mask"]) == 8
+    assert attributes_of(model) == told and "gain" in told
+    model.windows[0].gain = 2.0
+    assert other_settings(told, attributes_of(model)) == ["gain"]
+
+
+def recording(gain, kind):
+    """A module with a hook that keeps what it sees in variables around it, and scales by another."""
+    model, calls, seen, by_name, kept = nn.Linear(2, 2), 0, [], {}, types.SimpleNamespace(gain=gain, calls=0)
+
+    def counting(module, args, output):
+        nonlocal calls
+        calls += 1
+        by_name.setdefault("all", []).append(output.detach())
+        kept.calls += 1
+        return output * kept.gain
+
+    if kind == "function":
+        model.register_forward_hook(counting)
+    else:
+        _ = (by := gain), model.register_forward_hook(lambda m, a, o: seen.append(o.detach()) or o * by)
+    return model, lambda: (calls, len(seen), kept.calls)
+
+
+@pytest.mark.parametrize("kind, count", [("function", (2, 0, 2)), ("lambda", (0, 2, 0))])
+def test_what_a_hook_records_tells_nothing_and_what_it_computes_with_does(kind, count):
+    model, counts = recording(1.0, kind)
+    told = attributes_of(model)
+    for _ in range(2):
+        model(torch.ones(2, 2))
+    assert counts() == count and attributes_of(model) == told == attributes_of(recording(1.0, kind)[0])
+    assert other_settings(told, attributes_of(recording(2.0, kind)[0])) == [CODE]
+
+
+def test_a_model_of_libraries_is_the_same_in_another_python(monkeypatch):
+    model, own = nn.Linear(2, 2), Windows()
+    digests = [model_digest(model), model_digest(own)]
+    monkeypatch.setattr("hf_reram.model.attributes.CODE", "code of Python 3.1")
+    assert model_digest(model) == digests[0] and model_digest(own) != digests[1]
