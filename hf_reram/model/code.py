@@ -90,8 +90,8 @@ def _is_own(value: Any) -> bool:
 
 
 def _held(value: Any, floats: list[torch.Tensor], above: frozenset[int], beside: frozenset[str]) -> dict[str, Any]:
-    """Those attributes of an object that can be told, its class's among them, and that neither its methods write nor what
-    is ``beside`` it."""
+    """Those attributes of an object that can be told, its class's among them, without those that its
+    methods write, and those ``beside``."""
     parts = {name: part for cls in reversed(type(value).__mro__) if _counts(cls) for name, part in vars(cls).items()}
     methods = [part for name, part in parts.items() if isinstance(part, types.FunctionType) and name not in MAKING]
     written = beside.union(*(writes(method.__code__)[0] for method in methods))

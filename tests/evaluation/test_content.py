@@ -439,6 +439,10 @@ def named_and_closed_over(use, kept):
     return [names["score"], names["outer"](kept)]
 
 
+def kind_of(value):
+    return value if isinstance(value, str) else type(value).__name__
+
+
 @pytest.mark.parametrize(
     "use, kept",
     [
@@ -450,7 +454,7 @@ def named_and_closed_over(use, kept):
         ("KEPT.seed(0); KEPT.random()", random.Random(1)),
         ("KEPT.seed(0); KEPT.rand()", np.random.RandomState(1)),
     ],
-    ids=str,
+    ids=kind_of,
 )
 def test_what_an_evaluation_fills_anew_does_not_count(use, kept):
     for at in range(2):
@@ -472,7 +476,7 @@ def test_what_an_evaluation_fills_anew_does_not_count(use, kept):
         ("KEPT.rand()", np.random.RandomState(1), np.random.RandomState(2)),
         ("KEPT.pop('b', None)", *(DatasetDict(a=Dataset.from_dict({"x": [x]})) for x in (1, 2))),
     ],
-    ids=str,
+    ids=kind_of,
 )
 def test_what_an_evaluation_starts_from_counts(use, one, other):
     for first, second in zip(named_and_closed_over(use, one), named_and_closed_over(use, other)):
