@@ -163,6 +163,7 @@ def changed_in(code: types.CodeType) -> tuple[frozenset[str], frozenset[str], fr
                 now = "." if (last,) == own else "" if "LOAD_FAST" in step.opname else last
             elif step.opname in ATTRIBUTES and before == ".":
                 now = f".{name}"
+                bound |= {now} if steps[len(loaded) - 1].opname == "COPY" else set()  # of `self.count += 1`
             elif step.opname in ATTRIBUTES and before:
                 named.add(f"{before} {name}")
                 altered |= {before} if name in CHANGING else {f"{before}[:]"} if name in OVERWRITING else set()
@@ -175,6 +176,8 @@ def changed_in(code: types.CodeType) -> tuple[frozenset[str], frozenset[str], fr
                 altered |= {index, f"{index}[:]"} if _is_whole(steps[: len(loaded)]) else {index}
             elif step.opname == "STORE_SLICE" and _is_whole(steps[: len(loaded)]):  # as of Python 3.12
                 altered |= {loaded[-3], f"{loaded[-3]}[:]"}
+            elif step.opname == "COPY" and step.arg == 1:
+                now = before
             loaded.append(now)
         named |= {*loaded}
     return frozenset(bound), frozenset(altered), frozenset(named)

@@ -301,8 +301,8 @@ class _Description:
             own = not is_installed(cls.__module__)  # of others, methods that are called may well set what counts
             bound, altered, named = changed_in_use(cls, frozenset(uses if own else ()))
             remembered = {name for name in state if isinstance(getattr(cls, name, None), functools.cached_property)}
-            state = self.without_state(state, {*bound, *untold, *remembered}, altered)
             self.use(state, named)
+            state = self.without_state(state, {*bound, *untold, *remembered}, altered) or None  # as of one not used yet
         return [of(cls), of(tuple(args)), of(state), of(list(items or ())), of(list(pairs or ()))]
 
 

@@ -422,11 +422,24 @@ class Averaging:
         return self.meter.sum / self.meter.count
 
 
+class Doubling:
+    """Has nothing before its first use."""
+
+    @functools.cached_property
+    def by(self):
+        return 2.0
+
+    def __call__(self, x):
+        return x * self.by
+
+
 def test_meters_and_cached_properties_of_an_evaluation_are_state():
-    used = Averaging()
+    used, doubling = Averaging(), Doubling()
     before = described(used)
     assert used(2.0) == 6.0 and used.meter.count == 1 and len(vars(used)["data"]) == 3
     assert described(used) == before and told_apart(used, Averaging(scale=2.0), Averaging(rows=4))
+    assert described(Doubling()) == described(doubling) and doubling(2.0) == 4.0
+    assert vars(doubling) and described(doubling) == described(Doubling())
     used.meter.rescale(2.0)  # which the evaluation does not
     assert described(used) != before
 

@@ -377,7 +377,7 @@ def test_what_a_hook_records_tells_nothing_and_what_it_computes_with_does(kind, 
 
 
 def test_a_model_of_libraries_is_the_same_in_another_python(monkeypatch):
-    model, own = nn.Linear(2, 2), Windows()
+    model, own = patch_model(nn.Sequential(nn.Linear(2, 2)), ReRAMConfig()), net()
     digests = [model_digest(model), model_digest(own)]
     monkeypatch.setattr("hf_reram.model.attributes.CODE", "code of Python 3.1")
     assert model_digest(model) == digests[0] and model_digest(own) != digests[1]
