@@ -438,8 +438,7 @@ def test_meters_and_cached_properties_of_an_evaluation_are_state():
     before = described(used)
     assert used(2.0) == 6.0 and used.meter.count == 1 and len(vars(used)["data"]) == 3
     assert described(used) == before and told_apart(used, Averaging(scale=2.0), Averaging(rows=4))
-    assert described(Doubling()) == described(doubling) and doubling(2.0) == 4.0
-    assert vars(doubling) and described(doubling) == described(Doubling())
+    assert doubling(2.0) == 4.0 and vars(doubling) == {"by": 2.0} and described(doubling) == described(Doubling())
     used.meter.rescale(2.0)  # which the evaluation does not
     assert described(used) != before
 
