@@ -155,8 +155,8 @@ def code_in(value: Any, floats: list[torch.Tensor], seen: dict[Any, Any] | None 
         kept = [(name, cell) for name, cell in cells if name not in writes(code)[0] and cell != types.CellType()]
         inside = {name: cell.cell_contents for name, cell in kept}
         if not is_installed(value.__globals__.get("__name__")):  # its own, whatever it says that it wraps
-            parts = [("", value.__defaults__), ("", value.__kwdefaults__), *inside.items(), *_named(value).items()]
-            return [_bytecode(code), *(_used(part, code, floats, seen, name) for name, part in parts)]
+            used = [("", value.__defaults__), ("", value.__kwdefaults__), *inside.items(), *_named(value).items()]
+            return [_bytecode(code), *(_used(part, code, floats, seen, name) for name, part in used)]
         called = (types.FunctionType, types.MethodType, functools.partial)
         parts = [part for part in inside.values() if isinstance(part, called)]
     elif isinstance(value, functools.partial):
