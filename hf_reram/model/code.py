@@ -158,7 +158,7 @@ def code_in(value: Any, floats: list[torch.Tensor], seen: dict[Any, Any] | None 
             used = [("", value.__defaults__), ("", value.__kwdefaults__), *inside.items(), *_named(value).items()]
             return [_bytecode(code), *(_used(part, code, floats, seen, name) for name, part in used)]
         called = (types.FunctionType, types.MethodType, functools.partial)
-        parts = [part for part in inside.values() if isinstance(part, called)]
+        parts: list[Any] = [part for part in inside.values() if isinstance(part, called)]
     elif isinstance(value, functools.partial):
         parts = [value.func, *value.args, *value.keywords.values()]
     elif isinstance(value, (types.MethodType, staticmethod, classmethod)):
