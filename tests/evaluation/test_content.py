@@ -203,6 +203,10 @@ class Stern(enum.Enum):
 Stern.__qualname__ = Grade.__qualname__
 
 
+def kind_of(value):
+    return value if isinstance(value, str) else type(value).__name__
+
+
 @pytest.mark.parametrize(
     "one, other",
     [
@@ -217,7 +221,7 @@ Stern.__qualname__ = Grade.__qualname__
         (Grade.PASS, Stern.PASS),
         (None, 0),
     ],
-    ids=str,
+    ids=kind_of,
 )
 def test_all_that_a_class_has_counts(one, other):
     def kind(value):
@@ -449,10 +453,6 @@ def named_and_closed_over(use, kept):
     lines = [f"def score():\n  {use}", f"def outer(KEPT):\n  def score():\n    {use}\n  return score"]
     exec("\n".join(lines), names)
     return [names["score"], names["outer"](kept)]
-
-
-def kind_of(value):
-    return value if isinstance(value, str) else type(value).__name__
 
 
 @pytest.mark.parametrize(
