@@ -19,6 +19,7 @@ import importlib.util
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -147,7 +148,7 @@ class Arguments:
     pairs: int = field(default=5, metadata={"help": "timed pairs of digital and other step per variant"})
     parts: list[str] = field(
         default_factory=lambda: ["training", "inference", "chip", "conversion"],
-        metadata={"help": "of training, inference, chip, conversion"},
+        metadata={"help": "of training, inference, chip, conversion, size"},
     )
     variants: list[str] = field(
         default_factory=list, metadata={"help": "variants' names, or parts of them; default all"}
@@ -439,6 +440,26 @@ def conversion() -> dict[str, float]:
     return found
 
 
+def size() -> dict[str, float]:
+    """Seconds that a language model of 1.1 billion parameters in bfloat16 takes on crossbars: to be patched, calibrated
+    on 1,024 tokens, and programmed and aged as one chip; and the process's peak memory."""
+    shape = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32}
+    model = LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=4)).to(DEVICE, torch.bfloat16).eval()
+    tokens = {"input_ids": torch.randint(0, 32000, (2, 512), device=DEVICE)}
+
+    def program() -> None:
+        with deploy(model, "10y", seed=1):
+            pass
+
+    found = {"patch_seconds": seconds(lambda: patch_model(model, ReRAMConfig(**PER_TOKEN)))}
+    found["calibrate_seconds"] = seconds(lambda: calibrate(model, [tokens]))
+    found["chip_seconds"] = seconds(program)
+    found["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    told = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in found.items())
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters: {told}")
+    return found
+
+
 def main() -> None:
     arguments: Arguments = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]  # type: ignore[arg-type]
     if arguments.threads:
@@ -447,7 +468,7 @@ def main() -> None:
     if arguments.memory_of:
         print(measure_memory(arguments))
         return
-    known = ("training", "inference", "chip", "conversion")
+    known = ("training", "inference", "chip", "conversion", "size")
     if wrong := set(arguments.parts) - set(known):
         raise ValueError(f"parts={sorted(wrong)}: allowed are {known}")
     hardware = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} threads"
@@ -460,8 +481,10 @@ def main() -> None:
             found[part] = compare(arguments, model, batch, TRAINING, make_step)
         elif part == "inference":
             found[part] = compare(arguments, copy.deepcopy(model), batch, INFERENCE, make_inference)
+        elif part == "chip":
+            found[part] = chip(arguments, model, batch)
         else:
-            found[part] = chip(arguments, model, batch) if part == "chip" else conversion()
+            found[part] = conversion() if part == "conversion" else size()
         if arguments.output:
             with open(arguments.output, "w", encoding="utf-8") as file:
                 json.dump(found, file, indent=2)
