@@ -114,13 +114,11 @@ def _probe(
     gathered: list[Tensor] = []  # that FSDP2 has in place of parameters in a forward, and does not train if frozen
 
     outside: dict[str, None] = {}
-    outputs_of: list[Tensor] = []
 
     def observe(layer: CrossbarLayer, args, kwargs, y):
         if not y.requires_grad:
             outside[layer.crossbar_name] = None
             return
-        outputs_of.append(y)
         with torch.autocast(y.device.type, enabled=False):
             y.register_hook(watch(layer, tensors_of((args, kwargs))[0]))
 
@@ -129,10 +127,10 @@ def _probe(
             gathered.append(weight.requires_grad_(True))
 
     parameters = {p: p.requires_grad for p in model.parameters() if p.is_floating_point()}
-    sharded, hooks = is_sharded(model), []
+    hooks = []
     try:
         hooks += [layer.register_forward_hook(observe, with_kwargs=True) for layer in layers.values()]
-        if sharded:
+        if is_sharded(model):
             reshard(model)
             hooks += [layer.register_forward_pre_hook(reach) for layer in layers.values()]
         for p in parameters:  # so that the backward pass reaches every layer even where all of them are frozen
@@ -141,13 +139,9 @@ def _probe(
             torch.manual_seed(0)
             for batch in batches:
                 outputs = call_model(model, batch)
-                # FSDP2 counts on its parameters' gradients; elsewhere those of outputs are all that is needed.
-                asked = [*parameters, *gathered] if sharded else outputs_of
-                probe = fisher_probe(outputs, model).sum()
-                if asked:
-                    torch.autograd.grad(probe, asked, allow_unused=True)
+                # Not of the outputs, which the model may have changed in place since the hooks were put on them.
+                torch.autograd.grad(fisher_probe(outputs, model).sum(), [*parameters, *gathered], allow_unused=True)
                 gathered.clear()
-                outputs_of.clear()
                 if enough(outputs):
                     break
     finally:

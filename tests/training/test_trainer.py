@@ -1,4 +1,5 @@
 import copy
+import gc
 import json
 import logging
 import shutil
@@ -505,6 +506,9 @@ def test_workers_that_persist_read_the_data_that_is_asked_for(tmp_path):
     assert kept.evaluate()["eval_hard_loss"] == losses["other"]
     loader = kept.get_eval_dataloader("hard")
     assert kept.get_eval_dataloader("hard") is loader  # whose workers go on
+    kept._eval_dataloaders.clear()  # and end, or they would hold on to what other tests wait for
+    del loader
+    gc.collect()
 
 
 def test_a_dataset_dict_is_several_data_sets(tmp_path):
