@@ -23,7 +23,7 @@ from ..nn.tensors import tensors_of
 
 # Probes of the model's predictions, over all examples and passes over them; and predictions, such as tokens, that are
 # probed once for the effect of spread.
-DRAWN, PLACES = 1024, 1024
+DRAWN, PLACES = 1024, 256
 
 
 def measure_sensitivity(model: nn.Module, batches: list) -> None:
