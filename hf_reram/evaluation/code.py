@@ -16,17 +16,12 @@ from typing import Any
 
 from torch import nn
 
-from ..model.code import codes_of
+from ..model.code import CHANGING, codes_of
 from ..model.installed import LIBRARIES, OWN, is_installed
 
 LOADS = ("LOAD_GLOBAL", "LOAD_NAME")
 SETTLED = (bool, int, float, str, type(None), types.FunctionType, types.MethodType, nn.Module)
 ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
-# Methods that change what they are of.
-CHANGING = (
-    *("add", "append", "appendleft", "clear", "discard", "extend", "insert", "pop", "popitem", "remove", "setdefault"),
-    "update",
-)
 OVERWRITING = ("copy_", "fill", "fill_", "zero_")  # of tensors and arrays
 # By which an object is used.
 USES = ("__call__", "__getitem__", "__getitems__", "__iter__", "__next__", "__len__", "forward")

@@ -285,7 +285,8 @@ class TrainingMixin(TaskLossMixin):
         if not model.training:
             with self.digital_references():
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        self._see_scaling(model, inputs, num_items_in_batch)
+        if num_items_in_batch is not None and self.model_accepts_loss_kwargs and not self._looked_at_loss:
+            self._look_at_loss(model, inputs, num_items_in_batch)
         state = crossbar_state(self.model)
         self._joined = True
         for part in crossbar_states(self.model):

@@ -16,9 +16,9 @@ Base: Any = object
 
 
 class TaskLossMixin(Base):
-    """The task loss of :class:`hf_reram.ReRAMTrainerMixin`, and of the digital models that it is compared with: the
-    model's own, the divergence from a teacher, or a mix. Takes the trainer's arguments and, by keyword, ``teacher``,
-    ``teacher_weight``, ``teacher_temperature`` and ``freeze_batch_norm``, which are described there.
+    """The task loss of :class:`hf_reram.ReRAMTrainerMixin`: the model's own, the divergence from a teacher, or a mix.
+    Takes the trainer's arguments and, by keyword, ``teacher``, ``teacher_weight``, ``teacher_temperature`` and
+    ``freeze_batch_norm``, which are described there.
 
     Raises:
         ValueError: a teacher's weight outside [0, 1], a temperature that is not above 0, or a teacher that shares
@@ -56,20 +56,6 @@ class TaskLossMixin(Base):
             freeze_batch_norm(self.model)  # which model.train() has just ended
         return super().compute_loss_context_manager()
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor | Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ):
-        """The task loss, in training with the teacher's divergence."""
-        if not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        self._see_scaling(model, inputs, num_items_in_batch)
-        loss, outputs = self._task_loss(model, inputs, dict(inputs), num_items_in_batch, return_outputs)
-        return (loss, outputs) if return_outputs else loss
-
     def _task_loss(self, model, inputs, kept, num_items_in_batch, wants_outputs):
         """The loss, and the model's outputs where they are wanted, for which trl's trainers run the model again."""
         if self.teacher is None:
@@ -96,10 +82,6 @@ class TaskLossMixin(Base):
         return kept | decoder_inputs(self.model, inputs)
 
     # Scaling over accumulated batches and processes
-
-    def _see_scaling(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> None:
-        if num_items_in_batch is not None and self.model_accepts_loss_kwargs and not self._looked_at_loss:
-            self._look_at_loss(model, inputs, num_items_in_batch)
 
     @torch.no_grad()
     def _look_at_loss(self, model: nn.Module, inputs: dict[str, Any], count: Any) -> None:
