@@ -418,13 +418,18 @@ def chip(arguments: Arguments, model: Any, batch: Any) -> dict[str, float]:
     return {"chip_seconds": one, "evaluation_seconds": evaluation}
 
 
+def large() -> torch.nn.Module:
+    """A language model of 1.1 billion parameters in bfloat16."""
+    shape = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32}
+    return LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=4)).to(torch.bfloat16)
+
+
 def conversion() -> dict[str, float]:
     """Patching 1.1 billion parameters, without data and with: seconds, and bytes of weights that were copied."""
-    shape = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32}
     found: dict[str, float] = {}
     for where in ("meta", "cpu"):
         with torch.device("meta"):
-            model: Any = LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=4)).to(torch.bfloat16)
+            model: Any = large()
         if where == "cpu":
             model.to_empty(device="cpu")
             for parameter in model.parameters():
@@ -440,12 +445,17 @@ def conversion() -> dict[str, float]:
     return found
 
 
-def size() -> dict[str, float]:
-    """Seconds that a language model of 1.1 billion parameters in bfloat16 takes on crossbars: to be patched, calibrated
-    on 1,024 tokens, and programmed and aged as one chip; and the process's peak memory."""
-    shape = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32}
-    model = LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=4)).to(DEVICE, torch.bfloat16).eval()
-    tokens = {"input_ids": torch.randint(0, 32000, (2, 512), device=DEVICE)}
+def size(path: str | None = None) -> dict[str, float]:
+    """Seconds that a language model in bfloat16 takes on crossbars: to be patched, calibrated on 1,024 tokens, and
+    programmed and aged as one chip; and the process's peak memory.
+
+    Args:
+        path: of the checkpoint whose config it has; one of 1.1 billion parameters where it is None.
+    """
+    config = None if path is None else AutoConfig.from_pretrained(path)
+    model: Any = large() if config is None else AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = model.to(DEVICE).eval()
+    tokens = {"input_ids": torch.randint(model.config.vocab_size, (2, 512), device=DEVICE)}
 
     def program() -> None:
         with deploy(model, "10y", seed=1):
@@ -484,7 +494,7 @@ def main() -> None:
         elif part == "chip":
             found[part] = chip(arguments, model, batch)
         else:
-            found[part] = conversion() if part == "conversion" else size()
+            found[part] = conversion() if part == "conversion" else size(arguments.model_name_or_path)
         if arguments.output:
             with open(arguments.output, "w", encoding="utf-8") as file:
                 json.dump(found, file, indent=2)

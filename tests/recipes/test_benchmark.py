@@ -61,10 +61,15 @@ def test_language_models(run, tmp_path):
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     LlamaConfig(vocab_size=100, tie_word_embeddings=True, **shape).save_pretrained(tmp_path)
     flags = ["--model", "smollm2", "--model_name_or_path", str(tmp_path), "--batch_size", "2", "--length", "8"]
-    flags += ["--pairs", "1", "--memory", "False", "--parts", "training", "--variants", "bfloat16:"]
+    flags += ["--pairs", "1", "--memory", "False", "--parts", "training", "size", "--variants", "bfloat16:"]
     done = run(*flags)
     assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout.splitlines()[-1])["training"]
+    found = json.loads(done.stdout.splitlines()[-1])
+    parameters = 100 * 16 + 4 * 16 * 16 + 3 * 16 * 32 + 3 * 16  # embeddings, attention, MLP, norms
+    assert f"\n{parameters:,} parameters: patch seconds" in done.stdout
+    assert found["size"].keys() == {"patch_seconds", "calibrate_seconds", "chip_seconds", "peak_gib"}
+    assert all(value > 0 for value in found["size"].values())
+    rows = found["training"]
     names = ["bfloat16: digital", "bfloat16: drift", "bfloat16: drift, 8-bit DAC and ADC"]
     assert [row["variant"] for row in rows] == names
     assert all(row["time"] > 0 for row in rows)
