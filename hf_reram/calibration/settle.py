@@ -23,7 +23,8 @@ from ..nn.layer import BUFFERS
 from ..nn.tensors import is_shard, whole
 from .observation import Observation, ordinary
 from .ranges import settle_drive
-from .scales import by_array, settle_scale, share_input_scales, share_scales, spread_pairs
+from .redundancy import copy_rows, spread_pairs
+from .scales import by_array, settle_scale, share_input_scales, share_scales
 from .sensitivity import measure_sensitivity, spread_effects
 from .statistics import Channels, LayerStatistics
 
@@ -32,9 +33,9 @@ logger = logging.get_logger(__name__)
 
 @torch.inference_mode(False)  # training may follow
 def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = None) -> nn.Module:
-    """Set every crossbar layer's input range, shrink, gain, weight scale, ADC range and pairs per weight, in place; of
-    all layers or, where it fails, of none. Of weights that are sharded (FSDP2) all processes calibrate together, with
-    as many batches each, and the numbers are those of the first one's.
+    """Set every crossbar layer's input range, shrink, gain, weight scale, ADC range, and pairs and rows of weights, in
+    place; of all layers or, where it fails, of none. Of weights that are sharded (FSDP2) all processes calibrate
+    together, with as many batches each, and the numbers are those of the first one's.
 
     Args:
         model: patched by :func:`patch_model`, or of parts that were.
@@ -87,17 +88,20 @@ def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = No
             for layer in layers.values():
                 layer.copies_output = layer in observation.changed
                 layer.pairs_per_weight.fill_(1.0)
+                layer.row_copies.fill_(1.0)
             for state in states:
-                own = {name: s for name, s in statistics.items() if s.layer.crossbar is state}
-                _settle_all(own, observation.leaders, state.config)
-                if state.config.redundancy:
-                    _settle_redundant(own, observation.leaders, state.config, _effects(model, kept))
+                _settle_all(_of(state, statistics), observation.leaders, state.config)
+            if any(state.config.redundancy for state in states):
+                _settle_redundant(model, kept, statistics, observation)
         if sensitivity:
             measure_sensitivity(model, kept)
         if processes() > 1 and is_sharded(model):
             _take_first_process(layers.values())
     return model
 
+
+# What PyTorch says of a backward through something that has none.
+NO_GRADIENT = "does not require grad"
 
 # What calibration sets beside buffers.
 KEPT = ("sensitivity", "copies_output", "clipped_by_choice", "choice_is_known")
@@ -151,25 +155,49 @@ def _settle_all(statistics: dict[str, LayerStatistics], leaders: dict[str, str],
 
 
 def _settle_redundant(
-    statistics: dict[str, LayerStatistics], leaders: dict[str, str], config: ReRAMConfig, effects: dict[str, float]
+    model: nn.Module, batches: list, statistics: dict[str, LayerStatistics], observation: Observation
 ) -> None:
-    """Choose the pairs per weight, and the numbers of layers that have several anew: of quieter cells others may be
-    best."""
-    held = by_array(statistics)
-    spread_pairs(held, config, effects)
-    for shared in _followers(statistics, leaders):
-        with gathered(s.layer for s in shared):
-            if any(s.layer.pairs > 1 for s in shared):
-                _settle(shared, config)
-    share_scales(held)
+    """Spend the cells on top, and choose the numbers of layers that have some anew: of quieter cells others may be
+    best, and inputs that several rows share are smaller."""
+    effects = _effects(model, batches)
+    states = [state for state in crossbar_states(model) if state.config.redundancy]
+    again = {name: LayerStatistics(s.layer, name, seed) for seed, (name, s) in enumerate(statistics.items())}
+    for name, before in statistics.items():
+        again[name].offset, again[name].scale = before.offset, before.scale
+    for state in states:
+        own, config = _of(state, statistics), state.config
+        known = {name: effects[name] for name in own if name in effects}
+        if config.tile_size is not None:
+            spread_pairs(own, config, known)
+            continue
+        for name, copies in copy_rows(own, observation.leaders, config, known).items():
+            layer = own[name].layer
+            layer.row_copies.copy_(copies)
+            again[name].scale = own[name].scale * layer.row_copies
+    if any(s.layer.copied for s in statistics.values()):
+        with uncompiled(), observation.watching(model):
+            observation.run(model, batches, again)
+        reshard(model)
+    for state in states:
+        groups = _followers(_of(state, statistics), observation.leaders)
+        changed = [group for group in groups if any(s.layer.copied or s.layer.pairs > 1 for s in group)]
+        found = {s.name: again[s.name] if s.layer.copied else s for group in changed for s in group}
+        _settle_all(found, observation.leaders, state.config)
 
 
-def _effects(model: nn.Module, batches: list) -> dict[str, float]:
+def _of(state: Any, statistics: dict[str, LayerStatistics]) -> dict[str, LayerStatistics]:
+    """Those of the layers that were patched together."""
+    return {name: found for name, found in statistics.items() if found.layer.crossbar is state}
+
+
+def _effects(model: nn.Module, batches: list) -> dict[str, Tensor]:
     """Those of each layer's spread, or nothing, said so, where no gradient of predictions tells them."""
     try:
         return spread_effects(model, batches)
     except (ValueError, RuntimeError) as error:
         why = str(error).partition("\n")[0]
+        if isinstance(error, RuntimeError) and NO_GRADIENT not in why:  # out of memory, say
+            raise
         logger.warning(
             "cells on top go where a layer's own relative error is largest, as its effect is unknown: %s", why
         )
