@@ -29,7 +29,7 @@ def allot(errors: Sequence[float], cells: Sequence[int], spare: float) -> list[i
     choice of as many cells does better; what is left over at the end is less than the next copy's.
 
     Args:
-        errors: of each with one copy, such as :func:`.sensitivity.spread_effects`.
+        errors: of each with one copy, such as :func:`.spread.spread_effects`.
         cells: of one copy.
     """
     copies = [1] * len(cells)
@@ -82,7 +82,7 @@ def copy_rows(
 
     Args:
         effects: of the spread of each layer's cells on what the model predicts, by layer name, for each input channel
-            (:func:`.sensitivity.spread_effects`). Where nothing is known of any, the shares of the layers' outputs'
+            (:func:`.spread.spread_effects`). Where nothing is known of any, the shares of the layers' outputs'
             power that the spread has are taken.
     """
     groups = by_input(statistics, leaders)

@@ -25,7 +25,8 @@ from .observation import Observation, ordinary
 from .ranges import settle_drive
 from .redundancy import copy_rows, spread_pairs
 from .scales import by_array, settle_scale, share_input_scales, share_scales
-from .sensitivity import measure_sensitivity, spread_effects
+from .sensitivity import measure_sensitivity
+from .spread import spread_effects
 from .statistics import Channels, LayerStatistics
 
 logger = logging.get_logger(__name__)
@@ -100,8 +101,8 @@ def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = No
     return model
 
 
-# What PyTorch says of a backward through something that has none.
-NO_GRADIENT = "does not require grad"
+# As PyTorch says it of a CPU's, with no class of error for it.
+OUT_OF_MEMORY = "can't allocate memory"
 
 # What calibration sets beside buffers.
 KEPT = ("sensitivity", "copies_output", "clipped_by_choice", "choice_is_known")
@@ -196,7 +197,9 @@ def _effects(model: nn.Module, batches: list) -> dict[str, Tensor]:
         return spread_effects(model, batches)
     except (ValueError, RuntimeError) as error:
         why = str(error).partition("\n")[0]
-        if isinstance(error, RuntimeError) and NO_GRADIENT not in why:  # out of memory, say
+        if isinstance(error, torch.OutOfMemoryError) or OUT_OF_MEMORY in why:
+            raise
+        if isinstance(error, RuntimeError) and processes() > 1 and is_sharded(model):  # perhaps of this process alone
             raise
         logger.warning(
             "cells on top go where a layer's own relative error is largest, as its effect is unknown: %s", why

@@ -219,7 +219,7 @@ def _hardware(config: ReRAMConfig) -> list[tuple[str, str]]:
 
 
 def _redundancy(config: ReRAMConfig) -> str:
-    return f"{100 * config.redundancy:g} % more cells, in the layers where they do most"
+    return f"{100 * config.redundancy:g} % more cells, where they do most"
 
 
 def _polynomial(coefficients: Sequence[float]) -> str:
