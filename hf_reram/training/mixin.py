@@ -4,7 +4,7 @@ import copy
 import math
 import os
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class TrainingMixin(TaskLossMixin):
         self.calibration_dataset, self.follow_training = calibration_dataset, follow_training
         self._sums: dict[str, Tensor] = {}
         self._told_of_clamped = self._joined = False
+        self._digitally: ExitStack | None = None  # within train_digitally, what has models be digital
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -79,6 +80,8 @@ class TrainingMixin(TaskLossMixin):
         model = super().call_model_init(trial)
         if hasattr(self, "data_collator"):  # a later call, from train(): the first is prepared by __init__
             self._prepare_crossbars(model.to(self.args.device))
+            if self._digitally is not None:
+                self._digitally.enter_context(digital(model))
         return model
 
     def _prepare_crossbars(self, model: nn.Module) -> None:
@@ -176,7 +179,8 @@ class TrainingMixin(TaskLossMixin):
 
     def train_digitally(self, resume_from_checkpoint: str | bool | None = None) -> Any:
         """Train with all crossbars digital: the same data, steps and task loss, without drift, retention loss and the
-        cells' range. What finetuning does by itself; the trainer is then done.
+        cells' range. What finetuning does by itself; the trainer is then done. Evaluations in between measure no chips,
+        whatever ``eval_times`` says.
 
         Raises:
             ValueError: the config has a retention loss, which a digital model has none of.
@@ -185,7 +189,10 @@ class TrainingMixin(TaskLossMixin):
             raise ValueError(f"retention_loss={loss!r} in a digital training: allowed is 'none'")
         self.remove_callback(HoldWeights)
         self.remove_callback(NameUncalled)
-        with digital(self.model):
+        with ExitStack() as stack:
+            stack.callback(setattr, self, "_digitally", None)
+            stack.enter_context(digital(self.model))
+            self._digitally = stack
             return self._train_from(resume_from_checkpoint)
 
     def _train_from(self, resume_from_checkpoint: str | bool | None, *args, **kwargs) -> Any:
