@@ -134,6 +134,22 @@ def test_a_folder_that_does_not_say_of_what_its_figures_are_is_refused(compariso
         comparison.run()
 
 
+def test_two_processes_compare_as_one(python, tmp_path):
+    """Although ``evaluate`` holds another device in each; the first one alone writes what all share."""
+    folder, out = tmp_path / "compared", tmp_path / "found.pt"
+    for done in python.run_two("-m", "tests.tasks.comparison_script", str(folder), str(out)):
+        assert done.returncode == 0, done.stderr[-3000:]
+    first, second = torch.load(out, weights_only=False)
+    assert first["keys"] != second["keys"]
+    assert first["reports"] == second["reports"]  # of a run and of one that goes on with it
+    for before, after in first["reports"]:
+        assert before["measurements"] == after["measurements"] and len(after["measurements"]) == 2
+    assert (first["again"], second["again"]) == (0, 0)
+    assert not second["written"] and {"protocol.json", "base.json", "digital.json"} <= first["written"]
+    assert first["refused"].endswith("allowed are the same ones, which resumes it, or another folder")
+    assert second["refused"] == f"the check of a folder failed in process 0: ValueError: {first['refused']}"
+
+
 def test_more_chips_other_times_and_more_methods_go_on(comparison):
     """What was measured stays, and the rest is what it is in a folder of its own."""
     comparison.run(chips=1, times=("1d",))
