@@ -46,6 +46,9 @@ logger = logging.get_logger(__name__)
 
 PROTOCOL = "protocol.json"
 
+# What a training leaves in its folder.
+TRAINED = ("model", "checkpoint-*", "trained.txt")
+
 # Of a model's settings, what a method changes.
 CHANGING = ("modules", "adapters")
 
@@ -148,8 +151,9 @@ def run_protocol(
     Raises:
         ValueError: no method is on crossbars.
         ValueError: ``folder`` holds a comparison with another config, other settings, another evaluation, base model or
-            training data, or an earlier hf_reram's, which did not keep them; names what differs. Or nothing tells
-            ``evaluate`` from another one and there is no ``key``, or this is no JSON value.
+            training data, or an earlier hf_reram's, which did not keep them; names what differs. Or it holds models or
+            checkpoints and no ``protocol.json``. Or nothing tells ``evaluate`` from another one and there is no
+            ``key``, or this is no JSON value.
         RuntimeError: in the other processes, that one of them has failed.
     """
     folder, reports = Path(folder), {}
@@ -320,13 +324,13 @@ def claim_folder(folder: str | Path, settings: Mapping[str, Any], model: nn.Modu
 
     Raises:
         ValueError: the folder holds a training of another model, on other data or with other settings; names what
-            differs.
+            differs. Or it holds a model or checkpoints, and does not say of what.
         RuntimeError: in the other processes, that the first one has failed.
     """
 
     def claim() -> None:
         content = {"base": described(model), "training data": _content_of(dataset)}
-        _claim(Path(folder), {"settings": dict(settings), "content": content}, holds)
+        _claim(Path(folder), {"settings": dict(settings), "content": content}, holds, "")
 
     _by_first(claim)
 
@@ -338,17 +342,27 @@ def _by_first(do: Callable[..., None], *given: Any) -> None:
             do(*given)
 
 
-def _claim(folder: Path, what: dict[str, Any], holds: str = "a comparison") -> None:
+def _claim(folder: Path, what: dict[str, Any], holds: str = "a comparison", homes: str = "*/") -> None:
     """Note in the folder what is compared there, or check that it is the same as before."""
-    _refuse_others(folder, what, holds)
+    _refuse_others(folder, what, holds, homes)
     if not (file := folder / PROTOCOL).exists():
         write_whole(file, json.dumps(what, indent=2, default=str) + "\n")
 
 
-def _refuse_others(folder: Path, what: dict[str, Any], holds: str = "a comparison") -> None:
-    """Refuse a folder where something else is compared. What only one side says is another value too, such as a flag of
-    another version of transformers."""
+def _refuse_others(folder: Path, what: dict[str, Any], holds: str = "a comparison", homes: str = "*/") -> None:
+    """Refuse a folder where something else is compared, or where nothing tells what was trained. What only one side
+    says is another value too, such as a flag of another version of transformers.
+
+    Args:
+        homes: pattern of the folders inside that models are trained in.
+    """
     if not (file := folder / PROTOCOL).exists():
+        left = sorted(path for name in TRAINED for path in folder.glob(f"{homes}{name}"))
+        if left := [path for path in left if not (path.parent / PROTOCOL).exists()]:
+            raise ValueError(
+                f"{folder} holds {', '.join(str(path.relative_to(folder)) for path in left[:3])} and no {PROTOCOL}, "
+                "which would tell what was trained there: allowed is another folder"
+            )
         return
     before, now = json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(what, default=str))
     changed = sorted(
