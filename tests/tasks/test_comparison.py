@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 from hf_reram import ReRAMConfig, ReRAMTrainer
 from hf_reram.evaluation.content import part_of
 from hf_reram.model.digest import weights_digest
-from hf_reram.tasks import About, Perplexity, packed, run_protocol
+from hf_reram.tasks import About, Perplexity, claim_folder, packed, run_protocol
 from hf_reram.tasks.comparison import CONTROL, METHODS, OURS
 from hf_reram.tasks.question_answering import QuestionAnswering
 from hf_reram.tasks.text_classification import TextClassification
@@ -132,6 +132,47 @@ def test_a_folder_that_does_not_say_of_what_its_figures_are_is_refused(compariso
     file.write_text(json.dumps(before))
     with pytest.raises(ValueError, match=r"other values of \['content.evaluation'"):
         comparison.run()
+
+
+@pytest.mark.parametrize("left", ["checkpoint-300/trainer_state.json", "model/config.json", "trained.txt"])
+def test_trainings_of_which_nothing_tells_what_they_are_are_refused(comparison, monkeypatch, left):
+    """They would be resumed, or taken as they are."""
+    file = comparison.folder / OURS.folder / left
+    file.parent.mkdir(parents=True)
+    file.write_text("{}")
+    monkeypatch.setattr(comparison, "trainer", None)
+    name = left.partition("/")[0]
+    with pytest.raises(ValueError, match=f"holds hf-reram/{name} and no protocol.json.*: allowed is another folder"):
+        comparison.run()
+    with pytest.raises(ValueError, match=f"holds {name} and no protocol.json"):
+        claim_folder(comparison.folder / OURS.folder, {"max_steps": 3}, comparison.base, [1], "a base model")
+    assert [path.name for path in comparison.folder.iterdir()] == [OURS.folder]
+
+
+def test_a_claimed_folder_is_another_trainings_no_more(comparison):
+    base = comparison.folder / "base"
+    for _ in range(2):
+        claim_folder(base, {"max_steps": 3}, comparison.base, [1], "a base model")
+        (base / "model").mkdir(exist_ok=True)
+    with pytest.raises(ValueError, match=r"holds a base model with other values of \['settings.max_steps'\]"):
+        claim_folder(base, {"max_steps": 4}, comparison.base, [1], "a base model")
+    assert comparison.run()[NAIVE.label].measurements  # beside a base that was trained there
+
+
+def test_two_processes_compare_as_one(python, tmp_path):
+    """Although ``evaluate`` holds another device in each; the first one alone writes what all share."""
+    folder, out = tmp_path / "compared", tmp_path / "found.pt"
+    for done in python.run_two("-m", "tests.tasks.comparison_script", str(folder), str(out)):
+        assert done.returncode == 0, done.stderr[-3000:]
+    first, second = torch.load(out, weights_only=False)
+    assert first["keys"] != second["keys"]
+    assert first["reports"] == second["reports"]  # of a run and of one that goes on with it
+    for before, after in first["reports"]:
+        assert before["measurements"] == after["measurements"] and len(after["measurements"]) == 2
+    assert (first["again"], second["again"]) == (0, 0)
+    assert not second["written"] and {"protocol.json", "base.json", "digital.json"} <= first["written"]
+    assert first["refused"].endswith("allowed are the same ones, which resumes it, or another folder")
+    assert second["refused"] == f"the check of a folder failed in process 0: ValueError: {first['refused']}"
 
 
 def test_more_chips_other_times_and_more_methods_go_on(comparison):
@@ -268,7 +309,7 @@ def test_the_control_is_trained_once(comparison, monkeypatch):
 
 def test_a_control_of_other_texts_is_measured_again(comparison):
     comparison.run(methods=(CONTROL, NAIVE))
-    for file in ("protocol.json", "naive-crossbar/chips.jsonl"):
+    for file in ("protocol.json", "naive-crossbar/chips.jsonl", "digital-finetuned/trained.txt"):
         (comparison.folder / file).unlink()
     comparison.held = TEXTS[1:3]
     found = comparison.run(methods=(CONTROL, NAIVE))[NAIVE.label].about["control_metrics"]
