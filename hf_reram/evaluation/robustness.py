@@ -110,10 +110,8 @@ def evaluate_robustness(
     with alike(together or shares):
         if file is not None and key is None:
             key = {"evaluate": part_of("evaluation", evaluate)}
-    if (
-        shares and (told := of_first(key)) is not None
-    ):  # of a function that holds its process's device, each has another
-        key = told
+    told = of_first(key) if shares else None  # a function that holds its process's device has another key in each
+    key = key if told is None else told
     with alike(together or shares):
         log: RunLog | None = None
         if file is not None:
