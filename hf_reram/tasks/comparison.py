@@ -183,8 +183,9 @@ def run_protocol(
         if prepare is not None:
             prepare(trainer)
         if method.digital:
-            of, train = described([what["content"], versions()]), partial(_train, trainer, home, trainer.train_digitally)
-            about.control_metrics = _digital_metrics(trainer, evaluate, home / "digital.json", of, train)
+            train = partial(_train, trainer, home, trainer.train_digitally)
+            of, file = described([what["content"], versions()]), home / "digital.json"
+            about.control_metrics = _digital_metrics(trainer, evaluate, file, of, train)
             continue
         note = _train(trainer, home) if method.loss is not None else None
         logger.warning("evaluating: %s", method.label)
