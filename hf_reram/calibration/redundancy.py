@@ -77,13 +77,13 @@ def _join(group_of: dict[str, set[str]], names: Iterable[str]) -> None:
 
 def copy_rows(
     statistics: dict[str, LayerStatistics], leaders: dict[str, str], config: ReRAMConfig, effects: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """Rows for each input channel, by layer name, of those layers where some channel gets more than one.
+) -> None:
+    """Give each input channel its rows.
 
     Args:
         effects: of the spread of each layer's cells on what the model predicts, by layer name, for each input channel
-            (:func:`.spread.spread_effects`). Where nothing is known of any, the shares of the layers' outputs'
-            power that the spread has are taken.
+            (:func:`.spread.spread_effects`); where it is empty, the shares of the layers' outputs' power that the
+            spread has are taken.
     """
     groups = by_input(statistics, leaders)
     errors: list[Tensor] = []
@@ -96,8 +96,10 @@ def copy_rows(
     spare = config.redundancy * _cells(by_array(statistics))
     per_channel = [count for count, size in zip(cells, sizes) for _ in range(size)]
     copies = torch.tensor(allot(torch.cat(errors).tolist() if errors else [], per_channel, spare), dtype=torch.float32)
-    found = zip(groups, copies.split(sizes))
-    return {s.name: of_group for group, of_group in found for s in group if (of_group > 1).any()}
+    for group, of_group in zip(groups, copies.split(sizes)):
+        for found in group:
+            found.layer.row_copies.copy_(of_group)
+            found.layer.forget_white_noise()
 
 
 def spread_pairs(statistics: dict[str, LayerStatistics], config: ReRAMConfig, effects: dict[str, Tensor]) -> None:
@@ -119,8 +121,8 @@ def _cells(held: list[list[LayerStatistics]]) -> int:
 def _effect(found: LayerStatistics, effects: dict[str, Tensor]) -> Tensor:
     """Of a layer's spread for each input channel, (input channels,), in double precision."""
     layer = found.layer
-    if any(bool((effect > 0).any()) for effect in effects.values()):
-        return effects[found.name].double().cpu()
+    if effects:
+        return effects[found.name]
     if found.samples is None:
         return torch.zeros(layer.inputs, dtype=torch.float64)
     with gathered([layer]):

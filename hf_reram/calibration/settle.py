@@ -6,7 +6,7 @@ scale, and a uniform random sample of the vectors that meet the array.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -89,7 +89,9 @@ def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = No
             for layer in layers.values():
                 layer.copies_output = layer in observation.changed
                 layer.pairs_per_weight.fill_(1.0)
-                layer.row_copies.fill_(1.0)
+            for s in statistics.values():
+                if s.samples is not None:  # else the input scale stays, which the copies are a part of
+                    s.layer.row_copies.fill_(1.0)
             for state in states:
                 _settle_all(_of(state, statistics), observation.leaders, state.config)
             if any(state.config.redundancy for state in states):
@@ -133,10 +135,10 @@ def _all_or_nothing(layers: Iterable[Any]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _take_first_process(layers: Iterable[Any]) -> None:
+def _take_first_process(layers: Iterable[Any], names: Sequence[str] = BUFFERS) -> None:
     """A chip of weights that are sharded is one chip, with one input range."""
     for layer in layers:
-        numbers = {name: whole(getattr(layer, name).detach()).cpu() for name in BUFFERS}
+        numbers = {name: whole(getattr(layer, name).detach()).cpu() for name in names}
         numbers, layer.copies_output, sensitivity = of_first((numbers, layer.copies_output, layer.sensitivity))
         if sensitivity is not None:
             layer.sensitivity = sensitivity.to(layer.input_offset.device)
@@ -162,19 +164,19 @@ def _settle_redundant(
     best, and inputs that several rows share are smaller."""
     effects = _effects(model, batches)
     states = [state for state in crossbar_states(model) if state.config.redundancy]
+    for state in states:
+        own = _of(state, statistics)
+        known = {name: effects[name] for name in own if name in effects}
+        known = known if any(bool(effect.any()) for effect in known.values()) else {}
+        if state.config.tile_size is not None:
+            spread_pairs(own, state.config, known)
+        else:
+            copy_rows(own, observation.leaders, state.config, known)
+    if processes() > 1 and is_sharded(model):  # all choose the rest for the same layers together
+        _take_first_process((s.layer for s in statistics.values()), ("pairs_per_weight", "row_copies"))
     again = {name: LayerStatistics(s.layer, name, seed) for seed, (name, s) in enumerate(statistics.items())}
     for name, before in statistics.items():
-        again[name].offset, again[name].scale = before.offset, before.scale
-    for state in states:
-        own, config = _of(state, statistics), state.config
-        known = {name: effects[name] for name in own if name in effects}
-        if config.tile_size is not None:
-            spread_pairs(own, config, known)
-            continue
-        for name, copies in copy_rows(own, observation.leaders, config, known).items():
-            layer = own[name].layer
-            layer.row_copies.copy_(copies)
-            again[name].scale = own[name].scale * layer.row_copies
+        again[name].offset, again[name].scale = before.offset, before.scale * before.layer.row_copies
     if any(s.layer.copied for s in statistics.values()):
         with uncompiled(), observation.watching(model):
             observation.run(model, batches, again)
