@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils import checkpoint
 from transformers import BertForSequenceClassification, LlamaConfig, LlamaModel, SwinConfig, SwinModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_reram import ReRAMConfig, calibrate, evaluate_robustness, patch_model, report_of, unpatch_model
 from hf_reram.model.attributes import CODE, VALUES, attributes_of
@@ -426,6 +427,51 @@ def test_what_a_hook_records_is_named_apart_from_what_it_computes_with(kind, cou
     assert counts() == count and told == attributes_of(recording(1.0, kind)[0])
     assert other_settings(told, attributes_of(model)) == [f"{name} in code" for name in records]
     assert other_settings(told, attributes_of(recording(2.0, kind)[0])) == [f"{gain} in code"]
+
+
+class Gain:
+    def __init__(self, gain):
+        self.gain = gain
+
+    def __call__(self, module, args, output):
+        self.gain = float(self.gain)
+        return output * self.gain
+
+
+def by_gain(gain, module, args, output):
+    return output * gain
+
+
+@pytest.mark.parametrize(
+    "hook", [Gain, lambda gain: Gain(gain).__call__, lambda gain: functools.partial(by_gain, gain)], ids=range(3)
+)
+def test_what_a_hook_holds_counts(hook):
+    models = [nn.Linear(2, 2) for _ in range(3)]
+    for model, gain in zip(models, (1.0, 1.0, 2.0)):
+        model.register_forward_hook(hook(gain))
+    one, same, other = map(attributes_of, models)
+    assert other_settings(one, same) == [] and len(other_settings(one, other)) == 1
+
+
+class Causal(nn.Module):
+    """Has a setting that a function elsewhere reads."""
+
+    def __init__(self, is_causal):
+        super().__init__()
+        self.set_causal(is_causal)
+
+    def set_causal(self, is_causal):
+        self.is_causal = is_causal
+
+    def forward(self, x):
+        return sdpa_attention_forward(self, x, x, x, None)[0]
+
+
+def test_what_a_forward_does_not_set_counts_whoever_reads_it():
+    x = torch.randn(1, 2, 3, 4)
+    one, other = Causal(True), Causal(False)
+    assert not torch.equal(one(x), other(x))
+    assert other_settings(attributes_of(one), attributes_of(other)) == ["is_causal"]
 
 
 def test_a_model_of_libraries_is_the_same_in_another_python(monkeypatch):
