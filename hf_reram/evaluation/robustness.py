@@ -26,7 +26,7 @@ from ..model.inputs import evaluating, forked_rng
 from ..model.sharding import alike, is_first, of_each, of_first, processes, talks
 from ..model.summary import summarize
 from ..nn.clipping import clipped_beyond_choice, in_words, warn_clipped
-from .content import part_of
+from .content import key_of
 from .report import Measurement, RobustnessReport
 from .run_log import Run, RunLog
 
@@ -66,7 +66,9 @@ def evaluate_robustness(
         resume: a file that keeps each finished run; those of the same weights, configs (the model's own too) and
             ``key`` are not run again, unless another version of hf_reram, torch, transformers or Python ran them.
         key: for ``resume``, what ``evaluate`` depends on beside the model, such as its data set, split, samples and
-            seed: any JSON value. None: a fingerprint of ``evaluate``, its code with all that it names and holds.
+            seed: any JSON value. None: a fingerprint of ``evaluate``, its code with all that it names and holds. One
+            that changes something of these while it runs, as a counter or a meter that it fills, is then resumed only
+            in a new process, where all is as before its first run; with a key in the same one, too.
         share_chips: with several processes, each runs its share of the chips, and all get the whole report;
             ``evaluate`` must then not talk to other processes. Where each forward does (weights sharded by FSDP2, a
             model wrapped by DDP), all run every chip ``together``.
@@ -109,7 +111,7 @@ def evaluate_robustness(
     file = resume if not together or is_first() else None
     with alike(together or shares):
         if file is not None and key is None:
-            key = {"evaluate": part_of("evaluation", evaluate)}
+            key = key_of("evaluation", evaluate)
     told = of_first(key) if shares else None  # a function that holds its process's device has another key in each
     key = key if told is None else told
     with alike(together or shares):
@@ -202,11 +204,13 @@ def owner_of(model: nn.Module, key: Any, weights: str | None = None) -> str:
 
 
 def parts_of(model: nn.Module, key: Any, weights: str) -> dict[str, str]:
-    """Short fingerprints of what :func:`owner_of` is one of: a key that is an object counts by its names."""
+    """Short fingerprints of what :func:`owner_of` is one of: a key that is an object, and the attributes of the
+    modules, count by their names."""
     settings = settings_of(model)
     parts = {str(name): value for name, value in key.items()} if isinstance(key, Mapping) else {"key": key}
     parts |= {"weights": weights, "ReRAMConfig": [state.config.to_dict() for state in crossbar_states(model)]}
-    parts |= {"modules": settings.pop("modules"), "model.config": settings}
+    parts |= {f"modules.{name}": value for name, value in settings.pop("modules").items()}
+    parts["model.config"] = settings
     texts = {name: json.dumps(value, sort_keys=True) for name, value in parts.items() if value is not None}
     return {name: hashlib.sha256(text.encode()).hexdigest()[:12] for name, text in texts.items()}
 

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from transformers import Trainer, TrainingArguments, default_data_collator
+from transformers import (
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from hf_reram import ReRAMConfig, ReRAMTrainer
 from hf_reram.evaluation.content import part_of
@@ -20,6 +27,7 @@ from hf_reram.tasks.text_classification import TextClassification
 from hf_reram.tasks.token_classification import TokenClassification
 from tests.samples import squad
 from tests.samples.experts import expert_inputs, mixtral
+from tests.samples.models import tiny_bert
 from tests.samples.texts import TEXTS, WORDS, llama, tokenizer
 
 NAIVE, CALIBRATED = METHODS[:2]
@@ -233,8 +241,17 @@ def test_fewer_examples_a_forward_go_on(comparison):
     assert log.read_text().startswith(before) and len(log.read_text().split("\n\n")) == 4
 
 
-@pytest.mark.parametrize("kind", ["text", "token", "question"])
+HEADS = {
+    "text": BertForSequenceClassification,
+    "token": BertForTokenClassification,
+    "question": BertForQuestionAnswering,
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
 def test_evaluations_are_told_by_their_rows(kind):
+    """And by nothing that they remember of a run."""
+
     def made(size=2, last="cid"):
         if kind == "question":
             return QuestionAnswering(squad.dataset(4 if last == "cid" else 5), squad.tokenizer(), batch_size=size)
@@ -246,7 +263,9 @@ def test_evaluations_are_told_by_their_rows(kind):
         rows = Dataset.from_dict({"tokens": words, "tags": [["X"] * len(row) for row in words]})
         return TokenClassification(rows, squad.tokenizer(), {0: "X", 1: "Y"}, batch_size=size)
 
+    evaluate = made()
     found = [part_of("evaluation", made(size)) for size in (1, 2, 3)]
+    assert evaluate(HEADS[kind](tiny_bert(num_labels=2).config).eval()) and part_of("evaluation", evaluate) == found[0]
     assert len({*found}) == 1 and len(made(1).batches) > len(made(3).batches)
     assert part_of("evaluation", made(last="dan")) != found[0]
 
