@@ -207,6 +207,64 @@ def test_checkpoints_keep_the_pairs(tiny_bert, tmp_path):
         )
 
 
+class Branches(nn.Module):
+    """Two layers that read one input, one that reads their sum, and one that is asked for by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.out, self.other = (nn.Linear(12, n) for n in (12, 12, 5, 5))
+
+    def forward(self, x, other=False):
+        if other:
+            return self.other(x)
+        return self.out((self.query(x) + self.key(x)).tanh())
+
+
+def branches(redundancy=0.5):
+    """Of which one input is far larger than the others."""
+    torch.manual_seed(0)
+    model, x = Branches().eval(), torch.randn(64, 12)
+    x[:, 3] *= 20.0
+    patch_model(model, ReRAMConfig(device="cmo-hfox-ibm", redundancy=redundancy, retention_times=["10y"]))
+    return model, x
+
+
+def test_layers_that_read_one_input_share_its_rows_and_most_are_the_largest_inputs():
+    model, x = branches()
+    calibrate(model, [x])
+    copies = model.query.row_copies
+    assert torch.equal(copies, model.key.row_copies) and not torch.equal(copies, model.out.row_copies)
+    assert copies.argmax() == 3 and copies.max() > 3 * copies.median()
+    assert torch.equal(model.query.input_scale, copies)
+    weights = 2 * 12 * 12 + 2 * 12 * 5
+    assert 1.4 * weights < summarize(model).cells / 2 <= 1.5 * weights
+
+
+def test_a_layer_that_no_data_reach_keeps_its_rows_and_what_it_computes():
+    model, x = branches(redundancy=1.0)
+    calibrate(model, [{"x": x, "other": True}])
+    copies, before = model.other.row_copies.clone(), model(x, other=True)
+    assert copies.max() > 1
+    calibrate(model, [x])
+    assert torch.equal(copies, model.other.row_copies) and model.query.copied
+    torch.testing.assert_close(model(x, other=True), before)
+
+
+def test_rows_are_more_than_layers_of_as_many_cells():
+    """Where few inputs matter: whole layers, as tiles of a size have them, spend their cells on all."""
+    errors = []
+    for options in ({}, {"tile_size": 1 << 10}):
+        torch.manual_seed(0)
+        model, x = Branches().eval(), torch.randn(64, 12)
+        x[:, 3] *= 20.0
+        patch_model(model, ReRAMConfig(device="cmo-hfox-ibm", redundancy=1.0, retention_times=["10y"], **options))
+        calibrate(model, [x])
+        with torch.no_grad():
+            ideal = model(x)
+            errors.append(sum(float((_on_chip(model, x, seed, "10y") - ideal).square().mean()) for seed in range(40)))
+    assert errors[0] < 0.7 * errors[1]
+
+
 COPIES = [1, 3, 2, 5, 1, 8]
 
 
@@ -287,8 +345,8 @@ def test_white_noise_has_the_power_of_the_copies(twins):
     assert stds[0] > 0 and stds[0] == pytest.approx(stds[1], rel=0.5)  # of rows by their number, not by their inputs
 
 
-def _on_chip(model, x, seed):
-    with deploy(model, "1d", seed=seed):
+def _on_chip(model, x, seed, time="1d"):
+    with deploy(model, time, seed=seed):
         return model(x)
 
 
