@@ -355,10 +355,13 @@ class TrainingMixin(TaskLossMixin):
         high = [f"{name} ({share:.0%})" for name, share in shares.items() if share > MUCH_CLAMPED]
         if high and self.state.global_step > 0 and not self._told_of_clamped:
             self._told_of_clamped = True
+            follow = "" if self.follow_training else "let numbers follow the training (follow_training=True), or "
+            advice = f"{follow}calibrate the model anew"
             logger.warning(
                 "step %d: much of the inputs of %d crossbar layers lies beyond their input range, is clamped and gets "
-                "no gradient: %s. Let numbers follow the training (follow_training=True), or calibrate the model anew",
+                "no gradient: %s. %s",
                 self.state.global_step,
                 len(high),
                 ", ".join(high),
+                advice[0].upper() + advice[1:],
             )
