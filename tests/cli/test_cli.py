@@ -80,7 +80,7 @@ def test_an_evaluation_with_another_preprocessing_or_config_is_another(tmp_path,
             tmp_path / "base"
         )
     else:
-        base.config.id2label = {0: "d", 1: "c", 2: "b", 3: "a"}
+        base.config.id2label = dict(enumerate(image_sample.COLOURS))
         base.config.save_pretrained(tmp_path / "base")
     assert logs() == 2
 
