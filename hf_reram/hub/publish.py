@@ -9,6 +9,7 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import yaml_dump
+from transformers.utils import logging
 
 from ..config import ReRAMConfig
 from ..device.checks import read_json, refuse_deep, shown
@@ -17,6 +18,8 @@ from ..evaluation.report import RobustnessReport
 from .about import About
 from .card import BEGIN, END, model_card
 from .report import REPORT
+
+logger = logging.get_logger(__name__)
 
 MOST_METADATA = 100_000  # values on one level: YAML's aliases can make millions of a few lines
 PLOT, COMPARISON = "robustness.png", "comparison.json"
@@ -155,19 +158,21 @@ def publish(
 
 
 def remove_foreign(folder: Path, weights: str) -> None:
-    """Remove what :func:`publish` and the like have written of other weights than those that are in a folder now:
-    report, with its plot, and comparison. Files that are none of these stay.
+    """Remove what :func:`publish` and the like have written of other weights than those that are in a folder now, and
+    say so: report, with its plot, and comparison. Files that are none of these stay, and reports that do not say of
+    which weights they are, as older ones.
 
     Args:
         weights: the digest of those there now.
     """
-    report = _read(RobustnessReport.from_json, folder / REPORT)
-    if report is not None and report.weights != weights:
-        (folder / REPORT).unlink()
-        (folder / PLOT).unlink(missing_ok=True)
-    rows = _read(read_comparison, folder / COMPARISON)
-    if rows is not None and weights not in [row.weights for row in rows.values()]:
-        (folder / COMPARISON).unlink()
+    report, rows = _read(RobustnessReport.from_json, folder / REPORT), _read(read_comparison, folder / COMPARISON)
+    foreign = [REPORT, PLOT] if report is not None and report.weights not in ("", weights) else []
+    if rows is not None and {"", weights}.isdisjoint(row.weights for row in rows.values()):
+        foreign.append(COMPARISON)
+    if there := [name for name in foreign if (folder / name).exists()]:
+        logger.warning("%s: removing %s, which are of other weights than those there now", folder, ", ".join(there))
+    for name in there:
+        (folder / name).unlink()
 
 
 def _read(read: Callable[[Path], Any], path: Path) -> Any:

@@ -34,7 +34,7 @@ class HubMixin(Base):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As ``Trainer.save_model``, and beside the weights the report of :meth:`evaluate_robustness`, where it is of
-        these weights. A report, plot or comparison there that is of others is removed."""
+        these weights. A report, plot or comparison there that says it is of others is removed, with a warning."""
         super().save_model(output_dir, _internal_call)
         folder, main = Path(output_dir or self.args.output_dir or "."), self.is_world_process_zero()
         there = any((folder / name).exists() for name in (REPORT, COMPARISON))

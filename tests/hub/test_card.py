@@ -2,6 +2,7 @@
 
 import ast
 import json
+import logging
 
 import pytest
 import yaml
@@ -12,7 +13,7 @@ from hf_reram import ReRAMConfig, RobustnessReport
 from hf_reram.evaluation.report import Measurement
 from hf_reram.hub.about import About
 from hf_reram.hub.card import BEGIN, END, model_card
-from hf_reram.hub.publish import publish, read_comparison, write_card
+from hf_reram.hub.publish import publish, read_comparison, remove_foreign, write_card
 
 
 def report(value: float = 50.0, **about) -> RobustnessReport:
@@ -203,3 +204,16 @@ def test_names_and_notes_are_text_and_no_code(evil, tmp_path):
         bare = report(**about)
         bare.measurements, bare.config = [], bad.config
         assert model_card(bare).text.count("\n## ") == 6
+
+
+def test_reports_of_other_weights_are_removed_with_a_word_and_those_of_unknown_ones_stay(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("hf_reram.hub.publish"), "propagate", True)
+    found, files = report(), {"robustness.json", "robustness.png", "comparison.json"}
+    for known, left in (("", files), ("here", files), ("there", set())):
+        found.weights = known
+        publish(tmp_path, found, {"hf_reram": found})
+        (tmp_path / "README.md").unlink()
+        remove_foreign(tmp_path, "here")
+        assert {path.name for path in tmp_path.iterdir()} == left
+        assert ("removing" in caplog.text) == (not left)
+    assert f"{tmp_path}: removing robustness.json, robustness.png, comparison.json, which are of other" in caplog.text
