@@ -257,4 +257,4 @@ def _limits(report: RobustnessReport) -> list[str]:
     if report.uncalled:
         silent = escaped(", ".join(report.uncalled))
         lines.append(f"Crossbar layers that were not called, and so were no chip: {silent}.")
-    return lines + [escaped(f"{note[:1].upper()}{note[1:]}.") for note in report.notes]
+    return lines + [escaped(sentence) for sentence in report.sentences()]
