@@ -66,6 +66,7 @@ def model_card(
         name=escaped(about.name),
         base=_link(about.base_model),
         adapter_of=python_text(about.base_model) if about.relation == "adapter" else None,
+        trained=_is_trained(about),
         device=escaped(_devices(measured_with)),
         sources=[escaped(source) for source in dict.fromkeys(c.device.source for c in measured_with) if source],
         headline=_headline(about, report),
@@ -231,8 +232,13 @@ def _bits(bits: int | None) -> str:
     return f"{bits} bits" if bits else "ideal"
 
 
+def _is_trained(about: About) -> bool:
+    """Whether anything tells of a training: a model may be mapped and calibrated alone."""
+    return bool(about.training) or about.label_free or about.co2_grams is not None
+
+
 def _training(about: About, configs: Sequence[ReRAMConfig]) -> list[str]:
-    lines = list(dict.fromkeys(map(_loss, configs)))
+    lines = list(dict.fromkeys(map(_loss if _is_trained(about) else _mapped, configs)))
     lines += ["without labels: on the digital base's predictions"] if about.label_free else []
     lines += [escaped(line) for line in about.training]
     lines += [f"{about.co2_grams:g} g CO₂eq"] if about.co2_grams is not None else []
@@ -243,8 +249,16 @@ def _training(about: About, configs: Sequence[ReRAMConfig]) -> list[str]:
 
 
 def _loss(config: ReRAMConfig) -> str:
+    return f"retention loss “{config.retention_loss}”, {_mapped_for(config)}"
+
+
+def _mapped(config: ReRAMConfig) -> str:
+    return f"none is known of; mapped {_mapped_for(config)}"
+
+
+def _mapped_for(config: ReRAMConfig) -> str:
     times = ", ".join(format_time(parse_time(t)) for t in config.retention_times)
-    return f"retention loss “{config.retention_loss}”, for {times} at {config.kelvin:g} K"
+    return f"for {times} at {config.kelvin:g} K"
 
 
 def _limits(report: RobustnessReport) -> list[str]:

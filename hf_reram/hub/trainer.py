@@ -94,8 +94,8 @@ class HubMixin(Base):
         if report.about:
             report.about |= {key: value for key, value in known.items() if report.about.get(key) in (None, "")}
         else:
-            report.about = about_model(self.model, report, training=[self._training_note()], **known).to_dict()
-        if not report.about.get("training"):
+            report.about = about_model(self.model, report, **known).to_dict()
+        if not report.about.get("training") and self.state.global_step:
             report.about["training"] = [self._training_note()]
         report.about |= {key: known[key] for key in ("name", "repo") if key in known}
         metadata = {key: value for key, value in metadata.items() if value is not None}

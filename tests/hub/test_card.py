@@ -57,6 +57,17 @@ def test_body_says_how_to_load_it_and_what_it_reaches():
     assert "\n\n\n" not in text
 
 
+def test_a_card_tells_of_a_training_only_where_one_is_known():
+    for about in ({"training": ["5 steps"]}, {"label_free": True}, {"co2_grams": 3.0}):
+        text = model_card(report(**about)).text
+        assert "base), finetuned to keep its accuracy on simulated cmo-hfox-ibm ReRAM crossbars, whose" in text
+        assert "- retention loss “drift”, for 10y at 298.15 K" in text
+    text = model_card(report()).text
+    assert "base) on simulated cmo-hfox-ibm ReRAM crossbars, whose" in text
+    assert "- none is known of; mapped for 10y at 298.15 K" in text
+    assert "finetuned" not in text and "retention loss" not in text
+
+
 def test_a_card_shows_the_base_finetuned_digitally_beside_the_base():
     text = model_card(report(control_metrics={"f1": 59.75, "exact": 41.0})).text
     assert "58.2 of the digital base, 59.8 of the base finetuned digitally." in text
