@@ -28,6 +28,7 @@ from .about import AUTO_CLASSES, About
 
 BEGIN = "<!-- hf_reram writes what stands between this line and its end mark; text above and below is kept -->"
 END = "<!-- end of what hf_reram writes -->"
+UNMEASURED = "Its robustness has not been measured, or not with these weights."
 TAGS = ("reram", "in-memory-computing", "analog")
 
 
@@ -161,7 +162,7 @@ def _metadata(about: About, report: RobustnessReport) -> ModelCardData:
 
 def _headline(about: About, report: RobustnessReport) -> str:
     if not report.measurements:
-        return "Its robustness has not been measured, or not with these weights."
+        return UNMEASURED
     last = report.times[-1]
     found = report.statistic(about.metric, last)
     n = places([found.mean])

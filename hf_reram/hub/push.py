@@ -20,7 +20,7 @@ from ..training.checkpoints import CONFIGS
 from .about import about_model
 from .crossbars import CROSSBARS, save_crossbars
 from .load import ADAPTER, has_file, load_model
-from .publish import COMPARISON, PLOT, merge_cards, publish, read_card, read_comparison, read_text
+from .publish import CARD, COMPARISON, PLOT, merge_cards, publish, read_card, read_comparison, read_text
 from .report import PARTS, REPORT, report_of, told_for, unmeasured, why_foreign
 
 logger = logging.get_logger(__name__)
@@ -35,7 +35,6 @@ REPLACED = (REPORT, COMPARISON, PLOT)
 WEIGHTS = re.compile(r"model([.-][^/]*)?\.safetensors(\.index\.json)?")
 OLDER_WEIGHTS = re.compile(r"(pytorch_model|tf_model|flax_model)([.-][^/]*)?\.(bin|h5|msgpack)")
 ADAPTER_WEIGHTS = re.compile(r"adapter_model([.-][^/]*)?\.safetensors(\.index\.json)?")
-CARD = "README.md"
 CONFLICTS = (409, 412)  # what the Hub answers where the parent of a commit is not its branch's last one
 TRIES = 5
 PROCESSORS = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import BertForSequenceClassification
 
 from hf_reram import ReRAMConfig, deploy, evaluate_robustness, patch_model, reconfigure, report_of, unpatch_model
+from hf_reram.hub.card import BEGIN, END
 from hf_reram.hub.push import prepare
 from tests.samples.models import bert_batch, tiny_bert
 
@@ -158,3 +159,20 @@ def test_parts_at_temperatures_of_their_own_are_no_model_at_one(tmp_path):
     assert report_of(model) is None
     reconfigure(model[1], temperature=None)
     assert report_of(model) is report
+
+
+def test_figures_of_other_weights_do_not_stay_where_a_model_is_saved(tmp_path):
+    model, report = measured()
+    model.save_pretrained(tmp_path)
+    report.to_json(tmp_path / "robustness.json")
+    prepare(tmp_path, model)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    model.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    with torch.no_grad():
+        model.classifier.bias.add_(1)
+    model.save_pretrained(tmp_path, state_dict=model.state_dict())
+    left = {path.name for path in tmp_path.iterdir()}
+    assert before.keys() - left == {"robustness.json", "robustness.png"}
+    assert not (tmp_path / "README.md").read_text().partition(BEGIN)[2].partition(END)[0].strip()
+    assert report_of(BertForSequenceClassification.from_pretrained(tmp_path)) is None

@@ -776,6 +776,7 @@ def test_a_saved_model_has_its_report_beside_it(tmp_path):
         trainer.save_model(str(tmp_path / folder))
     assert not (tmp_path / "later" / "robustness.json").exists()
     assert written.isdisjoint(file.name for file in (tmp_path / "model").iterdir())
+    assert "chip" not in (tmp_path / "model" / "README.md").read_text()
     assert (tmp_path / "other" / "robustness.json").read_text() == '{"mine": 1}'  # which is no report of ours
     assert (tmp_path / "other" / "robustness.png").exists() and not (tmp_path / "other" / "comparison.json").exists()
 
