@@ -11,7 +11,7 @@ from transformers import BertForSequenceClassification
 
 from hf_reram import ReRAMConfig, deploy, evaluate_robustness, patch_model, reconfigure, report_of, unpatch_model
 from hf_reram.hub.card import BEGIN, END
-from hf_reram.hub.push import prepare
+from hf_reram.hub.push import HfApi, prepare, push
 from tests.samples.models import bert_batch, tiny_bert
 
 
@@ -176,3 +176,24 @@ def test_figures_of_other_weights_do_not_stay_where_a_model_is_saved(tmp_path):
     assert before.keys() - left == {"robustness.json", "robustness.png"}
     assert not (tmp_path / "README.md").read_text().partition(BEGIN)[2].partition(END)[0].strip()
     assert report_of(BertForSequenceClassification.from_pretrained(tmp_path)) is None
+
+
+@pytest.mark.parametrize("of_model", [False, True])
+def test_an_upload_that_fails_leaves_the_folder_as_it_was(tmp_path, monkeypatch, of_model):
+    def fail(*args, **options):
+        raise OSError("no such user")
+
+    model, report = measured()
+    model.save_pretrained(tmp_path)
+    report.to_json(tmp_path / "robustness.json")
+    monkeypatch.setattr(HfApi, "create_repo", fail)
+    for text in (None, "Mine."):
+        if text is not None:
+            (tmp_path / "README.md").write_text(text)
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        with pytest.raises(OSError, match="no such user"):
+            if of_model:  # as its push_to_hub does
+                model._upload_modified_files(tmp_path, "me/x")
+            else:
+                push(tmp_path, "me/x")
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
