@@ -14,7 +14,9 @@ from .device.checks import is_finite, plain, read_json, refuse_deep, shown
 from .device.iv import GAINS
 from .device.temperature import parse_temperature
 
-CONFIG_VERSION = 3  # 1 had cells below 0 µS too (device.floor_at_zero), 2 static input ranges unless they were learned
+# 1 had cells below 0 µS too (device.floor_at_zero), 2 static input ranges unless they were learned; up to 3 each input
+# had one row.
+CONFIG_VERSION = 4
 SMALLEST_SHRINK = 1e-9  # in units of the output, a current's noise grows with the inverse
 INPUT_RANGE = "static"  # by default
 INPUT_RANGES = ("static", "per_token", "learned", "auto")
@@ -73,10 +75,12 @@ class ReRAMConfig(QuantizationConfigMixin):
             clipping + retention + read noise; of convolutions what does not average out over pixels and chips, clipping
             and mean shift, counts 8 times.
         tile_size: rows of a crossbar tile; each tile has its own ADC and read noise. None: one tile a layer.
-        redundancy: cells on top of two a weight, as a share of those, in [0, 4]; calibration gives them to the layers
-            whose spread changes the model's predictions most, by their Fisher information; several pairs then hold a
-            weight together (several devices a synapse, Boybat et al., Nat. Commun. 9, 2514, 2018). Few cells do much
-            where some layers are small and sensitive: stems, depthwise convolutions, a language model's values.
+        redundancy: cells on top of two a weight, as a share of those, in [0, 4]; calibration gives them to the input
+            channels through which the cells' spread changes the model's predictions most, by their Fisher information.
+            Such a channel drives several rows, a part of it each, so that the errors of several cells average out
+            (several devices a synapse, Boybat et al., Nat. Commun. 9, 2514, 2018). Few cells do much where few
+            channels matter: a language model's massive activations, stems, depthwise convolutions. With a tile_size,
+            whole layers get several pairs a weight instead.
         dac_bits, adc_bits: 2 to 16, sign included; None: ideal converters.
         target_modules: names of layers to put on crossbars: a list of names or last parts of names, or a regular
             expression that matches whole names (as in PEFT). None: every Linear, Conv2d and Conv1D.

@@ -201,7 +201,8 @@ def _error(shared: list[LayerStatistics], curve: Curve, config: ReRAMConfig) -> 
             total += _worst(statistics, rows, curve, levels, floor, noise)
         if config.adc_bits:
             scale = layer.along_rows(layer_scales(layer, rows, typical_clip(config))).expand(rows.shape)
-            total += best_full_scale(layer, rows.clamp(-scale, scale), scale, phi, weights, curve)[1]
+            edge = scale * layer.copies_of_rows()
+            total += best_full_scale(layer, rows.clamp(-edge, edge), scale, phi, weights, curve)[1]
     return total
 
 

@@ -1,16 +1,14 @@
-"""Choose what arrays hold and how they are read: weight scales, ADC ranges and pairs per weight."""
+"""Choose what arrays hold and how they are read: weight scales and ADC ranges."""
 
 import torch
 from torch import Tensor
 
-from ..config import ReRAMConfig
 from ..device.read_noise import relative_read_noise
 from ..model.find import arrays
 from ..model.sharding import gathered
 from ..nn.array import cell_weight, program
-from ..nn.mapping import Inputs, expected_error, layer_scales
+from ..nn.mapping import Inputs, layer_scales
 from .ranges import best_full_scale, curve_of, sample_weights
-from .redundancy import allot_pairs
 from .statistics import LayerStatistics
 
 
@@ -44,7 +42,7 @@ def settle_scale(same: list[LayerStatistics]) -> None:
     """Give layers of one array the weight scale with the least expected error over the inputs of all of them, and each
     the full scale of its ADC."""
     layer = same[0].layer
-    rows, several = _weighted_inputs(same[0])[0], [_weighted_inputs(found)[1] for found in same]
+    rows, several = weighted_inputs(same[0])[0], [weighted_inputs(found)[1] for found in same]
     phi = torch.cat([inputs.phi for inputs in several], 1)
     offset = torch.cat([inputs.offset.expand(inputs.phi.shape) for inputs in several], 1)  # type: ignore[union-attr]
     noise = sum(inputs.read_noise for inputs in several) / len(several)
@@ -57,36 +55,7 @@ def settle_scale(same: list[LayerStatistics]) -> None:
         found.layer.note_choice()
 
 
-def spread_pairs(held: list[list[LayerStatistics]], config: ReRAMConfig, effects: dict[str, float]) -> None:
-    """Give the arrays their pairs per weight.
-
-    Args:
-        effects: of the spread of each layer's cells on what the model predicts, by layer name
-            (:func:`.sensitivity.spread_effects`). Where nothing is known of any, the shares of the layers' outputs'
-            power that the spread has are taken.
-    """
-    known = any(effect > 0 for effect in effects.values())
-    errors, cells = [], []
-    for array in held:
-        error = 0.0
-        for found in array:
-            layer = found.layer
-            if known:
-                error += effects[found.name]
-            elif found.samples is not None:
-                with gathered([layer]):
-                    rows, inputs = _weighted_inputs(found)
-                    scale = layer.along_rows(layer.weight_scale)
-                    error += float(expected_error(rows.float(), scale, layer.error, Inputs(inputs.phi), 0.0).sum())
-        errors.append(error)
-        cells.append(array[0].layer.weight.numel())
-    for array, pairs in zip(held, allot_pairs(errors, cells, config.redundancy * sum(cells))):
-        for found in array:
-            found.layer.pairs_per_weight.fill_(pairs)
-            found.layer.forget_white_noise()
-
-
-def _weighted_inputs(statistics: LayerStatistics) -> tuple[Tensor, Inputs]:
+def weighted_inputs(statistics: LayerStatistics) -> tuple[Tensor, Inputs]:
     """The layer's weights by rows of the array, and what meets them, scaled by the root of :func:`sample_weights`."""
     layer, config = statistics.layer, statistics.layer.crossbar.config
     rows, phi, weights = _sampled(statistics)

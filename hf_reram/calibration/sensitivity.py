@@ -1,7 +1,5 @@
-"""How much the model's predictions depend on each crossbar layer's output: on each channel of it, and on the spread of
-the layer's cells.
-
-Both are Fisher information, from backward passes of random probes of the predictions (:func:`fisher_probe`).
+"""How much the model's predictions depend on each channel of a crossbar layer's output: the Fisher information, from
+backward passes of random probes of the predictions (:func:`fisher_probe`).
 """
 
 from collections.abc import Callable, Iterable
@@ -13,17 +11,13 @@ from torch import Tensor, nn
 from ..model.deploy import digital_eval
 from ..model.find import crossbar_layers
 from ..model.inputs import call_model, find_predictions, forked_rng, uncompiled
-from ..model.sharding import is_sharded, of_first, processes, reshard
+from ..model.sharding import is_sharded, reshard
 from ..nn import CrossbarLayer
-from ..nn.array import program
-from ..nn.drive import drive
-from ..nn.ops.functions import WeightVariance
 from ..nn.places import parameter_of
 from ..nn.tensors import tensors_of
 
-# Probes of the model's predictions, over all examples and passes over them; and predictions, such as tokens, that are
-# probed once for the effect of spread.
-DRAWN, PLACES = 1024, 256
+# Probes of the model's predictions, over all examples and passes over them.
+DRAWN = 1024
 
 
 def measure_sensitivity(model: nn.Module, batches: list) -> None:
@@ -32,9 +26,11 @@ def measure_sensitivity(model: nn.Module, batches: list) -> None:
     (:func:`fisher_probe`).
 
     To second order an error Δy in a layer's output changes the prediction by ``KL ≈ ½ Σ_i h_i Δy_i²`` nats, so the
-    layers' expected errors weighted by h add up to the KL divergence that ageing causes (diagonal approximation).
+    layers' expected errors weighted by h add up to the KL divergence that ageing causes, as far as the errors of
+    channels, tokens and pixels are independent. Those of pixels are not, as all meet the same cells: before a pooling
+    the divergence is many times as large. :func:`.spread.spread_effects` counts that.
     """
-    layers, draws = crossbar_layers(model), max(1, -(-DRAWN // max(sum(map(_examples, batches)), 1)))
+    layers, draws = crossbar_layers(model), max(1, -(-DRAWN // max(sum(map(examples_of, batches)), 1)))
     sums: dict[CrossbarLayer, list] = {layer: [0.0, 0] for layer in layers.values()}
 
     def watch(layer: CrossbarLayer, x: Tensor) -> Callable[[Tensor], None]:
@@ -51,60 +47,19 @@ def measure_sensitivity(model: nn.Module, batches: list) -> None:
 
         return collect
 
-    _probe(model, (batch for _ in range(draws) for batch in batches), watch)
+    probe(model, (batch for _ in range(draws) for batch in batches), watch)
     for layer, (total, count) in sums.items():
         layer.sensitivity = torch.zeros(layer.outputs) if count == 0 else (total / count)
 
 
-def spread_effects(model: nn.Module, batches: list) -> dict[str, float]:
-    """What the spread of each layer's cells changes in the model's predictions, by layer name: to second order the KL
-    divergence ``½ E Σ_i δ_i² Var(Δy_i)`` [nats], summed over predictions, where δ is as in :func:`measure_sensitivity`
-    and ``Var(Δy_i) = Σ_r s²(W_ir) φ_r²`` is the variance of that token's or pixel's output over chips.
-
-    A layer's own relative error does not tell: measured on SmolLM2-135M (cmo-hfox-ibm, ten years), where these add up
-    to 0.18 nats and chips lose as much, one of 210 layers has a sixth of it.
-
-    Raises:
-        ValueError: the model's outputs hold nothing that it predicts, or no gradient reaches a layer that was called.
-        RuntimeError: there is no backward through the model.
-    """
-    sums = {layer: torch.zeros(()) for layer in crossbar_layers(model).values()}
-    sharded = processes() > 1 and is_sharded(model)
-
-    @torch.no_grad()
-    def watch(layer: CrossbarLayer, x: Tensor) -> Callable[[Tensor], None]:
-        now, held = layer.scalars(), program(layer, layer.weight.detach()).float()
-        square = WeightVariance.apply(held, layer.held_scale(held.dtype), layer.error.spread(held))
-        driven = drive(layer, x.detach().float(), now)
-        variance = layer.multiply(driven.s.square(), square, None, driven.padded)
-
-        def collect(grad):
-            sums[layer] = sums[layer] + 0.5 * (grad.float().square() * variance).sum().detach().cpu()
-
-        return collect
-
-    places = 0
-
-    def enough(outputs: Any) -> bool:
-        nonlocal places
-        found = find_predictions(outputs, model)
-        places += sum(p.logits.numel() // (p.logits.shape[p.class_dim] if p.logits.dim() > 1 else 1) for p in found)
-        done = places >= PLACES
-        return of_first(done) if sharded else done  # all processes have their part in each pass
-
-    if beyond := _probe(model, batches, watch, enough):
-        raise ValueError(f"no gradient of the predictions reaches the output of {', '.join(beyond)}")
-    return {name: float(sums[layer]) for name, layer in crossbar_layers(model).items()}
-
-
-def _probe(
+def probe(
     model: nn.Module,
     batches: Iterable,
     watch: Callable[[CrossbarLayer, Tensor], Callable[[Tensor], None]],
     enough: Callable[[Any], bool] = lambda outputs: False,
 ) -> list[str]:
-    """Run a backward pass of a probe of the digital model's predictions for each batch; names of the layers whose
-    outputs had no part in it, as of a model without gradients inside.
+    """Run a backward pass of a probe of the digital model's predictions for each batch; names of the layers that were
+    called without gradients alone.
 
     Args:
         watch: called with each crossbar layer and its input, gives what is called with the gradient of its output.
@@ -113,11 +68,11 @@ def _probe(
     layers = crossbar_layers(model)
     gathered: list[Tensor] = []  # that FSDP2 has in place of parameters in a forward, and does not train if frozen
 
-    outside: dict[str, None] = {}
+    reached: dict[str, bool] = {}
 
     def observe(layer: CrossbarLayer, args, kwargs, y):
+        reached[layer.crossbar_name] = reached.get(layer.crossbar_name, False) or y.requires_grad
         if not y.requires_grad:
-            outside[layer.crossbar_name] = None
             return
         with torch.autocast(y.device.type, enabled=False):
             y.register_hook(watch(layer, tensors_of((args, kwargs))[0]))
@@ -151,10 +106,11 @@ def _probe(
             if p.requires_grad is not required:
                 p.requires_grad_(required)
         reshard(model)
-    return list(outside)
+    return [name for name, was in reached.items() if not was]
 
 
-def _examples(batch: Any) -> int:
+def examples_of(batch: Any) -> int:
+    """How many examples a batch has, by its first tensor."""
     tensors = [t for t in tensors_of(batch) if t.dim()]
     return len(tensors[0]) if tensors else 1
 

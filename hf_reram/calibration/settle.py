@@ -6,7 +6,7 @@ scale, and a uniform random sample of the vectors that meet the array.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,8 +23,10 @@ from ..nn.layer import BUFFERS
 from ..nn.tensors import is_shard, whole
 from .observation import Observation, ordinary
 from .ranges import settle_drive
-from .scales import by_array, settle_scale, share_input_scales, share_scales, spread_pairs
-from .sensitivity import measure_sensitivity, spread_effects
+from .redundancy import copy_rows, spread_pairs
+from .scales import by_array, settle_scale, share_input_scales, share_scales
+from .sensitivity import measure_sensitivity
+from .spread import spread_effects
 from .statistics import Channels, LayerStatistics
 
 logger = logging.get_logger(__name__)
@@ -32,9 +34,9 @@ logger = logging.get_logger(__name__)
 
 @torch.inference_mode(False)  # training may follow
 def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = None) -> nn.Module:
-    """Set every crossbar layer's input range, shrink, gain, weight scale, ADC range and pairs per weight, in place; of
-    all layers or, where it fails, of none. Of weights that are sharded (FSDP2) all processes calibrate together, with
-    as many batches each, and the numbers are those of the first one's.
+    """Set every crossbar layer's input range, shrink, gain, weight scale, ADC range, and pairs and rows of weights, in
+    place; of all layers or, where it fails, of none. Of weights that are sharded (FSDP2) all processes calibrate
+    together, with as many batches each, and the numbers are those of the first one's.
 
     Args:
         model: patched by :func:`patch_model`, or of parts that were.
@@ -87,17 +89,22 @@ def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = No
             for layer in layers.values():
                 layer.copies_output = layer in observation.changed
                 layer.pairs_per_weight.fill_(1.0)
+            for s in statistics.values():
+                if s.samples is not None:  # else the input scale stays, which the copies are a part of
+                    s.layer.row_copies.fill_(1.0)
             for state in states:
-                own = {name: s for name, s in statistics.items() if s.layer.crossbar is state}
-                _settle_all(own, observation.leaders, state.config)
-                if state.config.redundancy:
-                    _settle_redundant(own, observation.leaders, state.config, _effects(model, kept))
+                _settle_all(_of(state, statistics), observation.leaders, state.config)
+            if any(state.config.redundancy for state in states):
+                _settle_redundant(model, kept, statistics, observation)
         if sensitivity:
             measure_sensitivity(model, kept)
         if processes() > 1 and is_sharded(model):
             _take_first_process(layers.values())
     return model
 
+
+# As PyTorch says it of a CPU's, with no class of error for it.
+OUT_OF_MEMORY = "can't allocate memory"
 
 # What calibration sets beside buffers.
 KEPT = ("sensitivity", "copies_output", "clipped_by_choice", "choice_is_known")
@@ -128,10 +135,10 @@ def _all_or_nothing(layers: Iterable[Any]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _take_first_process(layers: Iterable[Any]) -> None:
+def _take_first_process(layers: Iterable[Any], names: Sequence[str] = BUFFERS) -> None:
     """A chip of weights that are sharded is one chip, with one input range."""
     for layer in layers:
-        numbers = {name: whole(getattr(layer, name).detach()).cpu() for name in BUFFERS}
+        numbers = {name: whole(getattr(layer, name).detach()).cpu() for name in names}
         numbers, layer.copies_output, sensitivity = of_first((numbers, layer.copies_output, layer.sensitivity))
         if sensitivity is not None:
             layer.sensitivity = sensitivity.to(layer.input_offset.device)
@@ -151,25 +158,51 @@ def _settle_all(statistics: dict[str, LayerStatistics], leaders: dict[str, str],
 
 
 def _settle_redundant(
-    statistics: dict[str, LayerStatistics], leaders: dict[str, str], config: ReRAMConfig, effects: dict[str, float]
+    model: nn.Module, batches: list, statistics: dict[str, LayerStatistics], observation: Observation
 ) -> None:
-    """Choose the pairs per weight, and the numbers of layers that have several anew: of quieter cells others may be
-    best."""
-    held = by_array(statistics)
-    spread_pairs(held, config, effects)
-    for shared in _followers(statistics, leaders):
-        with gathered(s.layer for s in shared):
-            if any(s.layer.pairs > 1 for s in shared):
-                _settle(shared, config)
-    share_scales(held)
+    """Spend the cells on top, and choose the numbers of layers that have some anew: of quieter cells others may be
+    best, and inputs that several rows share are smaller."""
+    effects = _effects(model, batches)
+    states = [state for state in crossbar_states(model) if state.config.redundancy]
+    for state in states:
+        own = _of(state, statistics)
+        known = {name: effects[name] for name in own if name in effects}
+        known = known if any(bool(effect.any()) for effect in known.values()) else {}
+        if state.config.tile_size is not None:
+            spread_pairs(own, state.config, known)
+        else:
+            copy_rows(own, observation.leaders, state.config, known)
+    if processes() > 1 and is_sharded(model):  # all choose the rest for the same layers together
+        _take_first_process((s.layer for s in statistics.values()), ("pairs_per_weight", "row_copies"))
+    again = {name: LayerStatistics(s.layer, name, seed) for seed, (name, s) in enumerate(statistics.items())}
+    for name, before in statistics.items():
+        again[name].offset, again[name].scale = before.offset, before.scale * before.layer.row_copies
+    if any(s.layer.copied for s in statistics.values()):
+        with uncompiled(), observation.watching(model):
+            observation.run(model, batches, again)
+        reshard(model)
+    for state in states:
+        groups = _followers(_of(state, statistics), observation.leaders)
+        changed = [group for group in groups if any(s.layer.copied or s.layer.pairs > 1 for s in group)]
+        found = {s.name: again[s.name] if s.layer.copied else s for group in changed for s in group}
+        _settle_all(found, observation.leaders, state.config)
 
 
-def _effects(model: nn.Module, batches: list) -> dict[str, float]:
+def _of(state: Any, statistics: dict[str, LayerStatistics]) -> dict[str, LayerStatistics]:
+    """Those of the layers that were patched together."""
+    return {name: found for name, found in statistics.items() if found.layer.crossbar is state}
+
+
+def _effects(model: nn.Module, batches: list) -> dict[str, Tensor]:
     """Those of each layer's spread, or nothing, said so, where no gradient of predictions tells them."""
     try:
         return spread_effects(model, batches)
     except (ValueError, RuntimeError) as error:
         why = str(error).partition("\n")[0]
+        if isinstance(error, torch.OutOfMemoryError) or OUT_OF_MEMORY in why:
+            raise
+        if isinstance(error, RuntimeError) and processes() > 1 and is_sharded(model):  # perhaps of this process alone
+            raise
         logger.warning(
             "cells on top go where a layer's own relative error is largest, as its effect is unknown: %s", why
         )

@@ -60,7 +60,8 @@ def evaluate(
 
     A plain checkpoint is put on the cells of --device and calibrated for --times on the evaluated inputs, without their
     labels; so is a robust one where --device, --range-shrink, --weight-clip, --input-range or --redundancy differ from
-    its own, which it keeps where they are not given. An evaluation that was interrupted goes on where it stopped.
+    its own, which it keeps where they are not given. An evaluation that was interrupted goes on where it stopped, with
+    the same --batch-size: read noise is drawn for each batch.
     """
     spoken, tasks = words(times) or ["1s", "1d", "10y"], words(lm_eval)
     if bool(tasks) == (dataset is not None):
@@ -79,7 +80,7 @@ def evaluate(
         work = load_task(kind, found, model, dataset, split, samples, batch_size, seed)
     if fresh:
         calibrate(found, work.batches)
-    key = [kind, work.content]
+    key = [kind, work.content, batch_size]  # on which the read noise depends that a chip meets
     report = evaluate_robustness(
         found,
         work.evaluate,

@@ -1,30 +1,24 @@
-"""What Python code names and changes: globals, what it reads of modules, and the source of a script's own modules."""
+"""What Python code names: globals, what it reads of modules, and the source of a script's own modules."""
 
 import ast
-import dis
 import hashlib
 import importlib.util
 import os
 import sys
 import types
-from collections import Counter
 from collections.abc import Iterable
-from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ..model.code import CHANGING, codes_of
+from ..model.code import codes_of, set_by, steps_of
 from ..model.installed import LIBRARIES, OWN, is_installed
 
 LOADS = ("LOAD_GLOBAL", "LOAD_NAME")
 SETTLED = (bool, int, float, str, type(None), types.FunctionType, types.MethodType, nn.Module)
 ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
-OVERWRITING = ("copy_", "fill", "fill_", "zero_")  # of tensors and arrays
-# By which an object is used.
-USES = ("__call__", "__getitem__", "__getitems__", "__iter__", "__next__", "__len__", "forward")
 
 
 def globals_of(code: types.CodeType) -> dict[str, set[tuple[str, ...]]]:
@@ -34,11 +28,11 @@ def globals_of(code: types.CodeType) -> dict[str, set[tuple[str, ...]]]:
     for part in codes_of(code):
         name: str | None = None
         chain: list[str] = []
-        for step in dis.get_instructions(part):
+        for step in steps_of(part):
             if name is not None and step.opname in ATTRIBUTES:
                 chain.append(step.argval)
                 continue
-            if name is not None and step.opname not in ("CACHE", "PRECALL", "EXTENDED_ARG"):
+            if name is not None:
                 found.setdefault(name, set()).add(tuple(chain))
                 name, chain = None, []
             if step.opname in LOADS:
@@ -54,7 +48,7 @@ def imports_of(code: types.CodeType, package: str) -> set[str]:
     """
     found: set[str] = set()
     for part in codes_of(code):
-        steps = [step for step in dis.get_instructions(part) if step.opname != "EXTENDED_ARG"]
+        steps = steps_of(part)
         for at, step in enumerate(steps):
             if step.opname != "IMPORT_NAME":
                 continue
@@ -91,26 +85,21 @@ def source_of(names: Iterable[str]) -> list[list[str]]:
 
 
 def set_since(name: str) -> dict[str, Any]:
-    """Globals of a module that its file sets, once, to a number, a text or the like, and that are something else now:
-    set from outside. Empty lists and the like are filled by use, and what is not imported yet has none."""
+    """Globals of a module that its file sets to numbers, texts, or lists and the like of these, and that are something
+    else now, as where a script has set or filled them. What is not imported yet has none."""
     module = sys.modules.get(name)
     file = getattr(module, "__file__", None) or ""
     if not file.endswith(".py"):
         return {}
-    tree = ast.parse(Path(file).read_bytes())
-    names = (node for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
-    count = Counter(node.id for node in names)
-    found = {}
-    for node in tree.body:
+    said = {}
+    for node in ast.parse(Path(file).read_bytes()).body:
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-        if isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(target, ast.Name) and count[target.id] == 1:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(target, ast.Name) and node.value is not None:
             try:
-                said = ast.literal_eval(node.value) if node.value else {}
+                said[target.id] = ast.literal_eval(node.value)
             except (ValueError, TypeError):
-                continue
-            if said not in ({}, []) and repr(now := getattr(module, target.id, None)) != repr(said):
-                found[target.id] = now
-    return found
+                said.pop(target.id, None)
+    return {target: now for target, value in said.items() if repr(now := getattr(module, target, None)) != repr(value)}
 
 
 def _spec(name: str) -> ModuleSpec | None:
@@ -139,93 +128,6 @@ def _local_file(name: str) -> str | None:
     return file if not f"{file}{os.sep}".startswith(LIBRARIES) and os.path.isfile(file) else None
 
 
-# What code changes
-
-
-@cache
-def changed_in(code: types.CodeType) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
-    """Names of variables that are not code's own and, with a dot before, of attributes of its first argument: those
-    that it sets, those that it changes in place, as by ``append`` or under an index, with "[:]" after them where all of
-    a tensor is written, and all that it names, also with what it takes of them, as in "meter update"."""
-    own, bound, altered, named = code.co_varnames[:1], set(), set(), set()
-    for part in codes_of(code):
-        steps = list(dis.get_instructions(part))
-        loaded: list[str] = []  # by step, what it leaves on top, "." for the argument
-        for step in steps:
-            name, before, now = step.argval, loaded[-1] if loaded else "", ""
-            if "LOAD_FAST" in step.opname or step.opname in (*LOADS, "LOAD_DEREF"):
-                last = name[-1] if isinstance(name, tuple) else name
-                now = "." if (last,) == own else "" if "LOAD_FAST" in step.opname else last
-            elif step.opname in ATTRIBUTES and before == ".":
-                now = f".{name}"
-                bound |= {now} if steps[len(loaded) - 1].opname == "COPY" else set()  # of `self.count += 1`
-            elif step.opname in ATTRIBUTES and before:
-                named.add(f"{before} {name}")
-                altered |= {before} if name in CHANGING else {f"{before}[:]"} if name in OVERWRITING else set()
-            elif step.opname in ("STORE_GLOBAL", "STORE_DEREF"):
-                bound.add(name)
-            elif step.opname in ("STORE_ATTR", "DELETE_ATTR") and before == ".":
-                bound.add(f".{name}")
-            elif step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
-                index = _indexed(steps, loaded)
-                altered |= {index, f"{index}[:]"} if _is_whole(steps[: len(loaded)]) else {index}
-            elif step.opname == "STORE_SLICE" and _is_whole(steps[: len(loaded)]):  # as of Python 3.12
-                altered |= {loaded[-3], f"{loaded[-3]}[:]"}
-            elif step.opname == "COPY" and step.arg == 1:
-                now = before
-            loaded.append(now)
-        named |= {*loaded}
-    return frozenset(bound), frozenset(altered), frozenset(named)
-
-
-def _indexed(steps: list[dis.Instruction], loaded: list[str]) -> str:
-    """What the index is of that the last of the steps that ``loaded`` is of has left on top."""
-    left, at = 0, len(loaded)
-    while at > 0 and left != 1:
-        at -= 1
-        left += dis.stack_effect(steps[at].opcode, steps[at].arg, jump=False)
-        if left == 1 and steps[at].opname == "COPY":  # as of `a[i] += 1`, which keeps both
-            left = 0
-    return loaded[at - 1] if at else ""
-
-
-def _is_whole(steps: list[dis.Instruction]) -> bool:
-    """Whether the index that the last of the steps leave on top is ``[:]`` or ``[...]``."""
-    texts = [step.argrepr for step in steps if step.opname != "BUILD_SLICE"]
-    return texts[-2:] == ["None", "None"] or texts[-1] in ("Ellipsis", "slice(None, None, None)")
-
-
-def _code_of(part: Any) -> types.CodeType | None:
-    """Of a method, property or the like."""
-    inner = (getattr(part, attribute, None) for attribute in ("fget", "func", "__func__"))
-    function = next((each for each in inner if each is not None), part)
-    while hasattr(function, "__wrapped__"):
-        function = function.__wrapped__
-    return function.__code__ if isinstance(function, types.FunctionType) else None
-
-
-@cache
-def changed_in_use(cls: type, uses: frozenset[str] = frozenset()) -> tuple[frozenset[str], ...]:
-    """Names of attributes that objects of a class set, and that they change in place, when they are called, run through
-    or asked for items, or by ``uses``, their methods that something calls: their state. What their making is told is
-    none. Third, what they take of attributes, as :func:`changed_in` has it."""
-    bound: set[str] = set()
-    altered: set[str] = set()
-    asked: set[str] = set()
-    todo = [*USES, *uses]
-    while todo:
-        asked.add(name := todo.pop())
-        for code in filter(None, (_code_of(vars(parent).get(name)) for parent in cls.__mro__)):
-            sets, alters, names = ({name[1:] for name in found if name[:1] == "."} for found in changed_in(code))
-            bound |= sets
-            altered |= alters
-            todo += names - asked
-    made = (_code_of(vars(parent).get("__init__")) for parent in cls.__mro__)
-    told = {name for code in made if code for name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]}
-    altered -= {*told, *(f"{name}[:]" for name in told)}
-    return frozenset(bound - told), frozenset(altered), frozenset(asked)
-
-
 # What a subclass adds
 
 
@@ -242,7 +144,7 @@ def added_attributes(value: Any, library: str, runs: bool = False) -> dict[str, 
     for cls in type(value).__mro__:
         if is_installed(cls.__module__):
             own = cls.__module__.partition(".")[0] in (library, OWN)
-            (known if own else others).update(_set_by(cls))
+            (known if own else others).update(set_by(cls))
     return {
         name: part
         for name, part in vars(value).items()
@@ -250,15 +152,3 @@ def added_attributes(value: Any, library: str, runs: bool = False) -> dict[str, 
         and not name.startswith("__")
         and (name not in others or (not name.startswith("_") and (not runs or isinstance(part, SETTLED))))
     }
-
-
-@cache
-def _set_by(cls: type) -> frozenset[str]:
-    """Names of attributes that a class's methods set on their object, its fields and cached properties."""
-    found = {*getattr(cls, "__dataclass_fields__", ()), *vars(cls).get("__annotations__", ())}
-    for name, part in vars(cls).items():
-        if hasattr(part, "func") and not callable(part):
-            found.add(name)
-        if code := _code_of(part):
-            found |= {name[1:] for name in changed_in(code)[0] if name[0] == "."}
-    return frozenset(found)

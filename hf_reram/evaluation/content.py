@@ -5,31 +5,35 @@ import enum
 import functools
 import hashlib
 import json
-import random
 import types
-from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..model.attributes import OF_LIBRARIES
 from ..model.digest import settings_of, weights_digest
-from .code import changed_in, changed_in_use, globals_of, imports_of, is_installed, set_since, source_of
+from .code import added_attributes, globals_of, imports_of, is_installed, set_since, source_of
 from .data_files import content_under, files_of, row_content
 
 BUILT_IN = (
     *(types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, np.ufunc),
     *(types.MemberDescriptorType, types.GetSetDescriptorType),
 )
-CONTAINERS = (list, dict, set, deque)
 # Of what transformers has: where it is from, how it is stored and called, and what its class says.
 UNTOLD = (
     *("_name_or_path", "name_or_path", "transformers_version", "_commit_hash", "vocab_file", "merges_file"),
     *("init_inputs", "init_kwargs", "files_loaded", "verbose", "deprecation_warnings", "_in_target_context_manager"),
     *("_processor_class", "processor_class", "backend"),
 )
+# What other libraries' objects hold of their last use and no figure depends on, by the classes' modules and names.
+OF_LAST_USE = {
+    ("transformers.tokenization_python", "PythonBackend"): ("cache",),
+    ("torch.utils.data.dataloader", "DataLoader"): ("_iterator",),
+    ("sentence_transformers.base.data_collator", "BaseDataCollator"): ("_warned_columns",),
+}
 
 
 def content_of(dataset: Any) -> str:
@@ -76,8 +80,19 @@ def part_of(name: str, value: Any, files: bool = False) -> Any:
     Raises:
         ValueError: it cannot be told; names it.
     """
+    return key_of(name, value, files)[name]
+
+
+def key_of(name: str, value: Any, files: bool = False) -> dict[str, Any]:
+    """As :func:`part_of`, under the name, and beside it what tells its own parts from others, such as an object's
+    attributes or a function's variables and globals, each under its name after the other and a dot.
+
+    Raises:
+        ValueError: it cannot be told; names it.
+    """
+    description = _Description(files)
     try:
-        return described(value, files)
+        return {name: description.whole(value), **{f"{name}.{part}": told for part, told in description.named.items()}}
     except ValueError as error:
         raise ValueError(
             f"the {name} cannot be told from another one: say with key=... what is evaluated: {error}"
@@ -88,8 +103,9 @@ def described(value: Any, files: bool = False) -> Any:
     """A JSON value that another value has only if it is the same: numbers and texts as they are, all else as a SHA-256
     of what it is made of. Functions are their code, with what they close over, and all that they name, modules of a
     script's own by what is read of them; models their settings and weights; other objects their class and what they
-    pickle, or what their method ``told_by`` says. What use sets and fills, caches and counters, does not count, and of
-    installed packages only names.
+    pickle, or what their method ``told_by`` says. All that they hold counts, also what use has changed; but for what
+    some libraries' objects hold of their last use, and how far random generators are. Of installed packages only names
+    count.
 
     Args:
         files: texts and paths that name a file or folder stand for what is in it.
@@ -97,12 +113,7 @@ def described(value: Any, files: bool = False) -> Any:
     Raises:
         ValueError: parts of it cannot be told, as locks or open files.
     """
-    try:
-        return _Description(files).of(value)
-    except ValueError:
-        raise
-    except Exception as error:  # whatever its parts raise
-        raise ValueError(f"{type(value).__name__} cannot be read: {type(error).__name__}: {error}") from error
+    return _Description(files).whole(value)
 
 
 class _Description:
@@ -111,7 +122,19 @@ class _Description:
         self.read: dict[str | PurePath, str | None] = {}  # what is in files, by their path
         self.known: dict[int, tuple[Any, str]] = {}  # holds on to the values, whose ids others would get
         self.above: dict[int, int] = {}
-        self.uses: dict[int, tuple[Any, set[str]]] = {}  # what code takes of values, by their ids
+        self.named: dict[str, Any] = {}  # parts by their names, of what was told last
+
+    def whole(self, value: Any) -> Any:
+        """
+        Raises:
+            ValueError: parts of it cannot be told.
+        """
+        try:
+            return self.of(value)
+        except ValueError:
+            raise
+        except Exception as error:  # whatever its parts raise
+            raise ValueError(f"{type(value).__name__} cannot be read: {type(error).__name__}: {error}") from error
 
     def of(self, value: Any) -> Any:
         if value is None or (isinstance(value, (bool, int, float, str)) and not isinstance(value, enum.Enum)):
@@ -128,6 +151,7 @@ class _Description:
             del self.above[id(value)]
         digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         self.known[id(value)] = (value, digest)
+        self.named = {name: part for each in parts if isinstance(each, dict) for name, part in each.items()}
         return digest
 
     def inside(self, value: Any) -> str | None:
@@ -182,45 +206,20 @@ class _Description:
 
     def function(self, value: types.FunctionType) -> list:
         of, code = self.of, value.__code__
-        bound, altered, named = changed_in(code)
         closed = zip(code.co_freevars, value.__closure__ or ())
-        inside = {name: cell.cell_contents for name, cell in closed if cell != types.CellType()}
-        self.use(inside, named)
-        kept = self.without_state(inside, bound, altered)
-        parts = [_name(value), of(value.__defaults__), of(value.__kwdefaults__), *(of(kept[name]) for name in kept)]
+        inside = {name: of(cell.cell_contents) for name, cell in closed if cell != types.CellType()}
+        parts = [_name(value), of(value.__defaults__), of(value.__kwdefaults__), inside]
         if is_installed(value.__globals__.get("__name__")):  # a decorator may have given it another __module__
             return parts
-        reads = globals_of(code)
-        known = {name: value.__globals__[name] for name in sorted(reads) if name in value.__globals__}
-        self.use(known, named)
-        used = []
-        for name, item in self.without_state(known, bound, altered).items():
-            if name[:2] != "__":
+        used = {}
+        for name, chains in sorted(globals_of(code).items()):
+            if name in value.__globals__ and name[:2] != "__":
+                item = value.__globals__[name]
                 module = isinstance(item, types.ModuleType) and not is_installed(item.__name__)
-                used.append([name, self.read_of(item, reads[name]) if module else of(item)])
+                used[name] = self.of(self.read_of(item, chains)) if module else of(item)
         imported = self.source(imports_of(code, value.__globals__.get("__package__") or ""))
         own = {name: part for name, part in vars(value).items() if name != "__wrapped__"}
-        return [*parts, of(code), *used, *([imported] if imported else []), *([of(own)] if own else [])]
-
-    @staticmethod
-    def without_state(values: dict, bound: Collection[str], altered: Collection[str]) -> dict:
-        """Those that are not set, nor if they are lists or the like changed, nor tensors overwritten, by what they are
-        values of. Containers of libraries, such as data sets, count."""
-
-        def is_filled(name: str, value: Any) -> bool:
-            if isinstance(value, (torch.Tensor, np.ndarray)):
-                return f"{name}[:]" in altered
-            plain = type(value).__module__ in ("builtins", "collections") or not is_installed(type(value).__module__)
-            return name in altered and isinstance(value, CONTAINERS) and plain
-
-        return {name: value for name, value in values.items() if name not in bound and not is_filled(name, value)}
-
-    def use(self, values: dict, named: Iterable[str]) -> None:
-        """Note down which attributes code takes of values, by their names."""
-        for found in named:
-            name, _, attribute = found.partition(" ")
-            if attribute and name in values:
-                self.uses.setdefault(id(values[name]), (values[name], set()))[1].add(attribute)
+        return [*parts, of(code), used, *([imported] if imported else []), *([of(own)] if own else [])]
 
     def source(self, names: Iterable[str]) -> list:
         """Of modules of a script's own their files, and what has been set in them since."""
@@ -246,9 +245,7 @@ class _Description:
         """What makes instances of a class do what they do, and is no installed package's."""
         if is_installed(cls.__module__):
             return
-        _, altered, named = changed_in_use(cls)
-        self.use(dict(vars(cls)), named)
-        for name, part in sorted(self.without_state(dict(vars(cls)), (), altered).items()):
+        for name, part in sorted(vars(cls).items()):
             special = name.startswith("__") and name.endswith("__")  # of these, what they do
             if name != "_abc_impl" and (not special or callable(part) or isinstance(part, (staticmethod, classmethod))):
                 yield [name, part]
@@ -256,11 +253,10 @@ class _Description:
     def object(self, value: Any) -> list:
         from datasets import Dataset, IterableDataset
         from tokenizers import Tokenizer
-        from transformers import PreTrainedTokenizerBase, ProcessorMixin
+        from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase, ProcessorMixin
 
         of = self.of
         cls: Any = type(value)
-        _, uses = self.uses.get(id(value), (value, set()))
         if callable(getattr(cls, "told_by", None)):
             return [of(cls), of(value.told_by())]
         if isinstance(value, (Dataset, IterableDataset)):
@@ -269,21 +265,29 @@ class _Description:
             return ["data", described(value, files=True)]
         if isinstance(value, torch.nn.Module):  # as a collator has it: what it computes, not what it remembers
             classes = sorted({of(type(module)) for module in value.modules()})
-            return [of(cls), settings_of(value), weights_digest(value), classes]
+            own = {
+                name: {each: of(part) for each, part in vars(module).items() if each not in OF_LIBRARIES}
+                for name, module in value.named_modules()
+                if not is_installed(type(module).__module__)
+            }
+            return [of(cls), [settings_of(value), weights_digest(value), own], classes]
         if isinstance(value, Tokenizer):  # without how it cut and padded last
             text = json.dumps({**json.loads(value.to_str()), "truncation": None, "padding": None}, sort_keys=True)
             return [_name(cls), hashlib.sha256(text.encode()).hexdigest()]
         if isinstance(value, torch.Generator):  # how far it is, its use says
             return [_name(cls), value.initial_seed()]
-        if isinstance(value, (random.Random, np.random.RandomState)) and "seed" in uses:  # anew at each use
-            return [_name(cls)]
         if isinstance(value, np.random.Generator):
             return [_name(cls), of(value.bit_generator.seed_seq)]
         if any(each.__module__ == "evaluate.module" for each in cls.__mro__) and hasattr(value, "config_name"):
-            return [of(cls), value.config_name]  # what else it holds is of its last use
+            # What the library sets there is of its last use.
+            return [of(cls), value.config_name, of(added_attributes(value, "evaluate"))]
         if isinstance(value, functools._lru_cache_wrapper):
             return ["cached", of(value.__wrapped__)]
         untold: tuple[str, ...] = functools.WRAPPER_ASSIGNMENTS  # which a decorator's object has of what it wraps
+        untold += tuple(name for each in cls.__mro__ for name in OF_LAST_USE.get((each.__module__, each.__name__), ()))
+        if isinstance(value, DataCollatorForLanguageModeling) and value.seed is not None:
+            made = [value.get_generator(value.seed, kind) for kind in ("pt", "np")]  # as its first use does
+            untold += ("generator", "_generator_pid") if of(value.generator) in (None, *map(of, made)) else ()
         if isinstance(value, (PreTrainedTokenizerBase, ProcessorMixin)):
             untold += (*UNTOLD, *(("_vocab", "_merges") if hasattr(value, "backend_tokenizer") else ()))
         elif cls.__module__.startswith("transformers.") and callable(getattr(value, "to_dict", None)):
@@ -291,19 +295,17 @@ class _Description:
             return [of(cls), of({key: data[key] for key in data if key not in UNTOLD})]
         try:
             reduce = copyreg.dispatch_table.get(cls)
-            made = reduce(value) if reduce else value.__reduce_ex__(4)
+            reduced = reduce(value) if reduce else value.__reduce_ex__(4)
         except Exception as error:  # whatever its parts raise
             raise ValueError(f"nothing tells one {_name(cls)} from another: {error}") from error
-        if isinstance(made, str):
-            return [_name(cls), made]
-        _, args, state, items, pairs = (*made, *[None] * 5)[:5]
+        if isinstance(reduced, str):
+            return [_name(cls), reduced]
+        _, args, state, items, pairs = (*reduced, *[None] * 5)[:5]
         if isinstance(state, dict):
-            own = not is_installed(cls.__module__)  # of others, methods that are called may well set what counts
-            bound, altered, named = changed_in_use(cls, frozenset(uses if own else ()))
-            remembered = {name for name in state if isinstance(getattr(cls, name, None), functools.cached_property)}
-            self.use(state, named)
-            state = self.without_state(state, {*bound, *untold, *remembered}, altered) or None  # as of one not used yet
-        return [of(cls), of(tuple(args)), of(state), of(list(items or ())), of(list(pairs or ()))]
+            state = {name: of(part) for name, part in state.items() if name not in untold}
+        else:
+            state = of(state)
+        return [of(cls), of(tuple(args)), state or None, of(list(items or ())), of(list(pairs or ()))]
 
 
 def _name(value: Any) -> str:

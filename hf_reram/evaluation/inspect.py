@@ -27,8 +27,8 @@ class LayerReport:
     """One crossbar layer.
 
     Attributes:
-        name, kind: qualified name, and the digital layer's class. rows, columns: of its array, groups side by side.
-        cells: two a weight and pair. pairs_per_weight: that hold each weight.
+        name, kind: qualified name, and the digital layer's class. rows, columns: of its array, groups side by side,
+            copies of rows included. cells: two a weight, pair and copy. pairs_per_weight: in a row.
         range_kind: of its input range, "static", "learned", or "per_token".
         input_range: of the DAC in units of the input; None where not calibrated, and where each token has its own.
         centered, equalized: whether it subtracts an offset from its input, and divides its channels by scales.
@@ -85,7 +85,7 @@ def inspect_layers(
             LayerReport(
                 name=name,
                 kind=layer._digital_class.__name__,
-                rows=rows.shape[2],
+                rows=int(layer.copies_of_rows().sum(2).max()),
                 columns=rows.shape[0] * rows.shape[1],
                 cells=layer.cells,
                 pairs_per_weight=layer.pairs,

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ from ..model.deploy import deploy, digital, refuse_modes, uncalibrated
 from ..model.digest import model_digest, settings_of, values_of, weights_digest
 from ..model.find import crossbar_layers, crossbar_states, replaced, reset_calls, uncalled
 from ..model.inputs import evaluating, forked_rng
-from ..model.sharding import of_each, of_first, processes, talks
+from ..model.sharding import alike, is_first, of_each, of_first, processes, talks
 from ..model.summary import summarize
 from ..nn.clipping import clipped_beyond_choice, in_words, warn_clipped
-from .content import part_of
+from .content import key_of
 from .report import Measurement, RobustnessReport
 from .run_log import Run, RunLog
 
@@ -66,7 +66,9 @@ def evaluate_robustness(
         resume: a file that keeps each finished run; those of the same weights, configs (the model's own too) and
             ``key`` are not run again, unless another version of hf_reram, torch, transformers or Python ran them.
         key: for ``resume``, what ``evaluate`` depends on beside the model, such as its data set, split, samples and
-            seed: any JSON value. None: a fingerprint of ``evaluate``, its code with all that it names and holds.
+            seed: any JSON value. None: a fingerprint of ``evaluate``, its code with all that it names and holds. One
+            that changes something of these while it runs, as a counter or a meter that it fills, is then resumed only
+            in a new process, where all is as before its first run; with a key in the same one, too.
         share_chips: with several processes, each runs its share of the chips, and all get the whole report;
             ``evaluate`` must then not talk to other processes. Where each forward does (weights sharded by FSDP2, a
             model wrapped by DDP), all run every chip ``together``.
@@ -106,12 +108,16 @@ def evaluate_robustness(
     together = several and (together or talks(model))
     shares = several and share_chips and not together
     weights, settings = weights_digest(model), settings_of(model)
-    logs = not together or dist.get_rank() == 0
-    with _alike(together or shares):
+    file = resume if not together or is_first() else None
+    with alike(together or shares):
+        if file is not None and key is None:
+            key = key_of("evaluation", evaluate)
+    told = of_first(key) if shares else None  # a function that holds its process's device has another key in each
+    key = key if told is None else told
+    with alike(together or shares):
         log: RunLog | None = None
-        if resume is not None and logs:
-            key = {"evaluate": part_of("evaluation", evaluate)} if key is None else key
-            log = RunLog(resume, owner_of(model, key, weights), parts_of(model, key, weights), values_of(model))
+        if file is not None:
+            log = RunLog(file, owner_of(model, key, weights), parts_of(model, key, weights), values_of(model))
         found: dict[Run, dict[str, float]] = log.read() if log else {}
     warn_clipped(crossbar_layers(model).values())
     silent: set[str] = set(log.uncalled) if log else set()
@@ -120,10 +126,10 @@ def evaluate_robustness(
         runs, found, silent, casts = of_first((runs, found, silent, casts))
     pending = [run for run in runs if run not in found]
     mine = pending[dist.get_rank() :: processes()] if shares else pending
-    hidden, differs = not progress or (together and dist.get_rank() > 0), False
-    with _alike(shares), tqdm(total=len(mine), desc="chips", disable=hidden, unit="run") as bar:
+    hidden, differs = not progress or (together and not is_first()), False
+    with alike(shares), tqdm(total=len(mine), desc="chips", disable=hidden, unit="run") as bar:
         for run in mine:
-            with _alike(together):
+            with alike(together):
                 found[run], missed, other = _measure(model, evaluate, run, together)
                 cast = sorted({str(dtype).removeprefix("torch.") for state in states for dtype in state.autocasts})
                 if missed and not allow_uncalled:
@@ -173,26 +179,6 @@ def evaluate_robustness(
     return report
 
 
-@contextmanager
-def _alike(several: bool) -> Iterator[None]:
-    """What fails in one of ``several`` processes inside fails in all, before they would wait for it elsewhere.
-
-    Raises:
-        RuntimeError: it failed in another process; names it.
-    """
-    error: Exception | None = None
-    try:
-        yield
-    except Exception as found:
-        error = found
-    if several:
-        told = of_each(None if error is None else f"{type(error).__name__}: {error}")
-        if error is None and (failed := [rank for rank, text in enumerate(told) if text is not None]):
-            error = RuntimeError(f"the evaluation failed in process {failed[0]}: {told[failed[0]]}")
-    if error is not None:
-        raise error
-
-
 def key_text(key: Any) -> str:
     """A key as text.
 
@@ -218,11 +204,13 @@ def owner_of(model: nn.Module, key: Any, weights: str | None = None) -> str:
 
 
 def parts_of(model: nn.Module, key: Any, weights: str) -> dict[str, str]:
-    """Short fingerprints of what :func:`owner_of` is one of: a key that is an object counts by its names."""
+    """Short fingerprints of what :func:`owner_of` is one of: a key that is an object, and the attributes of the
+    modules, count by their names."""
     settings = settings_of(model)
     parts = {str(name): value for name, value in key.items()} if isinstance(key, Mapping) else {"key": key}
     parts |= {"weights": weights, "ReRAMConfig": [state.config.to_dict() for state in crossbar_states(model)]}
-    parts |= {"modules": settings.pop("modules"), "model.config": settings}
+    parts |= {f"modules.{name}": value for name, value in settings.pop("modules").items()}
+    parts["model.config"] = settings
     texts = {name: json.dumps(value, sort_keys=True) for name, value in parts.items() if value is not None}
     return {name: hashlib.sha256(text.encode()).hexdigest()[:12] for name, text in texts.items()}
 
@@ -318,7 +306,7 @@ def _measure(
         before = [state.deployments for state in states]
         for state in states:
             state.autocasts = set()
-        with _alike(together):
+        with alike(together):
             metrics = numbers_of(evaluate(model))
             if [state.deployments for state in states] != before:
                 raise RuntimeError(

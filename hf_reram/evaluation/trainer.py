@@ -9,6 +9,7 @@ from transformers.utils import logging
 from ..device.checks import plain
 from ..device.time import format_time, parse_time
 from ..model.deploy import deploy
+from ..model.find import is_digital
 from .code import added_attributes
 from .content import content_of, part_of
 from .precision import restored
@@ -73,7 +74,8 @@ class EvaluationMixin(Base):
         measure = self._uncast(super().evaluation_loop)
         output = measure(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         metrics: dict[str, float] = output.metrics or {}
-        for time in self.eval_times if metric_key_prefix.startswith("eval") else ():
+        wanted = bool(self.eval_times) and metric_key_prefix.startswith("eval")
+        for time in self.eval_times if wanted and not is_digital(self.model) else ():
             prefix = f"{metric_key_prefix}_{format_time(time)}"
             chips = []
             for seed in range(self.eval_chips):

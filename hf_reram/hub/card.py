@@ -221,7 +221,8 @@ def _hardware(config: ReRAMConfig) -> list[tuple[str, str]]:
 
 
 def _redundancy(config: ReRAMConfig) -> str:
-    return f"{100 * config.redundancy:g} % more cells, in the layers where they do most"
+    place = "for the inputs" if config.tile_size is None else "in the layers"
+    return f"{100 * config.redundancy:g} % more cells, {place} where they do most"
 
 
 def _polynomial(coefficients: Sequence[float]) -> str:

@@ -31,7 +31,7 @@ from .upload import UPLOAD, attach_upload
 logger = logging.get_logger(__name__)
 
 # Buffers that checkpoints from before do not have.
-ADDED_LATER = ("input_floor", "input_offset", "input_scale", "pairs_per_weight", "per_token")
+ADDED_LATER = ("input_floor", "input_offset", "input_scale", "pairs_per_weight", "per_token", "row_copies")
 
 
 class ReRAMQuantizer(HfQuantizer):

@@ -42,6 +42,7 @@ class ReRAMTrainerMixin(TrainingMixin, EvaluationMixin, HubMixin):
             show only some of the classes.
         eval_times: times since programming at which every evaluation also measures the model as chips, adding metrics
             such as ``eval_1d_loss`` and ``eval_1d_accuracy``, means over chips; ``metric_for_best_model`` may name one.
+            A model that is digital then (:func:`hf_reram.digital`) is no chip, and has none of them.
         eval_chips: how many chips for ``eval_times``.
         calibration_dataset: what to calibrate on instead of ``train_dataset``.
         follow_training: let input ranges, offsets, gains, the ADCs' ranges and weight scales follow the activations and

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers.utils import logging
 
@@ -220,8 +220,9 @@ def warn_uncalibrated(model: nn.Module) -> None:
 
 @torch.no_grad()
 def realize(layer: CrossbarLayer, time: float | None, temperature: float | None, seed: int) -> Chip:
-    """What the layer's cells hold, ``w_scale (g+ - g-) / Δg``, averaged over a weight's pairs: its weight, times the
-    input scales, in its shape and dtype. And what is added digitally for the layer's input offset.
+    """What the layer's cells hold, ``w_scale (g+ - g-) / Δg``, averaged over a weight's pairs and added over the copies
+    of its row: its weight, times the input scales, in its shape and dtype. And what is added digitally for the layer's
+    input offset.
 
     Args:
         time: s, None for right after programming. temperature: K. seed: of this layer's cells.
@@ -231,10 +232,21 @@ def realize(layer: CrossbarLayer, time: float | None, temperature: float | None,
     draws = Draws(seed)
     programmed = cells_of.program(layer, whole(layer.weight))  # also where FSDP2 has sharded it
     targets = device.conductance(programmed.float() / scale.clamp(min=1e-30))
+
+    def drawn(of: Any) -> Tensor:
+        plus, minus = (program(device, target, draws).after(device, time, temperature) for target in of)
+        return plus.sub_(minus)
+
     held: Any = None
     for _ in range(layer.pairs):
-        plus, minus = (program(device, target, draws).after(device, time, temperature) for target in targets)
-        held = plus.sub_(minus) if held is None else held.add_(plus.sub_(minus))
+        found = drawn(targets)
+        if layer.copied:  # of which the scale is that of all together, times their mean
+            rows, copies = layer.to_rows(found).mT, layer.copies_of_rows().mT
+            for already in range(1, int(copies.max())):
+                more = copies[..., 0] > already
+                rows[more] += drawn([layer.to_rows(target).mT[more] for target in targets])
+            found = layer.from_rows((rows / copies).mT)
+        held = found if held is None else held.add_(found)
     held = held.mul_(scale / (device.g_range * layer.pairs)).to(layer.weight.dtype)
     offset = cells_of.offset_output(layer, programmed)[1] if layer.centered else None
     return Chip.of(held, offset, layer)

@@ -95,7 +95,7 @@ def _telling(config: dict[str, Any]) -> dict[str, Any]:
     classes = len(config["id2label"]) if isinstance(config.get("id2label"), dict) else None
     found = {}
     for key, value in config.items():
-        if key in COSMETIC or any(part in str(key) for part in TRAINING_ONLY):
+        if key in COSMETIC or TRAINING_ONLY.fullmatch(str(key)):
             continue
         # Heads write there what they find the labels to be; the same labels tell it again.
         if key == "problem_type" and (value is None or (value == "regression") == (classes == 1)):

@@ -67,8 +67,15 @@ def any_process(mine: list[bool], device: torch.device) -> list[bool]:
     return [bool(flag) for flag in flags.tolist()]
 
 
+def is_first() -> bool:
+    """Whether this process is the first one, or alone."""
+    return processes() == 1 or dist.get_rank() == 0
+
+
 def of_first(value: Any) -> Any:
-    """The value of the first process, in all of them."""
+    """The value of the first process, in all of them; to be called by all."""
+    if processes() == 1:
+        return value
     found = [value]
     dist.broadcast_object_list(found, src=0)
     return found[0]
@@ -79,3 +86,26 @@ def of_each(value: Any) -> list[Any]:
     found: list[Any] = [None] * processes()
     dist.all_gather_object(found, value)
     return found
+
+
+@contextmanager
+def alike(several: bool, what: str = "the evaluation") -> Iterator[None]:
+    """What fails in one of ``several`` processes inside fails in all, before they would wait for it elsewhere.
+
+    Args:
+        what: it is that fails, for the error in the others.
+
+    Raises:
+        RuntimeError: it failed in another process; names it.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as found:
+        error = found
+    if several:
+        told = of_each(None if error is None else f"{type(error).__name__}: {error}")
+        if error is None and (failed := [rank for rank, text in enumerate(told) if text is not None]):
+            error = RuntimeError(f"{what} failed in process {failed[0]}: {told[failed[0]]}")
+    if error is not None:
+        raise error

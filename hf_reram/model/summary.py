@@ -16,7 +16,8 @@ class CrossbarSummary:
 
     Attributes:
         device: name of the cell technology, or of several.
-        layers: crossbar layers. cells: ReRAM cells, two a weight and pair; layers that share a weight share its cells.
+        layers: crossbar layers. cells: ReRAM cells, two a weight, pair and copy; layers that share a weight share
+            its cells.
         weights: weights on crossbars. parameters: all of the model's parameters.
         calibrated: layers that have an input range. per_token: layers where each token (each image) has its own.
         digital: modules with matrices of their own that stay digital, by name and class.

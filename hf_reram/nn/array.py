@@ -172,6 +172,8 @@ def sampled(layer: "CrossbarLayer", now: Scalars) -> Held:
     drifts = sampling.kind == "drift"
     weight = wide(programmed)
     noise = sampling.normal(weight, layer.crossbar_name)
+    if now.copied:
+        noise = noise * layer.along_inputs(layer.row_copies).to(noise.dtype).rsqrt()
     needed = drifts and state.term is not None and sampling.error is state.error and sampling.strength is None
     scale = layer.held_scale(weight.dtype)
     if drifts:
@@ -183,6 +185,7 @@ def sampled(layer: "CrossbarLayer", now: Scalars) -> Held:
     if sampling.strength is not None:
         tables = [table if table is None else table * sampling.strength for table in tables]
     drifted, variance = DriftedWeight.apply(weight, scale, noise, *tables, needed)
+    variance = None if variance is None else layer.averaged(variance)
     return Held(drifted.to(programmed.dtype), programmed, bias, variance)
 
 
@@ -206,7 +209,7 @@ def deployed(layer: "CrossbarLayer", chip: Chip) -> Held:
 
 
 def cell_weight(layer: "CrossbarLayer", weight: Tensor) -> Tensor:
-    """``V = W · a``, what the cells are to hold."""
+    """``V = W · a``, what the cells of each weight are to hold together."""
     return weight * layer.along_inputs(layer.input_scale).to(weight.dtype) if layer.equalized else weight
 
 
@@ -247,9 +250,9 @@ def clipped_share(layer: "CrossbarLayer", scale: Tensor | None = None) -> float:
 
 @torch.no_grad()
 def white_noise_std(layer: "CrossbarLayer") -> Tensor:
-    """Spread, in units of weight_scale, of white noise with the power of the device's error over the layer's weights,
-    of large ones over a part of them, since each step asks: ``Σ E ΔW² / Σ w_scale²``; without dimensions, where the
-    weights are, so that nobody waits for it."""
+    """Spread of a cell, in units of weight_scale, of white noise with the power of the device's error over the layer's
+    weights, of large ones over a part of them, since each step asks: ``Σ E ΔW² / Σ w_scale²``; without dimensions,
+    where the weights are, so that nobody waits for it."""
     whole_weight, error = program(layer, layer.weight), layer.error
     rows = layer.to_rows(whole_weight)
     every = max(1, rows.numel() // MEASURED)
@@ -258,11 +261,12 @@ def white_noise_std(layer: "CrossbarLayer") -> Tensor:
     part = slice(None), slice(None, None, outputs), slice(None, None, inputs)
     weight = wide(rows[part]).contiguous()
     scale = layer.to_rows(layer.held_scale(torch.float32).expand(whole_weight.shape))[part]
-    power = WeightVariance.apply(weight, scale, error.spread(weight)).sum(dtype=torch.float64)
+    copies = layer.copies_of_rows()[part].to(weight.dtype) if layer.copied else torch.ones((), device=weight.device)
+    power = (WeightVariance.apply(weight, scale, error.spread(weight)) / copies).sum(dtype=torch.float64)
     for mean in error.shifts:
         shift = weight_mean(weight, scale, mean.table(weight))
         power = power + shift.square().sum(dtype=torch.float64) / len(error.means)
-    unit = scale.square().sum(dtype=torch.float64)
+    unit = (scale.square() / copies).sum(dtype=torch.float64)
     return torch.where(unit > 0, power / unit, 0.0).sqrt()
 
 

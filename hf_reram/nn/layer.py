@@ -13,14 +13,26 @@ from .joined import new_joined
 from .layout import Layout
 from .places import parameter_of
 from .readout import read
-from .scalars import BUFFERS, Scalars, check_numbers, from_text, read_scalars, same_versions, to_text, versions
+from .scalars import (
+    BUFFERS,
+    OF_CHANNELS,
+    READ,
+    Scalars,
+    check_numbers,
+    from_text,
+    read_scalars,
+    same_versions,
+    to_text,
+    versions,
+)
 from .state import CrossbarState
 from .tensors import is_shard
 from .terms import account
 
 # What they are before anything is known.
 FILLS = dict.fromkeys(BUFFERS, 0.0)
-FILLS |= {"range_shrink": 1.0, "gain": 1.0, "input_floor": -1.0, "pairs_per_weight": 1.0, "input_scale": 1.0}
+FILLS |= {"range_shrink": 1.0, "gain": 1.0, "input_floor": -1.0}
+FILLS |= {"pairs_per_weight": 1.0, "input_scale": 1.0, "row_copies": 1.0}
 
 # Elements of a weight that tell whether it has changed.
 FEW = 61
@@ -86,7 +98,9 @@ class CrossbarLayer(Layout):
         pairs_per_weight: cell pairs that hold each weight, side by side in columns whose currents are averaged.
         weight_scale: (output channels,), (1,) or (output channels, tiles), the weight that a cell at g_max stands for.
         input_offset: (input channels,), o, zero where the input is driven as it is.
-        input_scale: (input channels,), a, one where it is.
+        input_scale: (input channels,), a, what an input is divided by, one where it is driven as it is.
+        row_copies: (input channels,), k, the rows that an input channel drives with as much of it each: the cells of
+            all of them together hold its weights, up to k times weight_scale, and their errors average out.
 
     Attributes:
         chip: the cells of the chip that it is deployed as, None where it is not; see :func:`hf_reram.deploy`.
@@ -106,6 +120,7 @@ class CrossbarLayer(Layout):
     per_token: Tensor
     input_offset: Tensor
     input_scale: Tensor
+    row_copies: Tensor
     crossbar_name: str
     counter: "Counter"
     sensitivity: Tensor | None
@@ -188,14 +203,23 @@ class CrossbarLayer(Layout):
         return self.scalars().equalized
 
     @property
+    def copied(self) -> bool:
+        """Whether some of the layer's input channels drive several rows."""
+        return self.scalars().copied
+
+    @property
     def pairs(self) -> int:
-        """Cell pairs that hold each weight."""
+        """Cell pairs in a row that hold each weight."""
         return self.scalars().pairs
 
     @property
     def cells(self) -> int:
-        """ReRAM cells, two a weight and pair; on the meta device, where pairs are not known, two a weight."""
-        return 2 * self.weight.numel() * (1 if self.weight.device.type == "meta" else self.pairs)
+        """ReRAM cells, two a weight, pair and copy of its row; on the meta device, where those are not known, two a
+        weight."""
+        if self.weight.device.type == "meta":
+            return 2 * self.weight.numel()
+        rows = int(self.row_copies.sum()) if self.copied else self.inputs
+        return 2 * self.pairs * rows * (self.weight.numel() // max(self.inputs, 1))
 
     @property
     def error(self) -> WeightError:
@@ -294,7 +318,7 @@ class CrossbarLayer(Layout):
         self.__dict__.update(_PASSING, _scalars=None, _constants=None)
         shapes = {"per_tensor": (1,), "per_channel": (self.outputs,), "per_tile": (self.outputs, self.tiles())}
         sizes = {"weight_scale": shapes[state.config.weight_scale]}
-        sizes |= {"input_offset": (self.inputs,), "input_scale": (self.inputs,)}
+        sizes |= dict.fromkeys(READ[-OF_CHANNELS:], (self.inputs,))
         for buffer in BUFFERS:
             fill = torch.full(sizes.get(buffer, (1,)), FILLS[buffer], dtype=torch.float32, device=self.weight.device)
             self.register_buffer(buffer, fill)

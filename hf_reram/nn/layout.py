@@ -29,6 +29,8 @@ class Layout(nn.Module):
 
     weight: Any
     weight_scale: Tensor
+    row_copies: Tensor
+    copied: Any  # whether they are others than 1
     crossbar: CrossbarState
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, padded: bool = False) -> Tensor:
@@ -148,10 +150,20 @@ class Layout(nn.Module):
         return scale.view(groups, len(scale) // groups, -1)
 
     def held_scale(self, dtype: torch.dtype | None = None, scale: Tensor | None = None) -> Tensor:
-        """weight_scale, or another ``scale`` of its shape, so that it broadcasts against the weight, in a dtype, None
-        for the weight's."""
+        """What the cells of a weight hold together at most: weight_scale, or another ``scale`` of its shape, times the
+        copies of the weight's row, so that it broadcasts against the weight, in a dtype, None for the weight's."""
         scale = (self.weight_scale if scale is None else scale).to(self.weight.dtype if dtype is None else dtype)
-        return self.along_outputs(scale) if scale.dim() == 1 else self.from_rows(self.along_rows(scale))
+        held = self.along_outputs(scale) if scale.dim() == 1 else self.from_rows(self.along_rows(scale))
+        return held * self.along_inputs(self.row_copies).to(held.dtype) if self.copied else held
+
+    def averaged(self, power: Tensor) -> Tensor:
+        """Of the power of a cell's error, of the weight's shape and in units of :meth:`held_scale`, what is left of it
+        where a weight's row has copies, whose cells err independently."""
+        return power / self.along_inputs(self.row_copies).to(power.dtype) if self.copied else power
+
+    def copies_of_rows(self) -> Tensor:
+        """row_copies of each crossbar row, (groups, 1, crossbar rows)."""
+        return self.row_copies.view(self.groups, 1, -1).repeat_interleave(self.area, 2)
 
 
 def _along(vector: Tensor, dim: int, dims: int) -> Tensor:

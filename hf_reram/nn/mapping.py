@@ -49,17 +49,24 @@ class Inputs(NamedTuple):
         phi: (groups, samples, crossbar rows). offset: what was subtracted before and is added digitally, through the
             weights as they are held, so that clipping acts on it too; broadcastable to phi, None where there is none.
         read_noise: the power of the read noise at a column's output where w_scale is 1.
+        copies: of each crossbar row, (groups, 1, crossbar rows), which divide the power of its spread; or None.
     """
 
     phi: Tensor
     offset: Tensor | None = None
     read_noise: float = 0.0
+    copies: Tensor | None = None
 
     def split(self, rows: int) -> "list[Inputs]":
         """Tile by tile."""
         offset = None if self.offset is None else self.offset.expand(self.phi.shape)
-        offsets = [None] * self.phi.shape[2] if offset is None else offset.split(rows, 2)
-        return [Inputs(x, o, self.read_noise) for x, o in zip(self.phi.split(rows, 2), offsets)]
+        parts = [[None] * self.phi.shape[2] if t is None else t.split(rows, 2) for t in (offset, self.copies)]
+        return [Inputs(x, o, self.read_noise, k) for x, o, k in zip(self.phi.split(rows, 2), *parts)]
+
+    def power(self) -> Tensor:
+        """What the variance of a row's weights is multiplied by in the output's, (groups, 1, crossbar rows)."""
+        power = self.phi.square().mean(1)[:, None]
+        return power if self.copies is None else power / self.copies
 
 
 class Magnitudes(NamedTuple):
@@ -129,10 +136,21 @@ def weight_scales(
 
 
 def layer_scales(layer: CrossbarLayer, rows: Tensor, clip: float | str | None, inputs: Inputs | None = None) -> Tensor:
-    """:func:`weight_scales` as the layer's config shares them, of the shape of its ``weight_scale``."""
+    """:func:`weight_scales` as the layer's config shares them, of the shape of its ``weight_scale``.
+
+    Args:
+        rows: what the cells of each weight are to hold together, (groups, channels of a group, crossbar rows).
+        clip: see there. inputs: samples of what meets each row.
+    """
     sharing = layer.crossbar.config.weight_scale
     tile = layer.tile_rows() if sharing == "per_tile" else None
     systematic = CONVOLUTION if layer.reads_windows else min(TOKENS, math.sqrt(max(len(layer.crossbar.names), 1)))
+    if layer.copied:  # each of a row's copies holds its share, and gets as much as the others
+        copies = layer.copies_of_rows()
+        rows = rows / copies
+        if inputs is not None:
+            offset = None if inputs.offset is None else inputs.offset * copies
+            inputs = Inputs(inputs.phi * copies, offset, inputs.read_noise, copies)
     if inputs is not None and tile is None:  # each tile adds its own
         inputs = inputs._replace(read_noise=inputs.read_noise * layer.tiles())
     return weight_scales(rows, clip, sharing != "per_tensor", layer.error, inputs, tile, systematic)
@@ -150,7 +168,7 @@ def least_error_scales(
     best, least = largest, torch.full_like(largest, math.inf)
     sizes = None
     if rows.shape[2] > BINS and not error.levels:  # which would have to be of the bins, too
-        sizes = Magnitudes.of(rows, rms, None if inputs is None else inputs.phi.square().mean(1)[:, None])
+        sizes = Magnitudes.of(rows, rms, None if inputs is None else inputs.power())
 
     def compare(candidate: Tensor) -> None:
         nonlocal place, best, least
@@ -201,7 +219,7 @@ def expected_error(
         systematic: how much the power of clipping and mean shift counts against that of spread and read noise.
         sizes: the weights and the powers of their inputs in bins, for what needs no more; None: all by themselves.
     """
-    power = torch.ones(()) if inputs is None else inputs.phi.square().mean(1)[:, None]
+    power = torch.ones(()) if inputs is None else inputs.power()
     size, power = (rows, power.to(rows)) if sizes is None else sizes
     rows = size if inputs is None else rows
     wide = scale.expand(rows.shape)

@@ -10,7 +10,8 @@ from ..config import SMALLEST_SHRINK
 from .tensors import whole
 
 # Results of calibration, kept beside the weight and saved with it, always in float32. All have one element except
-# weight_scale, input_offset and input_scale; input_range 0 means not calibrated, each batch then spans its own range.
+# weight_scale, input_offset, input_scale and row_copies; input_range 0 means not calibrated, each batch then spans its
+# own range.
 BUFFERS = (
     "input_range",
     "range_shrink",
@@ -22,9 +23,10 @@ BUFFERS = (
     "per_token",
     "input_offset",
     "input_scale",
+    "row_copies",
 )
 
-MAX_PAIRS = 64  # of a weight
+MAX_PAIRS = 64  # of a weight, and rows of one input
 
 # An optimizer may take a range that is learned below 0, which then is this, in training and later: 0 says that a layer
 # is not calibrated.
@@ -45,10 +47,12 @@ LIMITS = {
     "per_token": (0, 1),
     "input_offset": (-_LARGEST, _LARGEST),
     "input_scale": (_POSITIVE, _LARGEST),
+    "row_copies": (1, MAX_PAIRS),
 }
 
-# Those that are read as numbers.
+# Those that are read as numbers, of which the last have one for each input channel.
 READ = tuple(name for name in BUFFERS if name != "weight_scale")
+OF_CHANNELS = 3
 
 
 class Scalars(NamedTuple):
@@ -56,8 +60,8 @@ class Scalars(NamedTuple):
 
     Attributes:
         gain: times b. mark: a number that stands for offset and scales, 0 without them.
-        centered, equalized: whether the layer has an input offset, and input scales. pairs: cell pairs a weight.
-        per_token: whether each token's (image's) largest magnitude is its input range.
+        centered, equalized, copied: whether the layer has an input offset, input scales, and inputs with several rows.
+        pairs: cell pairs a weight. per_token: whether each token's (image's) largest magnitude is its input range.
     """
 
     input_range: float
@@ -68,6 +72,7 @@ class Scalars(NamedTuple):
     mark: int
     centered: bool
     equalized: bool
+    copied: bool
     pairs: int
     per_token: bool
 
@@ -107,10 +112,10 @@ def to_text(now: Scalars) -> str:
 def from_text(text: str) -> Scalars:
     """The numbers as constants of a compiled graph. Floats themselves become its variables once it has seen that they
     differ, as after another calibration, and the coefficients of a polynomial cannot be made of variables."""
-    *numbers, mark, centered, equalized, pairs, per_token = text.split()
+    *numbers, mark, centered, equalized, copied, pairs, per_token = text.split()
     span, b, gain, full_scale, floor = (float(number) for number in numbers)
     yes = "True"
-    flags = centered == yes, equalized == yes, int(pairs), per_token == yes
+    flags = centered == yes, equalized == yes, copied == yes, int(pairs), per_token == yes
     return Scalars(span, b, gain, full_scale, floor, int(mark), *flags)
 
 
@@ -140,12 +145,13 @@ def same_versions(a: Any, b: Any) -> bool:
 def read_scalars(layer: Any) -> Scalars:
     """Look into the buffers."""
     span, shrink, gain, full_scale, floor, pairs, per_token = (
-        float(whole(getattr(layer, name).detach()).item()) for name in READ[:-2]
+        float(whole(getattr(layer, name).detach()).item()) for name in READ[:-OF_CHANNELS]
     )
     if span < 0:
         span = SMALLEST_RANGE
-    offset, scale = (getattr(layer, name).detach().float().cpu() for name in READ[-2:])
-    centered, equalized = bool(offset.any()), bool((scale != 1).any())
+    offset, scale, copies = (getattr(layer, name).detach().float().cpu() for name in READ[-OF_CHANNELS:])
+    centered, equalized, copied = bool(offset.any()), bool((scale != 1).any()), bool((copies != 1).any())
     mark = zlib.crc32(torch.cat((offset, scale)).numpy().tobytes()) if centered or equalized else 0
     b = layer.crossbar.config.device.b(shrink)
-    return Scalars(span, b, gain, full_scale, floor, mark, centered, equalized, max(1, round(pairs)), per_token > 0)
+    flags = centered, equalized, copied
+    return Scalars(span, b, gain, full_scale, floor, mark, *flags, max(1, round(pairs)), per_token > 0)

@@ -110,7 +110,9 @@ def _variance(layer: "CrossbarLayer", held: Held, error: WeightError) -> Tensor:
     if held.variance is not None:
         return held.variance
     programmed = wide(held.programmed)
-    return WeightVariance.apply(programmed, layer.held_scale(programmed.dtype), error.spread(programmed))
+    return layer.averaged(
+        WeightVariance.apply(programmed, layer.held_scale(programmed.dtype), error.spread(programmed))
+    )
 
 
 def _power(layer: "CrossbarLayer", y: Tensor, bias: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,7 @@ class ReRAMArguments:
     )
     tile_size: int | None = field(default=None, metadata={"help": "rows of a crossbar tile; default one tile a layer"})
     redundancy: float = field(
-        default=ReRAMConfig.redundancy, metadata={"help": "share of cells on top, for the layers where they do most"}
+        default=ReRAMConfig.redundancy, metadata={"help": "share of cells on top, where they do most"}
     )
     calibration_batches: int = field(
         default=ReRAMConfig.calibration_batches, metadata={"help": "of training data, that calibration reads"}

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ from ..hub.about import About, digital_rows
 from ..hub.publish import publish
 from ..model.deploy import digital_eval
 from ..model.digest import settings_of, weights_digest
-from ..model.sharding import of_first, processes
+from ..model.sharding import alike, is_first, of_first, processes
 from ..training.checkpoints import last_checkpoint
 
 if TYPE_CHECKING:
@@ -44,6 +45,9 @@ logger = logging.get_logger(__name__)
 
 
 PROTOCOL = "protocol.json"
+
+# What a training leaves in its folder.
+TRAINED = ("model", "checkpoint-*", "trained.txt")
 
 # Of a model's settings, what a method changes.
 CHANGING = ("modules", "adapters")
@@ -126,7 +130,8 @@ def run_protocol(
     measured again. Times, chips, temperatures and methods may then be others or more.
     ``folder`` keeps what all else was, in ``protocol.json``: config, settings, and fingerprints of what is evaluated,
     of the base model's weights and config, and of the training data, where something tells those from others. With
-    several processes each evaluates its share of the chips, and the first one writes.
+    several processes each evaluates its share of the chips, and adds them to ``chips.jsonl``; all else the first one
+    writes, and its fingerprints count for all.
 
     Args:
         make_trainer: called with a method's config and output folder; returns a trainer with a fresh copy of the base.
@@ -146,16 +151,20 @@ def run_protocol(
     Raises:
         ValueError: no method is on crossbars.
         ValueError: ``folder`` holds a comparison with another config, other settings, another evaluation, base model or
-            training data, or an earlier hf_reram's, which did not keep them; names what differs. Or nothing tells
-            ``evaluate`` from another one and there is no ``key``, or this is no JSON value.
+            training data, or an earlier hf_reram's, which did not keep them; names what differs. Or it holds models or
+            checkpoints and no ``protocol.json``. Or nothing tells ``evaluate`` from another one and there is no
+            ``key``, or this is no JSON value.
+        RuntimeError: in the other processes, that one of them has failed.
     """
     folder, reports = Path(folder), {}
     if all(method.digital for method in methods):
         raise ValueError(f"methods={[m.label for m in methods]}: allowed is at least one that is on crossbars")
-    key = part_of("evaluation", evaluate) if key is None else key
-    key_text(key)  # is an error now, not after a training
+    with alike(processes() > 1, "the comparison"):
+        key = part_of("evaluation", evaluate) if key is None else key
+        key_text(key)  # is an error now, not after a training
+    key = of_first(key)  # of a function that holds its process's device, each has another
     what = {"config": config.to_dict(), "settings": dict(settings or {}), "content": {"evaluation": key}}
-    _refuse_others(folder, what)  # before the work that a trainer is
+    _by_first(_refuse_others, folder, what)  # before the work that a trainer is
     about = replace(about, versions=versions(), date=str(date.today()))
     main = True
     crossbars = [method for method in methods if not method.digital]
@@ -165,15 +174,18 @@ def run_protocol(
         trainer = make_trainer(method.config(config), str(home))
         main = trainer.is_world_process_zero()
         if "base" not in what["content"]:
-            what["content"] |= _made_of(trainer)
-            _claim(folder, what)
+            what["content"] = of_first({**what["content"], **_made_of(trainer)})
+            key = what["content"]["evaluation"]  # the first one's, also where make_trainer has joined the processes
+            _by_first(_claim, folder, what)
         if not about.base_metrics:
             of = described([what["content"]["base"], key, versions()])
             about.base_metrics = _digital_metrics(trainer, evaluate, folder / "base.json", of)
         if prepare is not None:
             prepare(trainer)
         if method.digital:
-            about.control_metrics = _control_metrics(trainer, evaluate, home, described([what["content"], versions()]))
+            train = partial(_train, trainer, home, trainer.train_digitally)
+            of, file = described([what["content"], versions()]), home / "digital.json"
+            about.control_metrics = _digital_metrics(trainer, evaluate, file, of, train)
             continue
         note = _train(trainer, home) if method.loss is not None else None
         logger.warning("evaluating: %s", method.label)
@@ -205,10 +217,9 @@ def run_protocol(
 
 def _made_of(trainer: "ReRAMTrainer") -> dict[str, Any]:
     """Fingerprints of the base model, which a trainer's fresh model still is, and of the data that it is trained on;
-    None where nothing tells these from others."""
+    None where nothing tells these from others. The first process's count."""
     settings = {name: value for name, value in settings_of(trainer.model).items() if name not in CHANGING}
-    data = _content_of(trainer.train_dataset) if trainer.is_world_process_zero() else None  # which may be long to read
-    data = of_first(data) if processes() > 1 else data
+    data = _content_of(trainer.train_dataset) if is_first() else None  # which may be long to read
     return {"base": described([weights_digest(trainer.model, base=True), settings]), "training data": data}
 
 
@@ -220,24 +231,15 @@ def _content_of(dataset: Any) -> str | None:
         return None
 
 
-def _control_metrics(trainer: "ReRAMTrainer", evaluate: Callable, home: Path, of: str) -> dict[str, float]:
-    """Those of the base trained digitally."""
-    file = home / "digital.json"
-    if _kept(file, of) is None:
-        _train(trainer, home, trainer.train_digitally)
-    return _digital_metrics(trainer, evaluate, file, of)
-
-
-def _kept(file: Path, of: str) -> dict[str, float] | None:
-    """The metrics that a file holds, if they are those of ``of``."""
+def _digital_metrics(
+    trainer: "ReRAMTrainer", evaluate: Callable, file: Path, of: str, train: Callable[[], Any] | None = None
+) -> dict[str, float]:
+    """Those of a trainer's model off its crossbars, measured once for the same ``of``, after ``train``."""
     before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return before["metrics"] if before.get("of") == of else None
-
-
-def _digital_metrics(trainer: "ReRAMTrainer", evaluate: Callable, file: Path, of: str) -> dict[str, float]:
-    """Those of a trainer's model off its crossbars, measured once for the same ``of``."""
-    if (before := _kept(file, of)) is not None:
-        return before
+    if before.get("of") == of:
+        return before["metrics"]
+    if train is not None:
+        train()
     with digital_eval(trainer.model):
         found = numbers_of(evaluate(trainer.model))
     if trainer.is_world_process_zero():
@@ -311,7 +313,8 @@ def write_comparison(
 
 
 def claim_folder(folder: str | Path, settings: Mapping[str, Any], model: nn.Module, dataset: Any, holds: str) -> None:
-    """Note in ``folder`` what is trained there, or refuse it where that is something else.
+    """Note in ``folder`` what is trained there, or refuse it where that is something else. With several processes the
+    first one does so, and the others wait.
 
     Args:
         settings: JSON values, such as :func:`hf_reram.tasks.recipe_settings`.
@@ -319,23 +322,45 @@ def claim_folder(folder: str | Path, settings: Mapping[str, Any], model: nn.Modu
 
     Raises:
         ValueError: the folder holds a training of another model, on other data or with other settings; names what
-            differs.
+            differs. Or it holds a model or checkpoints, and does not say of what.
+        RuntimeError: in the other processes, that the first one has failed.
     """
-    content = {"base": described(model), "training data": _content_of(dataset)}
-    _claim(Path(folder), {"settings": dict(settings), "content": content}, holds)
+
+    def claim() -> None:
+        content = {"base": described(model), "training data": _content_of(dataset)}
+        _claim(Path(folder), {"settings": dict(settings), "content": content}, holds, "")
+
+    _by_first(claim)
 
 
-def _claim(folder: Path, what: dict[str, Any], holds: str = "a comparison") -> None:
+def _by_first(do: Callable[..., None], *given: Any) -> None:
+    """Have the first process do it; the others wait, and fail where it fails."""
+    with alike(processes() > 1, "the check of a folder"):
+        if is_first():
+            do(*given)
+
+
+def _claim(folder: Path, what: dict[str, Any], holds: str = "a comparison", homes: str = "*/") -> None:
     """Note in the folder what is compared there, or check that it is the same as before."""
-    _refuse_others(folder, what, holds)
+    _refuse_others(folder, what, holds, homes)
     if not (file := folder / PROTOCOL).exists():
         write_whole(file, json.dumps(what, indent=2, default=str) + "\n")
 
 
-def _refuse_others(folder: Path, what: dict[str, Any], holds: str = "a comparison") -> None:
-    """Refuse a folder where something else is compared. What only one side says is another value too, such as a flag of
-    another version of transformers."""
+def _refuse_others(folder: Path, what: dict[str, Any], holds: str = "a comparison", homes: str = "*/") -> None:
+    """Refuse a folder where something else is compared, or where nothing tells what was trained. What only one side
+    says is another value too, such as a flag of another version of transformers.
+
+    Args:
+        homes: pattern of the folders inside that models are trained in.
+    """
     if not (file := folder / PROTOCOL).exists():
+        left = sorted(path for name in TRAINED for path in folder.glob(f"{homes}{name}"))
+        if left := [path for path in left if not (path.parent / PROTOCOL).exists()]:
+            raise ValueError(
+                f"{folder} holds {', '.join(str(path.relative_to(folder)) for path in left[:3])} and no {PROTOCOL}, "
+                "which would tell what was trained there: allowed is another folder"
+            )
         return
     before, now = json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(what, default=str))
     changed = sorted(

@@ -78,7 +78,8 @@ def draw(dataset: Any, count: int | None, seed: int) -> Any:
 
 class Batches(list):
     """What a model is evaluated on, as batches. A fingerprint of an evaluation is of their rows: it is the same for
-    other numbers of rows a batch, on which no figure depends but for rounding.
+    other numbers of rows a batch. On these no figure depends but for rounding, and but for read noise: it is drawn
+    for each forward, so that in other batches a chip has other figures, of the same distribution.
 
     Args:
         batches: of model inputs. rows: all that is in them.

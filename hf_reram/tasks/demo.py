@@ -5,6 +5,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from ..evaluation.robustness import evaluate_robustness
 from ..hub.about import About
 from ..hub.publish import publish
 from ..integrations.trainer import ReRAMTrainer
-from ..model.deploy import deploy
+from ..model.deploy import deploy, digital
 from ..model.patch import patch_model
 from ..model.summary import summarize
 from .comparison import CONTROL, METHODS, OURS, Method, write_comparison
@@ -121,41 +122,29 @@ def _arguments(folder: Path, epochs: float, learning_rate: float, seed: int) -> 
     )
 
 
-def _train(trainer: Trainer) -> None:
-    trainer.remove_callback(PrinterCallback)  # the demo shows progress of its own
-    trainer.train()
-
-
 def train_base(digits: Digits, folder: Path, epochs: float, seed: int) -> nn.Module:
     """The digital base."""
     set_seed(seed)
     model = small_deit()
-    _train(Trainer(model, _arguments(folder, epochs, 2e-3, seed), train_dataset=digits.dataset()))
+    trainer = Trainer(model, _arguments(folder, epochs, 2e-3, seed), train_dataset=digits.dataset())
+    trainer.remove_callback(PrinterCallback)  # the demo shows progress of its own
+    trainer.train()
     return model
 
 
-def train_control(base: nn.Module, digits: Digits, folder: Path, epochs: float, seed: int) -> nn.Module:
-    """The base trained further, as the models on crossbars are, and digitally."""
-    set_seed(seed)
-    model = copy.deepcopy(base)
-    _train(Trainer(model, _arguments(folder, epochs, LEARNING_RATE, seed), train_dataset=digits.dataset()))
-    return model
-
-
-def run_method(method: Method, base: nn.Module, digits: Digits, folder: Path, epochs: float, chips: int, seed: int):
-    """Make one method's model out of the base and evaluate it: (model, report)."""
+def make_model(method: Method, base: nn.Module, digits: Digits, folder: Path, epochs: float, seed: int) -> Any:
+    """One method's model, made out of the base."""
     set_seed(seed)
     model = copy.deepcopy(base)
     config = method.config(ReRAMConfig(device=CORNER, retention_times=[TIMES[-1]]))
     if method.loss is None:
         patch_model(model, config)
-        calibrate(model, [{"pixel_values": images} for images in digits.train[0].split(64)])
-    else:
-        arguments = _arguments(folder, epochs, LEARNING_RATE, seed)
-        trainer = ReRAMTrainer(model, arguments, train_dataset=digits.dataset(), reram_config=config)
-        _train(trainer)
-    report = evaluate_robustness(model, digits.accuracy, times=TIMES, seeds=chips, progress=False)
-    return model, report
+        return calibrate(model, [{"pixel_values": images} for images in digits.train[0].split(64)])
+    arguments = _arguments(folder, epochs, LEARNING_RATE, seed)
+    trainer = ReRAMTrainer(model, arguments, train_dataset=digits.dataset(), reram_config=config)
+    trainer.remove_callback(PrinterCallback)
+    (trainer.train_digitally if method.digital else trainer.train)()
+    return model
 
 
 def run_demo(
@@ -182,13 +171,15 @@ def run_demo(
     base = train_base(digits, folder, base_epochs, seed)
     accuracy = digits.accuracy(base)["accuracy"]
     progress(f"digital base: {accuracy:.1f} % of {len(digits.test[1])} test digits")
-    finetuned = digits.accuracy(train_control(base, digits, folder, epochs, seed))["accuracy"]
+    with digital(make_model(CONTROL, base, digits, folder, epochs, seed)) as control:
+        finetuned = digits.accuracy(control)["accuracy"]
     progress(f"{CONTROL.label}: {finetuned:.1f} %")
     reports, ours = {}, None
     for method in METHODS:
         if method is CONTROL:
             continue
-        model, report = run_method(method, base, digits, folder, epochs, chips, seed)
+        model = make_model(method, base, digits, folder, epochs, seed)
+        report = evaluate_robustness(model, digits.accuracy, times=TIMES, seeds=chips, progress=False)
         reports[method.label] = report
         if method is OURS:
             ours = model

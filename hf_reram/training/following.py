@@ -210,6 +210,7 @@ def _weight_rms(layer: Any) -> Tensor:
     """Root mean square of the weights that share a scale, of weight_scale's shape."""
     weight = whole(layer.weight.detach())  # also where FSDP2 has sharded it
     rows, sharing = layer.to_rows(cell_weight(layer, weight)).float(), layer.crossbar.config.weight_scale
+    rows = rows / layer.copies_of_rows() if layer.copied else rows
     if sharing == "per_tensor":
         return rows.square().mean().sqrt().reshape(1)
     if sharing == "per_channel":

@@ -5,7 +5,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ class TrainingMixin(TaskLossMixin):
         self.calibration_dataset, self.follow_training = calibration_dataset, follow_training
         self._sums: dict[str, Tensor] = {}
         self._told_of_clamped = self._joined = self._tended = False
+        self._digitally: ExitStack | None = None  # within train_digitally, what has models be digital
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -88,6 +89,8 @@ class TrainingMixin(TaskLossMixin):
         model = super().call_model_init(trial)
         if hasattr(self, "data_collator"):  # a later call, from train(): the first is prepared by __init__
             self._prepare_crossbars(model.to(self.args.device))
+            if self._digitally is not None:
+                self._digitally.enter_context(digital(model))
         return model
 
     def _prepare_crossbars(self, model: nn.Module) -> None:
@@ -185,7 +188,8 @@ class TrainingMixin(TaskLossMixin):
 
     def train_digitally(self, resume_from_checkpoint: str | bool | None = None) -> Any:
         """Train with all crossbars digital: the same data, steps and task loss, without drift, retention loss and the
-        cells' range. What finetuning does by itself; the trainer is then done.
+        cells' range. What finetuning does by itself; the trainer is then done. Evaluations in between measure no chips,
+        whatever ``eval_times`` says.
 
         Raises:
             ValueError: the config has a retention loss, which a digital model has none of.
@@ -194,7 +198,10 @@ class TrainingMixin(TaskLossMixin):
             raise ValueError(f"retention_loss={loss!r} in a digital training: allowed is 'none'")
         self.remove_callback(HoldWeights)
         self.remove_callback(NameUncalled)
-        with digital(self.model):
+        with ExitStack() as stack:
+            stack.callback(setattr, self, "_digitally", None)
+            stack.enter_context(digital(self.model))
+            self._digitally = stack
             return self._train_from(resume_from_checkpoint)
 
     def _train_from(self, resume_from_checkpoint: str | bool | None, *args, **kwargs) -> Any:
@@ -240,8 +247,7 @@ class TrainingMixin(TaskLossMixin):
         self._begin_step(tended=True)
         with self._sampled_drift():  # around the backward too, in which GradCache runs the model
             loss = super().training_step(model, inputs, num_items_in_batch)
-        if type(self).compute_loss is not TrainingMixin.compute_loss:
-            self._refuse_lost("compute_loss")
+        self._refuse_lost("compute_loss")
         self._refuse_infinite(loss, kept)
         return loss
 
@@ -251,15 +257,9 @@ class TrainingMixin(TaskLossMixin):
     def _refuse_lost(self, method: str) -> None:
         """
         Raises:
-            RuntimeError: in a step with a method of one's own the teacher taught nothing, no drift was sampled, or the
-                retention loss joined none.
+            RuntimeError: in a step with a method of one's own no drift was sampled, or the retention loss joined none.
         """
         own, wanted = f"{type(self).__name__}.{method}", f"retention_loss={self.reram_config.retention_loss!r}"
-        if self.teacher is not None and not self._guided:
-            raise RuntimeError(
-                f"{own} neither calls super().{method} nor self.teacher, so that teacher= teaches nothing: call one of "
-                "them"
-            )
         if self._joined:
             return
         if self._left_terms():
@@ -320,17 +320,16 @@ class TrainingMixin(TaskLossMixin):
         if not model.training:
             with self.digital_references():
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if num_items_in_batch is not None and self.model_accepts_loss_kwargs and not self._looked_at_loss:
-            self._look_at_loss(model, inputs, num_items_in_batch)
         state = crossbar_state(self.model)
         self._joined = True
         for part in crossbar_states(self.model):
             part.measure = part.term != "output" and self._measures_next()
         consistency = state.config.retention_loss == "consistency"
-        kept = dict(inputs)
+        kept, wants_outputs = dict(inputs), return_outputs or consistency
         with self._sampled_drift(), self.digital_references():
-            task_loss, outputs = self._task_loss(model, inputs, kept, num_items_in_batch, return_outputs or consistency)
-        scaled = self._scaled_for_ga(num_items_in_batch)
+            found = super().compute_loss(model, inputs, wants_outputs, num_items_in_batch)
+        task_loss, outputs = found if wants_outputs else (found, None)
+        scaled = self.is_scaled(num_items_in_batch)
         steps = getattr(self, "current_gradient_accumulation_steps", 1)
         # Per micro-batch; the Trainer divides the whole loss by the steps unless it is scaled already.
         share = 1 / steps if scaled else 1.0
@@ -340,7 +339,7 @@ class TrainingMixin(TaskLossMixin):
         elif consistency:
             state.measure, state.ratios = False, state.forward.ratios
             with self._sampled_drift("drift"):
-                retention = divergence(model(**self._without_labels(kept)), outputs, model=model)
+                retention = divergence(model(**self.without_labels(kept)), outputs, model=model)
             weight = state.config.retention_weight * share
             loss, retention = task_loss + weight * retention, retention.detach()
         ratios = measured_ratios(self.model)
@@ -411,6 +410,7 @@ def _looked_at(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
         self._begin_step(tended=False)
         loss = step(self, model, inputs, *args, **kwargs)
         if not self._tended:
+            self._refuse_unguided(STEP)
             self._refuse_lost(STEP)
             self._refuse_infinite(loss, kept)
         return loss

@@ -56,27 +56,53 @@ class TaskLossMixin(Base):
             freeze_batch_norm(self.model)  # which model.train() has just ended
         return super().compute_loss_context_manager()
 
-    def _task_loss(self, model, inputs, kept, num_items_in_batch, wants_outputs):
-        """The loss, and the model's outputs where they are wanted, for which trl's trainers run the model again."""
-        if self.teacher is None:
-            found = super().compute_loss(model, inputs, wants_outputs, num_items_in_batch)
-            return found if wants_outputs else (found, None)
-        heat = self.teacher_temperature
+    def training_step(self, *args, **kwargs) -> Tensor:
+        self._guided = False
+        loss = super().training_step(*args, **kwargs)
+        self._refuse_unguided("compute_loss")
+        return loss
+
+    def _refuse_unguided(self, method: str) -> None:
+        """
+        Raises:
+            RuntimeError: in a step with a method of one's own the teacher taught nothing.
+        """
+        if self.teacher is not None and not self._guided:
+            raise RuntimeError(
+                f"{type(self).__name__}.{method} neither calls super().{method} nor self.teacher, so that teacher= "
+                "teaches nothing: call one of them"
+            )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ):
+        """The trainer's own, and in training the teacher's divergence in its place or beside it."""
+        if model.training and num_items_in_batch is not None and self.model_accepts_loss_kwargs:
+            self._look_at_loss(model, inputs, num_items_in_batch)
+        if self.teacher is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        kept, heat, share = self.without_labels(inputs), self.teacher_temperature, self.teacher_weight
         with torch.no_grad():
-            guide = self.teacher(**{**without_cache(self.teacher), **self._without_labels(kept)})
-        if self.teacher_weight == 1.0 or not any(name in kept for name in self.label_names):
-            outputs = model(**self._without_labels(kept))
-            return self._ga_mean(divergence(outputs, guide, heat, model=model), num_items_in_batch), outputs
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if not any(logits.requires_grad for logits in find_logits(outputs).values()):  # those of trl's trainers
-            outputs = model(**self._without_labels(kept))
-        guided = self._ga_mean(divergence(outputs, guide, heat, model=model), num_items_in_batch)
-        return (1 - self.teacher_weight) * loss + self.teacher_weight * guided, outputs
+            guide = self.teacher(**{**without_cache(self.teacher), **kept})
+        loss = outputs = None
+        if share < 1 and any(name in inputs for name in self.label_names):
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if outputs is None or not any(logits.requires_grad for logits in find_logits(outputs).values()):  # as of trl's
+            outputs = model(**kept)
+        guided = divergence(outputs, guide, heat, model=model)
+        if self.is_scaled(num_items_in_batch):
+            guided = guided / self.current_gradient_accumulation_steps
+        loss = guided if loss is None else (1 - share) * loss + share * guided
+        return (loss, outputs) if return_outputs else loss
 
     def _note_guide(self, *_) -> None:
         self._guided = True
 
-    def _without_labels(self, inputs: dict) -> dict:
+    def without_labels(self, inputs: dict) -> dict:
         """What a forward needs beside labels; of an encoder-decoder that makes its decoder's tokens of them, these."""
         kept = {key: value for key, value in inputs.items() if key not in self.label_names}
         return kept | decoder_inputs(self.model, inputs)
@@ -88,6 +114,8 @@ class TaskLossMixin(Base):
         """See whether the model divides its loss by ``num_items_in_batch``. Trainer believes that of every model that
         takes ``**kwargs``; where one averages over the batch nevertheless (BertForSequenceClassification), processes
         and accumulated batches would add up instead of being averaged, and the retention loss would weigh less."""
+        if self._looked_at_loss:
+            return
         asked = getattr(super().compute_loss, "__func__", None) is Trainer.compute_loss
         if not asked or self.args.world_size * self.args.gradient_accumulation_steps == 1:
             self._looked_at_loss = True  # another trainer knows how its own loss is scaled
@@ -102,14 +130,11 @@ class TaskLossMixin(Base):
         if told == 2:
             self.model_accepts_loss_kwargs = False
 
-    def _scaled_for_ga(self, num_items_in_batch) -> bool:
+    def is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Whether the task loss is already normalized over the accumulated batch; as in Trainer.training_step."""
         if self.loss_is_scaled_for_ga is not None:
             return self.loss_is_scaled_for_ga
         return (self.model_accepts_loss_kwargs and num_items_in_batch is not None) or self.compute_loss_func is not None
-
-    def _ga_mean(self, loss: Tensor, num_items_in_batch) -> Tensor:
-        return loss / self.current_gradient_accumulation_steps if self._scaled_for_ga(num_items_in_batch) else loss
 
 
 def _refuse_shared(teacher: nn.Module, model: nn.Module) -> None:

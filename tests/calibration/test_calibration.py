@@ -282,7 +282,7 @@ def test_a_failed_calibration_changes_nothing(tiny_bert, monkeypatch, where):
     calibrate(tiny_bert, [bert_batch()], sensitivity=True)
     expected, logits = numbers(tiny_bert), tiny_bert(**bert_batch()).logits
     found = {name: layer.sensitivity for name, layer in crossbar_layers(tiny_bert).items()}
-    assert any(layer.pairs > 1 for layer in crossbar_layers(tiny_bert).values())
+    assert any(layer.copied for layer in crossbar_layers(tiny_bert).values())
     calls = []
 
     def fail(*args, **kwargs):

@@ -1,4 +1,5 @@
-"""redundancy: some layers' weights are held by several cell pairs, whose errors average out."""
+"""redundancy: inputs that drive several rows, and layers whose weights are held by several cell pairs, whose errors
+average out."""
 
 import copy
 import itertools
@@ -17,11 +18,14 @@ from hf_reram import (
     deploy,
     noise_to_signal,
     patch_model,
+    reconfigure,
+    sampled_drift,
     summarize,
 )
-from hf_reram.calibration.redundancy import MAX_PAIRS, allot_pairs
+from hf_reram.calibration.redundancy import MAX_PAIRS, allot
 from hf_reram.evaluation.inspect import inspect_layers
-from hf_reram.nn.array import hold
+from hf_reram.nn.array import cell_weight, hold
+from hf_reram.nn.mapping import Inputs, layer_scales
 from hf_reram.nn.physics import sampling
 from tests.samples.devices import SILENT, device, straight
 from tests.samples.models import bert_batch
@@ -55,7 +59,7 @@ def test_no_other_choice_of_as_many_cells_leaves_less_error(data):
     errors = data.draw(st.lists(st.floats(0.01, 10), min_size=n, max_size=n))
     cells = data.draw(st.lists(st.integers(1, 9), min_size=n, max_size=n))
     spare = data.draw(st.integers(0, 30))
-    pairs = allot_pairs(errors, cells, spare)
+    pairs = allot(errors, cells, spare)
     used = sum(c * (k - 1) for c, k in zip(cells, pairs))
     assert used <= spare
     assert all(k == MAX_PAIRS or c > spare - used for k, c in zip(pairs, cells))  # nothing fits any more
@@ -74,9 +78,9 @@ def test_no_other_choice_of_as_many_cells_leaves_less_error(data):
 
 
 def test_layers_without_error_or_cells_get_nothing_and_no_weight_more_than_the_most():
-    assert allot_pairs([0.0, 1.0, 1.0], [5, 0, 10], 100) == [1, 1, 11]
-    assert allot_pairs([1.0], [1], 1000) == [MAX_PAIRS]
-    assert allot_pairs([], [], 10) == []
+    assert allot([0.0, 1.0, 1.0], [5, 0, 10], 100) == [1, 1, 11]
+    assert allot([1.0], [1], 1000) == [MAX_PAIRS]
+    assert allot([], [], 10) == []
 
 
 def test_small_layers_get_the_cells_and_the_model_ages_better():
@@ -92,17 +96,28 @@ def test_small_layers_get_the_cells_and_the_model_ages_better():
                 with deploy(net, "10y", seed=seed):
                     found.append(float((net(x) - ideal).square().mean()))
         errors[share] = sum(found) / len(found)
-    assert all(layer.pairs == 1 for layer in crossbar_layers(plain).values())
-    pairs = {name: layer.pairs for name, layer in crossbar_layers(model).items()}
-    assert pairs["depthwise"] > pairs["stem"] > pairs["head"] == 1
+    assert not any(layer.copied for layer in crossbar_layers(plain).values())
+    copies = {name: layer.row_copies.clone() for name, layer in crossbar_layers(model).items()}
+    assert copies["depthwise"].mean() > copies["stem"].mean() > copies["head"].mean()
     weights = sum(layer.weight.numel() for layer in crossbar_layers(model).values())
-    cells = sum(2 * layer.weight.numel() * layer.pairs for layer in crossbar_layers(model).values())
-    assert 2.1 * weights < cells + 2 * 72 and cells <= 2.2 * weights  # within one depthwise layer's pair of all 10 %
+    cells = {"stem": 8 * 9, "depthwise": 9, "pointwise": 64, "head": 100}  # of an input channel
+    cells = sum(2 * cells[name] * int(k.sum()) for name, k in copies.items())
+    assert 2.19 * weights < cells <= 2.2 * weights
     assert summarize(model).cells == cells == sum(layer.cells for layer in inspect_layers(model, "1d"))
-    assert errors[0.1] < 0.6 * errors[0.0]
-    calibrate(model, [x])  # starts from one pair, and ends where it did
-    assert pairs == {name: layer.pairs for name, layer in crossbar_layers(model).items()}
+    assert errors[0.1] < 0.5 * errors[0.0]
+    calibrate(model, [x])  # starts from one row each, and ends where it did
+    assert all(torch.equal(k, layer.row_copies) for k, layer in zip(copies.values(), crossbar_layers(model).values()))
     assert logits.shape == model(x).shape
+
+
+def test_tiles_of_a_size_are_full_and_whole_layers_get_pairs():
+    torch.manual_seed(0)
+    model, x = DepthwiseNet().eval(), torch.randn(16, 3, 16, 16)
+    patch_model(model, ReRAMConfig(device="cmo-hfox-ibm", redundancy=0.1, tile_size=16))
+    calibrate(model, [x])
+    layers = crossbar_layers(model)
+    assert not any(layer.copied for layer in layers.values())
+    assert layers["depthwise"].pairs > layers["stem"].pairs > layers["head"].pairs == 1
 
 
 @pytest.mark.parametrize("pairs", [1, 2, 5])
@@ -180,16 +195,159 @@ def test_a_pair_more_is_another_cell_and_the_first_is_as_before():
 def test_checkpoints_keep_the_pairs(tiny_bert, tmp_path):
     patch_model(tiny_bert, ReRAMConfig(redundancy=0.5))
     calibrate(tiny_bert, [bert_batch()])
-    pairs = {name: layer.pairs for name, layer in crossbar_layers(tiny_bert).items()}
-    assert max(pairs.values()) > 1
+    copies = {name: layer.row_copies for name, layer in crossbar_layers(tiny_bert).items()}
+    assert max(float(k.max()) for k in copies.values()) > 1
     tiny_bert.save_pretrained(tmp_path)
     again = type(tiny_bert).from_pretrained(tmp_path)
-    assert pairs == {name: layer.pairs for name, layer in crossbar_layers(again).items()}
+    assert all(torch.equal(copies[name], layer.row_copies) for name, layer in crossbar_layers(again).items())
     with deploy(tiny_bert, "1d", seed=1), deploy(again, "1d", seed=1):
         layers = crossbar_layers(again)
         assert all(
             torch.equal(layers[n].chip.weight, layer.chip.weight) for n, layer in crossbar_layers(tiny_bert).items()
         )
+
+
+class Branches(nn.Module):
+    """Two layers that read one input, one that reads their sum, and one that is asked for by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.out, self.other = (nn.Linear(12, n) for n in (12, 12, 5, 5))
+
+    def forward(self, x, other=False):
+        if other:
+            return self.other(x)
+        return self.out((self.query(x) + self.key(x)).tanh())
+
+
+def branches(redundancy=0.5):
+    """Of which one input is far larger than the others."""
+    torch.manual_seed(0)
+    model, x = Branches().eval(), torch.randn(64, 12)
+    x[:, 3] *= 20.0
+    patch_model(model, ReRAMConfig(device="cmo-hfox-ibm", redundancy=redundancy, retention_times=["10y"]))
+    return model, x
+
+
+def test_layers_that_read_one_input_share_its_rows_and_most_are_the_largest_inputs():
+    model, x = branches()
+    calibrate(model, [x])
+    copies = model.query.row_copies
+    assert torch.equal(copies, model.key.row_copies) and not torch.equal(copies, model.out.row_copies)
+    assert copies.argmax() == 3 and copies.max() > 3 * copies.median()
+    assert torch.equal(model.query.input_scale, copies)
+    weights = 2 * 12 * 12 + 2 * 12 * 5
+    assert 1.4 * weights < summarize(model).cells / 2 <= 1.5 * weights
+
+
+def test_a_layer_that_no_data_reach_keeps_its_rows_and_what_it_computes():
+    model, x = branches(redundancy=1.0)
+    calibrate(model, [{"x": x, "other": True}])
+    copies, before = model.other.row_copies.clone(), model(x, other=True)
+    assert copies.max() > 1
+    calibrate(model, [x])
+    assert torch.equal(copies, model.other.row_copies) and model.query.copied
+    torch.testing.assert_close(model(x, other=True), before)
+
+
+def test_rows_are_more_than_layers_of_as_many_cells():
+    """Where few inputs matter: whole layers, as tiles of a size have them, spend their cells on all."""
+    errors = []
+    for options in ({}, {"tile_size": 1 << 10}):
+        torch.manual_seed(0)
+        model, x = Branches().eval(), torch.randn(64, 12)
+        x[:, 3] *= 20.0
+        patch_model(model, ReRAMConfig(device="cmo-hfox-ibm", redundancy=1.0, retention_times=["10y"], **options))
+        calibrate(model, [x])
+        with torch.no_grad():
+            ideal = model(x)
+            errors.append(sum(float((_on_chip(model, x, seed, "10y") - ideal).square().mean()) for seed in range(40)))
+    assert errors[0] < 0.7 * errors[1]
+
+
+COPIES = [1, 3, 2, 5, 1, 8]
+
+
+def kinds():
+    torch.manual_seed(0)
+    yield nn.Linear(6, 40), torch.randn(50, 6) + 1, "Linear"
+    yield nn.Conv2d(6, 20, 3, padding=1, stride=2), torch.randn(3, 6, 8, 8) + 1, "Conv2d"
+    yield nn.Conv1d(6, 20, 3, padding=1), torch.randn(3, 6, 16) + 1, "Conv1d"
+
+
+@pytest.fixture(params=[pytest.param(kind[:2], id=kind[2]) for kind in kinds()])
+def twins(request):
+    """A layer whose inputs drive several rows, and one that has as many inputs instead, a kth of each, alike otherwise;
+    each with its input."""
+    layer, x = (copy.deepcopy(part) for part in request.param)
+    k = torch.tensor(COPIES)
+    wide = copy.deepcopy(layer)
+    wide.weight = nn.Parameter(layer.weight.detach().repeat_interleave(k, 1))
+    wide.in_channels = wide.in_features = sum(COPIES)
+    if isinstance(layer, nn.Linear):
+        del wide.in_channels
+    parts = (x.movedim(1, -1) / k).repeat_interleave(k, -1).movedim(-1, 1)
+    config = straight(device=device(read_noise=0.3), retention_loss="output+drift", center_inputs=False, adc_bits=12)
+    models = []
+    for part, inputs in ((layer, x), (wide, parts)):
+        models.append((nn.Sequential(part), inputs))
+        patch_model(models[-1][0], config)
+        calibrate(models[-1][0], [inputs])
+    mine, other = models[0][0][0], models[1][0][0]
+    mine.row_copies.copy_(k)
+    mine.input_scale.copy_(k)
+    for name in ("input_range", "range_shrink", "gain", "weight_scale", "adc_range"):
+        getattr(mine, name).copy_(getattr(other, name))
+    return models
+
+
+def test_copies_of_rows_are_the_rows_of_a_layer_with_as_many_inputs(twins):
+    outputs, chips, drifted, said = [], [], [], []
+    for model, x in twins:
+        with torch.no_grad():
+            model.eval()
+            outputs.append(model(x))
+            chips.append(torch.stack([_on_chip(model, x, seed) for seed in range(200)]))
+            model.train()
+            with sampled_drift(model):
+                drifted.append(torch.stack([model(x) for _ in range(200)]))
+        add_retention_loss(model(x).sum(), model)
+        said.append(noise_to_signal(model)["0"])
+    assert twins[0][0][0].cells == twins[1][0][0].cells
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=2 * float(twins[0][0][0].weight_scale.max()) / 2048)
+    assert said[0] == pytest.approx(said[1], rel=1e-4)
+    for found in (chips, drifted):
+        mine, other = ((f - f.mean(0)).square().mean() for f in found)
+        assert float(mine) == pytest.approx(float(other), rel=0.1)
+    shifts = [float((f.mean(0) - y).square().mean()) for f, y in zip(chips, outputs)]
+    assert shifts[0] == pytest.approx(shifts[1], rel=0.2)
+
+
+def test_the_best_clip_is_that_of_a_layer_with_as_many_inputs(twins):
+    found = []
+    for model, x in twins:
+        layer = model[0]
+        u = layer.windows(layer.pad(layer.examples(x / layer.over_channels(layer.input_scale))))
+        phi = u.view(len(u), 1, -1).transpose(0, 1)
+        rows = layer.to_rows(cell_weight(layer, layer.weight.detach()))
+        found.append(layer_scales(layer, rows, "auto", Inputs(phi, 0.1 * phi, 0.01)))
+    layer = twins[0][0][0]
+    assert layer.reads_windows or (found[0] < layer.weight_scale).any()
+    torch.testing.assert_close(*found, rtol=0.05, atol=0.0)
+
+
+def test_white_noise_has_the_power_of_the_copies(twins):
+    stds = []
+    for model, x in twins:
+        reconfigure(model, retention_loss="noise")
+        with torch.no_grad(), sampled_drift(model):
+            stds.append(float(torch.stack([model(x) for _ in range(200)]).var(0).mean()))
+    assert stds[0] > 0 and stds[0] == pytest.approx(stds[1], rel=0.5)  # of rows by their number, not by their inputs
+
+
+def _on_chip(model, x, seed, time="1d"):
+    with deploy(model, time, seed=seed):
+        return model(x)
 
 
 @pytest.mark.parametrize("wrong", [-0.1, 5, True, None, "some", float("nan")])

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from transformers import BertForTokenClassification, GPT2Config, GPT2LMHeadModel
 
 from hf_reram import ReRAMConfig, calibrate, crossbar_layers, deploy, patch_model
-from hf_reram.calibration.sensitivity import measure_sensitivity, spread_effects
+from hf_reram.calibration.sensitivity import measure_sensitivity
+from hf_reram.calibration.spread import spread_effects
 from tests.samples.devices import device, straight
 from tests.samples.models import bert_batch, tiny_bert
 
@@ -115,12 +116,26 @@ class Net(nn.Module):
         return self.head(self.hidden(self.conv(x).tanh().flatten(1)).relu())
 
 
+class Pooled(Net):
+    """All pixels, which are much alike, meet the same cells; and a layer that is called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.conv(20.0 * (x - 1.0).mean((2, 3), keepdim=True) + x).tanh().mean((2, 3))
+        return self.head(self.hidden(self.hidden(x).tanh() + x).relu())
+
+
 @pytest.mark.parametrize("equalized", [False, True])
+@pytest.mark.parametrize("kind", [Net, Pooled])
 @pytest.mark.parametrize("name", ["conv", "hidden", "head"])
-def test_the_effect_of_a_layers_spread_is_the_divergence_that_chips_show(name, equalized):
+def test_the_effect_of_a_layers_spread_is_the_divergence_that_chips_show(name, kind, equalized):
     """Of the digital model's predictions from those with this one layer on chips."""
     torch.manual_seed(0)
-    model, x = Net().eval(), torch.randn(400, 2, 8, 8) + 1.0
+    model, x = kind().eval(), torch.randn(400, 2, 8, 8) + 1.0
     with torch.no_grad():
         model.head.weight.mul_(4)
         x[:, 1] *= 20.0
@@ -129,7 +144,7 @@ def test_the_effect_of_a_layers_spread_is_the_divergence_that_chips_show(name, e
     alone, expected = copy.deepcopy(model), model(x).log_softmax(-1).detach()
     patch_model(model, config)
     calibrate(model, [x])
-    effects = spread_effects(model, [x])
+    effects = {name: float(effect.sum()) for name, effect in spread_effects(model, [x]).items()}
     patch_model(alone, ReRAMConfig.from_dict({**config.to_dict(), "target_modules": [name]}))
     calibrate(alone, [x])
     found = []
@@ -138,11 +153,12 @@ def test_the_effect_of_a_layers_spread_is_the_divergence_that_chips_show(name, e
             with deploy(alone, "1s", seed=seed):
                 found.append(F.kl_div(alone(x).log_softmax(-1), expected, log_target=True, reduction="sum"))
     assert effects[name] == pytest.approx(float(torch.stack(found).mean()), rel=0.25)
-    assert 1e-4 < effects[name] / len(x) < 0.1  # small enough for a second order
+    assert 1e-6 < effects[name] / len(x) < 0.1  # small enough for a second order
 
 
 def test_cells_on_top_go_where_spread_changes_the_predictions():
-    """Not where a layer's own output has most of it: what follows hardly reads the first layer's."""
+    """Not where a layer's own output has most of it: what follows hardly reads the first layer's, and one of the second
+    layer's inputs is always the same."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.Linear(16, 8)).eval()
     with torch.no_grad():
@@ -152,8 +168,8 @@ def test_cells_on_top_go_where_spread_changes_the_predictions():
     x = torch.randn(256, 16)
     patch_model(model, ReRAMConfig(device=device(), redundancy=1.0, weight_scale="per_channel", retention_times=["1d"]))
     calibrate(model, [x])
-    pairs = {name: layer.pairs for name, layer in crossbar_layers(model).items()}
-    assert pairs["0"] == 1 < pairs["3"]
+    copies = {name: layer.row_copies for name, layer in crossbar_layers(model).items()}
+    assert copies["0"].max() == 1 and copies["2"][:15].min() > 1 == copies["2"][15]
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -162,7 +178,7 @@ def test_it_leaves_no_trace(frozen):
     patch_model(model, ReRAMConfig())
     x, before = torch.randn(4, 2, 8, 8), {n: p.clone() for n, p in model.named_parameters()}
     state = torch.random.get_rng_state()
-    assert min(spread_effects(model, [x]).values()) > 0
+    assert min(float(effect.sum()) for effect in spread_effects(model, [x]).values()) > 0
     assert torch.equal(state, torch.random.get_rng_state())
     for n, p in model.named_parameters():
         assert torch.equal(p, before[n]) and p.grad is None and p.requires_grad is not frozen
@@ -176,7 +192,7 @@ def test_effects_are_of_what_reaches_the_array():
     patch_model(model, ReRAMConfig(device=device(), retention_times=["1d"], center_inputs=False))
     calibrate(model, [torch.randn(64, 8)])
     end = float(model.input_range) * torch.randn(64, 8).sign()
-    assert spread_effects(model, [end * 1e4])[""] == pytest.approx(spread_effects(model, [end])[""], rel=1e-5)
+    torch.testing.assert_close(spread_effects(model, [end * 1e4])[""], spread_effects(model, [end])[""])
 
 
 class Frozen(nn.Module):
@@ -203,7 +219,7 @@ def test_where_no_gradient_tells_the_own_error_decides(decoded, caplog):
         calibrate(model, [torch.randn(64, 8)])
     assert "cells on top go where a layer's own relative error is largest" in caplog.text
     layers = crossbar_layers(model)
-    assert max(layers["one"].pairs, layers["two"].pairs) > 1
+    assert float(torch.cat((layers["one"].row_copies, layers["two"].row_copies)).max()) > 1
     assert not any(layer._forward_hooks for layer in layers.values())
     assert not any(p.requires_grad for p in model.parameters())
 

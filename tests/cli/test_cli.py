@@ -85,6 +85,18 @@ def test_an_evaluation_with_another_preprocessing_or_config_is_another(tmp_path,
     assert logs() == 2
 
 
+def test_an_evaluation_in_other_batches_is_another(tmp_path):
+    """Read noise is drawn for each."""
+    model = patch_model(image_sample.save_model(tmp_path / "base"), ReRAMConfig(device="cmo-hfox-ibm"))
+    calibrate(model, [torch.randn(4, 3, 32, 32)]).save_pretrained(tmp_path / "base")
+    image_sample.dataset(8).to_parquet(tmp_path / "images.parquet")
+    command = ["eval", str(tmp_path / "base"), "--dataset", str(tmp_path / "images.parquet"), "--chips", "1"]
+    command += ["--times", "1d", "--output", str(tmp_path / "out")]
+    for size, logs in ((4, 1), (4, 1), (8, 2)):
+        assert CliRunner().invoke(app, [*command, "--batch-size", str(size)]).exit_code == 0
+        assert len(list((tmp_path / "out").glob("chips-*.jsonl"))) == logs
+
+
 @pytest.mark.parametrize(
     "command",
     [

@@ -165,6 +165,14 @@ def alike(out: str) -> dict:
     plain = torch.nn.parallel.DistributedDataParallel(plain)
     found["DDP"] = report(plain, seeds=mine, resume=f"{out}.{rank()}.jsonl")
     found["divided"] = report(plain.module, seeds=mine, share_chips=True)
+    device, apart, shared = torch.device("cuda", rank()), [], f"{out}.shared.jsonl"
+
+    def on_own_device(model):
+        apart.append(device)
+        return losses(model)
+
+    found["keyed"] = [report(plain.module, on_own_device, share_chips=True, resume=shared) for _ in range(2)]
+    found["keyed evaluations"] = len(apart)
     found["failed apart"] = message(lambda: report(plain.module, fails, share_chips=True))
 
     def changes():

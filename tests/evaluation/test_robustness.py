@@ -123,7 +123,7 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(tiny_bert, tmp_path):
         return {"x": float(model(**bert_batch()).logits.sum())}
 
     log = tmp_path / "runs.jsonl"
-    options = {"times": ["1s", "1d"], "seeds": 2, "progress": False, "resume": log}
+    options = {"times": ["1s", "1d"], "seeds": 2, "progress": False, "resume": log, "key": "logits"}
     with pytest.raises(KeyboardInterrupt):
         evaluate_robustness(tiny_bert, evaluate, **options)
     log.write_text(log.read_text() + '{"of": "cut o')
@@ -165,7 +165,7 @@ def test_runs_of_another_evaluation_are_not_taken_over(model, tmp_path):
     assert again.measurements == first.measurements
     for key, what in (
         ({"data": "B", "split": 1}, "'data'"),
-        (None, "'evaluate', 'data', 'split'"),
+        (None, "'evaluation', 'evaluation.torch', 'data', 'split'"),
         ("B", "'key', 'data', 'split'"),
     ):
         with pytest.raises(ValueError, match=rf"another evaluation \(what differs: {what}\)"):
@@ -196,18 +196,14 @@ def test_runs_of_another_config_of_the_model_are_not_taken_over(tiny_bert, tmp_p
 
 def test_an_evaluation_without_a_key_is_told_by_its_function(model, tmp_path):
     options = {"times": ["1d"], "seeds": 2, "progress": False, "resume": tmp_path / "log.jsonl"}
-    calls = []
 
     def scaled(by):
-        def evaluate(model):
-            calls.append(by)
-            return {"power": by * mean_square(model)["power"]}
-
-        return evaluate
+        return lambda model: {"power": by * mean_square(model)["power"]}
 
     first = evaluate_robustness(model, scaled(1), **options)
-    assert evaluate_robustness(model, scaled(1), **options) == first and calls == [1] * 4
-    with pytest.raises(ValueError, match=r"another evaluation \(what differs: 'evaluate'\)"):
+    lines = options["resume"].read_text()
+    assert evaluate_robustness(model, scaled(1), **options) == first and options["resume"].read_text() == lines
+    with pytest.raises(ValueError, match=r"another evaluation \(what differs: 'evaluation', 'evaluation.by'\)"):
         evaluate_robustness(model, scaled(2), **options)
     other = evaluate_robustness(model, scaled(2), **{**options, "resume": tmp_path / "other.jsonl"})
     for one, twice in zip(first.measurements, other.measurements):
@@ -215,6 +211,136 @@ def test_an_evaluation_without_a_key_is_told_by_its_function(model, tmp_path):
     lock = threading.Lock()
     with pytest.raises(ValueError, match="the evaluation cannot be told from another one: say with key="):
         evaluate_robustness(model, lambda m: {"locked": lock.locked()}, **options)
+
+
+class Right:
+    """Percent of labels that a model finds, by a method."""
+
+    def __init__(self, batches, way):
+        self.batches, self.way, self.limit, self.data = batches, way, 0, {"rows": batches}
+
+    def __call__(self, model):
+        return getattr(self, self.way)(model)
+
+    def found(self, model, batches):
+        with torch.no_grad():
+            return 100 * float(torch.cat([model(x).argmax(-1) == y for x, y in batches]).float().mean())
+
+    def set_anew(self, model):
+        self.batches = [(x.to("cpu"), y.to("cpu")) for x, y in self.batches]
+        return self.found(model, self.batches)
+
+    def indexed(self, model):
+        self.data["rows"] = [row for row in self.data["rows"] if row]
+        return self.found(model, self.data["rows"])
+
+
+class Above:
+    def __init__(self, batches, limit):
+        self.batches, self.limit = batches, limit
+
+    def __call__(self, model):
+        self.limit = float(self.limit)
+        return sum(float((model(x).detach() > self.limit).sum()) for x, _ in self.batches)
+
+
+def in_place(batches):
+    def evaluate(model):
+        for at, (x, y) in enumerate(batches):
+            batches[at] = x.to("cpu"), y.to("cpu")
+        return Right(batches, "").found(model, batches)
+
+    return evaluate
+
+
+def nonlocal_(batches):
+    def evaluate(model):
+        nonlocal batches
+        batches = [(x.to("cpu"), y.to("cpu")) for x, y in batches]
+        return Right(batches, "").found(model, batches)
+
+    return evaluate
+
+
+def with_default(batches):
+    (batch,) = ({"x": x, "y": y} for x, y in batches)
+
+    def evaluate(model):
+        assert batch.setdefault("mask", None) is None
+        return Right(batches, "").found(model, [(batch["x"], batch["y"])])
+
+    return evaluate
+
+
+WAYS = {
+    "self.batches = [b.to(..) for b in self.batches]": lambda batches: Right(batches, "set_anew"),
+    "batches[i] = b.to(..)": in_place,
+    "nonlocal batches": nonlocal_,
+    "batch.setdefault(..)": with_default,
+    "self.limit = float(self.limit)": lambda batches: Above(batches[:1], float(batches[0][1][0])),
+    "self.data['rows'] = ..": lambda batches: Right(batches, "indexed"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_figures_are_never_those_of_other_data_that_an_evaluation_sets_anew(model, tmp_path, way):
+    """The second set's labels are none of the first's."""
+    x = torch.randn(64, 8)
+    labels = model(x).argmax(-1).detach()
+    one, other = (WAYS[way]([(x, (labels + shift) % 3)]) for shift in (0, 1))
+    options = {"times": ["1d"], "seeds": 1, "progress": False}
+    log = tmp_path / "log.jsonl"
+    first = evaluate_robustness(model, one, resume=log, **options)
+    with pytest.raises(ValueError, match=r'another evaluation \(what differs: .*say with key="\.\.\."'):
+        evaluate_robustness(model, other, resume=log, **options)
+    second = evaluate_robustness(model, other, **options)
+    assert second.digital != first.digital and second.measurements != first.measurements
+
+
+COUNTING = """
+import sys
+import torch
+from torch import nn
+from hf_reram import ReRAMConfig, calibrate, evaluate_robustness, patch_model
+
+torch.manual_seed(0)
+model = calibrate(patch_model(nn.Sequential(nn.Linear(8, 4)).eval(), ReRAMConfig()), [torch.ones(3, 8)])
+seen, words = [], {"a", "b", "c"}
+
+def evaluate(model):
+    seen.append(float(model(torch.ones(3, 8)).detach().sum()))
+    if len(seen) == int(sys.argv[2]):
+        raise KeyboardInterrupt
+    return {"sum": seen[-1], "words": len(words)}
+
+def run():
+    return evaluate_robustness(model, evaluate, ["1d"], seeds=4, progress=False, resume=sys.argv[1])
+
+try:
+    report = run()
+except KeyboardInterrupt:
+    try:
+        run()
+    except ValueError as error:
+        print(len(seen), error)
+else:
+    print(len(seen), report.to_json())
+"""
+
+
+def test_an_evaluation_that_changes_itself_is_resumed_in_a_new_process(python, tmp_path):
+    """And in the same one an error names what it has changed, and the way out."""
+
+    def run(log, fails):
+        done = python.run("-c", COUNTING, str(tmp_path / log), str(fails))
+        assert done.returncode == 0, done.stderr
+        count, _, text = done.stdout.partition(" ")
+        return int(count), text
+
+    count, text = run("killed", 4)
+    assert count == 4 and "what differs: 'evaluation', 'evaluation.seen')" in text and 'say with key="..."' in text
+    (whole, report), (rest, resumed) = run("whole", 0), run("killed", 0)
+    assert (whole, rest) == (6, 3) and json.loads(resumed) == json.loads(report)
 
 
 def test_runs_of_other_versions_are_run_again(model, tmp_path, caplog, monkeypatch):

@@ -77,6 +77,9 @@ def test_processes_decide_alike(both):
         assert found["report"]["weights"] == found["DDP"]["weights"]
         assert_same_figures(found["DDP"], first["report"])
         assert_same_figures(found["divided"], first["report"])
+        assert found["keyed"][0] == found["keyed"][1] == first["keyed"][0]
+        assert_same_figures(found["keyed"][0], first["report"], chips=2)
+        assert found["keyed evaluations"] == 3  # of 4 chips and 2 references, once
         assert "1 layers changed while the model was deployed" in found["changed"]
     assert first["failed"] == "the evaluation failed in process 1: ValueError: no figures here"
     assert second["failed"] == "no figures here"

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 from torch.utils import checkpoint
-from transformers import BertForSequenceClassification, LlamaConfig, LlamaModel
+from transformers import BertForSequenceClassification, LlamaConfig, LlamaModel, SwinConfig, SwinModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_reram import ReRAMConfig, calibrate, evaluate_robustness, patch_model, report_of, unpatch_model
 from hf_reram.model.attributes import CODE, VALUES, attributes_of
@@ -19,17 +20,9 @@ from hf_reram.model.digest import model_digest, other_settings, settings_of
 from tests.samples.models import bert_batch, tiny_bert
 
 
-def count(module, args):
-    module.hooked = getattr(module, "hooked", 0) + 1
-
-
 @dataclass
 class Settings:
     gain: float = 1.0
-    calls: int = 0
-
-    def count(self):
-        self.calls += 1
 
 
 def scaled(x, factor):
@@ -42,32 +35,29 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.proj, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
-        self.pool, self.sizes, self.calls, self.seen, self.lengths = "max", (2, 2), 0, None, []
+        self.pool, self.sizes, self.calls, self.seen, self._gain = "max", (2, 2), 0, None, 1.0
         self.shift, self.weights, self.act, self.last = torch.zeros(4), {"mean": 1.0}, torch.relu, nn.Identity()
         self.table, self.kinds, self.by_layer = np.ones(4), {"a", "b"}, {0: 1.0, 1: 2.0}
         self.partial, self.settings = functools.partial(scaled, factor=1.0), Settings()
         self.space, self.size, self.mixed = types.SimpleNamespace(gain=1.0), np.float32(1.0), {"shift": torch.ones(4)}
         self.adapt = lambda x: x * 1.0
         self.register_buffer("scale", torch.ones(4), persistent=False)
-        self.register_buffer("cached", torch.zeros(4), persistent=False)
-        self.register_buffer("slots", torch.zeros(4), persistent=False)
-        self.register_buffer("places", torch.zeros(1), persistent=False)
-        self.register_forward_pre_hook(count)
+        self.drop_below, self.limit, self.momentum, self.dropout = -100.0, -100.0, 1.0, 1.0
 
     def forward(self, x):
         self.calls += 1
-        self.settings.count()
+        self.shift = self.shift.to(x.device)
+        self.weights.setdefault("mean", 1.0)
         self.remember(x)
+        x = x * self._gain * self.momentum * self.dropout
         y = self.last(self.act(self.norm(self.proj(x)) * self.scale**self.power + self.shift)) * self.weights["mean"]
+        y = y * (y > self.drop_below) * (y > self.limit)
         return y.amax(1) if self.pool == "max" else y.mean(1)
 
     @torch.no_grad()
     def remember(self, x):
-        self.seen = float(x.sum())
-        self.cached.add_(1)
-        self.slots[0] = self.calls
-        self.lengths.append(x.shape[1])
-        self.register_buffer("places", torch.arange(x.shape[1]), persistent=False)
+        other = types.SimpleNamespace()
+        other.limit = self.seen = float(x.sum())
 
     @property
     def device(self):
@@ -102,6 +92,11 @@ CHANGES = {
     "class": lambda n: setattr(n, "last", nn.ReLU()),
     "table" + VALUES: lambda n: setattr(n, "table", np.full(4, 2.0)),
     "kinds": lambda n: n.kinds.add("c"),
+    "_gain": lambda n: setattr(n, "_gain", 2.0),
+    "drop_below": lambda n: setattr(n, "drop_below", 0.5),
+    "limit": lambda n: setattr(n, "limit", 0.5),
+    "momentum": lambda n: setattr(n, "momentum", 2.0),
+    "dropout": lambda n: setattr(n, "dropout", 2.0),
     "by_layer": lambda n: n.by_layer.update({1: 3.0}),
     "partial": lambda n: setattr(n, "partial", functools.partial(scaled, factor=2.0)),
     "settings": lambda n: setattr(n.settings, "gain", 2.0),
@@ -117,14 +112,19 @@ CHANGES = {
 FLOATS = ("scale", "shift")  # of which only sums are told, beside the digest
 
 
+# What only looks like what a training or a library has, or a forward has for itself.
+ALIKE = ("_gain", "shift", "weights", "limit", "drop_below", "momentum", "dropout")
+
+
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_report_is_not_of_other_attributes(name, tmp_path):
     model = net()
     log = tmp_path / "log.jsonl"
     report = evaluate_robustness(model, score, ["1d"], seeds=1, progress=False, resume=log)
     assert report_of(model) is report and report.notes == report_of(model).notes
-    owner = model_digest(model)
+    owner, figure = model_digest(model), score(model)
     CHANGES[name](model)
+    assert name not in ALIKE or score(model) != figure
     assert report_of(model) is None and ((model_digest(model) == owner) == (name.endswith(VALUES) or name in FLOATS))
     with pytest.raises(ValueError, match="another config"):
         evaluate_robustness(model, score, ["1d"], seeds=1, progress=False, resume=log)
@@ -137,13 +137,13 @@ def test_a_forward_changes_nothing_that_tells_a_model():
     fresh, owner = attributes_of(Net()), model_digest(model)
     report = evaluate_robustness(model, score, ["1d"], seeds=1, progress=False)
     model(torch.ones(1, 7, 4))
-    assert model.calls > 3 and len(model.places) == 7
+    assert model.calls > 3 and model.seen == 28
     assert report_of(model) is report and model_digest(model) == owner
     assert attributes_of(model) == fresh == attributes_of(copy.deepcopy(model)) == attributes_of(unpatch_model(model))
     told = {f"{name}{VALUES}" if name in FLOATS else CODE if name.endswith(CODE) else name for name in CHANGES}
     assert told <= fresh.keys()
     names = {name.partition(" ")[0] for name in fresh}
-    assert names.isdisjoint(("calls", "seen", "lengths", "cached", "slots", "places", "hooked", "training", "device"))
+    assert names.isdisjoint(("calls", "seen", "training", "device"))
 
 
 def test_what_changes_in_an_evaluation_by_other_means_is_named_and_not_compared():
@@ -157,6 +157,31 @@ def test_what_changes_in_an_evaluation_by_other_means_is_named_and_not_compared(
     report = evaluate_robustness(model, evaluate, ["1d"], seeds=1, progress=False)
     assert "attributes of modules changed while the model was evaluated: rounds" in report.notes
     assert report_of(model) is report
+
+
+class Recording(Net):
+    """Reads what it records, so that nothing tells a record from a setting."""
+
+    def __init__(self, settings=()):
+        super().__init__()
+        self.lengths = list(settings)
+
+    def forward(self, x):
+        self.lengths.append(x.shape[1])
+        return super().forward(x) * len(self.lengths[:3])
+
+
+def test_what_a_forward_adds_to_itself_tells_a_model_until_it_has(tmp_path):
+    torch.manual_seed(0)
+    model = calibrate(patch_model(Recording().eval(), ReRAMConfig()), [torch.randn(8, 3, 4)])
+    options = {"times": ["1d"], "seeds": 1, "progress": False, "resume": tmp_path / "log.jsonl", "key": "score"}
+    again = copy.deepcopy(model)
+    report = evaluate_robustness(model, score, **options)
+    assert "attributes of modules changed while the model was evaluated: lengths" in report.notes
+    assert report_of(model) is report
+    with pytest.raises(ValueError, match=r"\(what differs: 'modules.lengths'\)"):
+        evaluate_robustness(model, score, **options)
+    assert evaluate_robustness(again, score, **options).measurements == report.measurements
 
 
 def test_trained_compiled_and_loaded_models_are_told_alike(tmp_path):
@@ -252,23 +277,23 @@ class Outer(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
+    ("old", "new", "what"),
     [
-        ("helper(x) + ", "helper(x) - "),
-        ("x * FACTOR", "x / FACTOR"),
-        ("FACTOR, SHIFTS = 2.0", "FACTOR, SHIFTS = 3.0"),
-        ('"a": 1.0', '"a": 2.0'),
-        ("return self.inner(x)", "return self.inner(x) + 1"),
+        ("helper(x) + ", "helper(x) - ", CODE),
+        ("x * FACTOR", "x / FACTOR", CODE),
+        ("FACTOR, SHIFTS = 2.0", "FACTOR, SHIFTS = 3.0", "FACTOR in code"),
+        ('"a": 1.0', '"a": 2.0', "SHIFTS in code"),
+        ("return self.inner(x)", "return self.inner(x) + 1", CODE),
     ],
 )
-def test_the_code_of_a_scripts_own_classes_counts(old, new):
+def test_the_code_of_a_scripts_own_classes_counts(old, new, what):
     def settings(source, **args):
         return settings_of(typed(source, args=types.SimpleNamespace(**args))["Outer"]())
 
     mine = settings(SOURCE, gain=1.0)
     assert settings(SOURCE.replace("class Inner", "# a comment\n\nclass Inner"), gain=1.0, lr=0.1) == mine
-    assert other_settings(mine, settings(SOURCE.replace(old, new), gain=1.0)) == [f"modules.{CODE}"]
-    assert other_settings(mine, settings(SOURCE, gain=2.0)) == [f"modules.{CODE}"]
+    assert other_settings(mine, settings(SOURCE.replace(old, new), gain=1.0)) == [f"modules.{what}"]
+    assert other_settings(mine, settings(SOURCE, gain=2.0)) == ["modules.args.gain in code"]
 
 
 def test_a_library_s_method_that_a_script_replaces_counts(monkeypatch):
@@ -308,44 +333,70 @@ def test_a_stored_report_and_a_resumed_evaluation_know_tables(tmp_path):
     assert again.measurements == report.measurements
     frequencies.mul_(0.25)
     assert report_of(model) is None
-    with pytest.raises(ValueError, match="what differs: 'modules'"):
+    with pytest.raises(ValueError, match=r"what differs: 'modules\.inv_freq values'"):
         evaluate_robustness(model, score, ["1d"], seeds=1, progress=False, resume=log, key="score")
 
 
-class Window(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.length, self.gain = None, 1.0
+class Dropped(nn.Dropout):
+    """Also where it is evaluated."""
 
     def forward(self, x):
-        return x * self.gain * self.mask[: self.length]
+        return nn.functional.dropout(x, self.p, True)
 
+
+@pytest.mark.parametrize(
+    ("kind", "is_told"), [(nn.Dropout, False), (nn.Dropout2d, False), (nn.AlphaDropout, False), (Dropped, True)]
+)
+def test_the_probability_of_a_dropout_counts_where_it_is_a_script_s(kind, is_told):
+    assert other_settings(attributes_of(kind(0.1)), attributes_of(kind(0.9))) == (["p"] if is_told else [])
+
+
+def test_libraries_attributes_for_trainings_do_not_count_and_others_do():
+    model = tiny_bert()
+    told = settings_of(model)
+    attention = model.bert.encoder.layer[0].attention.self
+    attention._is_hf_initialized, attention.gradient_checkpointing, attention.attention_dropout = True, True, 0.5
+    model.config.attention_probs_dropout_prob = model.config.hidden_dropout_prob = model.config.initializer_range = 0.5
+    assert other_settings(told, settings_of(model)) == []
+    model.config.token_dropout = model.config.drop_below = 0.5  # ESM scales by the former whenever it runs
+    assert settings_of(model).keys() - told.keys() == {"token_dropout", "drop_below"}
+
+
+class Windowed(SwinModel):
+    def forward(self, *args, **kwargs):
+        self.encoder.gain = self.encoder.layers[0].blocks[0].shift_size
+        return super().forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [SwinModel, Windowed])
+def test_what_a_library_s_forward_sets_counts_where_a_script_reads_it(kind):
+    """Swin shifts no windows that are as large as its images."""
+    shape = {"image_size": 8, "patch_size": 2, "embed_dim": 8, "depths": [2], "num_heads": [2], "window_size": 4}
+    model = kind(SwinConfig(**shape)).eval()
+    block, told = model.encoder.layers[0].blocks[1], attributes_of(model)
+    assert block.shift_size == 2
+    with torch.no_grad():
+        model(torch.ones(1, 3, 8, 8))
+    assert block.shift_size == 0
+    assert other_settings(told, attributes_of(model)) == ([] if kind is SwinModel else ["shift_size"])
+
+
+class Mask(nn.Module):
     @functools.cached_property
     def mask(self):
         return torch.ones(8)
 
-
-class Windows(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.windows = nn.ModuleList([Window()])
-
     def forward(self, x):
-        for window in self.windows:
-            window.length = len(x)
-            x = window(x)
-        return x
+        return x * self.mask
 
 
-def test_what_a_forward_writes_on_modules_inside_and_remembers_tells_nothing():
-    """As Swin has it."""
-    model = Windows()
+def test_a_cached_property_that_is_set_by_hand_counts():
+    model, other = Mask(), Mask()
     told = attributes_of(model)
-    model(torch.ones(5))
-    assert model.windows[0].length == 5 and len(vars(model.windows[0])["mask"]) == 8
-    assert attributes_of(model) == told and "gain" in told
-    model.windows[0].gain = 2.0
-    assert other_settings(told, attributes_of(model)) == ["gain"]
+    model(torch.ones(8))
+    other.mask = torch.zeros(8)
+    assert other_settings(told, attributes_of(model)) == []  # which only one of them has
+    assert other_settings(attributes_of(model), attributes_of(other)) == ["mask values"]
 
 
 def recording(gain, kind):
@@ -367,13 +418,60 @@ def recording(gain, kind):
 
 
 @pytest.mark.parametrize("kind, count", [("function", (2, 0, 2)), ("lambda", (0, 2, 0))])
-def test_what_a_hook_records_tells_nothing_and_what_it_computes_with_does(kind, count):
+def test_what_a_hook_records_is_named_apart_from_what_it_computes_with(kind, count):
     model, counts = recording(1.0, kind)
     told = attributes_of(model)
     for _ in range(2):
         model(torch.ones(2, 2))
-    assert counts() == count and attributes_of(model) == told == attributes_of(recording(1.0, kind)[0])
-    assert other_settings(told, attributes_of(recording(2.0, kind)[0])) == [CODE]
+    gain, records = {"function": ("kept.gain", ["calls", "kept.calls"]), "lambda": ("by", [])}[kind]
+    assert counts() == count and told == attributes_of(recording(1.0, kind)[0])
+    assert other_settings(told, attributes_of(model)) == [f"{name} in code" for name in records]
+    assert other_settings(told, attributes_of(recording(2.0, kind)[0])) == [f"{gain} in code"]
+
+
+class Gain:
+    def __init__(self, gain):
+        self.gain = gain
+
+    def __call__(self, module, args, output):
+        self.gain = float(self.gain)
+        return output * self.gain
+
+
+def by_gain(gain, module, args, output):
+    return output * gain
+
+
+@pytest.mark.parametrize(
+    "hook", [Gain, lambda gain: Gain(gain).__call__, lambda gain: functools.partial(by_gain, gain)], ids=range(3)
+)
+def test_what_a_hook_holds_counts(hook):
+    models = [nn.Linear(2, 2) for _ in range(3)]
+    for model, gain in zip(models, (1.0, 1.0, 2.0)):
+        model.register_forward_hook(hook(gain))
+    one, same, other = map(attributes_of, models)
+    assert other_settings(one, same) == [] and len(other_settings(one, other)) == 1
+
+
+class Causal(nn.Module):
+    """Has a setting that a function elsewhere reads."""
+
+    def __init__(self, is_causal):
+        super().__init__()
+        self.set_causal(is_causal)
+
+    def set_causal(self, is_causal):
+        self.is_causal = is_causal
+
+    def forward(self, x):
+        return sdpa_attention_forward(self, x, x, x, None)[0]
+
+
+def test_what_a_forward_does_not_set_counts_whoever_reads_it():
+    x = torch.randn(1, 2, 3, 4)
+    one, other = Causal(True), Causal(False)
+    assert not torch.equal(one(x), other(x))
+    assert other_settings(attributes_of(one), attributes_of(other)) == ["is_causal"]
 
 
 def test_a_model_of_libraries_is_the_same_in_another_python(monkeypatch):

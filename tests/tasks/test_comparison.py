@@ -8,18 +8,26 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from transformers import Trainer, TrainingArguments, default_data_collator
+from transformers import (
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from hf_reram import ReRAMConfig, ReRAMTrainer
 from hf_reram.evaluation.content import part_of
 from hf_reram.model.digest import weights_digest
-from hf_reram.tasks import About, Perplexity, packed, run_protocol
+from hf_reram.tasks import About, Perplexity, claim_folder, packed, run_protocol
 from hf_reram.tasks.comparison import CONTROL, METHODS, OURS
 from hf_reram.tasks.question_answering import QuestionAnswering
 from hf_reram.tasks.text_classification import TextClassification
 from hf_reram.tasks.token_classification import TokenClassification
 from tests.samples import squad
 from tests.samples.experts import expert_inputs, mixtral
+from tests.samples.models import tiny_bert
 from tests.samples.texts import TEXTS, WORDS, llama, tokenizer
 
 NAIVE, CALIBRATED = METHODS[:2]
@@ -134,6 +142,47 @@ def test_a_folder_that_does_not_say_of_what_its_figures_are_is_refused(compariso
         comparison.run()
 
 
+@pytest.mark.parametrize("left", ["checkpoint-300/trainer_state.json", "model/config.json", "trained.txt"])
+def test_trainings_of_which_nothing_tells_what_they_are_are_refused(comparison, monkeypatch, left):
+    """They would be resumed, or taken as they are."""
+    file = comparison.folder / OURS.folder / left
+    file.parent.mkdir(parents=True)
+    file.write_text("{}")
+    monkeypatch.setattr(comparison, "trainer", None)
+    name = left.partition("/")[0]
+    with pytest.raises(ValueError, match=f"holds hf-reram/{name} and no protocol.json.*: allowed is another folder"):
+        comparison.run()
+    with pytest.raises(ValueError, match=f"holds {name} and no protocol.json"):
+        claim_folder(comparison.folder / OURS.folder, {"max_steps": 3}, comparison.base, [1], "a base model")
+    assert [path.name for path in comparison.folder.iterdir()] == [OURS.folder]
+
+
+def test_a_claimed_folder_is_another_trainings_no_more(comparison):
+    base = comparison.folder / "base"
+    for _ in range(2):
+        claim_folder(base, {"max_steps": 3}, comparison.base, [1], "a base model")
+        (base / "model").mkdir(exist_ok=True)
+    with pytest.raises(ValueError, match=r"holds a base model with other values of \['settings.max_steps'\]"):
+        claim_folder(base, {"max_steps": 4}, comparison.base, [1], "a base model")
+    assert comparison.run()[NAIVE.label].measurements  # beside a base that was trained there
+
+
+def test_two_processes_compare_as_one(python, tmp_path):
+    """Although ``evaluate`` holds another device in each; the first one alone writes what all share."""
+    folder, out = tmp_path / "compared", tmp_path / "found.pt"
+    for done in python.run_two("-m", "tests.tasks.comparison_script", str(folder), str(out)):
+        assert done.returncode == 0, done.stderr[-3000:]
+    first, second = torch.load(out, weights_only=False)
+    assert first["keys"] != second["keys"]
+    assert first["reports"] == second["reports"]  # of a run and of one that goes on with it
+    for before, after in first["reports"]:
+        assert before["measurements"] == after["measurements"] and len(after["measurements"]) == 2
+    assert (first["again"], second["again"]) == (0, 0)
+    assert not second["written"] and {"protocol.json", "base.json", "digital.json"} <= first["written"]
+    assert first["refused"].endswith("allowed are the same ones, which resumes it, or another folder")
+    assert second["refused"] == f"the check of a folder failed in process 0: ValueError: {first['refused']}"
+
+
 def test_more_chips_other_times_and_more_methods_go_on(comparison):
     """What was measured stays, and the rest is what it is in a folder of its own."""
     comparison.run(chips=1, times=("1d",))
@@ -192,8 +241,17 @@ def test_fewer_examples_a_forward_go_on(comparison):
     assert log.read_text().startswith(before) and len(log.read_text().split("\n\n")) == 4
 
 
-@pytest.mark.parametrize("kind", ["text", "token", "question"])
+HEADS = {
+    "text": BertForSequenceClassification,
+    "token": BertForTokenClassification,
+    "question": BertForQuestionAnswering,
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
 def test_evaluations_are_told_by_their_rows(kind):
+    """And by nothing that they remember of a run."""
+
     def made(size=2, last="cid"):
         if kind == "question":
             return QuestionAnswering(squad.dataset(4 if last == "cid" else 5), squad.tokenizer(), batch_size=size)
@@ -205,7 +263,9 @@ def test_evaluations_are_told_by_their_rows(kind):
         rows = Dataset.from_dict({"tokens": words, "tags": [["X"] * len(row) for row in words]})
         return TokenClassification(rows, squad.tokenizer(), {0: "X", 1: "Y"}, batch_size=size)
 
+    evaluate = made()
     found = [part_of("evaluation", made(size)) for size in (1, 2, 3)]
+    assert evaluate(HEADS[kind](tiny_bert(num_labels=2).config).eval()) and part_of("evaluation", evaluate) == found[0]
     assert len({*found}) == 1 and len(made(1).batches) > len(made(3).batches)
     assert part_of("evaluation", made(last="dan")) != found[0]
 
@@ -268,7 +328,7 @@ def test_the_control_is_trained_once(comparison, monkeypatch):
 
 def test_a_control_of_other_texts_is_measured_again(comparison):
     comparison.run(methods=(CONTROL, NAIVE))
-    for file in ("protocol.json", "naive-crossbar/chips.jsonl"):
+    for file in ("protocol.json", "naive-crossbar/chips.jsonl", "digital-finetuned/trained.txt"):
         (comparison.folder / file).unlink()
     comparison.held = TEXTS[1:3]
     found = comparison.run(methods=(CONTROL, NAIVE))[NAIVE.label].about["control_metrics"]

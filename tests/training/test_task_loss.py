@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import BertForTokenClassification, EarlyStoppingCallback
+from transformers import BertForTokenClassification, EarlyStoppingCallback, Trainer
 
-from hf_reram import ReRAMConfig, crossbar_layers, digital
+from hf_reram import ReRAMConfig, ReRAMTrainer, crossbar_layers, digital
+from hf_reram.model.find import is_digital
 from tests.samples.models import bert_batch, tiny_bert
-from tests.training.test_trainer import examples, fresh_bert, trainer_of
+from tests.training.test_trainer import arguments, examples, fresh_bert, trainer_of
 
 NONE = ReRAMConfig(retention_loss="none")
 
@@ -81,3 +82,28 @@ def test_weights_leave_the_cells_range_and_evaluations_are_the_trainers(tmp_path
 def test_a_digital_training_has_no_retention_loss(tmp_path):
     with pytest.raises(ValueError, match="retention_loss='output' in a digital training: allowed is 'none'"):
         trainer_of(tmp_path).train_digitally()
+
+
+def test_a_model_that_is_made_anew_is_trained_digitally_too(tmp_path):
+    base, args = fresh_bert(), arguments(tmp_path, learning_rate=0.01)
+    plain = Trainer(copy.deepcopy(base), args, train_dataset=examples())
+    plain.train()
+    calls = []
+    for model in ({"model": copy.deepcopy(base)}, {"model_init": lambda: copy.deepcopy(base)}):
+        trainer = ReRAMTrainer(**model, args=args, train_dataset=examples(), reram_config=NONE)
+        trainer.train_digitally()
+        counters = [layer.counter for layer in crossbar_layers(trainer.model).values()]
+        calls.append({(counter.calls, counter.digital_calls) for counter in counters})
+        for (name, own), expected in zip(trainer.model.named_parameters(), plain.model.parameters(), strict=True):
+            torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-7, msg=name)
+        assert not is_digital(trainer.model)
+    assert calls[0] == calls[1] == {(0, 4 + 8)}  # steps, and calibration's
+
+
+def test_evaluations_of_a_digital_training_measure_no_chips(tmp_path):
+    steps = {"eval_strategy": "steps", "eval_steps": 2}
+    trainer = trainer_of(tmp_path, NONE, arguments_=steps, eval_dataset=examples(8), eval_times=["1d"])
+    trainer.train_digitally()
+    found = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(found) == 2 and not any(name.startswith("eval_1d") for entry in found for name in entry)
+    assert trainer.evaluate().keys() >= {"eval_loss", "eval_1d_loss"}
