@@ -221,7 +221,7 @@ def train_base(arguments: Arguments, training: Training, train, classes: int, na
     if names:
         model.config.id2label, model.config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
     processor = image_processor(model, name, arguments.image_size)
-    images = ImageDataset(train, augmented, image, label)
+    images = ImageDataset(train, augmented, image, label, check_labels(train, model, "the training data"))
     claim_folder(home, recipe_settings(settings), model, images, "a base model")
     if (home / "model" / "config.json").exists():
         return str(home / "model")
@@ -260,20 +260,20 @@ def main() -> None:
         train, held = load_data(arguments, training.seed)
         image, label = find_columns(held, "the evaluation data")
         _, train_label = find_columns(train, "the training data", labels=not reram.label_free)
-        names = getattr(held.features[label], "names", None)
-        classes = len(names) if names else max(held[label]) + 1
     home = arguments.model_name_or_path
     if arguments.base_steps:  # by all processes together
+        names = getattr(held.features[label], "names", None)
+        classes = len(names) if names else max(held[label]) + 1
         home = train_base(arguments, training, train, classes, names)
     model = load_model(home)
-    check_labels(held, model, "the evaluation data")
-    if train_label is not None:
-        check_labels(train, model, "the training data")
+    held_classes = check_labels(held, model, "the evaluation data")
+    train_classes = None if train_label is None else check_labels(train, model, "the training data")
     source = None if arguments.from_scratch else arguments.model_name_or_path
     augmented, plain = image_transforms(model, source, arguments.image_size)
-    images = ImageDataset(train, augmented if arguments.augment else plain, image, train_label)
+    images = ImageDataset(train, augmented if arguments.augment else plain, image, train_label, train_classes)
     mixed = images if arguments.mixup is None else MixUp(images, arguments.mixup)
-    evaluate = ImageClassification(held, plain, training.per_device_eval_batch_size, training.dataloader_num_workers)
+    size, workers = training.per_device_eval_batch_size, training.dataloader_num_workers
+    evaluate = ImageClassification(held, plain, size, workers, held_classes)
     if arguments.digital_ends:
         config = ReRAMConfig.from_dict({**config.to_dict(), "modules_to_not_convert": ends_of(model)})
 

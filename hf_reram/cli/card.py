@@ -6,9 +6,11 @@ from typing import Annotated
 import typer
 from huggingface_hub import ModelCard
 
+from ..evaluation.report import RobustnessReport
 from ..hub.load import load_model
 from ..hub.push import prepare
 from ..hub.push import push as upload
+from ..hub.report import REPORT
 from .output import say, show_json
 
 
@@ -44,6 +46,12 @@ def push(
 
 
 def _existing(folder: Path) -> Path:
+    """
+    Raises:
+        ValueError: its report is none; said before the model is loaded, which would warn of it too.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"no such folder: {folder}")
+    if (report := folder / REPORT).exists():
+        RobustnessReport.from_json(report)
     return folder

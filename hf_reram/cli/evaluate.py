@@ -8,6 +8,7 @@ import typer
 
 from ..calibration.settle import calibrate
 from ..device.time import format_time
+from ..evaluation.escape import one_line
 from ..evaluation.files import write_whole
 from ..evaluation.report import RobustnessReport
 from ..evaluation.robustness import evaluate_robustness, owner_of
@@ -112,11 +113,12 @@ def evaluate(
         return
     for metric in metrics:
         _show(report, metric)
-    say(report.summary)
+    say(one_line(report.summary))
     for note in report.notes:
-        say(f"- {note}")
+        say(f"- {one_line(note)}")
     if report.uncalled:
-        say(f"- crossbar layers that were not called, and so were no chip: {', '.join(report.uncalled)}")
+        silent = one_line(", ".join(report.uncalled))
+        say(f"- crossbar layers that were not called, and so were no chip: {silent}")
     say(f"Report, table and plot: {output}/robustness.json, robustness.md, robustness.png")
 
 

@@ -8,6 +8,7 @@ import typer
 from ..calibration.settle import calibrate
 from ..device.temperature import parse_temperature
 from ..device.time import format_time, parse_time
+from ..evaluation.escape import one_line
 from ..evaluation.inspect import LayerReport, inspect_layers
 from ..hub.about import task_of
 from ..model.find import crossbar_state
@@ -71,7 +72,7 @@ def inspect(
     of = "outputs" if work else "weights"
     head = ["layer", "class", "array", "cells", "input range", "b", "clipped", f"noise-to-signal of {of}"]
     show_table(f"{model}, {format_time(parse_time(time))} after programming at {kelvin:g} K", head, rows)
-    say(str(summarize(found)))
+    say(one_line(str(summarize(found))))
     if any(layer.centered for layer in layers):
         say("◦ centered: the inputs' mean is subtracted digitally")
 

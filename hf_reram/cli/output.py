@@ -29,7 +29,8 @@ def reported(command: Callable) -> Callable:
 
     @functools.wraps(command)
     def run(*args, **kwargs):
-        warnings.filterwarnings("ignore", category=UserWarning)
+        for category in (UserWarning, FutureWarning):
+            warnings.filterwarnings("ignore", category=category)
         if not sys.stderr.isatty():
             _no_bars()
         try:  # what the Hub and datasets do not find or allow is an OSError too

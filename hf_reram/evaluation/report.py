@@ -199,6 +199,12 @@ class RobustnessReport:
             f"{name} is missing on {run}" for run, metrics in runs[2:] for name in names if name not in metrics
         ]
 
+    def sentences(self) -> list[str]:
+        """The notes as sentences, which begin with a capital unless it is a metric's name."""
+        found = [*self.metrics, *(self.digital or {}), *(self.ideal or {})]
+        names = tuple(f"{name} is " for name in found)  # as left_out tells of them
+        return [f"{note if note.startswith(names) else note[:1].upper() + note[1:]}." for note in self.notes]
+
     # Files
 
     def to_dict(self) -> dict[str, Any]:
@@ -268,7 +274,7 @@ class RobustnessReport:
                     cells[f"{metric} after {format_time(time)}{at_kelvin(kelvin if hot else None)}"] = s
                 rows.append(row)
         table = markdown([*head, *(format_time(t) for t in self.times)], rows)
-        foot = [escaped(f"{n[:1].upper()}{n[1:]}.") for n in self.notes]
+        foot = [escaped(sentence) for sentence in self.sentences()]
         if cells:
             what = over_chips(cells, at_kelvin(None if hot else self.main_temperature))
             foot.insert(0, escaped(f"{what[:1].upper()}{what[1:]}."))

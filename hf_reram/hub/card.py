@@ -28,6 +28,7 @@ from .about import AUTO_CLASSES, About
 
 BEGIN = "<!-- hf_reram writes what stands between this line and its end mark; text above and below is kept -->"
 END = "<!-- end of what hf_reram writes -->"
+UNMEASURED = "Its robustness has not been measured, or not with these weights."
 TAGS = ("reram", "in-memory-computing", "analog")
 
 
@@ -66,6 +67,7 @@ def model_card(
         name=escaped(about.name),
         base=_link(about.base_model),
         adapter_of=python_text(about.base_model) if about.relation == "adapter" else None,
+        trained=_is_trained(about),
         device=escaped(_devices(measured_with)),
         sources=[escaped(source) for source in dict.fromkeys(c.device.source for c in measured_with) if source],
         headline=_headline(about, report),
@@ -160,7 +162,7 @@ def _metadata(about: About, report: RobustnessReport) -> ModelCardData:
 
 def _headline(about: About, report: RobustnessReport) -> str:
     if not report.measurements:
-        return "Its robustness has not been measured, or not with these weights."
+        return UNMEASURED
     last = report.times[-1]
     found = report.statistic(about.metric, last)
     n = places([found.mean])
@@ -232,8 +234,13 @@ def _bits(bits: int | None) -> str:
     return f"{bits} bits" if bits else "ideal"
 
 
+def _is_trained(about: About) -> bool:
+    """Whether anything tells of a training: a model may be mapped and calibrated alone."""
+    return bool(about.training) or about.label_free or about.co2_grams is not None
+
+
 def _training(about: About, configs: Sequence[ReRAMConfig]) -> list[str]:
-    lines = list(dict.fromkeys(map(_loss, configs)))
+    lines = list(dict.fromkeys(map(_loss if _is_trained(about) else _mapped, configs)))
     lines += ["without labels: on the digital base's predictions"] if about.label_free else []
     lines += [escaped(line) for line in about.training]
     lines += [f"{about.co2_grams:g} g CO₂eq"] if about.co2_grams is not None else []
@@ -244,8 +251,16 @@ def _training(about: About, configs: Sequence[ReRAMConfig]) -> list[str]:
 
 
 def _loss(config: ReRAMConfig) -> str:
+    return f"retention loss “{config.retention_loss}”, {_mapped_for(config)}"
+
+
+def _mapped(config: ReRAMConfig) -> str:
+    return f"none is known of; mapped {_mapped_for(config)}"
+
+
+def _mapped_for(config: ReRAMConfig) -> str:
     times = ", ".join(format_time(parse_time(t)) for t in config.retention_times)
-    return f"retention loss “{config.retention_loss}”, for {times} at {config.kelvin:g} K"
+    return f"for {times} at {config.kelvin:g} K"
 
 
 def _limits(report: RobustnessReport) -> list[str]:
@@ -258,4 +273,4 @@ def _limits(report: RobustnessReport) -> list[str]:
     if report.uncalled:
         silent = escaped(", ".join(report.uncalled))
         lines.append(f"Crossbar layers that were not called, and so were no chip: {silent}.")
-    return lines + [escaped(f"{note[:1].upper()}{note[1:]}.") for note in report.notes]
+    return lines + [escaped(sentence) for sentence in report.sentences()]

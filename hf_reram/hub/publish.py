@@ -16,13 +16,13 @@ from ..device.checks import read_json, refuse_deep, shown
 from ..evaluation.files import write_whole
 from ..evaluation.report import RobustnessReport
 from .about import About
-from .card import BEGIN, END, model_card
+from .card import BEGIN, END, UNMEASURED, model_card
 from .report import REPORT
 
 logger = logging.get_logger(__name__)
 
 MOST_METADATA = 100_000  # values on one level: YAML's aliases can make millions of a few lines
-PLOT, COMPARISON = "robustness.png", "comparison.json"
+CARD, PLOT, COMPARISON = "README.md", "robustness.png", "comparison.json"
 # Of the cards that transformers and peft write by themselves, which say nothing.
 BLANK = ("This model card has been automatically generated.", "# Model Card for Model ID")
 
@@ -154,13 +154,14 @@ def publish(
         looks: Any = {"metric": about.metric, "labels": list(reports), "title": title}
         looks |= {"digital": about.base_metrics, "control": about.control_metrics}
         first.plot(folder / PLOT, *others, **looks)
-    write_card(folder / "README.md", card)
+    write_card(folder / CARD, card)
 
 
 def remove_foreign(folder: Path, weights: str) -> None:
     """Remove what :func:`publish` and the like have written of other weights than those that are in a folder now, and
-    say so: report, with its plot, and comparison. Files that are none of these stay, and reports that do not say of
-    which weights they are, as older ones.
+    say so: report, with its plot, comparison, and what a card says of a report that is not there. Files that are none
+    of these stay, what people have written in the card, and reports that do not say of which weights they are, as
+    older ones.
 
     Args:
         weights: the digest of those there now.
@@ -173,6 +174,35 @@ def remove_foreign(folder: Path, weights: str) -> None:
         logger.warning("%s: removing %s, which are of other weights than those there now", folder, ", ".join(there))
     for name in there:
         (folder / name).unlink()
+    if (report is None or REPORT in foreign) and (text := _card_with_figures(folder)):
+        logger.warning("%s: removing what %s says of other weights than those there now", folder, CARD)
+        write_whole(folder / CARD, _without_figures(text))
+
+
+def holds_figures(folder: Path) -> bool:
+    """Whether :func:`publish` and the like have left figures in a folder, of whichever weights."""
+    return any((folder / name).exists() for name in (REPORT, COMPARISON)) or bool(_card_with_figures(folder))
+
+
+def _card_with_figures(folder: Path) -> str:
+    """The text of a card whose part between the marks is of a report; else empty."""
+    text = _read(read_text, folder / CARD) or ""
+    core = text.partition(BEGIN)[2].partition(END)
+    return text if core[1] and core[0].strip() and UNMEASURED not in core[0] else ""
+
+
+def _without_figures(text: str) -> str:
+    """A card with nothing between its marks, and without figures in its metadata."""
+    before, rest = text.split(BEGIN, 1)
+    text = f"{before}{BEGIN}\n\n{END}{rest.partition(END)[2]}"
+    try:
+        card = read_card(text)
+    except ValueError:  # metadata that a person has written
+        return text
+    data: dict[str, Any] = card.data.to_dict()
+    if data.pop("model-index", None) is None:
+        return text
+    return f"---\n{yaml_dump(data)}---\n{card.text}"
 
 
 def _read(read: Callable[[Path], Any], path: Path) -> Any:

@@ -3,7 +3,8 @@
 import os
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..training.checkpoints import CONFIGS
 from .about import about_model
 from .crossbars import CROSSBARS, save_crossbars
 from .load import ADAPTER, has_file, load_model
-from .publish import COMPARISON, PLOT, merge_cards, publish, read_card, read_comparison, read_text
+from .publish import CARD, COMPARISON, PLOT, merge_cards, publish, read_card, read_comparison, read_text
 from .report import PARTS, REPORT, report_of, told_for, unmeasured, why_foreign
 
 logger = logging.get_logger(__name__)
@@ -35,7 +36,6 @@ REPLACED = (REPORT, COMPARISON, PLOT)
 WEIGHTS = re.compile(r"model([.-][^/]*)?\.safetensors(\.index\.json)?")
 OLDER_WEIGHTS = re.compile(r"(pytorch_model|tf_model|flax_model)([.-][^/]*)?\.(bin|h5|msgpack)")
 ADAPTER_WEIGHTS = re.compile(r"adapter_model([.-][^/]*)?\.safetensors(\.index\.json)?")
-CARD = "README.md"
 CONFLICTS = (409, 412)  # what the Hub answers where the parent of a commit is not its branch's last one
 TRIES = 5
 PROCESSORS = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
@@ -54,11 +54,12 @@ def push(
 ) -> CommitInfo:
     """Upload a checkpoint's folder to the Hub, creating the repository if need be.
 
-    All files go up in one commit: an upload that fails or is interrupted leaves the repository as it was, and can be
-    repeated. Where somebody else commits meanwhile, the repository is read again, so that nothing of it is lost. Of the
-    files there only those go that the new ones replace: weights, and report and plot of other weights; adapters
-    replace adapters alone. The card is written anew from the report in the folder; text that people have added to it,
-    here or on the Hub, is kept. Files that have to be unpickled are left out.
+    All files go up in one commit: an upload that fails or is interrupted leaves the repository as it was, and the
+    folder, whose card names the repository, and can be repeated. Where somebody else commits meanwhile, the repository
+    is read again, so that nothing of it is lost. Of the files there only those go that the new ones replace: weights,
+    and report and plot of other weights; adapters replace adapters alone. The card is written anew from the report in
+    the folder; text that people have added to it, here or on the Hub, is kept. Files that have to be unpickled are left
+    out.
 
     Args:
         folder: with config.json and safetensors, as ``save_pretrained`` writes it.
@@ -70,8 +71,38 @@ def push(
         huggingface_hub.errors.HfHubHTTPError: what the Hub refuses; others committed during each of five tries.
     """
     folder = Path(folder)
-    if verify:
-        prepare(folder, load_model(folder), repo)
+    with as_before_unless_done(folder):
+        if verify:
+            prepare(folder, load_model(folder), repo)
+        return _upload(folder, repo, private, token, revision, message, description, create_pr)
+
+
+@contextmanager
+def as_before_unless_done(folder: str | os.PathLike) -> Iterator[None]:
+    """Around an upload and what makes a folder ready for it: if it fails, card, report and the like are as before."""
+    paths = [Path(folder) / name for name in (CARD, *REPLACED)]
+    before = [path.read_bytes() if path.exists() else None for path in paths]
+    try:
+        yield
+    except BaseException:
+        for path, content in zip(paths, before):
+            if content is None:
+                path.unlink(missing_ok=True)
+            else:
+                path.write_bytes(content)
+        raise
+
+
+def _upload(
+    folder: Path,
+    repo: str,
+    private: bool | None,
+    token: str | bool | None,
+    revision: str | None,
+    message: str | None,
+    description: str | None,
+    create_pr: bool,
+) -> CommitInfo:
     files = _files(folder)
     api = HfApi(token=token)
     name = api.create_repo(repo, private=private, exist_ok=True).repo_id

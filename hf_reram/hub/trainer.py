@@ -16,7 +16,7 @@ from ..model.digest import weights_digest
 from ..model.find import crossbar_layers, crossbar_states
 from ..model.sharding import is_sharded, of_first, processes
 from .about import about_model
-from .publish import COMPARISON, publish, remove_foreign
+from .publish import holds_figures, publish, remove_foreign
 from .push import is_safe, push
 from .report import REPORT, report_of, unmeasured
 
@@ -34,14 +34,15 @@ class HubMixin(Base):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As ``Trainer.save_model``, and beside the weights the report of :meth:`evaluate_robustness`, where it is of
-        these weights. A report, plot or comparison there that says it is of others is removed, with a warning."""
+        these weights. A report, plot or comparison there that says it is of others is removed, and what the card says
+        of it, with a warning."""
         super().save_model(output_dir, _internal_call)
         folder, main = Path(output_dir or self.args.output_dir or "."), self.is_world_process_zero()
-        there = any((folder / name).exists() for name in (REPORT, COMPARISON))
+        there = main and holds_figures(folder)
         there &= not any(p.is_meta for p in self.model.parameters())  # offloaded ones nothing tells
         # In all processes where each holds a part of the weights, and nowhere else: one may save by itself.
         sharded = processes() > 1 and is_sharded(self.model)
-        if of_first(there) if sharded else there and main:
+        if of_first(there) if sharded else there:
             weights = weights_digest(self.model)
             if main:
                 remove_foreign(folder, weights)
@@ -94,8 +95,8 @@ class HubMixin(Base):
         if report.about:
             report.about |= {key: value for key, value in known.items() if report.about.get(key) in (None, "")}
         else:
-            report.about = about_model(self.model, report, training=[self._training_note()], **known).to_dict()
-        if not report.about.get("training"):
+            report.about = about_model(self.model, report, **known).to_dict()
+        if not report.about.get("training") and self.state.global_step:
             report.about["training"] = [self._training_note()]
         report.about |= {key: known[key] for key in ("name", "repo") if key in known}
         metadata = {key: value for key, value in metadata.items() if value is not None}

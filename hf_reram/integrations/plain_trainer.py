@@ -35,11 +35,12 @@ def warn_of_plain_trainer(state: Any) -> None:
 
 
 def _trainer() -> Any:
-    """The Trainer whose training step calls the model now, None where none does."""
+    """The Trainer whose training calls the model now, by whichever training step; None where none does."""
     module = sys.modules.get("transformers.trainer")
     if module is None:
         return None
-    step, frame = module.Trainer.training_step.__code__, sys._getframe()
-    while frame is not None and frame.f_code is not step:
+    codes = (module.Trainer.training_step.__code__, module.Trainer.train.__code__)
+    frame = sys._getframe()
+    while frame is not None and frame.f_code not in codes:
         frame = frame.f_back  # type: ignore[assignment]
     return None if frame is None else frame.f_locals["self"]

@@ -15,6 +15,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from typing import Any
 
 from ..lazy import load
@@ -148,6 +149,8 @@ def _tell_adapters(peft_model: Any) -> None:
         given = inspect.signature(theirs).bind(self, save_directory, *args, **kwargs).arguments
         if given.get("is_main_process", True) and load("hf_reram.model.find", "crossbar_layers")(self):
             load("hf_reram.hub.crossbars", "save_crossbars")(self, save_directory)
+            if not (Path(save_directory) / "config.json").exists():  # else figures are of the whole model there
+                load("hf_reram.integrations.saving", "forget_foreign")(self, Path(save_directory))
 
     peft_model.PeftModel.save_pretrained = save_pretrained
 

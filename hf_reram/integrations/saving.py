@@ -1,8 +1,12 @@
-"""A state dict that ``save_pretrained`` is given for a patched model is saved with the crossbars' numbers."""
+"""``save_pretrained`` of a patched model: a state dict that it is given is saved with the crossbars' numbers, and
+figures of other weights do not stay beside the new ones."""
 
 import os
+from pathlib import Path
 from typing import Any
 
+from ..model.digest import weights_digest
+from ..model.sharding import is_sharded, processes
 from ..nn import CrossbarLayer
 from ..nn.places import place
 from ..nn.scalars import BUFFERS
@@ -28,13 +32,16 @@ class Save:
         save, quantizer = getattr(type(self.model), SAVE), getattr(self.model, "hf_quantizer", None)
         if state_dict is not None:
             state_dict = with_numbers(self.model, state_dict)
-        if quantizer is None:
-            return save(self.model, save_directory, is_main_process, state_dict, *args, **kwargs)
-        quantizer.given = state_dict
+        if quantizer is not None:
+            quantizer.given = state_dict
         try:
-            return save(self.model, save_directory, is_main_process, state_dict, *args, **kwargs)
+            found = save(self.model, save_directory, is_main_process, state_dict, *args, **kwargs)
         finally:
-            quantizer.given = None
+            if quantizer is not None:
+                quantizer.given = None
+        if is_main_process:
+            forget_foreign(self.model, Path(save_directory))
+        return found
 
 
 def with_numbers(model: Any, state: dict[str, Any]) -> dict[str, Any]:
@@ -49,6 +56,17 @@ def with_numbers(model: Any, state: dict[str, Any]) -> dict[str, Any]:
             for buffer in BUFFERS:
                 found.setdefault(prefix + buffer, getattr(module, buffer).detach())
     return found
+
+
+def forget_foreign(model: Any, folder: Path) -> None:
+    """Remove figures of other weights than a model's, which were saved to a folder just now. Not where this process
+    does not hold all weights, nor beside a SentenceTransformer's parts, whose report is of all of it."""
+    from ..hub.publish import holds_figures, remove_foreign
+    from ..hub.report import PARTS
+
+    apart = any(p.is_meta for p in model.parameters()) or (processes() > 1 and is_sharded(model))
+    if not apart and not (folder / PARTS).exists() and holds_figures(folder):
+        remove_foreign(folder, weights_digest(model))
 
 
 def attach_saving(model: Any) -> None:

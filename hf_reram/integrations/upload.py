@@ -28,12 +28,13 @@ class Upload:
         revision: str | None = None,
         commit_description: str | None = None,
     ) -> "CommitInfo":
-        from ..hub.push import prepare, push, save_processor
+        from ..hub.push import as_before_unless_done, prepare, push, save_processor
 
         save_processor(self.model, working_dir)
-        prepare(working_dir, self.model, repo_id)
         message, description = commit_message, commit_description
-        return push(working_dir, repo_id, None, token, revision, message, description, create_pr, verify=False)
+        with as_before_unless_done(working_dir):
+            prepare(working_dir, self.model, repo_id)
+            return push(working_dir, repo_id, None, token, revision, message, description, create_pr, verify=False)
 
 
 def attach_upload(model: Any) -> None:

@@ -18,14 +18,17 @@ from .tensors import whole
 
 logger = logging.get_logger(__name__)
 
-# How much more of a layer's weights than by choice may be clipped without a word.
+# How much more of a layer's weights than by choice may be clipped without a word. A weight counts from so far beyond
+# the edge on, as a share of it: less is within what cells miss their targets by, and of a short row the largest weight
+# alone, which the scale is often of, is more than is tolerated, and grows a little in any training.
 TOLERATED = 0.01
+NOTABLE = 0.02
 
 
 @torch.no_grad()
 def clipped_beyond_choice(layers: Iterable[CrossbarLayer]) -> dict[str, float]:
     """The share of the weights that are clipped, by name of the layers where it is more than whatever chose the scale
-    meant to clip. A pass over the weights."""
+    meant to clip, and not by a little. A pass over the weights."""
     found = {}
     for layer in layers:
         if layer.weight.is_meta:
@@ -37,7 +40,8 @@ def clipped_beyond_choice(layers: Iterable[CrossbarLayer]) -> dict[str, float]:
         if not layer.choice_is_known and share > TOLERATED:  # what no choice of the config would clip is no choice
             layer.clipped_by_choice = min(layer.clipped_by_choice, most_by_choice(layer))
         layer.choice_is_known = True
-        if share > layer.clipped_by_choice + TOLERATED:
+        most = layer.clipped_by_choice + TOLERATED
+        if share > most and clipped_share(layer, (1 + NOTABLE) * layer.weight_scale) > most:
             found[layer.crossbar_name] = share
     return found
 

@@ -1,6 +1,6 @@
 """Image classification: data sets, preprocessing as the model wants it, top-1 and top-5.
 
-Data sets are as on the Hub: an image column and a column of integer labels.
+Data sets are as on the Hub: an image column and a column of labels, numbers or names.
 """
 
 import math
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
 
 from ..model.inputs import evaluating
+from .labels import classes_of
 
 logger = logging.get_logger(__name__)
 
@@ -39,24 +40,23 @@ def find_columns(dataset, what: str = "dataset", labels: bool = True) -> tuple[s
     return image, label if labels else None
 
 
-def check_labels(dataset, model: Any, what: str = "dataset") -> None:
+def check_labels(dataset, model: Any, what: str = "dataset") -> dict[Any, int]:
     """Whether a data set's labels are the model's classes; classes without an image are counted in a warning.
 
+    Returns:
+        the model's class of each label that occurs, see :func:`hf_reram.tasks.labels.classes_of`.
+
     Raises:
-        ValueError: another number of classes, other class names in another order, or labels outside the model's.
+        ValueError: names of other classes, another number of classes, or labels outside the model's.
     """
     _, column = find_columns(dataset, what)
     assert column is not None
-    classes = model.config.num_labels
-    values = torch.as_tensor(dataset[column][:])
-    if bad := sorted({int(v) for v in values if not 0 <= v < classes})[:5]:
-        raise ValueError(f"{what} has labels {bad}: allowed are 0 to {classes - 1}, the model's {classes} classes")
-    names = getattr(dataset.features[column], "names", None)
-    if names is not None and len(names) != classes:
-        raise ValueError(f"{what} has {len(names)} classes and the model {classes}: allowed is the same number")
-    empty = classes - len(torch.unique(values))
+    known = model.config.id2label
+    classes = classes_of(dataset[column][:], getattr(dataset.features[column], "names", None), known, what)
+    empty = len(known) - len(set(classes.values()))
     if empty:
-        logger.warning("%s has no image of %d of the %d classes", what, empty, classes)
+        logger.warning("%s has no image of %d of the %d classes", what, empty, len(known))
+    return classes
 
 
 class ImageDataset(Dataset):
@@ -65,13 +65,25 @@ class ImageDataset(Dataset):
     Args:
         transform: from a PIL image in RGB to a tensor (channels, height, width).
         image, label: columns; without ``label`` no labels.
+        classes: the model's class of each label, as :func:`check_labels` finds it; None: labels are its numbers.
 
     Raises:
         ValueError: on access, an image that cannot be decoded; names its row and file.
     """
 
-    def __init__(self, dataset, transform: Callable[[Any], Tensor], image: str = "image", label: str | None = "label"):
+    classes: Mapping[Any, int] | None = None
+
+    def __init__(
+        self,
+        dataset,
+        transform: Callable[[Any], Tensor],
+        image: str = "image",
+        label: str | None = "label",
+        classes: Mapping[Any, int] | None = None,
+    ):
         self.dataset, self.transform, self.image, self.label = dataset, transform, image, label
+        if classes is not None and any(label != number for label, number in classes.items()):
+            self.classes = classes
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -82,7 +94,10 @@ class ImageDataset(Dataset):
             pixels = self.transform(row[self.image].convert("RGB"))
         except (OSError, SyntaxError) as error:  # PIL raises both for broken files
             raise ValueError(f"image {index} cannot be decoded: {error}") from error
-        return {"pixel_values": pixels} | ({} if self.label is None else {"labels": int(row[self.label])})
+        if self.label is None:
+            return {"pixel_values": pixels}
+        label = row[self.label]
+        return {"pixel_values": pixels, "labels": int(label) if self.classes is None else self.classes[label]}
 
 
 class MixUp(Dataset):
@@ -219,6 +234,7 @@ class ImageClassification:
     Args:
         dataset: see the module. transform: as :func:`image_transforms` gives for evaluation.
         batch_size: images a forward. workers: processes that decode and preprocess.
+        classes: see :class:`ImageDataset`.
 
     Raises:
         ValueError: as :func:`find_columns`.
@@ -226,9 +242,16 @@ class ImageClassification:
 
     _kept: list[Mapping[str, Tensor]] | None = None
 
-    def __init__(self, dataset, transform: Callable[[Any], Tensor], batch_size: int = 64, workers: int = 0):
+    def __init__(
+        self,
+        dataset,
+        transform: Callable[[Any], Tensor],
+        batch_size: int = 64,
+        workers: int = 0,
+        classes: Mapping[Any, int] | None = None,
+    ):
         image, label = find_columns(dataset, "the evaluation data")
-        self.images = ImageDataset(dataset, transform, image, label)
+        self.images = ImageDataset(dataset, transform, image, label, classes)
         self.batch_size, self.workers = batch_size, workers
 
     def told_by(self) -> dict[str, Any]:

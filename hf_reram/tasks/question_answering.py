@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from ..device.checks import shown
 from ..integrations.spans import best_spans, windows
 from ..model.inputs import evaluating
 from .data import batches_by_length
@@ -27,13 +28,17 @@ def check_squad(dataset, what: str = "dataset", columns: Sequence[str] = COLUMNS
     """Refuse a data set that is not SQuAD-like.
 
     Raises:
-        ValueError: it is empty or lacks one of ``columns``.
+        ValueError: it is empty or lacks one of ``columns``, or a question or context is no text; names its row.
     """
     missing = [name for name in columns if name not in dataset.column_names]
     if missing:
         raise ValueError(f"{what} has columns {dataset.column_names}: missing are {missing}")
     if len(dataset) == 0:
         raise ValueError(f"{what} is empty: allowed is at least one question")
+    for name in ("question", "context"):
+        for i, text in enumerate(dataset[name]):
+            if not isinstance(text, str):
+                raise ValueError(f"{what} has {shown(text)} as the {name} of row {i}: allowed is a text")
     if "answers" not in columns:
         return
     answers = dataset[0]["answers"]

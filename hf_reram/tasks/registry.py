@@ -51,14 +51,14 @@ def question_answering(model: Any, name: str, dataset: Any, batch_size: int = 32
 
 
 def image_classification(model: Any, name: str, dataset: Any, batch_size: int = 32) -> Task:
-    """Images and integer labels.
+    """Images and labels, numbers or names.
 
     Raises:
         ValueError: columns are missing, or labels are not the model's.
     """
-    check_labels(dataset, model, "the data set")
+    classes = check_labels(dataset, model, "the data set")
     _, plain = image_transforms(model, name)
-    evaluate = ImageClassification(dataset, plain, batch_size)
+    evaluate = ImageClassification(dataset, plain, batch_size, classes=classes)
     batches = [{"pixel_values": batch["pixel_values"]} for batch in evaluate.batches()]
     return Task(evaluate, _spread(batches), "accuracy", len(dataset))
 
@@ -75,14 +75,14 @@ def text_generation(model: Any, name: str, dataset: Any, batch_size: int = 32) -
 
 
 def text_classification(model: Any, name: str, dataset: Any, batch_size: int = 32) -> Task:
-    """Texts or pairs of them, and integer labels, or numbers for a model with one output.
+    """Texts or pairs of them, and labels, numbers or names; for a model with one output numbers.
 
     Raises:
         ValueError: columns are missing, labels are not the model's, or the model has no tokenizer.
     """
     tokenizer, classes = load_tokenizer(name), model.config.num_labels
     length = min(256, getattr(model.config, "max_position_embeddings", None) or 256)
-    evaluate = TextClassification(dataset, tokenizer, classes, length, batch_size)
+    evaluate = TextClassification(dataset, tokenizer, classes, length, batch_size, model.config.id2label)
     batches = [batch for _, batch in evaluate.batches]
     return Task(evaluate, _spread(batches), "accuracy" if classes > 1 else "pearson", len(dataset))
 

@@ -1,6 +1,7 @@
 """Text classification: single texts or pairs, with GLUE's columns, and accuracy; correlation where the label is a
 number."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch import nn
 
 from ..model.inputs import evaluating
 from .data import batches_by_length
+from .labels import classes_of
 
 # Names of the text columns, and of their second text where there are pairs, as in GLUE and the like.
 TEXTS = (
@@ -48,17 +50,29 @@ class TextClassification:
         dataset: with columns of :data:`TEXTS` and :data:`LABELS`. tokenizer: of the model.
         classes: the model's outputs, 1 for a regression.
         max_length: tokens of a text or pair; longer ones are cut. batch_size: texts a forward.
+        id2label: the model's names by number, ``model.config.id2label``; None: it has none.
 
     Raises:
         ValueError: columns are missing, or labels are not the model's.
     """
 
-    def __init__(self, dataset: Any, tokenizer: Any, classes: int, max_length: int = 256, batch_size: int = 32):
+    def __init__(
+        self,
+        dataset: Any,
+        tokenizer: Any,
+        classes: int,
+        max_length: int = 256,
+        batch_size: int = 32,
+        id2label: Mapping[int, str] | None = None,
+    ):
         texts, label = find_text_columns(dataset, "the evaluation data")
-        self.classes = classes
-        self.labels = np.asarray(dataset[label][:], dtype=np.float64)
-        if classes > 1 and (bad := sorted({float(v) for v in self.labels if v not in range(classes)})[:5]):
-            raise ValueError(f"the evaluation data have labels {bad}: allowed are 0 to {classes - 1}, the model's")
+        self.classes, labels = classes, dataset[label][:]
+        if classes > 1:
+            names = getattr(dataset.features[label], "names", None)
+            known = id2label or {i: f"LABEL_{i}" for i in range(classes)}
+            numbers = classes_of(labels, names, known, "the evaluation data")
+            labels = [numbers[value] for value in labels]
+        self.labels = np.asarray(labels, dtype=np.float64)
         encoded = tokenizer(*(dataset[name][:] for name in texts), truncation=True, max_length=max_length)
         self.batches = batches_by_length(encoded, tokenizer, batch_size)
 

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..model.inputs import evaluating
 from .data import batches_by_length
+from .labels import classes_of, is_nameless
 from .metrics.entities import are_entity_tags, entity_metrics
 
 logger = logging.get_logger(__name__)
@@ -58,7 +59,7 @@ def find_word_columns(
 def _fitting(dataset: Any, columns: Sequence[str], id2label: Mapping[int, str], what: str) -> str:
     """The first of several columns whose tags are the model's by name; of a model without names, the one that has as
     many names as the model has classes."""
-    if not _is_nameless(id2label):
+    if not is_nameless(id2label):
         for column in columns:
             tags = {tag for row in dataset[column] for tag in row or ()}
             if _names(dataset, column) is not None or any(isinstance(tag, str) for tag in tags):
@@ -78,18 +79,14 @@ def _fitting(dataset: Any, columns: Sequence[str], id2label: Mapping[int, str], 
     )
 
 
-def _is_nameless(id2label: Mapping[int, str]) -> bool:
-    return all(name == f"LABEL_{number}" for number, name in id2label.items())
-
-
 def _names(dataset: Any, column: str) -> list[str] | None:
     """That the data set has for its tags' numbers."""
     return getattr(getattr(dataset.features[column], "feature", None), "names", None)
 
 
 def tags_as_classes(dataset: Any, column: str, id2label: Mapping[int, str], what: str = "dataset") -> list[list[int]]:
-    """The tags as numbers of the model's classes: by name where the data set has names and the model too, else as they
-    are; :data:`IGNORED` where a word has none (-1 or -100).
+    """The tags as numbers of the model's classes, see :func:`hf_reram.tasks.labels.classes_of`; :data:`IGNORED` where a
+    word has none (-1 or -100).
 
     Args:
         column: of the tags. id2label: the model's names by number.
@@ -97,22 +94,10 @@ def tags_as_classes(dataset: Any, column: str, id2label: Mapping[int, str], what
     Raises:
         ValueError: tags that are not the model's.
     """
-    label2id = {name: int(number) for number, name in id2label.items()}
     rows: list[list[Any]] = [[IGNORED if tag in UNTAGGED else tag for tag in row] for row in dataset[column]]
-    names = _names(dataset, column)
-    if names is not None and not _is_nameless(id2label):
-        if unknown := sorted({tag for row in rows for tag in row if tag != IGNORED and not 0 <= tag < len(names)}):
-            raise ValueError(f"{what} has tags {unknown[:5]}: allowed are 0 to {len(names) - 1}, and -1 for none")
-        rows = [[tag if tag == IGNORED else names[tag] for tag in row] for row in rows]
     found = {tag for row in rows for tag in row} - {IGNORED}
-    if any(isinstance(tag, str) for tag in found):
-        if unknown := sorted(str(tag) for tag in found - label2id.keys()):
-            raise ValueError(f"{what} has tags {unknown[:5]}: allowed are the model's, {sorted(label2id)}")
-        return [[tag if tag == IGNORED else label2id[tag] for tag in row] for row in rows]
-    known = set(label2id.values())
-    if unknown := sorted(map(str, found - known)):
-        raise ValueError(f"{what} has tags {unknown[:5]}: allowed are 0 to {len(known) - 1}, the model's classes")
-    return [[int(tag) for tag in row] for row in rows]
+    classes = {**classes_of(found, _names(dataset, column), id2label, what, "tags"), IGNORED: IGNORED}
+    return [[classes[tag] for tag in row] for row in rows]
 
 
 def word_labels(encoded: Any, tags: Sequence[Sequence[int]]) -> list[list[int]]:

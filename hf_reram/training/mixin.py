@@ -1,9 +1,10 @@
 """The part of a Trainer that trains a model on simulated ReRAM crossbars."""
 
 import copy
+import functools
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ logger = logging.get_logger(__name__)
 # What the log has beside the loss: sums over steps and processes, and what they are divided by.
 LOGGED = ("task_loss", "retention_loss", "noise_to_signal")
 
+STEP = "training_step"
+
 # Share of a layer's inputs beyond its range from which on there is a warning.
 MUCH_CLAMPED = 0.05
 
@@ -48,6 +51,12 @@ class TrainingMixin(TaskLossMixin):
     them, and keeps weights within the cells' range."""
 
     model: Any
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        owner = next(base for base in cls.__mro__ if STEP in vars(base))
+        if owner is cls or not issubclass(owner, TrainingMixin):  # else it is done
+            setattr(cls, STEP, _looked_at(vars(owner)[STEP]))
 
     def __init__(
         self,
@@ -61,7 +70,7 @@ class TrainingMixin(TaskLossMixin):
         self._given_config, self._handed_config = copy.deepcopy(reram_config), reram_config
         self.calibration_dataset, self.follow_training = calibration_dataset, follow_training
         self._sums: dict[str, Tensor] = {}
-        self._told_of_clamped = self._joined = False
+        self._told_of_clamped = self._joined = self._tended = False
         self._digitally: ExitStack | None = None  # within train_digitally, what has models be digital
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
@@ -235,23 +244,48 @@ class TrainingMixin(TaskLossMixin):
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         kept = dict(inputs)
-        self._joined = False
+        self._begin_step(tended=True)
         with self._sampled_drift():  # around the backward too, in which GradCache runs the model
             loss = super().training_step(model, inputs, num_items_in_batch)
-        if not self._joined and self._left_terms():
+        self._refuse_lost("compute_loss")
+        self._refuse_infinite(loss, kept)
+        return loss
+
+    def _begin_step(self, tended: bool) -> None:
+        self._tended, self._joined, self._guided = tended, False, False
+
+    def _refuse_lost(self, method: str) -> None:
+        """
+        Raises:
+            RuntimeError: in a step with a method of one's own no drift was sampled, or the retention loss joined none.
+        """
+        own, wanted = f"{type(self).__name__}.{method}", f"retention_loss={self.reram_config.retention_loss!r}"
+        if self._joined:
+            return
+        if self._left_terms():
             raise RuntimeError(
-                f"{type(self).__name__}.compute_loss calls neither super().compute_loss nor "
-                f"hf_reram.add_retention_loss, so that retention_loss={self.reram_config.retention_loss!r} joins no "
+                f"{own} calls neither super().{method} nor hf_reram.add_retention_loss, so that {wanted} joins no "
                 "loss: call one of them"
             )
+        drifting = [s.forward for s in crossbar_states(self.model) if s.physics.drift is not None and not s.digital]
+        if drifting and not self._tended and all(forward.sampling is None for forward in drifting):
+            raise RuntimeError(
+                f"{own} calls neither super().{method} nor hf_reram.sampled_drift, so that {wanted} samples no drift: "
+                "call one of them"
+            )
+
+    def _refuse_infinite(self, loss: Tensor, inputs: Any) -> None:
+        """
+        Raises:
+            FloatingPointError: the loss of a step is NaN or infinite, in this process or in another.
+        """
         finite = torch.isfinite(loss)
         several = self.args.world_size > 1
         if several and not bool(self.accelerator.gather(finite.reshape(1)).all()) and finite:
             raise FloatingPointError(f"the loss of step {self.state.global_step + 1} is not finite in another process")
         if not finite:  # Trainer reads the loss here too, to keep it out of its log
-            why = "" if several else ": " + self._why(kept)  # to run the model again, all would have to
+            why = "" if several else ": " + self._why(inputs)  # to run the model again, all would have to
             raise FloatingPointError(f"the loss of step {self.state.global_step + 1} is {float(loss)}{why}")
-        return loss
 
     def digital_references(self) -> AbstractContextManager:
         """Around the loss: what a trainer compares the model with computes digitally."""
@@ -269,7 +303,7 @@ class TrainingMixin(TaskLossMixin):
         warmup = crossbar_state(self.model).config.retention_warmup * self.state.max_steps
         return sampled_drift(self.model, kind, seed, min(done / warmup, 1.0) if warmup > 0 else 1.0)
 
-    def _why(self, inputs: dict[str, Any]) -> str:
+    def _why(self, inputs: Any) -> str:
         with self.compute_loss_context_manager(), sampled_drift(self.model):
             return explain(self.model, lambda: call_model(self.model, inputs))
 
@@ -355,10 +389,30 @@ class TrainingMixin(TaskLossMixin):
         high = [f"{name} ({share:.0%})" for name, share in shares.items() if share > MUCH_CLAMPED]
         if high and self.state.global_step > 0 and not self._told_of_clamped:
             self._told_of_clamped = True
+            follow = "" if self.follow_training else "let numbers follow the training (follow_training=True), or "
+            advice = f"{follow}calibrate the model anew"
             logger.warning(
                 "step %d: much of the inputs of %d crossbar layers lies beyond their input range, is clamped and gets "
-                "no gradient: %s. Let numbers follow the training (follow_training=True), or calibrate the model anew",
+                "no gradient: %s. %s",
                 self.state.global_step,
                 len(high),
                 ", ".join(high),
+                advice[0].upper() + advice[1:],
             )
+
+
+def _looked_at(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A ``training_step`` of a subclass, held to what ours does where it does not call that."""
+
+    @functools.wraps(step)
+    def training_step(self, model, inputs, *args, **kwargs) -> Tensor:
+        kept = dict(inputs) if isinstance(inputs, Mapping) else inputs
+        self._begin_step(tended=False)
+        loss = step(self, model, inputs, *args, **kwargs)
+        if not self._tended:
+            self._refuse_unguided(STEP)
+            self._refuse_lost(STEP)
+            self._refuse_infinite(loss, kept)
+        return loss
+
+    return training_step

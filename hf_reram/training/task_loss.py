@@ -59,12 +59,19 @@ class TaskLossMixin(Base):
     def training_step(self, *args, **kwargs) -> Tensor:
         self._guided = False
         loss = super().training_step(*args, **kwargs)
+        self._refuse_unguided("compute_loss")
+        return loss
+
+    def _refuse_unguided(self, method: str) -> None:
+        """
+        Raises:
+            RuntimeError: in a step with a method of one's own the teacher taught nothing.
+        """
         if self.teacher is not None and not self._guided:
             raise RuntimeError(
-                f"{type(self).__name__}.compute_loss neither calls super().compute_loss nor self.teacher, so that "
-                "teacher= teaches nothing: call one of them"
+                f"{type(self).__name__}.{method} neither calls super().{method} nor self.teacher, so that teacher= "
+                "teaches nothing: call one of them"
             )
-        return loss
 
     def compute_loss(
         self,

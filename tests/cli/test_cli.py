@@ -80,7 +80,7 @@ def test_an_evaluation_with_another_preprocessing_or_config_is_another(tmp_path,
             tmp_path / "base"
         )
     else:
-        base.config.id2label = {0: "d", 1: "c", 2: "b", 3: "a"}
+        base.config.id2label = dict(enumerate(image_sample.COLOURS))
         base.config.save_pretrained(tmp_path / "base")
     assert logs() == 2
 
@@ -157,6 +157,44 @@ def test_any_error_of_a_command_is_one_line(monkeypatch, capfd):
     monkeypatch.setenv(output.TRACEBACK, "1")
     with pytest.raises(RuntimeError):
         command()
+
+
+def test_a_strangers_device_name_is_on_one_line(tmp_path):
+    model = patch_model(image_sample.save_model(tmp_path / "model"), ReRAMConfig())
+    calibrate(model, [torch.randn(4, 3, 32, 32)]).save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    data = json.loads(file.read_text())
+    data["quantization_config"]["device"]["name"] = "two\nlines\x1b[2J"
+    file.write_text(json.dumps(data))
+    image_sample.dataset(8).to_parquet(tmp_path / "images.parquet")
+    more = ["--dataset", str(tmp_path / "images.parquet"), "--output", str(tmp_path / "out"), "--chips", "1"]
+    for command in (["inspect"], ["eval", *more, "--times", "1s"]):
+        done = CliRunner().invoke(app, [command[0], str(tmp_path / "model"), *command[1:]])
+        assert done.exit_code == 0, done.output
+        (line,) = [line for line in done.stdout.splitlines() if "crossbar layers on" in line]
+        assert "crossbar layers on two lines[2J (" in line and "\x1b[2J" not in done.stdout
+
+
+@pytest.mark.parametrize("command", [["card"], ["push"]])
+def test_a_malformed_report_is_one_line(tmp_path, python, command):
+    model = patch_model(image_sample.save_model(tmp_path), ReRAMConfig())
+    calibrate(model, [torch.randn(4, 3, 32, 32)]).save_pretrained(tmp_path)
+    (tmp_path / "robustness.json").write_text('{"measurements": 3}')
+    done = python.run("-m", "hf_reram", *command, str(tmp_path), *(["me/x"] if command == ["push"] else []))
+    (line,) = done.stderr.strip().splitlines()
+    assert done.returncode == 1 and line.startswith("error: ") and "is no robustness report: missing are" in line
+
+
+def test_commands_show_no_warnings_of_other_packages():
+    import warnings
+
+    from hf_reram.cli import output
+
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        for category in (UserWarning, FutureWarning, RuntimeWarning):
+            output.reported(lambda category=category: warnings.warn(category.__name__, category, stacklevel=1))()
+    assert [warning.category for warning in shown] == [RuntimeWarning]
 
 
 def test_names_are_no_markup(capsys):

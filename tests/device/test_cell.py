@@ -76,6 +76,11 @@ def test_temperatures_that_are_none(wrong):
         ({"g_min": 1e3, "g_max": 5e4}, "are these in nS?"),
         ({"g_min": 1.0, "g_max": 50.0, "programming": (40.0,)}, "errors of up to 40 µS, of a window of 49 µS"),
         ({"g_min": 100, "g_max": 5000}, "are these in nS?"),
+        (
+            {"g_min": 1.0, "g_max": 50.0, "v0": 250.0, "read_voltage": 200.0},
+            "v0=250 V, read_voltage=200 V: voltages are in V; are these in mV?",
+        ),
+        ({"g_min": 1.0, "g_max": 50.0, "v0": 250.0}, "v0=250 V: voltages are in V; is this in mV?"),
         ({"g_min": 1.0, "g_max": 50.0, "programming": (-5.0,)}, "a standard deviation of -5 µS within the window"),
         ({"g_min": 1.0, "g_max": 50.0, "read_noise": 5.0}, "read_noise=5 µA, where a cell that is all on adds 9.8 µA"),
         ({"g_min": 1.0, "g_max": 50.0, "retention": STEEP}, "errors of up to 300 µS, of a window of 49 µS"),

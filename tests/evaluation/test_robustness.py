@@ -385,7 +385,7 @@ def test_one_metric_that_is_nan_is_shown_and_not_the_end(model, tmp_path, caplog
     assert len(runs) == 5 and report.statistic("loss", "1d").mean == 4.0 and report.statistic("loss", "1d").chips == 2
     assert report.statistic("constant", "1d").chips == 3
     told = "loss is nan on chip 1 after 1d"
-    assert told in report.notes and told in caplog.text and "Loss is nan on chip 1 after 1d." in report.to_markdown()
+    assert told in report.notes and told in caplog.text and " loss is nan on chip 1 after 1d." in report.to_markdown()
     report.to_json(tmp_path / "r.json")
     assert "NaN" not in (tmp_path / "r.json").read_text()
     again = RobustnessReport.from_json(tmp_path / "r.json")
@@ -417,6 +417,7 @@ def test_a_metric_that_some_chips_lack_is_counted_and_named(model):
     assert report.statistic("b", "1d").mean == 50.0 and report.statistic("b", "1d").chips == 3
     table = report.to_markdown()
     assert "Mean ± standard deviation over 4 chips; over 3: b after 1d; over 1: c after 1d." in table
+    assert " b is missing on chip 0 after 1d." in table
     assert "b is missing on chip 0 after 1d" in report.notes and "c is missing on chip 3 after 1d" not in report.notes
     assert "| c | – | – | 1.000 |" in table
 

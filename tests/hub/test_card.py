@@ -12,8 +12,8 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from hf_reram import ReRAMConfig, RobustnessReport
 from hf_reram.evaluation.report import Measurement
 from hf_reram.hub.about import About
-from hf_reram.hub.card import BEGIN, END, model_card
-from hf_reram.hub.publish import publish, read_comparison, remove_foreign, write_card
+from hf_reram.hub.card import BEGIN, END, UNMEASURED, model_card
+from hf_reram.hub.publish import holds_figures, publish, read_comparison, remove_foreign, write_card
 
 
 def report(value: float = 50.0, **about) -> RobustnessReport:
@@ -55,6 +55,17 @@ def test_body_says_how_to_load_it_and_what_it_reaches():
     assert "| digital base | – | 58.2 | 58.2 |" in text
     assert "Assumed, not measured: v0." in text
     assert "\n\n\n" not in text
+
+
+def test_a_card_tells_of_a_training_only_where_one_is_known():
+    for about in ({"training": ["5 steps"]}, {"label_free": True}, {"co2_grams": 3.0}):
+        text = model_card(report(**about)).text
+        assert "base), finetuned to keep its accuracy on simulated cmo-hfox-ibm ReRAM crossbars, whose" in text
+        assert "- retention loss “drift”, for 10y at 298.15 K" in text
+    text = model_card(report()).text
+    assert "base) on simulated cmo-hfox-ibm ReRAM crossbars, whose" in text
+    assert "- none is known of; mapped for 10y at 298.15 K" in text
+    assert "finetuned" not in text and "retention loss" not in text
 
 
 def test_a_card_shows_the_base_finetuned_digitally_beside_the_base():
@@ -217,3 +228,42 @@ def test_reports_of_other_weights_are_removed_with_a_word_and_those_of_unknown_o
         assert {path.name for path in tmp_path.iterdir()} == left
         assert ("removing" in caplog.text) == (not left)
     assert f"{tmp_path}: removing robustness.json, robustness.png, comparison.json, which are of other" in caplog.text
+
+
+@pytest.mark.parametrize("weights", ["", "here", "there", None])
+def test_what_a_card_says_of_other_weights_goes_and_what_a_person_has_written_stays(tmp_path, weights):
+    """None: its report is gone already."""
+    found, file = report(), tmp_path / "README.md"
+    found.weights = weights or ""
+    publish(tmp_path, found)
+    text = file.read_text().replace("---\n", "---\nlicense: mit\n", 1)
+    file.write_text(text.replace(BEGIN, f"Above.\n\n{BEGIN}").replace(END, f"{END}\n\nBelow."))
+    written = file.read_text()
+    if weights is None:
+        (tmp_path / "robustness.json").unlink()
+    remove_foreign(tmp_path, "here")
+    if weights in ("", "here"):
+        assert file.read_text() == written and "model-index" in written
+        return
+    card = ModelCard.load(file)
+    assert card.text.split() == ["Above.", *BEGIN.split(), *END.split(), "Below."]
+    data = card.data.to_dict()
+    assert data["license"] == "mit" and data["library_name"] == "hf_reram" and "model-index" not in data
+    publish(tmp_path, found)
+    again = ModelCard.load(file)
+    assert again.text.strip() == ModelCard(written).text.strip() and again.data.license == "mit"
+
+
+def test_a_card_without_figures_and_a_persons_own_stay(tmp_path):
+    bare, file = report(), tmp_path / "README.md"
+    bare.measurements = []
+    publish(tmp_path, bare)
+    assert UNMEASURED in file.read_text() and not holds_figures(tmp_path)
+    for text in (file.read_text(), f"# Mine\n\n{BEGIN}\n\nopen", "accuracy 0.4 on chips", "---\n: [\n---\nmine"):
+        file.write_text(text)
+        remove_foreign(tmp_path, "here")
+        assert file.read_text() == text
+    file.write_text(f"---\n: [\n---\nmine\n{BEGIN}\nfigures\n{END}\n")
+    assert holds_figures(tmp_path)
+    remove_foreign(tmp_path, "here")
+    assert file.read_text() == f"---\n: [\n---\nmine\n{BEGIN}\n\n{END}\n"

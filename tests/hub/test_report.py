@@ -10,7 +10,8 @@ from torch import nn
 from transformers import BertForSequenceClassification
 
 from hf_reram import ReRAMConfig, deploy, evaluate_robustness, patch_model, reconfigure, report_of, unpatch_model
-from hf_reram.hub.push import prepare
+from hf_reram.hub.card import BEGIN, END
+from hf_reram.hub.push import HfApi, prepare, push
 from tests.samples.models import bert_batch, tiny_bert
 
 
@@ -109,7 +110,7 @@ def test_the_card_deploys_the_chip_that_was_measured(tmp_path, configured, asked
         assert f"temperature={kelvin}, seed=0" in card and of_snippet(card, again) == figure
         assert card.count(f"after programming at {kelvin:g} K") >= 3  # metadata, headline, snippet
         assert f", of a single chip at {kelvin:g} K, so that" in card
-        assert f"retention loss “output”, for 1h at {later or 298.15:g} K" in card
+        assert f"none is known of; mapped for 1h at {later or 298.15:g} K" in card
         assert f"at {kelvin:g} K" in report_of(again).to_markdown()
         assert json.loads((tmp_path / "robustness.json").read_text())["measurements"][0]["temperature"] == kelvin
     with deploy(model, "1d"):
@@ -158,3 +159,41 @@ def test_parts_at_temperatures_of_their_own_are_no_model_at_one(tmp_path):
     assert report_of(model) is None
     reconfigure(model[1], temperature=None)
     assert report_of(model) is report
+
+
+def test_figures_of_other_weights_do_not_stay_where_a_model_is_saved(tmp_path):
+    model, report = measured()
+    model.save_pretrained(tmp_path)
+    report.to_json(tmp_path / "robustness.json")
+    prepare(tmp_path, model)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    model.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    with torch.no_grad():
+        model.classifier.bias.add_(1)
+    model.save_pretrained(tmp_path, state_dict=model.state_dict())
+    left = {path.name for path in tmp_path.iterdir()}
+    assert before.keys() - left == {"robustness.json", "robustness.png"}
+    assert not (tmp_path / "README.md").read_text().partition(BEGIN)[2].partition(END)[0].strip()
+    assert report_of(BertForSequenceClassification.from_pretrained(tmp_path)) is None
+
+
+@pytest.mark.parametrize("of_model", [False, True])
+def test_an_upload_that_fails_leaves_the_folder_as_it_was(tmp_path, monkeypatch, of_model):
+    def fail(*args, **options):
+        raise OSError("no such user")
+
+    model, report = measured()
+    model.save_pretrained(tmp_path)
+    report.to_json(tmp_path / "robustness.json")
+    monkeypatch.setattr(HfApi, "create_repo", fail)
+    for text in (None, "Mine."):
+        if text is not None:
+            (tmp_path / "README.md").write_text(text)
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        with pytest.raises(OSError, match="no such user"):
+            if of_model:  # as its push_to_hub does
+                model._upload_modified_files(tmp_path, "me/x")
+            else:
+                push(tmp_path, "me/x")
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -32,6 +32,15 @@ class Consistent(Trainer):
             return clean.loss + (model(**inputs).logits - clean.logits).square().mean()
 
 
+class Stepping(Trainer):
+    """With a training step that calls no other."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = model.train()(**self._prepare_inputs(inputs)).loss
+        loss.backward()
+        return loss.detach()
+
+
 def patched(loss):
     return calibrate(patch_model(tiny_bert(num_hidden_layers=1), ReRAMConfig(retention_loss=loss)), [bert_batch()])
 
@@ -49,14 +58,15 @@ def told(caplog):
     return [r.getMessage() for r in caplog.records if r.name == "hf_reram.integrations.plain_trainer"]
 
 
+@pytest.mark.parametrize("kind", [Trainer, Stepping])
 @pytest.mark.parametrize("loss", ["drift", "noise", "output", "sensitivity+drift", "consistency"])
-def test_a_plain_trainer_is_told_once(tmp_path, caplog, loss):
-    model = patched(loss)
+def test_a_plain_trainer_is_told_once(tmp_path, caplog, kind, loss):
+    model, name = patched(loss), kind.__name__
     for _ in range(2):
-        train(tmp_path, Trainer, model)
+        train(tmp_path, kind, model)
     (text,) = told(caplog)
-    assert text.startswith(f"Trainer trains a model on crossbars without retention_loss={loss!r}: it samples no drift")
-    assert "class MyTrainer(ReRAMTrainerMixin, Trainer)" in text
+    assert text.startswith(f"{name} trains a model on crossbars without retention_loss={loss!r}: it samples no drift")
+    assert f"class MyTrainer(ReRAMTrainerMixin, {name})" in text
 
 
 @pytest.mark.parametrize(

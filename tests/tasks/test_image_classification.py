@@ -36,6 +36,10 @@ class Colours(nn.Module):
         return SimpleNamespace(logits=-torch.cdist(means, self.means))
 
 
+def named(names):
+    return SimpleNamespace(config=SimpleNamespace(id2label=dict(enumerate(names))))
+
+
 @pytest.mark.parametrize("name", ["square", "crop"])
 def test_accuracy_of_a_known_classifier(name):
     augmented, plain = processor_transforms(image_sample.processors()[name])
@@ -109,14 +113,39 @@ def test_columns_and_labels_are_checked(caplog):
     ):
         with pytest.raises(ValueError, match=message):
             find_columns(bad, "it")
-    four, ten = (SimpleNamespace(config=SimpleNamespace(num_labels=n)) for n in (4, 10))
-    check_labels(data, four)
+    four, ten = (named(f"LABEL_{i}" for i in range(n)) for n in (4, 10))
+    assert check_labels(data, four) == {i: i for i in range(4)}
     assert "no image" not in caplog.text
     check_labels(data.select([0, 1, 4, 5]), four)
+    assert "no image of 2 of the 4 classes" in caplog.text
     with pytest.raises(ValueError, match="4 classes and the model 10"):
         check_labels(data, ten)
     with pytest.raises(ValueError, match=r"labels \[4\]: allowed are 0 to 3"):
         check_labels(data.remove_columns("label").add_column("label", [4] * 16), four)
+
+
+def test_images_are_of_the_models_classes_by_name():
+    _, plain = processor_transforms(image_sample.processors()["square"])
+    data, right = image_sample.dataset(8), Colours(plain)
+    turned = nn.Module()  # whose classes are in another order
+    turned.p, turned.forward = (
+        right.means,
+        lambda pixel_values: SimpleNamespace(logits=right(pixel_values).logits[:, [2, 0, 3, 1]]),
+    )
+    classes = check_labels(data, named(["Blue", "RED", "grey ", "green"]))
+    assert classes == {0: 1, 1: 3, 2: 0, 3: 2}
+    assert ImageClassification(data, plain)(turned)["accuracy"] == 0
+    assert ImageClassification(data, plain, classes=classes)(turned) == {"accuracy": 100}
+    texts = data.cast_column("label", Value("int64")).map(
+        lambda row: {"label": list(image_sample.COLOURS)[row["label"]]}
+    )
+    found = check_labels(texts, named(["Blue", "RED", "grey ", "green"]))
+    assert found == {"red": 1, "green": 3, "blue": 0, "grey": 2}
+    assert ImageClassification(texts, plain, classes=found)(turned) == {"accuracy": 100}
+    with pytest.raises(
+        ValueError, match=r"labels \['grey'\] among its .*'grey', 'red'\]: allowed .* \['blue', .*'violet'\]"
+    ):
+        check_labels(data, named(["violet", "red", "green", "blue"]))
 
 
 def test_transforms_come_from_where_the_model_does(tmp_path):

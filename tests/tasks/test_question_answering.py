@@ -89,6 +89,10 @@ def test_abstaining_compares_with_the_first_token(tokenizer):
     assert all(p["no_answer_probability"] == 0.5 for p in strict.predict(shy))
 
 
+def renamed(data, column, values):
+    return data.remove_columns(column).add_column(column, values)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -96,6 +100,8 @@ def test_abstaining_compares_with_the_first_token(tokenizer):
         (lambda d: d.select([]), "empty"),
         (lambda d: d.remove_columns("answers").add_column("answers", ["x"] * len(d)), "allowed is a dict"),
         (lambda d: Dataset.from_list([*d, d[0]]), "id twice"),
+        (lambda d: renamed(d, "question", [5] * 6), "has 5 as the question of row 0: allowed is a text"),
+        (lambda d: renamed(d, "context", ["", *[None] * 5]), "has None as the context of row 1: allowed is a text"),
     ],
 )
 def test_bad_data_are_refused(tokenizer, change, message):

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Value
 from transformers import BertConfig, BertForSequenceClassification
 from typer.testing import CliRunner
 
@@ -54,13 +54,34 @@ def test_what_does_not_fit_is_an_error():
         ({"text": ["a"]}, "missing are labels"),
         ({"label": [1]}, "missing are texts"),
         ({"text": [], "label": []}, "is empty"),
-        ({"text": ["a"], "label": [-1]}, r"labels \[-1.0\]: allowed are 0 to 2"),
+        ({"text": ["a"], "label": [-1]}, r"labels \[-1\]: allowed are 0 to 2"),
     ):
         with pytest.raises(ValueError, match=message):
             TextClassification(Dataset.from_dict(columns), words(), 3)
     data = Dataset.from_dict({"text": TEXTS, "label": [0] * len(TEXTS)})
     with pytest.raises(ValueError, match="no logits of 2 classes"):
         TextClassification(data, words(), 2)(bert(3))
+
+
+@pytest.mark.parametrize(
+    "order", [["negative", "neutral", "so_so Positive"], ["so-so positive", "Negative", "NEUTRAL"]]
+)
+@pytest.mark.parametrize("as_texts", [False, True])
+def test_labels_with_names_are_the_models_by_name(order, as_texts):
+    model = bert()
+    model.config.id2label = {0: "NEGATIVE", 1: "NEUTRAL", 2: "so so positive"}
+    plain = [name.casefold().replace("_", " ").replace("-", " ") for name in order]
+    theirs = [plain.index(model.config.id2label[i].casefold()) for i in range(3)]  # of the model's classes
+    numbers = [0, 1, 1, 2] * 3
+    found = TextClassification(Dataset.from_dict({"text": TEXTS, "label": numbers}), words(), 3)(model)
+    assert found["accuracy"] < 100
+    if as_texts:
+        data = Dataset.from_dict({"text": TEXTS, "label": [order[theirs[i]] for i in numbers]})
+    else:
+        features = Features({"text": Value("string"), "label": ClassLabel(names=order)})
+        data = Dataset.from_dict({"text": TEXTS, "label": [theirs[i] for i in numbers]}, features=features)
+    evaluate = TextClassification(data, words(), 3, id2label=model.config.id2label)
+    assert evaluate.labels.tolist() == numbers and evaluate(model) == found
 
 
 def test_eval_of_text_classification(tmp_path):

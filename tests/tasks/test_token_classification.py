@@ -141,9 +141,12 @@ def test_what_does_not_fit_is_an_error():
         ({"tokens": ["the cell"]}, "'the cell' and .* in row 0: allowed are lists"),
         ({"tokens": [[1, 2]]}, "has 1 among the words of row 0"),
         ({"tokens": [["the", None]]}, "has None among the words of row 0"),
-        ({"ner_tags": [[0, None]]}, r"tags \['None'\]: allowed are 0 to 3"),
-        ({"ner_tags": [[0, 4]]}, r"tags \['4'\]: allowed are 0 to 3"),
-        ({"ner_tags": [["O", "B-DRUG"]]}, r"tags \['B-DRUG'\]: allowed are the model's, \['B-PART'"),
+        ({"ner_tags": [[0, None]]}, r"tags \[None\]: allowed are 0 to 3"),
+        ({"ner_tags": [[0, 4]]}, r"tags \[4\]: allowed are 0 to 3"),
+        (
+            {"ner_tags": [["O", "B-DRUG"]]},
+            r"tags \['B-DRUG'\] among its \['B-DRUG', 'O'\]: allowed are the model's, \['B-PART'",
+        ),
         ({"tokens": [["\u200b"]], "ner_tags": [[0]]}, "hold no word of 1"),
     ):
         data = Dataset.from_dict({key: value for key, value in {**good, **changes}.items() if value is not None})

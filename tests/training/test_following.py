@@ -303,6 +303,26 @@ def test_learned_ranges_keep_up_with_a_hot_training(tmp_path, caplog, monkeypatc
     assert losses[True] < losses[False] - 0.02
 
 
+@pytest.mark.parametrize(("follows", "advice"), [(True, "Calibrate the"), (False, "Let numbers follow the training (")])
+def test_where_much_is_clamped_the_advice_is_of_what_is_not_done(tmp_path, caplog, monkeypatch, follows, advice):
+    monkeypatch.setattr(logging.getLogger("hf_reram.training.mixin"), "propagate", True)
+    trainer = ReRAMTrainer(
+        models.tiny_bert(num_hidden_layers=1),
+        arguments(tmp_path),
+        train_dataset=examples(8),
+        reram_config=ReRAMConfig(),
+        follow_training=follows,
+    )
+    begin_following(trainer.model)
+    crossbar_layers(trainer.model)["classifier"].crossbar.following.clamped["classifier"] = torch.tensor(0.25)
+    trainer.state.global_step, logs = 3, {}
+    for _ in range(2):
+        trainer._log_clamped(logs)
+    (text,) = [r.getMessage() for r in caplog.records if "beyond their input range" in r.getMessage()]
+    assert f"gets no gradient: classifier (25%). {advice}" in text and text.endswith("alibrate the model anew")
+    assert logs == {"clamped": 0.25}
+
+
 def test_much_that_is_clamped_is_told_once(caplog):
     model, x = layer_in_training()
     follow_training(model)

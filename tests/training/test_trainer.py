@@ -385,6 +385,95 @@ def test_a_teacher_whom_a_compute_loss_does_not_ask_is_refused(tmp_path, kind):
         trainer.train()
 
 
+class OwnStep(ReRAMTrainer):
+    """As transformers' documentation shows it, with the model's own loss."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = self.own_loss(model.train(), self._prepare_inputs(inputs))
+        loss.backward()
+        return loss.detach()
+
+    def own_loss(self, model, inputs):
+        return model(**inputs).loss
+
+
+class SampledStep(OwnStep):
+    def own_loss(self, model, inputs):
+        with self._sampled_drift():
+            return super().own_loss(model, inputs)
+
+
+class AddedStep(OwnStep):
+    def own_loss(self, model, inputs):
+        return add_retention_loss(super().own_loss(model, inputs), self.model)[0]
+
+
+class ComputedStep(OwnStep):
+    """As a copy of Trainer's own."""
+
+    def own_loss(self, model, inputs):
+        return self.compute_loss(model, inputs)
+
+
+class LostStep(ComputedStep, OwnLoss):
+    """Whose step calls a loss of its own."""
+
+
+class WrappedStep:
+    """No trainer, and before one."""
+
+    def training_step(self, *args, **kwargs):
+        return super().training_step(*args, **kwargs)
+
+
+class StrayStep:
+    training_step, own_loss = OwnStep.__dict__["training_step"].__wrapped__, OwnStep.own_loss
+
+
+@pytest.mark.parametrize("kind", [OwnStep, LostStep, type("Mixed", (StrayStep, ReRAMTrainer), {})])
+@pytest.mark.parametrize(
+    ("loss", "told"),
+    [
+        ("drift", r"hf_reram\.sampled_drift, so that retention_loss='drift' samples"),
+        ("noise", r"hf_reram\.sampled_drift, so that retention_loss='noise' samples"),
+        ("output", r"hf_reram\.add_retention_loss, so that retention_loss='output' joins"),
+        ("sensitivity+drift", r"hf_reram\.add_retention_loss, so that retention_loss='sensitivity\+drift' joins"),
+        ("consistency", r"hf_reram\.add_retention_loss, so that retention_loss='consistency' joins"),
+    ],
+)
+def test_a_training_step_that_loses_the_retention_is_refused(tmp_path, kind, loss, told):
+    own = rf"{kind.__name__}\.training_step calls neither super\(\)\.training_step nor {told} no (drift|loss): call"
+    with pytest.raises(RuntimeError, match=own):
+        trained(tmp_path, kind, loss)
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss"),
+    [
+        (OwnStep, "none"),
+        (SampledStep, "drift"),
+        (AddedStep, "output"),
+        *((ComputedStep, loss) for loss in ("drift", "output", "sensitivity+drift", "consistency")),
+        (type("Reaching", (WrappedStep, ReRAMTrainer), {}), "sensitivity+drift"),
+    ],
+)
+def test_a_training_step_of_ones_own_may_do_all_that_ours_does(tmp_path, kind, loss):
+    torch.testing.assert_close(trained(tmp_path, kind, loss), trained(tmp_path, ReRAMTrainer, loss))
+
+
+def test_a_training_step_of_ones_own_trains_digitally_and_loses_no_teacher_nor_nan(tmp_path):
+    options = {"train_dataset": examples(), "reram_config": ReRAMConfig(retention_loss="none")}
+    OwnStep(fresh_bert(), arguments(tmp_path), **options).train_digitally()
+    with pytest.raises(RuntimeError, match=r"OwnStep\.training_step .* so that teacher= teaches nothing"):
+        OwnStep(fresh_bert(), arguments(tmp_path), teacher=fresh_bert(1), **options).train()
+    trainer = OwnStep(fresh_bert(), arguments(tmp_path), **options)
+    trainer.model.classifier.bias.data[0] = torch.nan
+    with pytest.raises(
+        FloatingPointError, match=r"the loss of step 1 is nan: 'classifier\.bias' of the model holds NaN"
+    ):
+        trainer.train()
+
+
 class Once(IterableDataset):
     """As a socket is one."""
 
@@ -687,6 +776,7 @@ def test_a_saved_model_has_its_report_beside_it(tmp_path):
         trainer.save_model(str(tmp_path / folder))
     assert not (tmp_path / "later" / "robustness.json").exists()
     assert written.isdisjoint(file.name for file in (tmp_path / "model").iterdir())
+    assert "chip" not in (tmp_path / "model" / "README.md").read_text()
     assert (tmp_path / "other" / "robustness.json").read_text() == '{"mine": 1}'  # which is no report of ours
     assert (tmp_path / "other" / "robustness.png").exists() and not (tmp_path / "other" / "comparison.json").exists()
 
