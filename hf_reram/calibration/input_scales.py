@@ -12,6 +12,9 @@ from ..nn import CrossbarLayer
 from ..nn.mapping import layer_scales, relative_weights
 from ..nn.ops.functions import WeightVariance
 
+# Row for each input, while the copies of the last calibration are still there.
+ONE = torch.ones((), device="cpu")
+
 # Share of the input's power from which on an offset is subtracted.
 WORTHWHILE = 0.1
 
@@ -65,7 +68,7 @@ def input_scale(x: Tensor, layer: CrossbarLayer) -> Tensor:
         scale = ratio**exponent
         along = scale.repeat_interleave(width * groups // len(power), 1)[:, None]
         cells = rows * along
-        held = layer_scales(layer, cells, clip)
+        held = layer_scales(layer, cells, clip, copies=ONE)
         spread = WeightVariance.apply(cells, layer.along_rows(held).expand(cells.shape), error.spread(cells)).sum(1)
         spread = spread / along[:, 0].square()
         total = float((spread.view(groups, scale.shape[1], -1).sum(2) * power.view(groups, -1)).sum())

@@ -90,10 +90,12 @@ def copy_rows(
     cells: list[int] = []
     for group in groups:
         errors.append(sum(_effect(found, effects) for found in group))  # type: ignore[arg-type]
-        arrays = by_array({found.name: found for found in group})
-        cells.append(sum(a[0].layer.weight.numel() // max(a[0].layer.inputs, 1) for a in arrays))
+        own = by_array({found.name: found for found in group})
+        cells.append(sum(a[0].layer.weight.numel() // max(a[0].layer.inputs, 1) for a in own))
     sizes = [len(error) for error in errors]
-    spare = config.redundancy * _cells(by_array(statistics))
+    arrays = by_array(statistics)
+    kept = [array for array in arrays if all(found.samples is None for found in array)]
+    spare = config.redundancy * _cells(arrays) - sum(a[0].layer.cells // 2 - a[0].layer.weight.numel() for a in kept)
     per_channel = [count for count, size in zip(cells, sizes) for _ in range(size)]
     copies = torch.tensor(allot(torch.cat(errors).tolist() if errors else [], per_channel, spare), dtype=torch.float32)
     for group, of_group in zip(groups, copies.split(sizes)):

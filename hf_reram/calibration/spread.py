@@ -31,7 +31,7 @@ def spread_effects(model: nn.Module, batches: list) -> dict[str, Tensor]:
     to 0.2 nats a token and chips lose as much, one of 210 layers has a sixth of it.
 
     Returns:
-        (input channels,), float64, by layer name; of layers that share cells, with the first of them.
+        (input channels,), float64, by layer name; of layers that share cells, with the first that was called.
 
     Raises:
         ValueError: the model's outputs hold nothing that it predicts, or a layer was called without gradients alone.
@@ -57,13 +57,15 @@ class _Effects:
     """What backward passes have told so far.
 
     Attributes:
-        sums: effects by the first layer of each array. array: that layer, by layer.
+        sums: effects by layer, those of an array with the first of its layers that was called. array: by layer.
+        first: that layer, by array.
         examples: in the batch. calls: of an array in its forward. gradients: of its cells, of the parts of each call.
     """
 
     def __init__(self, layers: dict[str, CrossbarLayer]):
         self.sums = {layer: torch.zeros(layer.inputs, dtype=torch.float64) for layer in layers.values()}
-        self.array = {layers[name]: layers[same[0]] for same in arrays(layers) for name in same}
+        self.array = {layers[name]: i for i, same in enumerate(arrays(layers)) for name in same}
+        self.first: dict[int, CrossbarLayer] = {}
         self.examples = 1
         self.calls: Counter[CrossbarLayer] = Counter()
         self.gradients: dict[CrossbarLayer, list[Tensor]] = {}
@@ -80,7 +82,8 @@ class _Effects:
     @torch.no_grad()
     def watch(self, layer: CrossbarLayer, x: Tensor) -> Callable[[Tensor], None]:
         """For :func:`.sensitivity.probe`."""
-        driven, array = drive(layer, x.detach().float(), layer.scalars()), self.array[layer]
+        driven = drive(layer, x.detach().float(), layer.scalars())
+        array = self.first.setdefault(self.array[layer], layer)
         self.calls[array] += 1
 
         def collect(grad: Tensor) -> None:

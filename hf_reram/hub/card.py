@@ -221,8 +221,7 @@ def _hardware(config: ReRAMConfig) -> list[tuple[str, str]]:
 
 
 def _redundancy(config: ReRAMConfig) -> str:
-    place = "for the inputs" if config.tile_size is None else "in the layers"
-    return f"{100 * config.redundancy:g} % more cells, {place} where they do most"
+    return f"{100 * config.redundancy:g} % more cells, where they do most"
 
 
 def _polynomial(coefficients: Sequence[float]) -> str:

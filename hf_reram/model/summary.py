@@ -64,7 +64,7 @@ def summarize(model: nn.Module) -> CrossbarSummary:
     return CrossbarSummary(
         device=", ".join(dict.fromkeys(state.config.device.name for state in states)),
         layers=len(layers),
-        cells=sum(layer.cells for layer in held),
+        cells=sum(max(layers[name].cells for name in same) for same in arrays(layers)),
         weights=weights,
         parameters=sum(p.numel() for p in model.parameters()) - ranges,
         calibrated=sum(layer.calibrated for layer in there),

@@ -135,18 +135,26 @@ def weight_scales(
     return best.reshape(-1)
 
 
-def layer_scales(layer: CrossbarLayer, rows: Tensor, clip: float | str | None, inputs: Inputs | None = None) -> Tensor:
+def layer_scales(
+    layer: CrossbarLayer,
+    rows: Tensor,
+    clip: float | str | None,
+    inputs: Inputs | None = None,
+    copies: Tensor | None = None,
+) -> Tensor:
     """:func:`weight_scales` as the layer's config shares them, of the shape of its ``weight_scale``.
 
     Args:
         rows: what the cells of each weight are to hold together, (groups, channels of a group, crossbar rows).
         clip: see there. inputs: samples of what meets each row.
+        copies: of each row, broadcastable to (groups, 1, crossbar rows); None: the layer's.
     """
     sharing = layer.crossbar.config.weight_scale
     tile = layer.tile_rows() if sharing == "per_tile" else None
     systematic = CONVOLUTION if layer.reads_windows else min(TOKENS, math.sqrt(max(len(layer.crossbar.names), 1)))
-    if layer.copied:  # each of a row's copies holds its share, and gets as much as the others
+    if copies is None and layer.copied:
         copies = layer.copies_of_rows()
+    if copies is not None:  # each of a row's copies holds its share, and gets as much as the others
         rows = rows / copies
         if inputs is not None:
             offset = None if inputs.offset is None else inputs.offset * copies

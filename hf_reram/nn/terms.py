@@ -72,13 +72,14 @@ def output_term(layer: "CrossbarLayer", driven: Driven, held: Held, signal: Tens
 
 
 def weight_term(layer: "CrossbarLayer", held: Held) -> Tensor:
-    """``(E|ΔW|², |W|²)``: the same without activations."""
+    """``(E|ΔW|², |W|²)``: the same without activations, of the weights by themselves, not times the input scales."""
     error, programmed = layer.error, wide(held.programmed)
-    noise = _variance(layer, held, error).sum()
+    share = 1 / layer.along_inputs(layer.input_scale).to(programmed.dtype) if layer.equalized else 1.0
+    noise = (_variance(layer, held, error) * share**2).sum()
     for mean in error.shifts:
         shift = weight_mean(programmed, layer.held_scale(programmed.dtype), mean.table(programmed))
-        noise = noise + shift.square().sum() / len(error.means)
-    return torch.stack((noise, programmed.square().sum()))
+        noise = noise + (shift * share).square().sum() / len(error.means)
+    return torch.stack((noise, (programmed * share).square().sum()))
 
 
 def sensitivity_term(layer: "CrossbarLayer", driven: Driven, held: Held, examples: Any) -> Tensor:

@@ -220,12 +220,13 @@ class Branches(nn.Module):
         return self.out((self.query(x) + self.key(x)).tanh())
 
 
-def branches(redundancy=0.5):
+def branches(redundancy=0.5, **options):
     """Of which one input is far larger than the others."""
     torch.manual_seed(0)
     model, x = Branches().eval(), torch.randn(64, 12)
     x[:, 3] *= 20.0
-    patch_model(model, ReRAMConfig(device="cmo-hfox-ibm", redundancy=redundancy, retention_times=["10y"]))
+    options |= {"device": "cmo-hfox-ibm", "redundancy": redundancy, "retention_times": ["10y"]}
+    patch_model(model, ReRAMConfig(**options))
     return model, x
 
 
@@ -246,18 +247,58 @@ def test_a_layer_that_no_data_reach_keeps_its_rows_and_what_it_computes():
     copies, before = model.other.row_copies.clone(), model(x, other=True)
     assert copies.max() > 1
     calibrate(model, [x])
-    assert torch.equal(copies, model.other.row_copies) and model.query.copied
+    assert torch.equal(copies, model.other.row_copies)
     torch.testing.assert_close(model(x, other=True), before)
+
+
+def test_what_a_layer_keeps_counts_among_the_cells_on_top():
+    model, x = branches(redundancy=0.5)
+    for other in (True, False):
+        calibrate(model, [{"x": x, "other": other}])
+    weights = sum(layer.weight.numel() for layer in crossbar_layers(model).values())
+    assert model.other.copied and 1.4 * weights < summarize(model).cells / 2 <= 1.5 * weights
+
+
+@pytest.mark.parametrize("options", [{}, {"equalize_inputs": True}, {"input_range": "auto"}], ids=str)
+def test_a_second_calibration_ends_where_the_first_did(options):
+    model, x = branches(redundancy=1.0, **options)
+    numbers = []
+    for _ in range(2):
+        calibrate(model, [x])
+        numbers.append({n: b.clone() for n, b in model.named_buffers() if b is not None})
+    assert model.query.copied
+    for name, first in numbers[0].items():
+        torch.testing.assert_close(first, numbers[1][name], msg=name)
+
+
+def test_weights_whose_first_layer_no_data_reach_get_cells_too():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({name: nn.Linear(8, 8) for name in "ab"})
+    model["b"].weight = model["a"].weight
+    model.forward = lambda x: model["b"](x)
+    patch_model(model, ReRAMConfig(device="cmo-hfox-ibm", redundancy=1.0, retention_times=["10y"]))
+    calibrate(model, [torch.randn(32, 8)])
+    assert float(model["b"].row_copies.sum()) == 16
+    assert summarize(model).cells == model["b"].cells == 2 * 128
+
+
+def test_inspection_without_data_tells_of_the_weights_as_they_are():
+    model, x = branches(redundancy=1.0)
+    calibrate(model, [x])
+    (said,) = [layer.noise_to_signal for layer in inspect_layers(model, "10y") if layer.name == "query"]
+    errors, layer = [], model.query
+    for seed in range(100):
+        with deploy(model, "10y", seed=seed), torch.no_grad():
+            errors.append(layer.chip.weight / layer.input_scale - layer.weight.clamp(-1, 1))
+    found = float(torch.stack(errors).square().sum((1, 2)).mean() / layer.weight.detach().square().sum())
+    assert layer.row_copies.max() > 4 and said == pytest.approx(found, rel=0.1)
 
 
 def test_rows_are_more_than_layers_of_as_many_cells():
     """Where few inputs matter: whole layers, as tiles of a size have them, spend their cells on all."""
     errors = []
     for options in ({}, {"tile_size": 1 << 10}):
-        torch.manual_seed(0)
-        model, x = Branches().eval(), torch.randn(64, 12)
-        x[:, 3] *= 20.0
-        patch_model(model, ReRAMConfig(device="cmo-hfox-ibm", redundancy=1.0, retention_times=["10y"], **options))
+        model, x = branches(redundancy=1.0, **options)
         calibrate(model, [x])
         with torch.no_grad():
             ideal = model(x)
