@@ -50,6 +50,7 @@ def spread_effects(model: nn.Module, batches: list) -> dict[str, Tensor]:
 
     if beyond := probe(model, effects.each(batches), effects.watch, enough):
         raise ValueError(f"no gradient of the predictions reaches the output of {', '.join(beyond)}")
+    effects.settle()
     return {name: effects.sums[layer] for name, layer in crossbar_layers(model).items()}
 
 
@@ -75,9 +76,13 @@ class _Effects:
         for batch in batches:
             self.examples = examples_of(batch)
             yield batch
-            for array in [*self.gradients]:  # of which some call had no gradient
-                self._add(array, self._together(array))
-            self.calls.clear()
+            self.settle()
+
+    def settle(self) -> None:
+        """A batch is over: of arrays some of whose calls no gradient reached, the others count."""
+        for array in [*self.gradients]:
+            self._add(array, self._together(array))
+        self.calls.clear()
 
     @torch.no_grad()
     def watch(self, layer: CrossbarLayer, x: Tensor) -> Callable[[Tensor], None]:

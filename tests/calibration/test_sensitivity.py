@@ -156,6 +156,27 @@ def test_the_effect_of_a_layers_spread_is_the_divergence_that_chips_show(name, k
     assert 1e-6 < effects[name] / len(x) < 0.1  # small enough for a second order
 
 
+class Branching(nn.Module):
+    """A layer of which one call is read by nothing that is predicted."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x, unread=True):
+        y = self.head(self.one(x).tanh())
+        return (y, self.one(2 * x))[0] if unread else y
+
+
+def test_a_call_that_nothing_reads_leaves_the_others_their_effect():
+    torch.manual_seed(0)
+    model, x = Branching(), torch.randn(32, 8)
+    patch_model(model, ReRAMConfig(device=device(), retention_times=["1d"]))
+    calibrate(model, [x])
+    read, unread = (spread_effects(model, [{"x": x, "unread": flag}])["one"] for flag in (False, True))
+    assert float(unread.sum()) > 0 and float(unread.sum()) == pytest.approx(float(read.sum()), rel=0.5)
+
+
 def test_cells_on_top_go_where_spread_changes_the_predictions():
     """Not where a layer's own output has most of it: what follows hardly reads the first layer's, and one of the second
     layer's inputs is always the same."""
