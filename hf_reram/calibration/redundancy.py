@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..config import ReRAMConfig
 from ..model.sharding import gathered
-from ..nn.ops.functions import WeightVariance
+from ..nn.array import program
 from ..nn.scalars import MAX_PAIRS
+from ..nn.terms import variance
 from .scales import by_array, weighted_inputs
 from .statistics import LayerStatistics
 
@@ -128,8 +129,7 @@ def _effect(found: LayerStatistics, effects: dict[str, Tensor]) -> Tensor:
     if found.samples is None:
         return torch.zeros(layer.inputs, dtype=torch.float64)
     with gathered([layer]):
-        rows, inputs = weighted_inputs(found)
-        scale = layer.along_rows(layer.weight_scale).expand(rows.shape)
-        held = rows.float().clamp(-scale, scale)
-        of_rows = (WeightVariance.apply(held, scale, layer.error.spread(held)) * inputs.power()).sum(1)
+        power = weighted_inputs(found)[1].power()
+        held = program(layer, layer.weight).float()
+        of_rows = (layer.to_rows(variance(layer, held, layer.error)) * power).sum(1)
     return of_rows.double().view(layer.inputs, layer.area).sum(1).cpu()

@@ -13,7 +13,7 @@ from ..model.sharding import is_sharded, of_first, processes
 from ..nn import CrossbarLayer
 from ..nn.array import program
 from ..nn.drive import Driven, drive
-from ..nn.ops.functions import WeightVariance
+from ..nn.terms import variance
 from .sensitivity import examples_of, probe
 
 # Predictions, such as tokens, that are probed once; and parts that the examples of a batch are probed in, as if they
@@ -116,8 +116,7 @@ class _Effects:
     @torch.no_grad()
     def _add(self, layer: CrossbarLayer, square: Tensor) -> None:
         held = program(layer, layer.weight.detach()).float()
-        spread = WeightVariance.apply(held, layer.held_scale(held.dtype), layer.error.spread(held))
-        rows = layer.to_rows(square.mul_(layer.averaged(spread))).sum(1, dtype=torch.float64)
+        rows = layer.to_rows(square.mul_(variance(layer, held, layer.error))).sum(1, dtype=torch.float64)
         self.sums[layer] += 0.5 * rows.view(layer.inputs, layer.area).sum(1).cpu()
 
 

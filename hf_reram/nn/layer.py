@@ -16,7 +16,6 @@ from .readout import read
 from .scalars import (
     BUFFERS,
     OF_CHANNELS,
-    READ,
     Scalars,
     check_numbers,
     from_text,
@@ -318,7 +317,7 @@ class CrossbarLayer(Layout):
         self.__dict__.update(_PASSING, _scalars=None, _constants=None)
         shapes = {"per_tensor": (1,), "per_channel": (self.outputs,), "per_tile": (self.outputs, self.tiles())}
         sizes = {"weight_scale": shapes[state.config.weight_scale]}
-        sizes |= dict.fromkeys(READ[-OF_CHANNELS:], (self.inputs,))
+        sizes |= dict.fromkeys(OF_CHANNELS, (self.inputs,))
         for buffer in BUFFERS:
             fill = torch.full(sizes.get(buffer, (1,)), FILLS[buffer], dtype=torch.float32, device=self.weight.device)
             self.register_buffer(buffer, fill)

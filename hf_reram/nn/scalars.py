@@ -9,9 +9,11 @@ import torch
 from ..config import SMALLEST_SHRINK
 from .tensors import whole
 
+# Of each input channel.
+OF_CHANNELS = ("input_offset", "input_scale", "row_copies")
+
 # Results of calibration, kept beside the weight and saved with it, always in float32. All have one element except
-# weight_scale, input_offset, input_scale and row_copies; input_range 0 means not calibrated, each batch then spans its
-# own range.
+# weight_scale and those of channels; input_range 0 means not calibrated, each batch then spans its own range.
 BUFFERS = (
     "input_range",
     "range_shrink",
@@ -21,9 +23,7 @@ BUFFERS = (
     "input_floor",
     "pairs_per_weight",
     "per_token",
-    "input_offset",
-    "input_scale",
-    "row_copies",
+    *OF_CHANNELS,
 )
 
 MAX_PAIRS = 64  # of a weight, and rows of one input
@@ -50,9 +50,8 @@ LIMITS = {
     "row_copies": (1, MAX_PAIRS),
 }
 
-# Those that are read as numbers, of which the last have one for each input channel.
+# Those that are read as numbers.
 READ = tuple(name for name in BUFFERS if name != "weight_scale")
-OF_CHANNELS = 3
 
 
 class Scalars(NamedTuple):
@@ -145,11 +144,11 @@ def same_versions(a: Any, b: Any) -> bool:
 def read_scalars(layer: Any) -> Scalars:
     """Look into the buffers."""
     span, shrink, gain, full_scale, floor, pairs, per_token = (
-        float(whole(getattr(layer, name).detach()).item()) for name in READ[:-OF_CHANNELS]
+        float(whole(getattr(layer, name).detach()).item()) for name in READ if name not in OF_CHANNELS
     )
     if span < 0:
         span = SMALLEST_RANGE
-    offset, scale, copies = (getattr(layer, name).detach().float().cpu() for name in READ[-OF_CHANNELS:])
+    offset, scale, copies = (getattr(layer, name).detach().float().cpu() for name in OF_CHANNELS)
     centered, equalized, copied = bool(offset.any()), bool((scale != 1).any()), bool((copies != 1).any())
     mark = zlib.crc32(torch.cat((offset, scale)).numpy().tobytes()) if centered or equalized else 0
     b = layer.crossbar.config.device.b(shrink)

@@ -108,12 +108,13 @@ def sensitivity_term(layer: "CrossbarLayer", driven: Driven, held: Held, example
 
 def _variance(layer: "CrossbarLayer", held: Held, error: WeightError) -> Tensor:
     """s² of each weight."""
-    if held.variance is not None:
-        return held.variance
-    programmed = wide(held.programmed)
-    return layer.averaged(
-        WeightVariance.apply(programmed, layer.held_scale(programmed.dtype), error.spread(programmed))
-    )
+    return variance(layer, wide(held.programmed), error) if held.variance is None else held.variance
+
+
+def variance(layer: "CrossbarLayer", programmed: Tensor, error: WeightError) -> Tensor:
+    """s² of each of a layer's weights, which its cells hold as ``programmed``, at least in float32."""
+    spread = WeightVariance.apply(programmed, layer.held_scale(programmed.dtype), error.spread(programmed))
+    return layer.averaged(spread)
 
 
 def _power(layer: "CrossbarLayer", y: Tensor, bias: Tensor | None, keep: Tensor | None) -> tuple[Tensor, Tensor]:
