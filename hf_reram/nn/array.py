@@ -173,7 +173,7 @@ def sampled(layer: "CrossbarLayer", now: Scalars) -> Held:
     weight = wide(programmed)
     noise = sampling.normal(weight, layer.crossbar_name)
     if now.copied:
-        noise = noise * layer.along_inputs(layer.row_copies).to(noise.dtype).rsqrt()
+        noise = noise.mul_(layer.along_inputs(layer.row_copies).to(noise.dtype).rsqrt())
     needed = drifts and state.term is not None and sampling.error is state.error and sampling.strength is None
     scale = layer.held_scale(weight.dtype)
     if drifts:

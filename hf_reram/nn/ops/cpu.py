@@ -4,8 +4,9 @@ A chain of in-place passes over a large tensor is bound by memory, and every tem
 the sinh of a 3072 x 1536 activation takes 16 ms in whole passes and 3 ms in pieces of 2 MiB.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from . import reference
 from .reference import POLYNOMIAL_B
 
 ELEMENTS = 1 << 19  # of a piece
+PIECE = 1 << 17  # of a weight, beside which much else has to lie in the cache
 
 
 def takes(*tensors: Tensor) -> bool:
@@ -48,10 +50,10 @@ def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield tuple(f[start : start + ELEMENTS] for f in flats)
 
 
-def row_slices(t: Tensor) -> list[slice]:
-    """Slices of the first dimension of about a piece's size."""
+def row_slices(t: Tensor, elements: int | None = None) -> list[slice]:
+    """Slices of the first dimension of about a piece's size, or of so many elements."""
     rows = t.shape[0]
-    step = max(1, ELEMENTS // max(t.numel() // max(rows, 1), 1))
+    step = max(1, (elements or ELEMENTS) // max(t.numel() // max(rows, 1), 1))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
@@ -255,70 +257,101 @@ def all_within(weight: Tensor, scale: Tensor) -> bool:
 def weight_variance(weight: Tensor, scale: Tensor, std: Tensor) -> Tensor:
     """:func:`.reference.weight_variance`."""
     result = torch.empty_like(weight)
-    for w, k, out, a in _weight_pieces(weight, scale, result):
-        spread, _ = _looked_up(std, _magnitude(w, k, a), False)
-        torch.mul(spread, k, out=out).square_()
+    for _, k, found, out in _weight_pieces(weight, scale, (std,), False, result):
+        torch.mul(found[0].value, k, out=out).square_()
     return result
 
 
 def weight_variance_gradient(grad: Tensor, weight: Tensor, scale: Tensor, std: Tensor) -> Tensor:
     """:func:`.reference.weight_variance_gradient`."""
     result = torch.empty_like(weight)
-    for w, k, g, out, a in _weight_pieces(weight, scale, grad, result):
-        spread, slope = _looked_up(std, _magnitude(w, k, a), True)
-        torch.mul(spread, slope, out=out).mul_(w.sign()).mul_(2 * k).mul_(g)
+    for w, k, found, g, out in _weight_pieces(weight, scale, (std,), True, grad, result):
+        torch.mul(found[0].value, found[0].slope, out=out).mul_(torch.sign(w, out=found[0].value)).mul_(2 * k).mul_(g)
     return result
 
 
 def drifted_weight(
     weight: Tensor, scale: Tensor, noise: Tensor, std: Tensor, mean: Tensor | None, slope: bool, variance: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """:func:`.reference.drifted_weight`."""
+    """:func:`.reference.drifted_weight`; the slope is written over the noise, as new memory costs a pass of its own."""
     drifted = torch.empty_like(weight)
-    slopes = torch.empty_like(weight) if slope else drifted
+    slopes = noise if slope else drifted
     squares = torch.empty_like(weight) if variance else drifted
-    for w, k, n, d, square, out, a in _weight_pieces(weight, scale, noise, slopes, squares, drifted):
-        spread, steepness = _looked_up(std, _magnitude(w, k, a), slope)
+    tables = (std,) if mean is None else (std, mean)
+    others = noise, slopes, squares, drifted
+    for w, k, (spread, *shift), n, d, square, out in _weight_pieces(weight, scale, tables, slope, *others):
         if variance:
-            torch.mul(spread, k, out=square).square_()
-        sign = w.sign()
+            torch.mul(spread.value, k, out=square).square_()
+        torch.mul(n, spread.value, out=out)
+        sign = torch.sign(w, out=spread.value)
         if slope:
-            torch.mul(n, steepness, out=d).mul_(sign).add_(1.0)
-        torch.mul(n, spread, out=out)
-        if mean is not None:
-            shift, shift_slope = _looked_up(mean, a, slope)
-            out.addcmul_(shift, sign)
+            torch.mul(n, spread.slope, out=d).mul_(sign).add_(1.0)
+        for found in shift:
+            out.addcmul_(found.value, sign)
             if slope:
-                d.add_(shift_slope)
+                d.add_(found.slope)
         out.mul_(k).add_(w)
     return drifted, slopes if slope else None, squares if variance else None
 
 
-def _looked_up(table: Tensor, a: Tensor, slope: bool) -> tuple[Tensor, Tensor]:
-    """:func:`.reference.looked_up` of tensors in one piece; without ``slope`` the second is anything."""
-    intervals = table.shape[1] - 1
-    if not intervals:
-        return table[0].expand(a.shape), table[1].expand(a.shape)
-    place = (a * intervals).view(-1)
-    index = place.to(torch.int32).clamp_(0, intervals)
-    step = torch.index_select(table[1], 0, index)
-    value = torch.index_select(table[0], 0, index).addcmul_(step, place.frac_())
-    return value.view(a.shape), step.mul_(intervals).view(a.shape) if slope else step
+class Found(NamedTuple):
+    """Of a piece of a weight, in memory that its reader may write to."""
+
+    value: Tensor
+    slope: Tensor
 
 
-def _weight_pieces(weight: Tensor, scale: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Row slices of a weight, its scale, further tensors of the weight's shape, and a work tensor."""
+class Lookup:
+    """:func:`.reference.looked_up` in several tables for one piece after the other, all in the same memory: new tensors
+    would cost more in page faults than what is done with them.
+
+    Args:
+        shape: of the largest piece; others have fewer rows. slope: whether slopes are wanted, which else are anything.
+    """
+
+    def __init__(self, tables: tuple[Tensor, ...], shape: Sequence[int], slope: bool):
+        self.tables, self.slope = tables, slope
+        self._a, self._behind = torch.empty(shape), torch.empty(shape)
+        self._index = torch.empty(shape, dtype=torch.int32)
+        self._found = [Found(torch.empty(shape), torch.empty(shape)) for _ in tables]
+
+    def of_weight(self, weight: Tensor, scale: Tensor) -> list[Found]:
+        """At ``min(|W| / w_scale, 1)``."""
+        return self.at(torch.div(weight, scale, out=self._a[: len(weight)]).abs_().clamp_(max=1.0))
+
+    def at(self, a: Tensor) -> list[Found]:
+        """At ``a``, from 0 to 1."""
+        size, before = len(a), 0
+        index, behind = self._index[:size], self._behind[:size]
+        found = [Found(value[:size], slope[:size]) for value, slope in self._found]
+        for table, (value, step) in zip(self.tables, found):
+            intervals = table.shape[1] - 1
+            if not intervals:
+                value.copy_(table[0]), step.zero_()
+                continue
+            if intervals != before:  # else at the places of the last table
+                before = intervals
+                index.copy_(torch.mul(a, intervals, out=behind)).clamp_(0, intervals)
+                behind.frac_()
+            torch.index_select(table[0], 0, index.view(-1), out=value.view(-1))
+            torch.index_select(table[1], 0, index.view(-1), out=step.view(-1))
+            value.addcmul_(step, behind)
+            if self.slope:
+                step.mul_(intervals)
+        return found
+
+
+def _weight_pieces(
+    weight: Tensor, scale: Tensor, tables: tuple[Tensor, ...], slope: bool, *others: Tensor
+) -> Iterator[tuple[Any, ...]]:
+    """Row slices of a weight, its scale, what is found in each table, and further tensors of the weight's shape."""
     # A scale of fewer dimensions lies along the last one (Conv1D), even where the weight is square.
     by_row = scale.dim() == weight.dim() and len(scale) == len(weight)
-    slices = row_slices(weight)
-    work = _work(weight, slices)
+    slices, unit = row_slices(weight, PIECE), scale.clamp(min=1e-30)
+    lookup = Lookup(tables, (slices[0].stop if slices else 0, *weight.shape[1:]), slope)
     for part in slices:
-        size = part.stop - part.start
-        yield (weight[part], scale[part] if by_row else scale, *(t[part] for t in others), work[:size])
-
-
-def _magnitude(weight: Tensor, scale: Tensor, out: Tensor) -> Tensor:
-    return torch.div(weight, scale.clamp(min=1e-30), out=out).abs_().clamp_(max=1.0)
+        found = lookup.of_weight(weight[part], unit[part] if by_row else unit)
+        yield (weight[part], scale[part] if by_row else scale, found, *(t[part] for t in others))
 
 
 # Powers

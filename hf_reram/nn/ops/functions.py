@@ -256,8 +256,9 @@ class DriftedWeight(Function):
 
     Args:
         weight: within its range, any shape, at least float32. scale: w_scale, broadcastable to it.
-        noise: ε, of the weight's shape. std, mean: tables of S and M, see :class:`hf_reram.device.moments.Curve`; the
-            latter None where it is 0. variance: whether it is wanted, else None in its place.
+        noise: ε, of the weight's shape, which may be written over.
+        std, mean: tables of S and M, see :class:`hf_reram.device.moments.Curve`; the latter None where it is 0.
+        variance: whether it is wanted, else None in its place.
     """
 
     @staticmethod

@@ -170,8 +170,8 @@ def test_curves_are_looked_up():
     torch.testing.assert_close(value, 0.2 + 0.3 * a - 0.1 * a**2, rtol=1e-5, atol=0.0)
     torch.testing.assert_close(slope, 0.3 - 0.2 * a, rtol=2e-3, atol=0.0)
     edges = torch.tensor([0.0, 1.0, float("nan")])
-    for table_of in (lambda table: reference.looked_up(table, edges), lambda table: cpu._looked_up(table, edges, True)):
-        value, slope = table_of(SPREADS[1].table(edges))
+    table = SPREADS[1].table(edges)
+    for value, slope in (reference.looked_up(table, edges), cpu.Lookup((table,), (3,), True).at(edges)[0]):
         torch.testing.assert_close(value, torch.tensor([0.2, 0.4, float("nan")]), equal_nan=True)
         torch.testing.assert_close(slope[:2], torch.tensor([0.3, 0.1]), rtol=2e-3, atol=0.0)
 
@@ -349,7 +349,7 @@ def test_frozen_weights_drift_alike():
     weight, scale, noise = torch.randn(6, 5), torch.rand(6, 1) + 1, torch.randn(6, 5)
     error = weight_error(DeviceConfig.from_preset("hfox-neurram"), (86400.0,), None)
     tables = error.std.table(weight), error.means[0].table(weight)
-    learned, _ = DriftedWeight.apply(weight.clone().requires_grad_(), scale, noise, *tables)
+    learned, _ = DriftedWeight.apply(weight.clone().requires_grad_(), scale, noise.clone(), *tables)
     frozen, _ = DriftedWeight.apply(weight, scale, noise, *tables)
     assert torch.equal(learned, frozen) and not frozen.requires_grad
 
