@@ -386,7 +386,8 @@ class TrainingMixin(TaskLossMixin):
         if not shares:
             return
         logs["clamped"] = sum(shares.values()) / len(shares)
-        high = [f"{name} ({share:.0%})" for name, share in shares.items() if share > MUCH_CLAMPED]
+        lasting = clamped_shares(self.model, twice=True)
+        high = [f"{name} ({share:.0%})" for name, share in shares.items() if float(lasting[name]) > MUCH_CLAMPED]
         if high and self.state.global_step > 0 and not self._told_of_clamped:
             self._told_of_clamped = True
             follow = "" if self.follow_training else "let numbers follow the training (follow_training=True), or "
