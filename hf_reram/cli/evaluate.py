@@ -14,7 +14,7 @@ from ..evaluation.report import RobustnessReport
 from ..evaluation.robustness import evaluate_robustness, owner_of
 from ..evaluation.tables import at_kelvin, over_chips, places
 from ..hub.about import about_model, task_of
-from ..tasks.flags import mapping_flags
+from ..tasks.flags import label_names_of, mapping_flags
 from ..tasks.harness import LMEval
 from ..tasks.registry import TASKS, load_lm_eval, load_task
 from .model import patched, words
@@ -26,6 +26,10 @@ def evaluate(
     dataset: Annotated[str | None, typer.Option(help="Hub id, parquet, JSON or text file, or image folder.")] = None,
     task: Annotated[str | None, typer.Option(help=f"One of {', '.join(TASKS)}; default by the model.")] = None,
     split: Annotated[str, typer.Option(help="Of a data set on the Hub.")] = "validation",
+    label_names: Annotated[
+        list[str] | None,
+        typer.Option(help="The model's names for the data set's, such as neg=NEGATIVE,pos=POSITIVE; default the same."),
+    ] = None,
     lm_eval: Annotated[
         list[str] | None,
         typer.Option("--lm-eval", help="Tasks of lm-evaluation-harness in place of a data set, as arc_easy,hellaswag."),
@@ -68,6 +72,9 @@ def evaluate(
         raise ValueError(f"--dataset {dataset} and --lm-eval {','.join(tasks) or None}: allowed is one of them")
     if tasks and task is not None:
         raise ValueError(f"--task {task} with --lm-eval: allowed is --task with --dataset")
+    if tasks and label_names:
+        raise ValueError(f"--label-names {label_names[0]} with --lm-eval: allowed is --label-names with --dataset")
+    told = label_names_of(label_names)
     if not tasks and (include_path is not None or num_fewshot is not None):
         raise ValueError("--include-path and --num-fewshot: allowed are they with --lm-eval")
     writable(output)
@@ -77,7 +84,7 @@ def evaluate(
         work = load_lm_eval(found, model, tasks, include_path, num_fewshot, samples, batch_size)
     else:
         assert dataset is not None
-        work = load_task(kind, found, model, dataset, split, samples, batch_size, seed)
+        work = load_task(kind, found, model, dataset, split, samples, batch_size, seed, told)
     if fresh:
         calibrate(found, work.batches)
     key = [kind, work.content, batch_size]  # on which the read noise depends that a chip meets

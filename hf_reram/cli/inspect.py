@@ -13,6 +13,7 @@ from ..evaluation.inspect import LayerReport, inspect_layers
 from ..hub.about import task_of
 from ..model.find import crossbar_state
 from ..model.summary import summarize
+from ..tasks.flags import label_names_of
 from ..tasks.registry import load_task
 from .model import patched
 from .output import say, show_json, show_table
@@ -26,6 +27,10 @@ def inspect(
     dataset: Annotated[str | None, typer.Option(help="Weigh errors with the layers' inputs on these data.")] = None,
     task: Annotated[str | None, typer.Option(help="Of the data; default by the model.")] = None,
     split: Annotated[str, typer.Option(help="Of a data set on the Hub.")] = "validation",
+    label_names: Annotated[
+        list[str] | None,
+        typer.Option(help="The model's names for the data's, such as neg=NEGATIVE,pos=POSITIVE; default the same."),
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="How many examples of the data.")] = 64,
     top: Annotated[int | None, typer.Option(min=1, help="Only so many layers, the worst ones.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
@@ -34,7 +39,9 @@ def inspect(
     found, fresh = patched(model, device)
     work = None
     if dataset is not None:
-        work = load_task(task or task_of(found), found, model, dataset, split, samples)
+        work = load_task(
+            task or task_of(found), found, model, dataset, split, samples, label_names=label_names_of(label_names)
+        )
         if fresh:
             calibrate(found, work.batches)
     heat = None if temperature is None else parse_temperature(temperature)
