@@ -117,6 +117,40 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_1(tmp_path, command, capf
     assert capfd.readouterr().err.startswith("error: ") or "error: " in done.output
 
 
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("eval x --chips 0", "eval: --chips 0: allowed is an integer from 1"),
+        ("eval x --samples=0", "eval: --samples 0: allowed is an integer from 1"),
+        ("eval x --chips 3 --batch-size 0", "eval: --batch-size 0: allowed is an integer from 1"),
+        ("eval x --redundancy 9", "eval: --redundancy 9: allowed is a number from 0 to 4"),
+        ("eval x --seed x", "eval: --seed x: allowed is an integer from 0"),
+        ("eval x --seed 1 --seed -1", "eval: --seed -1: allowed is an integer from 0"),
+        ("inspect x --top 0", "inspect: --top 0: allowed is an integer from 1"),
+        ("demo --chips 1", "demo: --chips 1: allowed is an integer from 2"),
+        ("eval", "eval: Missing argument 'MODEL'."),
+        ("push x", "push: Missing argument 'REPO'."),
+        ("eval x y", "eval: Got unexpected extra argument (y)"),
+        ("eval x --chips", "eval: Option '--chips' requires an argument."),
+        ("eval x --chip 3", "eval: No such option: --chip"),
+        ("nothing", ": No such command 'nothing'."),
+        ("--nothing", ": No such option: --nothing"),
+    ],
+)
+def test_a_usage_error_is_one_line(command, told):
+    done = CliRunner().invoke(app, command.split())
+    (line,) = done.stderr.splitlines()
+    assert done.exit_code == 2 and not done.stdout
+    plain = line.lower().replace("argument(s)", "argument")  # as versions of typer have it
+    assert plain.startswith(f"hf-reram{'' if told[0] == ':' else ' '}{told}".lower())
+
+
+def test_help_is_no_usage_error():
+    for command, exit_code in (([], 2), (["--help"], 0), (["eval", "--help"], 0)):
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == exit_code and "Usage:" in done.output and len(done.output.splitlines()) > 9
+
+
 def test_no_package_and_no_place_is_one_line(python, tmp_path):
     """Each command without what it needs, in a process: one line on stderr, no traceback."""
     image_sample.save_model(tmp_path / "base")
