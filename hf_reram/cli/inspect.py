@@ -13,7 +13,7 @@ from ..evaluation.inspect import LayerReport, inspect_layers
 from ..hub.about import task_of
 from ..model.find import crossbar_state
 from ..model.summary import summarize
-from ..tasks.registry import load_task
+from ..tasks.registry import SPLIT, load_task
 from .model import patched
 from .output import say, show_json, show_table
 
@@ -25,12 +25,14 @@ def inspect(
     device: Annotated[str | None, typer.Option(help="Cells of a plain checkpoint: preset or JSON file.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Weigh errors with the layers' inputs on these data.")] = None,
     task: Annotated[str | None, typer.Option(help="Of the data; default by the model.")] = None,
-    split: Annotated[str, typer.Option(help="Of a data set on the Hub.")] = "validation",
+    split: Annotated[str | None, typer.Option(help=f"Of a data set on the Hub; default {SPLIT}.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="How many examples of the data.")] = 64,
     top: Annotated[int | None, typer.Option(min=1, help="Only so many layers, the worst ones.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Layer by layer: array, cells, input range, b, and noise-to-signal ratio at a time, the worst layers first."""
+    if dataset is None and (task is not None or split is not None):
+        raise ValueError("--task and --split: allowed are they with --dataset")
     found, fresh = patched(model, device)
     work = None
     if dataset is not None:

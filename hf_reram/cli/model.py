@@ -20,7 +20,7 @@ def patched(name: str, device: str | None, times: list[str] | None = None, **opt
     Raises:
         ValueError: a plain checkpoint and no device.
     """
-    model = load_model(name)
+    model = _loaded(name)
     if not crossbar_layers(model):
         if device is None:
             raise ValueError(f"{name} is a plain checkpoint: --device says which cells to put it on")
@@ -38,6 +38,26 @@ def patched(name: str, device: str | None, times: list[str] | None = None, **opt
     return patch_model(unpatch_model(model), config), True
 
 
-def words(values: list[str] | None) -> list[str]:
-    """``["1s,1d", "10y"]`` as ``["1s", "1d", "10y"]``."""
-    return [word for value in values or [] for word in value.replace(",", " ").split()]
+def _loaded(name: str) -> Any:
+    """
+    Raises:
+        OSError: no such folder, and no such checkpoint that the Hub can be asked for; names it.
+    """
+    try:
+        return load_model(name)
+    except OSError as error:
+        if name in str(error):
+            raise
+        raise OSError(f"{name} is no folder, and on the Hub it was not found: {error}") from error
+
+
+def words(values: list[str] | None, option: str) -> list[str]:
+    """``["1s,1d", "10y"]`` as ``["1s", "1d", "10y"]``; none where the option was not given.
+
+    Raises:
+        ValueError: it was given, and holds none.
+    """
+    found = [word for value in values or [] for word in value.replace(",", " ").split()]
+    if values and not found:
+        raise ValueError(f"{option} {' '.join(values)}: allowed are words between commas")
+    return found

@@ -103,6 +103,8 @@ def token_classification(model: Any, name: str, dataset: Any, batch_size: int = 
     return Task(evaluate, _spread(batches), metric, len(dataset))
 
 
+SPLIT = "validation"  # of a data set on the Hub
+
 TASKS = {
     "question-answering": question_answering,
     "image-classification": image_classification,
@@ -117,7 +119,7 @@ def load_task(
     model: Any,
     name: str,
     dataset: str,
-    split: str = "validation",
+    split: str | None = None,
     samples: int | None = None,
     batch_size: int = 32,
     seed: int = 0,
@@ -127,14 +129,19 @@ def load_task(
     Args:
         task: one of :data:`TASKS`. name: where the model came from.
         dataset: Hub id, parquet, JSON or text file, or folder of images by class.
+        split: of a data set on the Hub; None: :data:`SPLIT`.
         samples: drawn by ``seed``; None: all.
 
     Raises:
-        ValueError: another task, or data that do not fit it. FileNotFoundError: no such file.
+        ValueError: another task, data that do not fit it, or a split of a file or folder. FileNotFoundError: no such
+            file.
     """
     if task not in TASKS:
         raise ValueError(f"task={task!r}: allowed are {sorted(TASKS)}")
-    rows = draw(load_rows(dataset, split, **_where(dataset)), samples, seed)
+    where = _where(dataset)
+    if where and split is not None:
+        raise ValueError(f"split={split!r} of {dataset}: allowed is one of a data set on the Hub")
+    rows = draw(load_rows(dataset, split or SPLIT, **where), samples, seed)
     made = TASKS[task](model, name, rows, batch_size)
     return replace(made, content=part_of("evaluation", made.evaluate))
 

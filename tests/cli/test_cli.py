@@ -102,6 +102,10 @@ def test_an_evaluation_in_other_batches_is_another(tmp_path):
     [
         ["eval", "{}", "--dataset", "{}/nothing.parquet", "--device", "cmo-hfox-ibm"],
         ["eval", "{}", "--dataset", "{}", "--device", "no-such-cell"],
+        ["eval", "{}", "--dataset", "{}/images.parquet", "--times", ","],
+        ["eval", "{}", "--dataset", "{}/images.parquet", "--lm-eval", " "],
+        ["eval", "{}", "--lm-eval", "arc_easy", "--split", "train"],
+        ["inspect", "{}", "--split", "train"],
         ["inspect", "{}/nowhere"],
         ["inspect", "{}", "--device", "cmo-hfox-ibm", "--time", "soon"],
         ["card", "{}/nowhere"],
@@ -176,6 +180,25 @@ def test_no_package_and_no_place_is_one_line(python, tmp_path):
         assert done.returncode == 1, (command, done.stderr)
         lines = done.stderr.strip().splitlines()
         assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], (command, done.stderr)
+
+
+def test_what_is_not_there_or_has_no_effect_is_named(tmp_path):
+    base, images = tmp_path / "base", tmp_path / "images.parquet"
+    image_sample.save_model(base)
+    image_sample.dataset(8).to_parquet(images)
+    more = ["--device", "generic", "--output", str(tmp_path / "out")]
+    for command, told in [
+        (["eval", "o/none", "--dataset", str(images), *more], "error: o/none is no folder, and on the Hub"),
+        (["inspect", "o/none"], "error: o/none is no folder, and on the Hub"),
+        (
+            ["eval", str(base), "--dataset", str(images), "--split", "nosuch", *more],
+            f"error: split='nosuch' of {images}: ",
+        ),
+        (["eval", str(base), "--dataset", str(images), "--times", ",", *more], "error: --times ,: allowed are words"),
+    ]:
+        done = CliRunner().invoke(app, command)
+        (line,) = done.stderr.splitlines()
+        assert done.exit_code == 1 and line.startswith(told)
 
 
 def test_any_error_of_a_command_is_one_line(monkeypatch, capfd):
