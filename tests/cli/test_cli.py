@@ -6,7 +6,7 @@ import typer
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from hf_reram import ReRAMConfig, RobustnessReport, calibrate, patch_model
+from hf_reram import ReRAMConfig, RobustnessReport, calibrate, crossbar_layers, patch_model
 from hf_reram.cli import app
 from hf_reram.cli.model import patched
 from hf_reram.cli.output import console
@@ -17,6 +17,7 @@ from hf_reram.tasks.flags import mapping_flags
 from hf_reram.version import __version__
 from tests.samples import images as image_sample
 from tests.samples.experts import mixtral
+from tests.samples.models import bert_batch, tiny_bert
 from tests.samples.texts import WORDS, save_model
 
 
@@ -320,6 +321,19 @@ def test_a_model_of_timm_is_evaluated(timm_folder, tmp_path):
     again = tmp_path / "again"
     model.save_pretrained(again)
     assert torch.equal(load_model(again).timm_model.fc.weight, weights["fc.weight"])
+
+
+def test_a_part_that_was_patched_alone_is_put_on_other_cells_alone(tmp_path):
+    model = tiny_bert()
+    patch_model(model.bert, ReRAMConfig(device="cmo-hfox-ibm"))
+    calibrate(model, [bert_batch()]).save_pretrained(tmp_path)
+    for device, options in [(None, {"range_shrink": 0.5}), (None, {"weight_clip": 3.0}), ("generic", {})]:
+        found, fresh = patched(str(tmp_path), device, **options)
+        assert fresh and len(crossbar_layers(found)) == 13 and type(found.classifier) is torch.nn.Linear
+        config = crossbar_state(found).config
+        assert config.device.name == (device or "cmo-hfox-ibm")
+        assert {name: getattr(config, name) for name in options} == options
+    assert not patched(str(tmp_path), "cmo-hfox-ibm")[1]
 
 
 def test_an_explicit_default_counts_as_given(tmp_path):
