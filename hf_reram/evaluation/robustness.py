@@ -232,6 +232,12 @@ def _notes(model: nn.Module, seconds: list[float], kelvins: list[float | None]) 
             f"{len(names)} of {len(crossbar_layers(model))} crossbar layers are not calibrated, {what}: "
             f"{', '.join(names)}"
         )
+    if newer := [
+        f"{name} ({layer.outputs - layer.calibrated_outputs} of {layer.outputs})"
+        for name, layer in crossbar_layers(model).items()
+        if layer.calibrated_outputs is not None
+    ]:
+        notes.append(f"outputs that are newer than their layers' calibration are not calibrated: {', '.join(newer)}")
     if clipped := clipped_beyond_choice(crossbar_layers(model).values()):
         notes.append(f"weights changed after calibration are clipped to what the cells can hold: {in_words(clipped)}")
     for part in states:

@@ -61,6 +61,7 @@ ADDED = (
     "copies_output",
     "clipped_by_choice",
     "choice_is_known",
+    "calibrated_outputs",
     "_scalars",
     "_constants",
     *_PASSING,
@@ -107,6 +108,7 @@ class CrossbarLayer(Layout):
         copies_output: whether the model may change the output in place, which a retention term still needs.
         clipped_by_choice: share of the weights that its scale clipped when that was chosen or loaded (where nothing
             tells whether by choice: ``choice_is_known``); None where nobody has looked.
+        calibrated_outputs: so many output channels, the first, were there when the layer was calibrated; None: all.
     """
 
     bias: Any
@@ -126,6 +128,7 @@ class CrossbarLayer(Layout):
     copies_output: bool
     clipped_by_choice: float | None = None
     choice_is_known: bool = False
+    calibrated_outputs: int | None = None
     chip: Chip | None
     _chips: dict[Any, Chip] | None  # of all contexts
     _digital_class: Any  # that it was made from
