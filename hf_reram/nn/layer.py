@@ -255,7 +255,7 @@ class CrossbarLayer(Layout):
     def note_held(self) -> None:
         """The weight lies within its range now: what a training forward finds changed was no step."""
         self._held = self._count() or LOOKED
-        self.crossbar.clipped.pop(self.crossbar_name, None)
+        self.crossbar.misfits.pop(self.crossbar_name, None)
 
     def _count(self) -> Any:
         weight = parameter_of(self)

@@ -27,7 +27,7 @@ from ..model.patch import patch_model
 from ..model.reconfigure import watch
 from ..model.remap import put_on
 from ..model.select import lies_as
-from ..nn.clipping import clipped_beyond_choice, warn_clipped
+from ..nn.clipping import clipped_beyond_choice, far_below_scale, warn_clipped
 from .callbacks import HoldWeights, NameUncalled
 from .checkpoints import last_checkpoint, read_configs, set_incomplete_aside
 from .diagnosis import explain
@@ -117,7 +117,8 @@ class TrainingMixin(TaskLossMixin):
         """Calibrate where there is need to, and name layers where there are no data to do it with."""
         layers = crossbar_layers(model).values()
         warn_clipped(layers)
-        calibrated = all(layer.calibrated for layer in layers) and not clipped_beyond_choice(layers)
+        fits = not clipped_beyond_choice(layers) and not far_below_scale(layers)
+        calibrated = fits and all(layer.calibrated for layer in layers)
         if calibrated and not needs_sensitivity:
             return
         batches = self._calibration_batches()
