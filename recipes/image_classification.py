@@ -275,7 +275,9 @@ def main() -> None:
     size, workers = training.per_device_eval_batch_size, training.dataloader_num_workers
     evaluate = ImageClassification(held, plain, size, workers, held_classes)
     if arguments.digital_ends:
-        config = ReRAMConfig.from_dict({**config.to_dict(), "modules_to_not_convert": ends_of(model)})
+        config = ReRAMConfig.from_dict(
+            {**config.to_dict(), "modules_to_not_convert": [*ends_of(model), *(config.modules_to_not_convert or [])]}
+        )
 
     def batches():
         generator = torch.Generator().manual_seed(training.seed)

@@ -107,7 +107,7 @@ def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = No
 OUT_OF_MEMORY = "can't allocate memory"
 
 # What calibration sets beside buffers.
-KEPT = ("sensitivity", "copies_output", "clipped_by_choice", "choice_is_known", "calibrated_outputs")
+KEPT = ("sensitivity", "coherence", "copies_output", "clipped_by_choice", "choice_is_known", "calibrated_outputs")
 
 
 @contextmanager
@@ -139,7 +139,8 @@ def _take_first_process(layers: Iterable[Any], names: Sequence[str] = BUFFERS) -
     """A chip of weights that are sharded is one chip, with one input range."""
     for layer in layers:
         numbers = {name: whole(getattr(layer, name).detach()).cpu() for name in names}
-        numbers, layer.copies_output, sensitivity = of_first((numbers, layer.copies_output, layer.sensitivity))
+        own = numbers, layer.copies_output, layer.coherence, layer.sensitivity
+        numbers, layer.copies_output, layer.coherence, sensitivity = of_first(own)
         if sensitivity is not None:
             layer.sensitivity = sensitivity.to(layer.input_offset.device)
         for name, value in numbers.items():

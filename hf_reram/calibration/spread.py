@@ -12,9 +12,9 @@ from ..model.inputs import find_predictions
 from ..model.sharding import is_sharded, of_first, processes
 from ..nn import CrossbarLayer
 from ..nn.array import program
-from ..nn.drive import Driven, drive
+from ..nn.drive import Driven, drive, row_power
 from ..nn.terms import variance
-from .sensitivity import examples_of, probe
+from .probe import examples_of, probe
 
 # Predictions, such as tokens, that are probed once; and parts that the examples of a batch are probed in, as if they
 # were batches: more of them measure better, and cost a pass over the weight each.
@@ -38,7 +38,13 @@ def spread_effects(model: nn.Module, batches: list) -> dict[str, Tensor]:
             One that was called with them and that none reached has no effect: nothing that is predicted reads it.
         RuntimeError: there is no backward through the model.
     """
-    effects, sharded = _Effects(crossbar_layers(model)), processes() > 1 and is_sharded(model)
+    effects = measure_spread(model, batches)
+    return {name: effects.sums[layer] for name, layer in crossbar_layers(model).items()}
+
+
+def measure_spread(model: nn.Module, batches: list) -> "Effects":
+    """The same, and what independent errors would do; arguments and errors of :func:`spread_effects`."""
+    effects, sharded = Effects(crossbar_layers(model)), processes() > 1 and is_sharded(model)
     places = 0
 
     def enough(outputs: Any) -> bool:
@@ -51,21 +57,22 @@ def spread_effects(model: nn.Module, batches: list) -> dict[str, Tensor]:
     if beyond := probe(model, effects.each(batches), effects.watch, enough):
         raise ValueError(f"no gradient of the predictions reaches the output of {', '.join(beyond)}")
     effects.settle()
-    return {name: effects.sums[layer] for name, layer in crossbar_layers(model).items()}
+    return effects
 
 
-class _Effects:
+class Effects:
     """What backward passes have told so far.
 
     Attributes:
         sums: effects by layer, those of an array with the first of its layers that was called. array: by layer.
-        first: that layer, by array.
+        channels: ``Σ_nr s²(W_ir) φ_nr²``, (output channels,), by layer. first: the first layer, by array.
         examples: in the batch. calls: of an array in its forward. gradients: of its cells, of the parts of each call.
     """
 
     def __init__(self, layers: dict[str, CrossbarLayer]):
         self.sums = {layer: torch.zeros(layer.inputs, dtype=torch.float64) for layer in layers.values()}
         self.array = {layers[name]: i for i, same in enumerate(arrays(layers)) for name in same}
+        self.channels = {layer: torch.zeros(layer.outputs, dtype=torch.float64) for layer in layers.values()}
         self.first: dict[int, CrossbarLayer] = {}
         self.examples = 1
         self.calls: Counter[CrossbarLayer] = Counter()
@@ -86,7 +93,7 @@ class _Effects:
 
     @torch.no_grad()
     def watch(self, layer: CrossbarLayer, x: Tensor) -> Callable[[Tensor], None]:
-        """For :func:`.sensitivity.probe`."""
+        """For :func:`.probe.probe`."""
         driven = drive(layer, x.detach().float(), layer.scalars())
         array = self.first.setdefault(self.array[layer], layer)
         self.calls[array] += 1
@@ -95,6 +102,8 @@ class _Effects:
             parts, calls = 1, self.calls[array]
             if len(grad) == len(driven.s) == self.examples:  # which can be told apart, and have independent probes
                 parts = max(1, min(self.examples, PARTS // calls))
+            power = row_power(layer, driven)
+            self.channels[layer] += torch.einsum("gor,gr->go", layer.to_rows(_variance(layer)), power).flatten().cpu()
             pairs = zip(driven.s.tensor_split(parts), grad.tensor_split(parts))
             found = (_of_cells(layer, driven, s, part) for s, part in pairs)
             if calls == 1:
@@ -115,9 +124,13 @@ class _Effects:
 
     @torch.no_grad()
     def _add(self, layer: CrossbarLayer, square: Tensor) -> None:
-        held = program(layer, layer.weight.detach()).float()
-        rows = layer.to_rows(square.mul_(variance(layer, held, layer.error))).sum(1, dtype=torch.float64)
+        rows = layer.to_rows(square.mul_(_variance(layer))).sum(1, dtype=torch.float64)
         self.sums[layer] += 0.5 * rows.view(layer.inputs, layer.area).sum(1).cpu()
+
+
+def _variance(layer: CrossbarLayer) -> Tensor:
+    """s² of a layer's weights as its cells hold them, at least in float32."""
+    return variance(layer, program(layer, layer.weight.detach()).float(), layer.error)
 
 
 def _of_cells(layer: CrossbarLayer, driven: Driven, s: Tensor, grad: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ..config import ReRAMConfig
 from .output import console, say, writable
 
 
@@ -14,6 +15,9 @@ def demo(
     folder: Annotated[Path, typer.Argument(help="Where plot, report and checkpoint go.")] = Path("reram-demo"),
     chips: Annotated[int, typer.Option(min=2, help="Chips per row of the table.")] = 16,
     seed: Annotated[int, typer.Option(min=0, help="Of data split, training and chips.")] = 0,
+    redundancy: Annotated[
+        float, typer.Option(min=0, max=4, help="Cells on top, as a share, in all rows but the digital ones.")
+    ] = ReRAMConfig.redundancy,
 ) -> None:
     """Handwritten digits on a hard device corner: digital, naive crossbar, and finetuned in four ways.
 
@@ -42,7 +46,7 @@ def demo(
             progress.console.print(f"  {what}")
             progress.update(task, advance=1, description="finetuning and evaluating")
 
-        reports = run_demo(folder, chips=chips, seed=seed, progress=done)
+        reports = run_demo(folder, chips=chips, seed=seed, redundancy=redundancy, progress=done)
     table = Table(title=f"Accuracy in %, mean ± standard deviation over {chips} chips")
     table.add_column("")
     for time in TIMES:

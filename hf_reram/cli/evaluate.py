@@ -14,7 +14,7 @@ from ..evaluation.report import RobustnessReport
 from ..evaluation.robustness import evaluate_robustness, owner_of
 from ..evaluation.tables import at_kelvin, over_chips, places
 from ..hub.about import about_model, task_of
-from ..tasks.flags import mapping_flags
+from ..tasks.flags import label_names_of, mapping_flags
 from ..tasks.harness import LMEval
 from ..tasks.registry import SPLIT, TASKS, load_lm_eval, load_task
 from .model import patched, words
@@ -26,6 +26,10 @@ def evaluate(
     dataset: Annotated[str | None, typer.Option(help="Hub id, parquet, JSON or text file, or image folder.")] = None,
     task: Annotated[str | None, typer.Option(help=f"One of {', '.join(TASKS)}; default by the model.")] = None,
     split: Annotated[str | None, typer.Option(help=f"Of a data set on the Hub; default {SPLIT}.")] = None,
+    label_names: Annotated[
+        list[str] | None,
+        typer.Option(help="The model's names for the data set's, such as neg=NEGATIVE,pos=POSITIVE; default the same."),
+    ] = None,
     lm_eval: Annotated[
         list[str] | None,
         typer.Option("--lm-eval", help="Tasks of lm-evaluation-harness in place of a data set, as arc_easy,hellaswag."),
@@ -66,8 +70,10 @@ def evaluate(
     spoken, tasks = words(times, "--times") or ["1s", "1d", "10y"], words(lm_eval, "--lm-eval")
     if bool(tasks) == (dataset is not None):
         raise ValueError(f"--dataset {dataset} and --lm-eval {','.join(tasks) or None}: allowed is one of them")
-    if tasks and (task is not None or split is not None):
-        raise ValueError("--task and --split: allowed are they with --dataset")
+    for option, given in (("--task", task), ("--split", split), ("--label-names", " ".join(label_names or ()) or None)):
+        if tasks and given is not None:
+            raise ValueError(f"{option} {given} with --lm-eval: allowed is {option} with --dataset")
+    told = label_names_of(label_names)
     if not tasks and (include_path is not None or num_fewshot is not None):
         raise ValueError("--include-path and --num-fewshot: allowed are they with --lm-eval")
     writable(output)
@@ -77,7 +83,7 @@ def evaluate(
         work = load_lm_eval(found, model, tasks, include_path, num_fewshot, samples, batch_size)
     else:
         assert dataset is not None
-        work = load_task(kind, found, model, dataset, split, samples, batch_size, seed)
+        work = load_task(kind, found, model, dataset, split, samples, batch_size, seed, told)
     if fresh:
         calibrate(found, work.batches)
     key = [kind, work.content, batch_size]  # on which the read noise depends that a chip meets

@@ -13,6 +13,7 @@ from ..evaluation.inspect import LayerReport, inspect_layers
 from ..hub.about import task_of
 from ..model.find import crossbar_state
 from ..model.summary import summarize
+from ..tasks.flags import label_names_of
 from ..tasks.registry import SPLIT, load_task
 from .model import patched
 from .output import say, show_json, show_table
@@ -26,17 +27,23 @@ def inspect(
     dataset: Annotated[str | None, typer.Option(help="Weigh errors with the layers' inputs on these data.")] = None,
     task: Annotated[str | None, typer.Option(help="Of the data; default by the model.")] = None,
     split: Annotated[str | None, typer.Option(help=f"Of a data set on the Hub; default {SPLIT}.")] = None,
+    label_names: Annotated[
+        list[str] | None,
+        typer.Option(help="The model's names for the data's, such as neg=NEGATIVE,pos=POSITIVE; default the same."),
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="How many examples of the data.")] = 64,
     top: Annotated[int | None, typer.Option(min=1, help="Only so many layers, the worst ones.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Layer by layer: array, cells, input range, b, and noise-to-signal ratio at a time, the worst layers first."""
-    if dataset is None and (task is not None or split is not None):
-        raise ValueError("--task and --split: allowed are they with --dataset")
+    if dataset is None and (task is not None or split is not None or label_names):
+        raise ValueError("--task, --split and --label-names: allowed are they with --dataset")
     found, fresh = patched(model, device)
     work = None
     if dataset is not None:
-        work = load_task(task or task_of(found), found, model, dataset, split, samples)
+        work = load_task(
+            task or task_of(found), found, model, dataset, split, samples, label_names=label_names_of(label_names)
+        )
         if fresh:
             calibrate(found, work.batches)
     heat = None if temperature is None else parse_temperature(temperature)

@@ -159,24 +159,38 @@ def publish(
 
 def remove_foreign(folder: Path, weights: str) -> None:
     """Remove what :func:`publish` and the like have written of other weights than those that are in a folder now, and
-    say so: report, with its plot, comparison, and what a card says of a report that is not there. Files that are none
-    of these stay, what people have written in the card, and reports that do not say of which weights they are, as
-    older ones.
+    say so: report, comparison, plot, and what a card says of them. Files that are none of these stay, what people have
+    written in the card, and what nothing says the weights of: figures of older reports, and plot and card where report
+    and comparison are gone or cannot be read, of which a warning tells.
 
     Args:
         weights: the digest of those there now.
     """
-    report, rows = _read(RobustnessReport.from_json, folder / REPORT), _read(read_comparison, folder / COMPARISON)
-    foreign = [REPORT, PLOT] if report is not None and report.weights not in ("", weights) else []
-    if rows is not None and {"", weights}.isdisjoint(row.weights for row in rows.values()):
-        foreign.append(COMPARISON)
-    if there := [name for name in foreign if (folder / name).exists()]:
-        logger.warning("%s: removing %s, which are of other weights than those there now", folder, ", ".join(there))
-    for name in there:
-        (folder / name).unlink()
-    if (report is None or REPORT in foreign) and (text := _card_with_figures(folder)):
+    report, rows = _told(RobustnessReport.from_json, folder / REPORT), _told(read_comparison, folder / COMPARISON)
+    of_report = report is not None and report.weights not in ("", weights)
+    of_rows = rows is not None and {"", weights}.isdisjoint(row.weights for row in rows.values())
+    shown = of_rows if report is None else of_report  # what the plot and the card are of
+    if shown and (text := _card_with_figures(folder)):
         logger.warning("%s: removing what %s says of other weights than those there now", folder, CARD)
         write_whole(folder / CARD, _without_figures(text))
+    foreign = [(REPORT, of_report), (PLOT, shown), (COMPARISON, of_rows)]
+    if there := [name for name, other in foreign if other and (folder / name).exists()]:
+        logger.warning("%s: removing %s, which are of other weights than those there now", folder, ", ".join(there))
+    for name in reversed(there):  # last what tells of the others
+        (folder / name).unlink()
+
+
+def _told(read: Callable[[Path], Any], path: Path) -> Any:
+    """What a file of figures holds; None where there is none, or, with a warning, where it cannot be read."""
+    try:
+        return read(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        logger.warning(
+            "%s cannot be read, so that nothing tells whether its figures are of these weights: %s", path, error
+        )
+        return None
 
 
 def holds_figures(folder: Path) -> bool:
@@ -186,7 +200,10 @@ def holds_figures(folder: Path) -> bool:
 
 def _card_with_figures(folder: Path) -> str:
     """The text of a card whose part between the marks is of a report; else empty."""
-    text = _read(read_text, folder / CARD) or ""
+    try:
+        text = read_text(folder / CARD)
+    except (OSError, ValueError):  # none, or a person's
+        return ""
     core = text.partition(BEGIN)[2].partition(END)
     return text if core[1] and core[0].strip() and UNMEASURED not in core[0] else ""
 
@@ -203,14 +220,6 @@ def _without_figures(text: str) -> str:
     if data.pop("model-index", None) is None:
         return text
     return f"---\n{yaml_dump(data)}---\n{card.text}"
-
-
-def _read(read: Callable[[Path], Any], path: Path) -> Any:
-    """What a file holds; None where there is none, or of another kind."""
-    try:
-        return read(path)
-    except (OSError, ValueError):
-        return None
 
 
 def read_comparison(path: str | Path) -> dict[str, RobustnessReport]:

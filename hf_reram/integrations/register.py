@@ -150,7 +150,9 @@ def _tell_adapters(peft_model: Any) -> None:
         if given.get("is_main_process", True) and load("hf_reram.model.find", "crossbar_layers")(self):
             load("hf_reram.hub.crossbars", "save_crossbars")(self, save_directory)
             if not (Path(save_directory) / "config.json").exists():  # else figures are of the whole model there
-                load("hf_reram.integrations.saving", "forget_foreign")(self, Path(save_directory))
+                load("hf_reram.integrations.saving", "forget_beside_adapters")(
+                    self, Path(save_directory), kwargs.get("state_dict")
+                )
 
     peft_model.PeftModel.save_pretrained = save_pretrained
 

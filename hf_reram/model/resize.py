@@ -59,7 +59,7 @@ def put_back(old: CrossbarLayer, new: Any) -> None:
         scales = layer_scales(new, rows, state.config.weight_clip)
         new.weight_scale.copy_(torch.cat((old.weight_scale[:kept], scales[kept:].to(old.weight_scale))))
     if old.sensitivity is not None and new.outputs <= old.outputs:
-        new.sensitivity = old.sensitivity[:kept].clone()
+        new.sensitivity, new.coherence = old.sensitivity[:kept].clone(), old.coherence
     new.scalars()
     if torch.equal(*(layer.weight.narrow(layer.output_dim, 0, kept) for layer in (old, new))):
         new.note_choice(known=False)

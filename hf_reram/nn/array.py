@@ -172,10 +172,8 @@ def sampled(layer: "CrossbarLayer", now: Scalars) -> Held:
     drifts = sampling.kind == "drift"
     weight = wide(programmed)
     noise = sampling.normal(weight, layer.crossbar_name)
-    if now.copied:
-        noise = noise.mul_(layer.along_inputs(layer.row_copies).to(noise.dtype).rsqrt())
     needed = drifts and state.term is not None and sampling.error is state.error and sampling.strength is None
-    scale = layer.held_scale(weight.dtype)
+    scale, copies = layer.row_scale(weight.dtype)
     if drifts:
         error = sampling.error.averaged(now.pairs)
         mean = error.means[0]
@@ -184,8 +182,7 @@ def sampled(layer: "CrossbarLayer", now: Scalars) -> Held:
         tables = torch.eye(2, 1, dtype=weight.dtype, device=weight.device) * layer.white_noise_std(), None
     if sampling.strength is not None:
         tables = [table if table is None else table * sampling.strength for table in tables]
-    drifted, variance = DriftedWeight.apply(weight, scale, noise, *tables, needed)
-    variance = None if variance is None else layer.averaged(variance)
+    drifted, variance = DriftedWeight.apply(weight, scale, noise, *tables, needed, copies)
     return Held(drifted.to(programmed.dtype), programmed, bias, variance)
 
 
@@ -216,7 +213,7 @@ def cell_weight(layer: "CrossbarLayer", weight: Tensor) -> Tensor:
 def program(layer: "CrossbarLayer", weight: Tensor) -> Tensor:
     """``clamp(W · a, ±w_scale)``, at the nearest of the cells' levels: what they can hold of a weight. The one place
     where a forward clips weights."""
-    held, levels = clip_weight(cell_weight(layer, weight), layer.held_scale()), layer.error.levels
+    held, levels = clip_weight(cell_weight(layer, weight), *layer.row_scale()), layer.error.levels
     return (
         Quantize.apply(held, layer.held_scale(torch.float32) / (levels - 1), levels - 1, None, False)
         if levels

@@ -44,7 +44,7 @@ def drive(layer: "CrossbarLayer", x: Tensor, now: Scalars) -> Driven:
     """Center, scale, clamp to the input range, convert, and bend: ``phi = span · gain/b · sinh(b u)``."""
     span = 1.0 if now.per_token else input_range(layer, x, now)
     levels, floor = dac_grid(layer.crossbar.config.dac_bits, now.input_floor)
-    if looks(layer):
+    if looks(layer, x):
         observe(layer, x, now)
     gain = now.gain if now.b < LINEAR_B else now.gain / now.b
     state = layer.crossbar

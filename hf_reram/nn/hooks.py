@@ -73,7 +73,7 @@ class BeginForward:
         size: Any = tensors[0].shape[0] if tensors and tensors[0].dim() else 1
         if self.state.term == "sensitivity":
             size = _sequences(given, size)
-        self.state.begin(module.training and not self.state.digital, size, padding)
+        self.state.begin(module.training, size, padding)
 
     def _by_name(self, args: tuple, kwargs: dict) -> dict[str, Any]:
         return {**dict(zip(self.names, args)), **kwargs} if args else kwargs

@@ -58,6 +58,7 @@ ADDED = (
     "crossbar_name",
     "counter",
     "sensitivity",
+    "coherence",
     "copies_output",
     "clipped_by_choice",
     "choice_is_known",
@@ -105,6 +106,8 @@ class CrossbarLayer(Layout):
     Attributes:
         chip: the cells of the chip that it is deployed as, None where it is not; see :func:`hf_reram.deploy`.
         sensitivity: (output channels,), Fisher information, see :mod:`hf_reram.calibration.sensitivity`; or None.
+        coherence: what spread and mean shift of the weights do to the predictions, over what independent errors of the
+            outputs would, see there.
         copies_output: whether the model may change the output in place, which a retention term still needs.
         clipped_by_choice: share of the weights that its scale clipped when that was chosen or loaded (where nothing
             tells whether by choice: ``choice_is_known``); None where nobody has looked.
@@ -125,6 +128,7 @@ class CrossbarLayer(Layout):
     crossbar_name: str
     counter: "Counter"
     sensitivity: Tensor | None
+    coherence: tuple[float, float] = (1.0, 1.0)
     copies_output: bool
     clipped_by_choice: float | None = None
     choice_is_known: bool = False
@@ -317,6 +321,7 @@ class CrossbarLayer(Layout):
             raise TypeError(f"layer {name!r} of {type(self).__name__} has no {' and no '.join(missing)}")
         self.crossbar, self.crossbar_name = state, name
         self.counter, self.sensitivity, self.copies_output = Counter(), None, True
+        self.coherence = (1.0, 1.0)
         self.__dict__.update(_PASSING, _scalars=None, _constants=None)
         shapes = {"per_tensor": (1,), "per_channel": (self.outputs,), "per_tile": (self.outputs, self.tiles())}
         sizes = {"weight_scale": shapes[state.config.weight_scale]}

@@ -152,9 +152,15 @@ class Layout(nn.Module):
     def held_scale(self, dtype: torch.dtype | None = None, scale: Tensor | None = None) -> Tensor:
         """What the cells of a weight hold together at most: weight_scale, or another ``scale`` of its shape, times the
         copies of the weight's row, so that it broadcasts against the weight, in a dtype, None for the weight's."""
+        one, copies = self.row_scale(dtype, scale)
+        return one if copies is None else one * copies
+
+    def row_scale(self, dtype: torch.dtype | None = None, scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The factors of :meth:`held_scale`, whose product is of the weight's size where rows have copies: what a
+        single cell pair holds at most, and the copies, None where there are none."""
         scale = (self.weight_scale if scale is None else scale).to(self.weight.dtype if dtype is None else dtype)
-        held = self.along_outputs(scale) if scale.dim() == 1 else self.from_rows(self.along_rows(scale))
-        return held * self.along_inputs(self.row_copies).to(held.dtype) if self.copied else held
+        one = self.along_outputs(scale) if scale.dim() == 1 else self.from_rows(self.along_rows(scale))
+        return one, self.along_inputs(self.row_copies).to(one.dtype) if self.copied else None
 
     def averaged(self, power: Tensor) -> Tensor:
         """Of the power of a cell's error, of the weight's shape and in units of :meth:`held_scale`, what is left of it

@@ -49,7 +49,7 @@ class Following:
         seen: since the last step, by layer. conversions: by layer, the errors of its ADCs with full scales that are
             :data:`FULL_SCALES` times what they are.
         rms: of the weights when their scales last followed, by layer, of weight_scale's shape.
-        clamped: share of the inputs beyond the range at the last look, by layer.
+        clamped, clamped_before: share of the inputs beyond the range at the last look, and at the one before, by layer.
     """
 
     steps: int = 0
@@ -59,6 +59,7 @@ class Following:
     conversions: dict[str, Tensor] = field(default_factory=dict)
     rms: dict[str, Tensor] = field(default_factory=dict)
     clamped: dict[str, Tensor] = field(default_factory=dict)
+    clamped_before: dict[str, Tensor] = field(default_factory=dict)
 
     def forget(self, name: str) -> None:
         """What was seen of a layer whose numbers are others now."""
@@ -66,14 +67,15 @@ class Following:
             found.pop(name, None)
 
 
-def looks(layer: "CrossbarLayer") -> bool:
-    """Whether a layer's forward looks: one in training and in eager mode, of a layer that is trained itself and no
-    chip."""
+def looks(layer: "CrossbarLayer", x: Tensor | None = None) -> bool:
+    """Whether a layer's forward looks: one in training and in eager mode, of a layer that is no chip and is trained
+    itself, or whose input ``x`` comes from what is."""
     if torch.compiler.is_compiling():  # first, so that no graph depends on the rest
         return False
     following = layer.crossbar.following
-    trains = layer.training and is_trained(layer) and layer.chip is None
-    return following is not None and following.looks and trains and not runs_again()
+    if following is None or not following.looks or not layer.training or layer.chip is not None or runs_again():
+        return False
+    return is_trained(layer) or (x is not None and x.requires_grad)
 
 
 class _Last:

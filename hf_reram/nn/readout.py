@@ -46,8 +46,9 @@ def current_units(layer: "CrossbarLayer", driven: Driven, now: Scalars) -> list[
     since half precision holds neither its square nor the step of a small shrink."""
     scale = layer.weight_scale
     scales = scale.unbind(1) if scale.dim() == 2 else [scale] * layer.tiles()
-    factor = driven.span * (now.gain * layer.crossbar.config.device.b() / now.b)
     wide = torch.promote_types(driven.s.dtype, torch.float32)
+    span = driven.span.to(wide) if isinstance(driven.span, Tensor) else driven.span
+    factor = span * (now.gain * layer.crossbar.config.device.b() / now.b)
     return [layer.over_channels(s).to(wide) * factor for s in scales]
 
 

@@ -34,6 +34,8 @@ class CrossbarState:
         measure: collect noise-to-signal ratios even if the loss has no closed-form term.
         sampling: what the next training forward samples.
         forward: the last one. ratios: (noise, signal) by layer name of the last loss or measurement.
+        began, trained, sampled, settled: since :meth:`begin_step`, whether a training forward with gradients began, one
+            on crossbars, one of these that samples, and whether terms have joined a loss.
         calls: forwards of the model; running: what began the one that is under way, None if none is.
         report: its last robustness report, whose weights it may have left since. warned: of what there was a warning.
         names: of the layers that were put on crossbars. chips: contexts that deploy it now; deployments: so far.
@@ -54,6 +56,7 @@ class CrossbarState:
         self.sampling: Sampling | None = None
         self.forward = Forward()
         self.ratios: dict[str, Tensor] = {}
+        self.begin_step()
         self.calls = 0
         self.running: Any = None
         self.warned: set[Any] = set()
@@ -119,8 +122,19 @@ class CrossbarState:
             unsampled = self.sampling is None and before.sampling is None and bool(before.ran)
         return unsampled or bool(before.grad and before.terms and not before.consumed and before.kept_by() is None)
 
+    def begin_step(self) -> None:
+        """Forget what the forwards of the step before did."""
+        self.began = self.trained = self.sampled = self.settled = False
+
     def begin(self, training: bool, batch_size: Any = 1, padding: Padding | None = None) -> Forward:
         """A new forward of the model, or of a part of it that is called by itself."""
+        if training and torch.is_grad_enabled():  # only set, so that compiled code does not depend on them
+            self.began = True
+            if not self.digital:
+                self.trained = True
+                if self.sampling is not None:
+                    self.sampled = True
+        training = training and not self.digital
         waits = training and self.term is not None and torch.compiler.is_compiling()
         before = self.forward if waits else None
         self.forward = Forward(self.sampling, batch_size, padding, before)
@@ -179,6 +193,7 @@ class CrossbarState:
 
     def settle(self, forwards: list[Forward]) -> None:
         """These forwards' terms have joined a loss; their graphs would keep activations alive."""
+        self.settled = True
         for forward in forwards:
             forward.consumed, forward.terms = True, {}
 

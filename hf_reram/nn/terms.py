@@ -42,7 +42,8 @@ def account(layer: "CrossbarLayer", driven: Driven, held: Held, y: Tensor) -> Te
         if state.physics.term_reads_output:
             y, signal = _power(layer, y, held.bias, driven.keep)
         if state.term == "sensitivity":
-            term = sensitivity_term(layer, driven, held, forward.batch_size)
+            # Of a layer that is called several times the divergences add up, of the same examples.
+            term = sensitivity_term(layer, driven, held, 0 if name in forward.terms else forward.batch_size)
         elif state.term == "weight":
             term = weight_term(layer, held)
         else:
@@ -83,9 +84,10 @@ def weight_term(layer: "CrossbarLayer", held: Held) -> Tensor:
 
 
 def sensitivity_term(layer: "CrossbarLayer", driven: Driven, held: Held, examples: Any) -> Tensor:
-    """``(½ Σ_i h_i Σ_n |Δy_i|², examples)``: their ratio is, to second order, the KL divergence [nats] per example
-    that this layer's retention error causes in the model's prediction, with ``h_i`` the Fisher information of output
-    channel i (:mod:`hf_reram.calibration.sensitivity`).
+    """``(½ Σ_i h_i Σ_n |Δy_i|², examples)``, spread and mean shift times their coherence: their ratio is, to second
+    order, the KL divergence [nats] per example that the retention error of this layer causes in the model's prediction,
+    of all layers together their sum, with ``h_i`` the Fisher information of output channel i. It and the coherence are
+    those of weights and inputs when they were measured (:mod:`hf_reram.calibration.sensitivity`).
 
     Raises:
         RuntimeError: the layer's Fisher information was never measured.
@@ -98,9 +100,10 @@ def sensitivity_term(layer: "CrossbarLayer", driven: Driven, held: Held, example
     error = layer.error
     variance = layer.to_rows(_variance(layer, held, error))
     h = layer.sensitivity.to(variance.device).reshape(variance.shape[:2])
-    noise = (h * torch.einsum("gor,gr->go", variance, row_power(layer, driven))).sum()
+    of_spread, of_shift = layer.coherence
+    noise = (h * torch.einsum("gor,gr->go", variance, row_power(layer, driven))).sum() * of_spread
     if error.shifts:
-        noise = noise + _mean_power(layer, driven, held, error, h.reshape(-1).sqrt())
+        noise = noise + _mean_power(layer, driven, held, error, h.reshape(-1).sqrt()) * of_shift
     noise = noise.reshape(())
     count = examples.to(noise) if isinstance(examples, Tensor) else torch.full_like(noise, float(examples))
     return torch.stack((0.5 * noise, count))

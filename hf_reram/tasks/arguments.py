@@ -38,6 +38,9 @@ class ReRAMArguments:
     redundancy: float = field(
         default=ReRAMConfig.redundancy, metadata={"help": "share of cells on top, where they do most"}
     )
+    modules_to_not_convert: list[str] | None = field(
+        default=None, metadata={"help": "names, or parts of names between dots, of layers that stay digital"}
+    )
     calibration_batches: int = field(
         default=ReRAMConfig.calibration_batches, metadata={"help": "of training data, that calibration reads"}
     )
@@ -45,6 +48,9 @@ class ReRAMArguments:
     adc_bits: int | None = field(default=None, metadata={"help": "2 to 16, sign included; default ideal"})
     retention_loss: str = ReRAMConfig.retention_loss or "none"
     retention_weight: float = ReRAMConfig.retention_weight
+    retention_warmup: float = field(
+        default=ReRAMConfig.retention_warmup, metadata={"help": "share of the steps over which sampled drift grows"}
+    )
     retention_times: list[str] | None = field(
         default=None, metadata={"help": "to be robust at; default the longest of --times"}
     )
@@ -88,11 +94,13 @@ class ReRAMArguments:
             equalize_inputs=self.equalize_inputs,
             weight_scale=self.weight_scale,
             tile_size=self.tile_size,
+            modules_to_not_convert=self.modules_to_not_convert,
             calibration_batches=self.calibration_batches,
             dac_bits=self.dac_bits,
             adc_bits=self.adc_bits,
             retention_loss=self.retention_loss,
             retention_weight=self.retention_weight,
+            retention_warmup=self.retention_warmup,
             retention_times=self.retention_times or [max(self.times, key=parse_time)],
             temperature=self.temperature,
         )

@@ -132,11 +132,13 @@ def train_base(digits: Digits, folder: Path, epochs: float, seed: int) -> nn.Mod
     return model
 
 
-def make_model(method: Method, base: nn.Module, digits: Digits, folder: Path, epochs: float, seed: int) -> Any:
+def make_model(
+    method: Method, base: nn.Module, digits: Digits, folder: Path, epochs: float, seed: int, redundancy: float = 0.0
+) -> Any:
     """One method's model, made out of the base."""
     set_seed(seed)
     model = copy.deepcopy(base)
-    config = method.config(ReRAMConfig(device=CORNER, retention_times=[TIMES[-1]]))
+    config = method.config(ReRAMConfig(device=CORNER, retention_times=[TIMES[-1]], redundancy=redundancy))
     if method.loss is None:
         patch_model(model, config)
         return calibrate(model, [{"pixel_values": images} for images in digits.train[0].split(64)])
@@ -153,13 +155,15 @@ def run_demo(
     base_epochs: float = 40,
     epochs: float = 25,
     seed: int = 0,
+    redundancy: float = ReRAMConfig.redundancy,
     progress: Callable[[str], None] = print,
 ) -> dict[str, RobustnessReport]:
     """Train, compare, write ``report.json``, ``report.md``, ``robustness.png`` and ``checkpoint/`` into ``folder``, and
     load the checkpoint again.
 
     Args:
-        chips: how many for each row. progress: called with what has just been finished.
+        chips: how many for each row. redundancy: cells on top, as a share, see :class:`ReRAMConfig`.
+        progress: called with what has just been finished.
 
     Returns:
         Reports by label of :data:`METHODS`.
@@ -171,14 +175,15 @@ def run_demo(
     base = train_base(digits, folder, base_epochs, seed)
     accuracy = digits.accuracy(base)["accuracy"]
     progress(f"digital base: {accuracy:.1f} % of {len(digits.test[1])} test digits")
-    with digital(make_model(CONTROL, base, digits, folder, epochs, seed)) as control:
+    shared = base, digits, folder, epochs, seed, redundancy
+    with digital(make_model(CONTROL, *shared)) as control:
         finetuned = digits.accuracy(control)["accuracy"]
     progress(f"{CONTROL.label}: {finetuned:.1f} %")
     reports, ours = {}, None
     for method in METHODS:
         if method is CONTROL:
             continue
-        model = make_model(method, base, digits, folder, epochs, seed)
+        model = make_model(method, *shared)
         report = evaluate_robustness(model, digits.accuracy, times=TIMES, seeds=chips, progress=False)
         reports[method.label] = report
         if method is OURS:

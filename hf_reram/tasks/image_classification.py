@@ -40,8 +40,13 @@ def find_columns(dataset, what: str = "dataset", labels: bool = True) -> tuple[s
     return image, label if labels else None
 
 
-def check_labels(dataset, model: Any, what: str = "dataset") -> dict[Any, int]:
+def check_labels(
+    dataset, model: Any, what: str = "dataset", label_names: Mapping[str, str] | None = None
+) -> dict[Any, int]:
     """Whether a data set's labels are the model's classes; classes without an image are counted in a warning.
+
+    Args:
+        label_names: see :func:`hf_reram.tasks.labels.classes_of`.
 
     Returns:
         the model's class of each label that occurs, see :func:`hf_reram.tasks.labels.classes_of`.
@@ -52,7 +57,8 @@ def check_labels(dataset, model: Any, what: str = "dataset") -> dict[Any, int]:
     _, column = find_columns(dataset, what)
     assert column is not None
     known = model.config.id2label
-    classes = classes_of(dataset[column][:], getattr(dataset.features[column], "names", None), known, what)
+    names = getattr(dataset.features[column], "names", None)
+    classes = classes_of(dataset[column][:], names, known, what, label_names=label_names)
     empty = len(known) - len(set(classes.values()))
     if empty:
         logger.warning("%s has no image of %d of the %d classes", what, empty, len(known))

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..config import ReRAMConfig
+from ..device.checks import shown
 from ..evaluation.content import part_of
 from ..hub.about import task_of
 from .data import KINDS, draw, load_rows, load_tokenizer
@@ -50,13 +51,15 @@ def question_answering(model: Any, name: str, dataset: Any, batch_size: int = 32
     return Task(evaluate, _spread(batches), "HasAns_span_f1" if answerable else "f1", len(dataset))
 
 
-def image_classification(model: Any, name: str, dataset: Any, batch_size: int = 32) -> Task:
+def image_classification(
+    model: Any, name: str, dataset: Any, batch_size: int = 32, label_names: Mapping[str, str] | None = None
+) -> Task:
     """Images and labels, numbers or names.
 
     Raises:
         ValueError: columns are missing, or labels are not the model's.
     """
-    classes = check_labels(dataset, model, "the data set")
+    classes = check_labels(dataset, model, "the data set", label_names)
     _, plain = image_transforms(model, name)
     evaluate = ImageClassification(dataset, plain, batch_size, classes=classes)
     batches = [{"pixel_values": batch["pixel_values"]} for batch in evaluate.batches()]
@@ -74,7 +77,9 @@ def text_generation(model: Any, name: str, dataset: Any, batch_size: int = 32) -
     return Task(evaluate, _spread(evaluate.batches), "perplexity", len(windows))
 
 
-def text_classification(model: Any, name: str, dataset: Any, batch_size: int = 32) -> Task:
+def text_classification(
+    model: Any, name: str, dataset: Any, batch_size: int = 32, label_names: Mapping[str, str] | None = None
+) -> Task:
     """Texts or pairs of them, and labels, numbers or names; for a model with one output numbers.
 
     Raises:
@@ -82,12 +87,15 @@ def text_classification(model: Any, name: str, dataset: Any, batch_size: int = 3
     """
     tokenizer, classes = load_tokenizer(name), model.config.num_labels
     length = min(256, getattr(model.config, "max_position_embeddings", None) or 256)
-    evaluate = TextClassification(dataset, tokenizer, classes, length, batch_size, model.config.id2label)
+    names = model.config.id2label
+    evaluate = TextClassification(dataset, tokenizer, classes, length, batch_size, names, label_names)
     batches = [batch for _, batch in evaluate.batches]
     return Task(evaluate, _spread(batches), "accuracy" if classes > 1 else "pearson", len(dataset))
 
 
-def token_classification(model: Any, name: str, dataset: Any, batch_size: int = 32) -> Task:
+def token_classification(
+    model: Any, name: str, dataset: Any, batch_size: int = 32, label_names: Mapping[str, str] | None = None
+) -> Task:
     """Words and their tags.
 
     Raises:
@@ -97,7 +105,7 @@ def token_classification(model: Any, name: str, dataset: Any, batch_size: int = 
     spaced = {"add_prefix_space": True} if model.config.model_type in ("bloom", "deberta", "gpt2", "roberta") else {}
     tokenizer = load_tokenizer(name, **spaced)
     length = min(512, tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 512)
-    evaluate = TokenClassification(dataset, tokenizer, model.config.id2label, length, batch_size)
+    evaluate = TokenClassification(dataset, tokenizer, model.config.id2label, length, batch_size, label_names)
     batches = [batch for _, batch in evaluate.batches]
     metric = "f1" if are_entity_tags(evaluate.names) else "accuracy"
     return Task(evaluate, _spread(batches), metric, len(dataset))
@@ -105,13 +113,16 @@ def token_classification(model: Any, name: str, dataset: Any, batch_size: int = 
 
 SPLIT = "validation"  # of a data set on the Hub
 
-TASKS = {
+TASKS: dict[str, Callable[..., Task]] = {
     "question-answering": question_answering,
     "image-classification": image_classification,
     "text-classification": text_classification,
     "token-classification": token_classification,
     "text-generation": text_generation,
 }
+
+# Those whose data have labels with names.
+LABELED = ("image-classification", "text-classification", "token-classification")
 
 
 def load_task(
@@ -123,6 +134,7 @@ def load_task(
     samples: int | None = None,
     batch_size: int = 32,
     seed: int = 0,
+    label_names: Mapping[str, str] | None = None,
 ) -> Task:
     """A task with its data.
 
@@ -131,18 +143,22 @@ def load_task(
         dataset: Hub id, parquet, JSON or text file, or folder of images by class.
         split: of a data set on the Hub; None: :data:`SPLIT`.
         samples: drawn by ``seed``; None: all.
+        label_names: which of the model's names each of the data set's is, see
+            :func:`hf_reram.tasks.labels.classes_of`; None: nothing is told.
 
     Raises:
-        ValueError: another task, data that do not fit it, or a split of a file or folder. FileNotFoundError: no such
-            file.
+        ValueError: another task, data that do not fit it, a split of a file or folder, or ``label_names`` of a task
+            without labels. FileNotFoundError: no such file.
     """
     if task not in TASKS:
         raise ValueError(f"task={task!r}: allowed are {sorted(TASKS)}")
+    if label_names and task not in LABELED:
+        raise ValueError(f"label_names={shown(dict(label_names))} with task={task!r}: allowed are {sorted(LABELED)}")
     where = _where(dataset)
     if where and split is not None:
         raise ValueError(f"split={split!r} of {dataset}: allowed is one of a data set on the Hub")
     rows = draw(load_rows(dataset, split or SPLIT, **where), samples, seed)
-    made = TASKS[task](model, name, rows, batch_size)
+    made = TASKS[task](model, name, rows, batch_size, **({"label_names": label_names} if label_names else {}))
     return replace(made, content=part_of("evaluation", made.evaluate))
 
 

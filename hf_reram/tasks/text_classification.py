@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..device.checks import shown
 from ..model.inputs import evaluating
 from .data import batches_by_length
 from .labels import classes_of
@@ -51,9 +52,10 @@ class TextClassification:
         classes: the model's outputs, 1 for a regression.
         max_length: tokens of a text or pair; longer ones are cut. batch_size: texts a forward.
         id2label: the model's names by number, ``model.config.id2label``; None: it has none.
+        label_names: see :func:`hf_reram.tasks.labels.classes_of`; none for a regression.
 
     Raises:
-        ValueError: columns are missing, or labels are not the model's.
+        ValueError: columns are missing, labels are not the model's, or ``label_names`` for a regression.
     """
 
     def __init__(
@@ -64,13 +66,16 @@ class TextClassification:
         max_length: int = 256,
         batch_size: int = 32,
         id2label: Mapping[int, str] | None = None,
+        label_names: Mapping[str, str] | None = None,
     ):
+        if classes == 1 and label_names:
+            raise ValueError(f"label_names={shown(dict(label_names))} for a model with one output: allowed is None")
         texts, label = find_text_columns(dataset, "the evaluation data")
         self.classes, labels = classes, dataset[label][:]
         if classes > 1:
             names = getattr(dataset.features[label], "names", None)
             known = id2label or {i: f"LABEL_{i}" for i in range(classes)}
-            numbers = classes_of(labels, names, known, "the evaluation data")
+            numbers = classes_of(labels, names, known, "the evaluation data", label_names=label_names)
             labels = [numbers[value] for value in labels]
         self.labels = np.asarray(labels, dtype=np.float64)
         encoded = tokenizer(*(dataset[name][:] for name in texts), truncation=True, max_length=max_length)

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..model.inputs import evaluating
 from .data import batches_by_length
-from .labels import classes_of, is_nameless
+from .labels import classes_of, is_nameless, is_number
 from .metrics.entities import are_entity_tags, entity_metrics
 
 logger = logging.get_logger(__name__)
@@ -25,13 +25,16 @@ UNTAGGED = (-1, IGNORED)  # that data sets give words without a tag
 
 
 def find_word_columns(
-    dataset: Any, what: str = "dataset", id2label: Mapping[int, str] | None = None
+    dataset: Any,
+    what: str = "dataset",
+    id2label: Mapping[int, str] | None = None,
+    label_names: Mapping[str, str] | None = None,
 ) -> tuple[str, str]:
     """Names of the words' column and the tags' column; where there are several of tags, as of entities and of parts of
     speech, of the first one whose tags are the model's.
 
     Args:
-        id2label: the model's names by number.
+        id2label: the model's names by number. label_names: see :func:`hf_reram.tasks.labels.classes_of`.
 
     Raises:
         ValueError: there are none, no row, rows with other numbers of words and tags, or several columns of tags and
@@ -45,7 +48,7 @@ def find_word_columns(
         raise ValueError(f"{what} has columns {columns}: missing are {lacking}")
     if len(dataset) == 0:
         raise ValueError(f"{what} is empty: allowed is at least one sentence")
-    column = tags[0] if len(tags) == 1 else _fitting(dataset, tags, id2label or {}, what)
+    column = tags[0] if len(tags) == 1 else _fitting(dataset, tags, id2label or {}, what, label_names)
     for i, (mine, theirs) in enumerate(zip(dataset[words], dataset[column])):
         if not (isinstance(mine, Sequence) and isinstance(theirs, Sequence)) or isinstance(mine, str):
             raise ValueError(f"{what} has {mine!r} and {theirs!r} in row {i}: allowed are lists of words and of tags")
@@ -56,15 +59,21 @@ def find_word_columns(
     return words, column
 
 
-def _fitting(dataset: Any, columns: Sequence[str], id2label: Mapping[int, str], what: str) -> str:
+def _fitting(
+    dataset: Any,
+    columns: Sequence[str],
+    id2label: Mapping[int, str],
+    what: str,
+    label_names: Mapping[str, str] | None,
+) -> str:
     """The first of several columns whose tags are the model's by name; of a model without names, the one that has as
     many names as the model has classes."""
     if not is_nameless(id2label):
         for column in columns:
             tags = {tag for row in dataset[column] for tag in row or ()}
-            if _names(dataset, column) is not None or any(isinstance(tag, str) for tag in tags):
+            if _names(dataset, column) is not None or any(not is_number(tag) for tag in tags):
                 try:
-                    tags_as_classes(dataset, column, id2label)
+                    tags_as_classes(dataset, column, id2label, label_names=label_names)
                 except ValueError:
                     continue
                 return column
@@ -84,19 +93,26 @@ def _names(dataset: Any, column: str) -> list[str] | None:
     return getattr(getattr(dataset.features[column], "feature", None), "names", None)
 
 
-def tags_as_classes(dataset: Any, column: str, id2label: Mapping[int, str], what: str = "dataset") -> list[list[int]]:
+def tags_as_classes(
+    dataset: Any,
+    column: str,
+    id2label: Mapping[int, str],
+    what: str = "dataset",
+    label_names: Mapping[str, str] | None = None,
+) -> list[list[int]]:
     """The tags as numbers of the model's classes, see :func:`hf_reram.tasks.labels.classes_of`; :data:`IGNORED` where a
     word has none (-1 or -100).
 
     Args:
         column: of the tags. id2label: the model's names by number.
+        label_names: see :func:`hf_reram.tasks.labels.classes_of`.
 
     Raises:
         ValueError: tags that are not the model's.
     """
     rows: list[list[Any]] = [[IGNORED if tag in UNTAGGED else tag for tag in row] for row in dataset[column]]
     found = {tag for row in rows for tag in row} - {IGNORED}
-    classes = {**classes_of(found, _names(dataset, column), id2label, what, "tags"), IGNORED: IGNORED}
+    classes = classes_of(found, _names(dataset, column), id2label, what, "tags", label_names) | {IGNORED: IGNORED}
     return [[classes[tag] for tag in row] for row in rows]
 
 
@@ -124,6 +140,7 @@ class TokenClassification:
         dataset: with columns of :data:`WORDS` and :data:`TAGS`. tokenizer: of the model, a fast one.
         id2label: the model's classes by number, ``model.config.id2label``.
         max_length: tokens of a sentence. batch_size: sentences a forward.
+        label_names: see :func:`hf_reram.tasks.labels.classes_of`.
 
     Raises:
         ValueError: as :func:`find_word_columns` and :func:`tags_as_classes`, a tokenizer that does not know words, or
@@ -137,14 +154,15 @@ class TokenClassification:
         id2label: Mapping[int, str],
         max_length: int = 512,
         batch_size: int = 32,
+        label_names: Mapping[str, str] | None = None,
     ):
         what = "the evaluation data"
-        words, tags = find_word_columns(dataset, what, id2label)
+        words, tags = find_word_columns(dataset, what, id2label, label_names)
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(
                 f"{type(tokenizer).__name__} does not tell which word a token is of: allowed is a fast one"
             )
-        classes = tags_as_classes(dataset, tags, id2label, what)
+        classes = tags_as_classes(dataset, tags, id2label, what, label_names)
         self.names = [id2label[i] for i in range(len(id2label))]
         encoded = tokenizer(dataset[words][:], is_split_into_words=True, truncation=True, max_length=max_length)
         labels = [np.array(row) for row in word_labels(encoded, classes)]

@@ -55,22 +55,24 @@ def follow_training(model: nn.Module) -> None:
     optimizer, before :func:`hf_reram.hold_weights`, by all processes. :class:`hf_reram.ReRAMTrainer` does so itself.
     The last steps are best done without, so that the weights settle.
 
-    Layers whose weights are not trained, as beside adapters, keep their numbers, and all do under ``torch.compile``.
+    Layers whose weights are not trained, as beside adapters, keep their numbers, and are only looked at where their
+    inputs come from something that is trained; under ``torch.compile`` all keep theirs, and none is looked at.
     Learned input ranges are left to the optimizer, but moved out where they cut more than a hundredth of the inputs
     off, and more than ``input_percentile`` does.
 
     Raises:
         ValueError: the model is not patched.
     """
-    states, layers = crossbar_states(model), _trained_layers(model)
+    states, layers = crossbar_states(model), _eager_layers(model)
     if states[0].following is None:
         begin_following(model)
         return
     following: Any = states[0].following
     if is_due(following.steps):
         _follow_inputs(layers)
-        for layer in layers.values() if not following.settled else ():
-            _follow_weights(layer)
+        for layer in layers.values():
+            if is_trained(layer) and not following.settled:
+                _follow_weights(layer)
     for state in states:
         following = state.following
         following.seen.clear()
@@ -84,10 +86,13 @@ def begin_following(model: nn.Module, steps: int = 0, settled: bool = False) -> 
     """Begin, or begin anew from the weights as they are, after ``steps`` steps of the optimizer; ``settled``: only
     look, for :func:`clamped_shares`, which go on knowing what was seen before."""
     for state in crossbar_states(model):
-        clamped = {} if state.following is None else state.following.clamped
-        state.following = Following(steps, is_due(steps), settled, clamped=clamped)
-    for layer in _trained_layers(model).values():
-        layer.crossbar.following.rms[layer.crossbar_name] = _weight_rms(layer)
+        before = state.following or Following()
+        state.following = Following(
+            steps, is_due(steps), settled, clamped=before.clamped, clamped_before=before.clamped_before
+        )
+    for layer in _eager_layers(model).values():
+        if is_trained(layer):
+            layer.crossbar.following.rms[layer.crossbar_name] = _weight_rms(layer)
 
 
 def stop_following(model: nn.Module) -> None:
@@ -96,24 +101,23 @@ def stop_following(model: nn.Module) -> None:
         state.following = None
 
 
-def clamped_shares(model: nn.Module) -> dict[str, Tensor]:
+def clamped_shares(model: nn.Module, twice: bool = False) -> dict[str, Tensor]:
     """The share of each layer's inputs that lay beyond its range when it was last looked at, by layer name; NaN
-    where not all of them were finite."""
+    where not all of them were finite. ``twice``: the smaller one of the last two looks, of which one may be a single
+    batch's."""
     found = {}
     for name, layer in patched_layers(model).items():
         following = layer.crossbar.following
         if following is not None and layer.crossbar_name in following.clamped:
             found[name] = following.clamped[layer.crossbar_name]
+            if twice:
+                found[name] = found[name].fmin(following.clamped_before.get(layer.crossbar_name, found[name]))
     return found
 
 
-def _trained_layers(model: nn.Module) -> dict[str, Any]:
-    """Those that follow; a change of a compiled one's numbers would compile it anew."""
-    return {
-        name: layer
-        for name, layer in patched_layers(model).items()
-        if is_trained(layer) and not layer.crossbar.forward.compiled
-    }
+def _eager_layers(model: nn.Module) -> dict[str, Any]:
+    """Those that may be looked at; a change of a compiled one's numbers would compile it anew."""
+    return {name: layer for name, layer in patched_layers(model).items() if not layer.crossbar.forward.compiled}
 
 
 def _follow_inputs(layers: dict[str, Any]) -> None:
@@ -162,8 +166,10 @@ def _follow_input(layer: CrossbarLayer, seen: Seen) -> None:
     beyond = (sums[3] / sums[4]).float()
     looked = sums[0] > 0  # at something that was finite, and no padding
     following: Any = layer.crossbar.following
+    if (before_that := following.clamped.get(name)) is not None:
+        following.clamped_before[name] = before_that
     following.clamped[name] = torch.where(looked, beyond, following.clamped.get(name, math.nan))
-    if following.settled:
+    if following.settled or not is_trained(layer):
         return
     if now.centered:
         mean = (sums[5:] / sums[0].clamp(min=TINY)).float()

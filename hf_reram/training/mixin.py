@@ -251,11 +251,19 @@ class TrainingMixin(TaskLossMixin):
 
     def _begin_step(self, tended: bool) -> None:
         self._tended, self._joined, self._guided = tended, False, False
+        for state in crossbar_states(self.model):
+            state.begin_step()
+
+    def _refuse_unguided(self, method: str) -> None:
+        """As :class:`TaskLossMixin`'s, where the step has run the model."""
+        if any(state.began for state in crossbar_states(self.model)):
+            super()._refuse_unguided(method)
 
     def _refuse_lost(self, method: str) -> None:
         """
         Raises:
-            RuntimeError: in a step with a method of one's own no drift was sampled, or the retention loss joined none.
+            RuntimeError: a step with a method of one's own has run the model, and no drift was sampled, or the
+                retention loss joined none.
         """
         own, wanted = f"{type(self).__name__}.{method}", f"retention_loss={self.reram_config.retention_loss!r}"
         if self._joined:
@@ -265,8 +273,8 @@ class TrainingMixin(TaskLossMixin):
                 f"{own} calls neither super().{method} nor hf_reram.add_retention_loss, so that {wanted} joins no "
                 "loss: call one of them"
             )
-        drifting = [s.forward for s in crossbar_states(self.model) if s.physics.drift is not None and not s.digital]
-        if drifting and not self._tended and all(forward.sampling is None for forward in drifting):
+        trained = [state for state in crossbar_states(self.model) if state.trained and not self._tended]
+        if any(state.physics.drift is not None and not state.sampled for state in trained):
             raise RuntimeError(
                 f"{own} calls neither super().{method} nor hf_reram.sampled_drift, so that {wanted} samples no drift: "
                 "call one of them"
@@ -291,9 +299,11 @@ class TrainingMixin(TaskLossMixin):
 
     def _left_terms(self) -> bool:
         """Whether the step's forwards hold a retention loss that was not taken."""
-        states = crossbar_states(self.model)
-        closed = any(state.term is not None and state.forward.terms for state in states)
-        return closed or any(state.config.retention_loss == "consistency" for state in states)
+        states = [state for state in crossbar_states(self.model) if state.trained]
+        closed = [state for state in states if state.term is not None]
+        # The last one may be one without gradients, or in evaluation.
+        left = any(not state.settled or (state.forward.grad and state.forward.terms) for state in closed)
+        return left or any(state.config.retention_loss == "consistency" for state in states)
 
     def _sampled_drift(self, kind: str | None = None) -> AbstractContextManager:
         """That of this step, the same in all its micro-batches and processes, as strong as the warm-up lets it be."""
@@ -384,7 +394,8 @@ class TrainingMixin(TaskLossMixin):
         if not shares:
             return
         logs["clamped"] = sum(shares.values()) / len(shares)
-        high = [f"{name} ({share:.0%})" for name, share in shares.items() if share > MUCH_CLAMPED]
+        lasting = clamped_shares(self.model, twice=True)
+        high = [f"{name} ({share:.0%})" for name, share in shares.items() if float(lasting[name]) > MUCH_CLAMPED]
         if high and self.state.global_step > 0 and not self._told_of_clamped:
             self._told_of_clamped = True
             follow = "" if self.follow_training else "let numbers follow the training (follow_training=True), or "

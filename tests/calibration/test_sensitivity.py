@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import BertForTokenClassification, GPT2Config, GPT2LMHeadModel
 
-from hf_reram import ReRAMConfig, calibrate, crossbar_layers, deploy, patch_model
+from hf_reram import ReRAMConfig, calibrate, crossbar_layers, deploy, patch_model, retention_loss
 from hf_reram.calibration.sensitivity import measure_sensitivity
 from hf_reram.calibration.spread import spread_effects
 from tests.samples.devices import device, straight
@@ -253,3 +253,30 @@ def test_weights_of_inference_mode_are_calibrated_all_the_same(caplog):
         calibrate(model, [torch.randn(16, 2, 8, 8)])
     assert not any(layer._forward_hooks for layer in crossbar_layers(model).values())
     assert all(layer.calibrated for layer in crossbar_layers(model).values())
+
+
+@pytest.mark.parametrize("mean", [0.0, -0.02])
+@pytest.mark.parametrize("kind", [Net, Pooled])
+def test_the_loss_is_the_divergence_that_chips_show(kind, mean):
+    """All layers' cells together: pixels that meet the same cells, and shifts that move all layers alike."""
+    torch.manual_seed(0)
+    model, x = kind().eval(), torch.randn(200, 2, 8, 8) + 1.0
+    with torch.no_grad():
+        model.head.weight.mul_(4)
+        expected = model(x).log_softmax(-1)
+    retention = {"type": "log", "std_offset": [0.1], "std_slope": [0.0], "mean_offset": [0.0, mean]}
+    config = straight(
+        device=device(v0=1e6, read_noise=0.0, retention=retention),
+        retention_times=["1s"],
+        retention_loss="sensitivity",
+        center_inputs=False,
+    )
+    calibrate(patch_model(model, config), [x])
+    model.train()(x)
+    found = float(retention_loss(model))
+    divergences = []
+    with torch.no_grad():
+        for seed in range(60):
+            with deploy(model.eval(), "1s", seed=seed):
+                divergences.append(F.kl_div(model(x).log_softmax(-1), expected, reduction="batchmean", log_target=True))
+    assert found == pytest.approx(float(torch.stack(divergences).mean()), rel=0.2)

@@ -230,19 +230,16 @@ def test_reports_of_other_weights_are_removed_with_a_word_and_those_of_unknown_o
     assert f"{tmp_path}: removing robustness.json, robustness.png, comparison.json, which are of other" in caplog.text
 
 
-@pytest.mark.parametrize("weights", ["", "here", "there", None])
+@pytest.mark.parametrize("weights", ["", "here", "there"])
 def test_what_a_card_says_of_other_weights_goes_and_what_a_person_has_written_stays(tmp_path, weights):
-    """None: its report is gone already."""
     found, file = report(), tmp_path / "README.md"
-    found.weights = weights or ""
+    found.weights = weights
     publish(tmp_path, found)
     text = file.read_text().replace("---\n", "---\nlicense: mit\n", 1)
     file.write_text(text.replace(BEGIN, f"Above.\n\n{BEGIN}").replace(END, f"{END}\n\nBelow."))
     written = file.read_text()
-    if weights is None:
-        (tmp_path / "robustness.json").unlink()
     remove_foreign(tmp_path, "here")
-    if weights in ("", "here"):
+    if weights != "there":
         assert file.read_text() == written and "model-index" in written
         return
     card = ModelCard.load(file)
@@ -254,6 +251,34 @@ def test_what_a_card_says_of_other_weights_goes_and_what_a_person_has_written_st
     assert again.text.strip() == ModelCard(written).text.strip() and again.data.license == "mit"
 
 
+@pytest.mark.parametrize("left", [None, "", "{}", '{"measurements": 3}'])
+@pytest.mark.parametrize("rows", ["here", "there", None])
+def test_without_a_report_a_cards_figures_go_only_where_its_comparison_is_of_others(
+    tmp_path, caplog, monkeypatch, left, rows
+):
+    """left: what the report's file holds, None where it is gone. rows: what weights the comparison is of."""
+    monkeypatch.setattr(logging.getLogger("hf_reram.hub.publish"), "propagate", True)
+    found = report()
+    found.weights = rows or "there"
+    publish(tmp_path, found, None if rows is None else {"hf_reram": found})
+    (tmp_path / "robustness.json").unlink()
+    if left is not None:
+        (tmp_path / "robustness.json").write_text(left)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    remove_foreign(tmp_path, "here")
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    told = (
+        f"{tmp_path / 'robustness.json'} cannot be read, so that nothing tells whether its figures are of these weights"
+    )
+    assert (told in caplog.text) == (left is not None)
+    assert ("removing" in caplog.text) == (rows == "there")
+    if rows == "there":
+        assert before.keys() - after.keys() == {"robustness.png", "comparison.json"}
+        assert not ModelCard.load(tmp_path / "README.md").text.partition(BEGIN)[2].partition(END)[0].strip()
+    else:
+        assert after == before
+
+
 def test_a_card_without_figures_and_a_persons_own_stay(tmp_path):
     bare, file = report(), tmp_path / "README.md"
     bare.measurements = []
@@ -263,6 +288,9 @@ def test_a_card_without_figures_and_a_persons_own_stay(tmp_path):
         file.write_text(text)
         remove_foreign(tmp_path, "here")
         assert file.read_text() == text
+    found = report()
+    found.weights = "there"
+    found.to_json(tmp_path / "robustness.json")
     file.write_text(f"---\n: [\n---\nmine\n{BEGIN}\nfigures\n{END}\n")
     assert holds_figures(tmp_path)
     remove_foreign(tmp_path, "here")

@@ -6,12 +6,15 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
-from transformers import BertForSequenceClassification
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
 from hf_reram import ReRAMConfig, deploy, evaluate_robustness, patch_model, reconfigure, report_of, unpatch_model
-from hf_reram.hub.card import BEGIN, END
+from hf_reram.hub.card import BEGIN, END, UNMEASURED
 from hf_reram.hub.push import HfApi, prepare, push
+from hf_reram.integrations.saving import standing_in
+from hf_reram.model.digest import weights_digest
 from tests.samples.models import bert_batch, tiny_bert
 
 
@@ -176,6 +179,104 @@ def test_figures_of_other_weights_do_not_stay_where_a_model_is_saved(tmp_path):
     assert before.keys() - left == {"robustness.json", "robustness.png"}
     assert not (tmp_path / "README.md").read_text().partition(BEGIN)[2].partition(END)[0].strip()
     assert report_of(BertForSequenceClassification.from_pretrained(tmp_path)) is None
+
+
+def published(folder, **changes):
+    """A measured model's folder with its weights and figures, and what is in it."""
+    model, report = measured(**changes)
+    model.save_pretrained(folder)
+    report.to_json(folder / "robustness.json")
+    prepare(folder, model)
+    return model, report, in_folder(folder)
+
+
+def in_folder(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def card_says(folder):
+    return (folder / "README.md").read_text().partition(BEGIN)[2].partition(END)[0].strip()
+
+
+def test_figures_are_held_against_the_state_that_is_saved(tmp_path):
+    """Not against the model, which may be elsewhere, as beside an average of its weights."""
+    model, report, before = published(tmp_path)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        model.classifier.bias.add_(1)
+    model.save_pretrained(tmp_path, state_dict=state)
+    assert in_folder(tmp_path) == before
+    again = BertForSequenceClassification.from_pretrained(tmp_path)
+    assert weights_digest(again) == report.weights != weights_digest(model)
+    assert report_of(again).measurements == report.measurements and report_of(model) is None
+    model.load_state_dict(state)
+    other = {**state, "classifier.bias": state["classifier.bias"] + 1}
+    model.save_pretrained(tmp_path, state_dict=other)
+    assert before.keys() - in_folder(tmp_path).keys() == {"robustness.json", "robustness.png"}
+    assert not card_says(tmp_path) and report_of(model).weights == report.weights
+    assert model.state_dict()["classifier.bias"].equal(state["classifier.bias"])
+    assert report_of(BertForSequenceClassification.from_pretrained(tmp_path)) is None
+
+
+@pytest.mark.parametrize("left_out, stay", [(r"input_range|adc_range|gain", True), (r"classifier\.bias", False)])
+def test_of_a_state_that_lacks_something_figures_are_of_what_is_loaded(tmp_path, left_out, stay):
+    """Crossbars' numbers are saved by themselves; other weights would be made anew."""
+    model, _, before = published(tmp_path)
+    state = {name: tensor for name, tensor in model.state_dict().items() if not re.search(left_out, name)}
+    model.save_pretrained(tmp_path, state_dict=state)
+    assert (in_folder(tmp_path) == before) == stay and ("robustness.json" in in_folder(tmp_path)) == stay
+
+
+def test_of_a_state_with_tied_weights_once_figures_stay(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    model = patch_model(BertForMaskedLM(BertConfig(vocab_size=20, **sizes)).eval(), ReRAMConfig())
+    tokens = torch.arange(6)[None]
+    score = lambda m: float(m(tokens).logits.mean().detach())  # noqa: E731
+    report = evaluate_robustness(model, score, ["1d"], seeds=1, progress=False)
+    model.save_pretrained(tmp_path)
+    report.to_json(tmp_path / "robustness.json")
+    state = load_file(tmp_path / "model.safetensors")
+    assert len(model.state_dict().keys() - state.keys()) == 2  # the decoder's weight and bias
+    with torch.no_grad():
+        model.cls.predictions.bias.add_(1)
+    model.save_pretrained(tmp_path, state_dict=dict(state))
+    assert report_of(BertForMaskedLM.from_pretrained(tmp_path)).measurements == report.measurements
+    state["cls.predictions.bias"] = state["cls.predictions.bias"] + 1
+    model.save_pretrained(tmp_path, state_dict=state)
+    assert not (tmp_path / "robustness.json").exists()
+
+
+def test_weights_of_a_variant_leave_the_figures_of_those_beside_them(tmp_path):
+    model, _, before = published(tmp_path / "both")
+    model.half().save_pretrained(tmp_path / "both", variant="fp16")
+    after = in_folder(tmp_path / "both")
+    assert after.keys() - before.keys() == {"model.fp16.safetensors"}
+    assert all(after[name] == before[name] for name in before if name != "config.json")
+    model, _, before = published(tmp_path / "alone")
+    (tmp_path / "alone" / "model.safetensors").unlink()
+    model.half().save_pretrained(tmp_path / "alone", variant="fp16")
+    assert "robustness.json" not in in_folder(tmp_path / "alone") and not card_says(tmp_path / "alone")
+
+
+def test_a_card_is_of_the_state_that_stands_in(tmp_path):
+    """As in ``save_pretrained(push_to_hub=True, state_dict=...)``."""
+    model, report, before = published(tmp_path)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        model.classifier.bias.add_(1)
+    with standing_in(model, state):
+        prepare(tmp_path, model)
+    assert in_folder(tmp_path)["README.md"] == before["README.md"] and UNMEASURED not in card_says(tmp_path)
+    with pytest.raises(ValueError, match="measured on other weights"):
+        prepare(tmp_path, model)
+    model.load_state_dict(state)
+    assert report_of(model) is report
+    with standing_in(model, {**state, "classifier.bias": state["classifier.bias"] + 1}):
+        assert report_of(model) is None
+        (tmp_path / "robustness.json").unlink()
+        prepare(tmp_path, model)
+    assert UNMEASURED in card_says(tmp_path) and not (tmp_path / "robustness.png").exists()
 
 
 @pytest.mark.parametrize("of_model", [False, True])

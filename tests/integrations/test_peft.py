@@ -373,6 +373,26 @@ def test_a_report_is_of_its_adapters_scale(base, tmp_path):
     assert report_of(load_model(tmp_path)) is None
 
 
+def test_figures_beside_adapters_are_held_against_the_state_that_is_saved(base, tmp_path):
+    model, batch = with_lora(base).eval(), bert_batch()
+    report = evaluate_robustness(model, lambda m: float(logits(m, batch, False).sum()), ["1d"], seeds=1, progress=False)
+    model.save_pretrained(tmp_path)
+    report.to_json(tmp_path / "robustness.json")
+    trained = ("lora_", "modules_to_save")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    mine = {name: tensor for name, tensor in state.items() if any(part in name for part in trained)}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(1)
+    theirs = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=mine)
+    assert report_of(load_model(tmp_path)).measurements == report.measurements
+    model.load_state_dict(mine, strict=False)
+    model.save_pretrained(tmp_path, state_dict=theirs)
+    assert not (tmp_path / "robustness.json").exists() and report_of(model) is report
+
+
 def test_adapters_that_nothing_wraps_are_told_apart_too(base):
     model = BertForSequenceClassification.from_pretrained(base)
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["query"]), model)

@@ -51,6 +51,27 @@ CASES = [
 
 
 @pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("options", [{}, {"adc_bits": 8}], ids=str)
+def test_a_tokens_own_range_may_be_all_that_half_precision_holds(options, dtype):
+    """The unit of current is the range over the shrink, beyond float16's largest number."""
+    torch.manual_seed(0)
+    wide = nn.Sequential(nn.Linear(16, 8, bias=False)).eval()
+    x = torch.randn(64, 16)
+    x[:4, 3] = 6e4
+    with torch.no_grad():
+        wide[0].weight.mul_(0.1)
+    wide.to(dtype).float()
+    patch_model(wide, ReRAMConfig(device=device(v0=0.1), input_range="per_token", range_shrink=0.3, **options))
+    calibrate(wide, [x])
+    half = copy.deepcopy(wide).to(dtype)
+    with torch.no_grad(), deploy(half, "1s", seed=0), deploy(wide, "1s", seed=0):
+        found, expected = half(x.to(dtype)).float(), wide(x)
+    # Read noise is drawn anew in each.
+    assert torch.isfinite(found).all() and found[:4].abs().amax() > 1000
+    assert float((found - expected)[:4].norm() / expected[:4].norm()) < 0.3
+
+
+@pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(
     ("voltage", "shrink", "options"), [*CASES, (3.2, 1.0, {}), (4.9, 1.0, {}), (3.2, 1.0, LEARNED)], ids=str
 )

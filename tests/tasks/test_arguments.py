@@ -25,10 +25,12 @@ def test_flags_reach_the_config(tmp_path):
     flags = ["--device", str(file), "--range_shrink", "0.5", "--weight_clip", "none", "--temperature", "330"]
     flags += ["--retention_loss", "output+drift", "--retention_weight", "0.3", "--retention_times", "1d", "10y"]
     flags += ["--weight_scale", "per_tile", "--tile_size", "64", "--redundancy", "0.05"]
-    flags += ["--dac_bits", "8", "--adc_bits", "9"]
+    flags += ["--dac_bits", "8", "--adc_bits", "9", "--retention_warmup", "0.9"]
+    flags += ["--modules_to_not_convert", "down_proj", "lm_head"]
     config = parse(*flags).config()
     assert (config.weight_scale, config.tile_size, config.dac_bits, config.adc_bits) == ("per_tile", 64, 8, 9)
     assert config.redundancy == 0.05
+    assert (config.retention_warmup, config.modules_to_not_convert) == (0.9, ["down_proj", "lm_head"])
     assert (config.device.name, config.range_shrink, config.weight_clip, config.temperature) == ("mine", 0.5, None, 330)
     assert (config.retention_loss, config.retention_weight) == ("output+drift", 0.3)
     assert len(config.retention_times) == 2

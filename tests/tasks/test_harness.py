@@ -234,6 +234,7 @@ def test_eval_of_lm_eval_tasks(tmp_path):
     for more, message in (
         (["--dataset", "x.json"], "allowed is one of them"),
         (["--task", "text-generation"], "allowed is --task with --dataset"),
+        (["--label-names", "a=b"], "allowed is --label-names with --dataset"),
     ):
         refused = run(*more)[0]
         assert refused.exit_code == 1 and message in refused.output

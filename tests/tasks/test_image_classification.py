@@ -146,6 +146,8 @@ def test_images_are_of_the_models_classes_by_name():
         ValueError, match=r"labels \['grey'\] among its .*'grey', 'red'\]: allowed .* \['blue', .*'violet'\]"
     ):
         check_labels(data, named(["violet", "red", "green", "blue"]))
+    told = {"grey": "violet"}
+    assert check_labels(data, named(["violet", "red", "green", "blue"]), label_names=told) == {0: 1, 1: 2, 2: 3, 3: 0}
 
 
 def test_transforms_come_from_where_the_model_does(tmp_path):

@@ -96,3 +96,38 @@ def test_eval_of_text_classification(tmp_path):
     report = json.loads((tmp_path / "out" / "robustness.json").read_text())
     assert report["about"]["task"] == "text-classification" and report["about"]["metric"] == "accuracy"
     assert 0 <= report["digital"]["accuracy"] <= 100 and len(report["measurements"]) == 2
+
+
+def test_eval_of_a_data_set_with_names_of_its_own(tmp_path):
+    model = bert()
+    model.config.id2label = {0: "NEGATIVE", 1: "NEUTRAL", 2: "POSITIVE"}
+    model.save_pretrained(tmp_path / "base")
+    words().save_pretrained(tmp_path / "base")
+    names = ["good", "bad", "so so"]
+    told = ["--label-names", "bad=NEGATIVE,so so=NEUTRAL", "--label-names", "good=POSITIVE"]
+    features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+    data = Dataset.from_dict({"text": TEXTS, "label": [0, 1, 2, 2] * 3}, features=features)
+    data.to_parquet(tmp_path / "texts.parquet")
+    command = ["--dataset", str(tmp_path / "texts.parquet"), "--device", "cmo-hfox-ibm"]
+    evaluated = ["eval", str(tmp_path / "base"), *command, "--chips", "1", "--times", "1d", "--json"]
+    evaluated += ["--output", str(tmp_path / "out")]
+    refused = CliRunner().invoke(app, evaluated)
+    assert refused.exit_code == 1 and "label-names" in refused.output
+    assert "['bad', 'good', 'so so']" in refused.output and "['NEGATIVE', 'NEUTRAL', 'POSITIVE']" in refused.output
+    done = CliRunner().invoke(app, [*evaluated, *told])
+    assert done.exit_code == 0, done.output
+    numbers = Dataset.from_dict({"text": TEXTS, "label": [2, 0, 1, 1] * 3})
+    wanted = TextClassification(numbers, words(), 3)(model)["accuracy"]
+    report = json.loads((tmp_path / "out" / "robustness.json").read_text())
+    assert report["digital"]["accuracy"] == wanted != TextClassification(data, words(), 3)(model)["accuracy"]
+    looked = CliRunner().invoke(app, ["inspect", str(tmp_path / "base"), *command, "--json", *told])
+    assert looked.exit_code == 0 and json.loads(looked.stdout)["layers"], looked.output
+    for kind in ("text-generation", "question-answering"):
+        wrong = CliRunner().invoke(app, [*evaluated, *told, "--task", kind])
+        assert wrong.exit_code == 1 and f"with task='{kind}'" in wrong.output
+
+
+def test_a_regression_has_no_names_of_labels():
+    data = Dataset.from_dict({"text": TEXTS, "label": [0.5] * len(TEXTS)})
+    with pytest.raises(ValueError, match="for a model with one output: allowed is None"):
+        TextClassification(data, words(), 1, label_names={"a": "b"})

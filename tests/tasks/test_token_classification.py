@@ -82,6 +82,20 @@ def test_tags_are_the_models_by_name():
     assert TokenClassification(data, pieces(), nameless)(model) == {"accuracy": 100.0}
 
 
+def test_tags_may_be_told():
+    said = [["NONE", "first", "in", "TIME"][: len(words)] + ["NONE"] * (len(words) - 4) for words in SENTENCES]
+    digits = [["0"] * len(words) for words in SENTENCES]
+    told = {"NONE": "O", "first": "B-PART", "in": "I-PART", "TIME": "3"}
+    for columns in ({"ner_tags": said}, {"ner_tags": digits, "pos_tags": said}):
+        data, names = Dataset.from_dict({"tokens": SENTENCES, **columns}), dict(enumerate(NAMES))
+        with pytest.raises(ValueError, match=r"or label_names that say|nothing tells which of them"):
+            TokenClassification(data, pieces(), names)
+        found = TokenClassification(data, pieces(), names, label_names=told)
+        assert found.wanted[0].tolist() == [0, 1, 2, 3]
+    data = Dataset.from_dict({"tokens": SENTENCES, "ner_tags": digits})
+    assert TokenClassification(data, pieces(), names).wanted[0].tolist() == [0] * 4
+
+
 @pytest.mark.parametrize("none", [-1, -100])
 @pytest.mark.parametrize("named", [True, False])
 def test_words_without_a_tag_are_left_out_and_counted(caplog, none, named):

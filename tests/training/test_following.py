@@ -332,6 +332,35 @@ def test_much_that_is_clamped_is_told_once(caplog):
     assert float(clamped_shares(model)["0"]) > 0.5
 
 
+def test_one_batch_beyond_the_range_is_not_much():
+    model, x = layer_in_training()
+    follow_training(model)
+    begin_following(model, settled=True)
+    for inputs, once, lasting in ((x, False, False), (20 * x, True, False), (20 * x, True, True)):
+        model(inputs)
+        follow_training(model)
+        assert [float(clamped_shares(model, twice)["0"]) > 0.5 for twice in (False, True)] == [once, lasting]
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_frozen_layers_behind_what_is_trained_are_looked_at_and_keep_their_numbers(trained):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), torch.randn(256, 8)
+    calibrate_again(patch_model(model, ReRAMConfig(retention_loss="none", weight_clip=None)), [x])
+    model.train().requires_grad_(False)
+    model[0].weight.requires_grad_(trained)
+    follow_training(model)
+    before = {name: getattr(model[1], name).clone() for name in BUFFERS}
+    with torch.no_grad():
+        model[0].weight.mul_(50)
+    for _ in range(2):
+        model(x)
+        follow_training(model)
+    assert all(torch.equal(before[name], getattr(model[1], name)) for name in BUFFERS)
+    shares = clamped_shares(model)
+    assert float(shares["1"]) > 0.5 if trained else shares == {}
+
+
 def test_compiled_layers_keep_their_numbers():
     model, x = layer_in_training()
     before = {name: getattr(model[0], name).clone() for name in BUFFERS}

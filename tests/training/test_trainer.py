@@ -479,6 +479,107 @@ def test_a_training_step_of_ones_own_may_do_all_that_ours_does(tmp_path, kind, l
     torch.testing.assert_close(trained(tmp_path, kind, loss), trained(tmp_path, ReRAMTrainer, loss))
 
 
+class SkippingStep(ReRAMTrainer):
+    """Leaves the batch of the first of three steps out."""
+
+    left_out = 0
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.state.global_step == self.left_out:
+            return self.instead(model, inputs)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def instead(self, model, inputs):
+        return torch.tensor(0.0)
+
+
+class LookingStep(SkippingStep):
+    """Which has a look at the batch first."""
+
+    def instead(self, model, inputs):
+        with torch.no_grad():
+            seen = model(**self._prepare_inputs(inputs)).loss, model.train()(**inputs).loss
+        return 0 * torch.stack(seen).mean()
+
+
+class SkippingLoss(OwnLoss):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.state.global_step == 0:
+            return 0 * model.classifier.bias.sum()
+        return ReRAMTrainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+
+class StrayingStep(SkippingStep):
+    """In the last of three steps a forward of its own, and one in evaluation after it."""
+
+    left_out = 2
+
+    def instead(self, model, inputs):
+        inputs = self._prepare_inputs(inputs)
+        loss = model.train()(**inputs).loss
+        loss.backward()
+        with torch.no_grad(), self._sampled_drift():
+            model.eval()(**inputs)
+        return loss.detach()
+
+
+def steps_of(folder, kind, loss, **options):
+    """How many steps of three a trainer has counted a task loss of."""
+    args = arguments(folder, max_steps=3, logging_steps=3)
+    config = ReRAMConfig(retention_loss=loss)
+    trainer = kind(fresh_bert(), args, train_dataset=examples(), reram_config=config, **options)
+    counted = []
+    trainer._count = lambda name, value, weight=1.0: counted.append(trainer.state.global_step)
+    trainer.train()
+    return sorted(set(counted))
+
+
+LOSSES = ("none", "drift", "output", "sensitivity+drift", "consistency")
+
+
+@pytest.mark.parametrize("kind", [SkippingStep, LookingStep, SkippingLoss])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_step_that_leaves_its_batch_out_loses_nothing(tmp_path, kind, loss):
+    assert steps_of(tmp_path, kind, loss) == [1, 2]
+
+
+@pytest.mark.parametrize("kind", [SkippingStep, SkippingLoss])
+def test_nor_does_a_teacher_where_no_forward_ran(tmp_path, kind):
+    assert steps_of(tmp_path, kind, "none", teacher=fresh_bert(1)) == [1, 2]
+    digitally = kind(
+        fresh_bert(),
+        arguments(tmp_path, max_steps=2),
+        train_dataset=examples(),
+        reram_config=ReRAMConfig(retention_loss="none"),
+        teacher=fresh_bert(1),
+    )
+    digitally.train_digitally()
+    assert digitally.state.global_step == 2
+
+
+@pytest.mark.parametrize(
+    ("loss", "told"),
+    [("drift", "samples no drift"), ("output", "joins no loss"), ("consistency", "joins no loss")],
+)
+def test_a_later_step_that_loses_the_retention_is_refused_too(tmp_path, loss, told):
+    with pytest.raises(RuntimeError, match=rf"StrayingStep\.training_step calls neither .*'{loss}' {told}"):
+        steps_of(tmp_path, StrayingStep, loss)
+    assert steps_of(tmp_path, StrayingStep, "none") == [0, 1]
+
+
+def test_a_digital_step_without_its_teacher_is_refused(tmp_path):
+    trainer = StrayingStep(
+        fresh_bert(),
+        arguments(tmp_path, max_steps=3),
+        train_dataset=examples(),
+        reram_config=ReRAMConfig(retention_loss="none"),
+        teacher=fresh_bert(1),
+    )
+    with pytest.raises(RuntimeError, match=r"StrayingStep\.training_step .* so that teacher= teaches nothing"):
+        trainer.train_digitally()
+    assert trainer.state.global_step == 2
+
+
 def test_a_training_step_of_ones_own_trains_digitally_and_loses_no_teacher_nor_nan(tmp_path):
     options = {"train_dataset": examples(), "reram_config": ReRAMConfig(retention_loss="none")}
     OwnStep(fresh_bert(), arguments(tmp_path), **options).train_digitally()

@@ -243,9 +243,15 @@ def _like(y: Tensor, out: Tensor, step: Tensor) -> Iterator[tuple[Tensor, Tensor
 # The cells
 
 
-def all_within(weight: Tensor, scale: Tensor) -> bool:
-    """Whether no weight is beyond w_scale: looking is cheaper than clipping, and after each step of training it is
-    so."""
+def all_within(weight: Tensor, scale: Tensor, copies: Tensor | None = None) -> bool:
+    """Whether no weight is beyond w_scale, times the copies of its row: looking is cheaper than clipping, and after
+    each step of training it is so."""
+    if copies is not None:
+        parts = row_slices(weight, PIECE)
+        return all(
+            bool((weight[part].abs() <= _rows(scale, weight, part) * _rows(copies, weight, part)).all())
+            for part in parts
+        )
     shape = (1,) * (weight.dim() - scale.dim()) + scale.shape
     dims = [d for d, size in enumerate(shape) if size == 1]
     scale = scale.view(shape)
@@ -257,41 +263,55 @@ def all_within(weight: Tensor, scale: Tensor) -> bool:
 def weight_variance(weight: Tensor, scale: Tensor, std: Tensor) -> Tensor:
     """:func:`.reference.weight_variance`."""
     result = torch.empty_like(weight)
-    for _, k, found, out in _weight_pieces(weight, scale, (std,), False, result):
-        torch.mul(found[0].value, k, out=out).square_()
+    for part, k, found in _weight_pieces(weight, scale, (std,), False):
+        torch.mul(found[0].value, k, out=result[part]).square_()
     return result
 
 
-def weight_variance_gradient(grad: Tensor, weight: Tensor, scale: Tensor, std: Tensor) -> Tensor:
+def weight_variance_gradient(
+    grad: Tensor, weight: Tensor, scale: Tensor, std: Tensor, copies: Tensor | None = None
+) -> Tensor:
     """:func:`.reference.weight_variance_gradient`."""
     result = torch.empty_like(weight)
-    for w, k, found, g, out in _weight_pieces(weight, scale, (std,), True, grad, result):
-        torch.mul(found[0].value, found[0].slope, out=out).mul_(torch.sign(w, out=found[0].value)).mul_(2 * k).mul_(g)
+    for part, _, (found,) in _weight_pieces(weight, scale, (std,), True, copies):
+        out = torch.mul(found.value, found.slope, out=result[part])
+        out.mul_(torch.sign(weight[part], out=found.value)).mul_(2 * _rows(scale, weight, part)).mul_(grad[part])
     return result
 
 
 def drifted_weight(
-    weight: Tensor, scale: Tensor, noise: Tensor, std: Tensor, mean: Tensor | None, slope: bool, variance: bool
+    weight: Tensor,
+    scale: Tensor,
+    noise: Tensor,
+    std: Tensor,
+    mean: Tensor | None,
+    slope: bool,
+    variance: bool,
+    copies: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """:func:`.reference.drifted_weight`; the slope is written over the noise, as new memory costs a pass of its own."""
     drifted = torch.empty_like(weight)
-    slopes = noise if slope else drifted
-    squares = torch.empty_like(weight) if variance else drifted
+    squares = torch.empty_like(weight) if variance else None
+    share = None if copies is None else copies.rsqrt()
     tables = (std,) if mean is None else (std, mean)
-    others = noise, slopes, squares, drifted
-    for w, k, (spread, *shift), n, d, square, out in _weight_pieces(weight, scale, tables, slope, *others):
-        if variance:
-            torch.mul(spread.value, k, out=square).square_()
+    for part, k, (spread, *shift) in _weight_pieces(weight, scale, tables, slope, copies):
+        w, n, out = weight[part], noise[part], drifted[part]
+        if share is not None:
+            of_rows = _rows(share, weight, part)
+            n.mul_(of_rows)
+        if squares is not None:
+            square = torch.mul(spread.value, k, out=squares[part])
+            (square if share is None else square.mul_(of_rows)).square_()
         torch.mul(n, spread.value, out=out)
         sign = torch.sign(w, out=spread.value)
         if slope:
-            torch.mul(n, spread.slope, out=d).mul_(sign).add_(1.0)
+            n.mul_(spread.slope).mul_(sign).add_(1.0)
         for found in shift:
             out.addcmul_(found.value, sign)
             if slope:
-                d.add_(found.slope)
+                n.add_(found.slope)
         out.mul_(k).add_(w)
-    return drifted, slopes if slope else None, squares if variance else None
+    return drifted, noise if slope else None, squares
 
 
 class Found(NamedTuple):
@@ -342,16 +362,24 @@ class Lookup:
 
 
 def _weight_pieces(
-    weight: Tensor, scale: Tensor, tables: tuple[Tensor, ...], slope: bool, *others: Tensor
-) -> Iterator[tuple[Any, ...]]:
-    """Row slices of a weight, its scale, what is found in each table, and further tensors of the weight's shape."""
-    # A scale of fewer dimensions lies along the last one (Conv1D), even where the weight is square.
-    by_row = scale.dim() == weight.dim() and len(scale) == len(weight)
-    slices, unit = row_slices(weight, PIECE), scale.clamp(min=1e-30)
+    weight: Tensor, scale: Tensor, tables: tuple[Tensor, ...], slope: bool, copies: Tensor | None = None
+) -> Iterator[tuple[slice, Tensor, list[Found]]]:
+    """Row slices of a weight, w_scale there, times the copies of its rows, and what is found in each table."""
+    slices = row_slices(weight, PIECE)
     lookup = Lookup(tables, (slices[0].stop if slices else 0, *weight.shape[1:]), slope)
+    together = None if copies is None else _work(weight, slices)
     for part in slices:
-        found = lookup.of_weight(weight[part], unit[part] if by_row else unit)
-        yield (weight[part], scale[part] if by_row else scale, found, *(t[part] for t in others))
+        k = _rows(scale, weight, part)
+        if together is not None:
+            out = together[: part.stop - part.start]
+            k = torch.mul(k.expand(out.shape), _rows(copies, weight, part), out=out)
+        yield part, k, lookup.of_weight(weight[part], k.clamp(min=1e-30))
+
+
+def _rows(t: Any, weight: Tensor, part: slice) -> Tensor:
+    """A slice of the rows of what broadcasts against a weight. Of fewer dimensions it lies along the last ones
+    (Conv1D), even where the weight is square."""
+    return t[part] if t.dim() == weight.dim() and len(t) == len(weight) else t
 
 
 # Powers

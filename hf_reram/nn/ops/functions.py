@@ -217,17 +217,18 @@ class _Clip(Function):
         return reference.clip_gradient(grad, *ctx.saved_tensors), None
 
 
-def clip_weight(weight: Tensor, scale: Tensor) -> Tensor:
+def clip_weight(weight: Tensor, scale: Tensor, copies: Tensor | None = None) -> Tensor:
     """``clamp(W, -w_scale, w_scale)``: the weights that the cells can hold; those beyond get no gradient. Where all are
     within, as they are after every step of training, that is ``W`` itself, which costs no pass: on CPU, where looking
     is cheap, it is looked at.
 
     Args:
         weight: any shape. scale: w_scale, broadcastable to it.
+        copies: of the weight's rows, which hold ``copies · w_scale`` together, broadcastable to it; None: one each.
     """
-    if not torch.compiler.is_compiling() and weight.is_cpu and cpu.all_within(weight.detach(), scale):
+    if not torch.compiler.is_compiling() and weight.is_cpu and cpu.all_within(weight.detach(), scale, copies):
         return weight
-    return _Clip.apply(weight, scale)
+    return _Clip.apply(weight, scale if copies is None else scale * copies)
 
 
 class WeightVariance(Function):
@@ -252,24 +253,32 @@ class WeightVariance(Function):
 
 class DriftedWeight(Function):
     """``(W + m(W) + s(W) ε, s²(W))``: weights as found after the retention time, for given variates ε, differentiable
-    through shift and spread, and their variance.
+    through shift and spread, and their variance. Where a row has k copies, their w_scale is k times as large together,
+    and their spread ``1/√k`` of that.
 
     Args:
         weight: within its range, any shape, at least float32. scale: w_scale, broadcastable to it.
         noise: ε, of the weight's shape, which may be written over.
         std, mean: tables of S and M, see :class:`hf_reram.device.moments.Curve`; the latter None where it is 0.
-        variance: whether it is wanted, else None in its place.
+        variance: whether it is wanted, else None in its place. copies: k, see :func:`clip_weight`.
     """
 
     @staticmethod
     def forward(
-        ctx, weight: Tensor, scale: Tensor, noise: Tensor, std: Tensor, mean: Tensor | None, variance: bool = False
+        ctx,
+        weight: Tensor,
+        scale: Tensor,
+        noise: Tensor,
+        std: Tensor,
+        mean: Tensor | None,
+        variance: bool = False,
+        copies: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         learned = ctx.needs_input_grad[0]  # beside an adapter the cells are frozen
         twin = _twin(weight)
-        drifted, slope, square = twin.drifted_weight(weight, scale, noise, std, mean, learned, variance)
+        drifted, slope, square = twin.drifted_weight(weight, scale, noise, std, mean, learned, variance, copies)
         # The slope instead of the noise: it costs the same memory.
-        ctx.save_for_backward(slope, *((weight, scale, std) if variance and learned else ()))
+        ctx.save_for_backward(slope, *((weight, scale, std, copies) if variance and learned else ()))
         ctx.set_materialize_grads(False)
         return drifted, square
 
@@ -282,7 +291,7 @@ class DriftedWeight(Function):
             twin = _twin(slope)
             added = twin.weight_variance_gradient(grad_variance, *of_variance)
             result = added if result is None else result.add_(added)
-        return result, None, None, None, None, None
+        return result, None, None, None, None, None, None
 
 
 class OutputPower(Function):

@@ -248,24 +248,36 @@ def weight_variance(weight: Tensor, scale: Tensor, std: Tensor) -> Tensor:
     return (scale * looked_up(std, _magnitude(weight, scale))[0]).square()
 
 
-def weight_variance_gradient(grad: Tensor, weight: Tensor, scale: Tensor, std: Tensor) -> Tensor:
-    """``grad · 2 w_scale S S'(|W| / w_scale) sign(W)``."""
-    spread, slope = looked_up(std, _magnitude(weight, scale))
+def weight_variance_gradient(
+    grad: Tensor, weight: Tensor, scale: Tensor, std: Tensor, copies: Tensor | None = None
+) -> Tensor:
+    """``grad · 2 w_scale S S'(|W| / w_scale) sign(W)``; of a variance of copies see :func:`drifted_weight`."""
+    spread, slope = looked_up(std, _magnitude(weight, scale if copies is None else scale * copies))
     return grad * 2 * scale * weight.sign() * spread * slope
 
 
 def drifted_weight(
-    weight: Tensor, scale: Tensor, noise: Tensor, std: Tensor, mean: Tensor | None, slope: bool, variance: bool
+    weight: Tensor,
+    scale: Tensor,
+    noise: Tensor,
+    std: Tensor,
+    mean: Tensor | None,
+    slope: bool,
+    variance: bool,
+    copies: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``W + m(W) + s(W) ε``: weights as they are found after the retention time, for given variates ε; and where wanted
     its derivative with respect to W, and the variance ``s²(W)``.
 
-    With ``a = |W| / w_scale`` the derivative is ``1 + M'(a) + sign(W) ε S'(a)``.
+    With ``a = |W| / w_scale`` the derivative is ``1 + M'(a) + sign(W) ε S'(a)``. Where k copies of a row hold its
+    weights, w_scale is k times as large, and the spread ``√k w_scale S``: the copies err independently.
 
     Args:
         weight: within its range. scale: broadcastable to it. noise: ε, of its shape. std, mean: tables of S and M, see
-            :func:`looked_up`; the latter None where it is 0.
+            :func:`looked_up`; the latter None where it is 0. copies: k, broadcastable to the weight; None: 1.
     """
+    if copies is not None:
+        scale, noise = scale * copies, noise * copies.rsqrt()
     a, sign = _magnitude(weight, scale), weight.sign()
     spread, steepness = looked_up(std, a)
     error, gained = spread * noise, 1.0 + sign * noise * steepness if slope else None
@@ -273,7 +285,8 @@ def drifted_weight(
         shift, shift_slope = looked_up(mean, a)
         error = error + shift * sign
         gained = None if gained is None else gained + shift_slope
-    return weight + scale * error, gained, (scale * spread).square() if variance else None
+    square = (scale * spread).square() if variance else None
+    return weight + scale * error, gained, square if square is None or copies is None else square / copies
 
 
 def weight_mean(weight: Tensor, scale: Tensor, mean: Tensor) -> Tensor:

@@ -207,27 +207,57 @@ def test_drifted_weight_has_right_values_and_gradients(mean, spread):
 @pytest.mark.parametrize("per", ["row", "column", "all"])
 @pytest.mark.parametrize("spread", SPREADS)
 @pytest.mark.parametrize("mean", MEANS)
-def test_cells_in_pieces_agree_with_the_definition(shape, per, spread, mean):
+@pytest.mark.parametrize("copied", [None, 0, 1])
+def test_cells_in_pieces_agree_with_the_definition(shape, per, spread, mean, copied):
     """As whole tensors in float64; slopes are those of the interval, so that rounding may choose the next one's."""
     sizes = {"row": (shape[0], *[1] * (len(shape) - 1)), "column": (shape[-1],), "all": (1,) * len(shape)}
     scale, noise = torch.rand(sizes[per]) + 0.5, torch.randn(shape)
-    weight, out = torch.randn(shape).clamp(-scale, scale), torch.randn(shape)
+    copies = None
+    if copied is not None:
+        copies = torch.randint(1, 4, [n if d == copied else 1 for d, n in enumerate(shape)]).float()
+    held = scale if copies is None else scale * copies
+    weight, out = torch.randn(shape).clamp(-held, held), torch.randn(shape)
     wide = [t.double() for t in (weight, scale, noise, out)]
+    wide_copies = None if copies is None else copies.double()
     tables = [(spread.table(t), None if mean is None else mean.table(t)) for t in (weight, wide[0])]
     pairs = [
         *zip(
-            cpu.drifted_weight(weight, scale, noise, *tables[0], True, True),
-            reference.drifted_weight(*wide[:3], *tables[1], True, True),
+            cpu.drifted_weight(weight, scale, noise, *tables[0], True, True, copies),
+            reference.drifted_weight(*wide[:3], *tables[1], True, True, wide_copies),
         ),
-        (cpu.weight_variance(weight, scale, tables[0][0]), reference.weight_variance(*wide[:2], tables[1][0])),
         (
-            cpu.weight_variance_gradient(out, weight, scale, tables[0][0]),
-            reference.weight_variance_gradient(wide[3], *wide[:2], tables[1][0]),
+            cpu.weight_variance(weight, held, tables[0][0]),
+            reference.weight_variance(wide[0], held.double(), tables[1][0]),
+        ),
+        (
+            cpu.weight_variance_gradient(out, weight, scale, tables[0][0], copies),
+            reference.weight_variance_gradient(wide[3], *wide[:2], tables[1][0], wide_copies),
         ),
     ]
     for i, (found, wanted) in enumerate(pairs):
         tolerance = {"rtol": 1e-5, "atol": 2e-3} if i in (1, 4) else {"rtol": 1e-5, "atol": 1e-6}
         torch.testing.assert_close(found.double(), wanted, **tolerance)
+    assert cpu.all_within(weight, scale, copies)
+    weight.flatten()[-1] = 100.0
+    assert not cpu.all_within(weight, scale, copies)
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("mean", MEANS)
+def test_copies_of_rows_hold_shares_whose_errors_are_independent(spread, mean):
+    """Against k cells that each hold a kth of the weight, and gradients of it."""
+    torch.manual_seed(0)
+    copies = torch.tensor([[1.0, 2.0, 3.0]], dtype=F64)
+    scale, noise = torch.rand(6, 1, dtype=F64) + 0.5, torch.randn(6, 3, dtype=F64)
+    weight = (torch.randn(6, 3, dtype=F64).clamp(-0.9, 0.9) * scale * copies).requires_grad_()
+    tables = spread.table(weight), None if mean is None else mean.table(weight)
+    drifted, variance = DriftedWeight.apply(weight, scale, noise, *tables, True, copies)
+    share = weight / copies  # of each cell
+    _, of_one = DriftedWeight.apply(share, scale, noise, *tables, True)
+    torch.testing.assert_close(variance, copies * of_one)
+    shift = 0.0 if mean is None else reference.weight_mean(share, scale, tables[1])
+    torch.testing.assert_close(drifted, weight + copies * shift + (copies * of_one).sqrt() * noise)
+    assert gradcheck(lambda w: DriftedWeight.apply(w, scale, noise, *tables, True, copies), (weight,))
 
 
 KEEPS = [None, torch.tensor([1, 1, 0, 1, 0, 1, 1.0], dtype=F64)]
