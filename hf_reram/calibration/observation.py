@@ -12,8 +12,7 @@ from ..model.deploy import digital_eval
 from ..model.find import unwrapped
 from ..model.inputs import call_model
 from ..nn import CrossbarLayer
-from ..nn.tensors import tensors_of
-from .statistics import NotFiniteError
+from ..nn.tensors import NotFiniteError, tensors_of
 
 
 class Observation:

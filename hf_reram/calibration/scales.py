@@ -53,6 +53,7 @@ def settle_scale(same: list[LayerStatistics]) -> None:
         found.layer.forget_white_noise()
         found.layer.scalars()
         found.layer.note_choice()
+        found.layer.calibrated_outputs = None
 
 
 def weighted_inputs(statistics: LayerStatistics) -> tuple[Tensor, Inputs]:

@@ -107,7 +107,7 @@ def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = No
 OUT_OF_MEMORY = "can't allocate memory"
 
 # What calibration sets beside buffers.
-KEPT = ("sensitivity", "coherence", "copies_output", "clipped_by_choice", "choice_is_known")
+KEPT = ("sensitivity", "coherence", "copies_output", "clipped_by_choice", "choice_is_known", "calibrated_outputs")
 
 
 @contextmanager

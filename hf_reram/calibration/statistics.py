@@ -9,6 +9,7 @@ from torch import Tensor
 from ..nn import CrossbarLayer
 from ..nn.drive import center, equalize
 from ..nn.observe import input_weights
+from ..nn.tensors import NotFiniteError
 from .input_scales import TINY, input_offset, input_scale
 
 # Histogram of |x|, whose bins are the first bits of a float32: 8 of its exponent and 6 of its mantissa resolve a range
@@ -24,10 +25,6 @@ _EXTREMES = 8
 
 # Sampled tokens or images from which input scales are chosen, within the same bound.
 _EXAMPLES = 4096
-
-
-class NotFiniteError(ValueError):
-    """An input of a layer holds NaN or infinite values."""
 
 
 class Reservoir:

@@ -11,8 +11,10 @@ from .evaluate import evaluate
 from .harness import lm_eval
 from .inspect import inspect
 from .output import console, reported
+from .usage import Commands
 
 app = typer.Typer(
+    cls=Commands,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -16,7 +16,7 @@ from ..evaluation.tables import at_kelvin, over_chips, places
 from ..hub.about import about_model, task_of
 from ..tasks.flags import label_names_of, mapping_flags
 from ..tasks.harness import LMEval
-from ..tasks.registry import TASKS, load_lm_eval, load_task
+from ..tasks.registry import SPLIT, TASKS, load_lm_eval, load_task
 from .model import patched, words
 from .output import say, show_json, show_table, writable
 
@@ -25,7 +25,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Hub id or folder, of a robust checkpoint or a plain one.")],
     dataset: Annotated[str | None, typer.Option(help="Hub id, parquet, JSON or text file, or image folder.")] = None,
     task: Annotated[str | None, typer.Option(help=f"One of {', '.join(TASKS)}; default by the model.")] = None,
-    split: Annotated[str, typer.Option(help="Of a data set on the Hub.")] = "validation",
+    split: Annotated[str | None, typer.Option(help=f"Of a data set on the Hub; default {SPLIT}.")] = None,
     label_names: Annotated[
         list[str] | None,
         typer.Option(help="The model's names for the data set's, such as neg=NEGATIVE,pos=POSITIVE; default the same."),
@@ -67,13 +67,12 @@ def evaluate(
     its own, which it keeps where they are not given. An evaluation that was interrupted goes on where it stopped, with
     the same --batch-size: read noise is drawn for each batch.
     """
-    spoken, tasks = words(times) or ["1s", "1d", "10y"], words(lm_eval)
+    spoken, tasks = words(times, "--times") or ["1s", "1d", "10y"], words(lm_eval, "--lm-eval")
     if bool(tasks) == (dataset is not None):
         raise ValueError(f"--dataset {dataset} and --lm-eval {','.join(tasks) or None}: allowed is one of them")
-    if tasks and task is not None:
-        raise ValueError(f"--task {task} with --lm-eval: allowed is --task with --dataset")
-    if tasks and label_names:
-        raise ValueError(f"--label-names {label_names[0]} with --lm-eval: allowed is --label-names with --dataset")
+    for option, given in (("--task", task), ("--split", split), ("--label-names", " ".join(label_names or ()) or None)):
+        if tasks and given is not None:
+            raise ValueError(f"{option} {given} with --lm-eval: allowed is {option} with --dataset")
     told = label_names_of(label_names)
     if not tasks and (include_path is not None or num_fewshot is not None):
         raise ValueError("--include-path and --num-fewshot: allowed are they with --lm-eval")
@@ -106,7 +105,7 @@ def evaluate(
         task=kind,
         metric=metrics[0],
         dataset=f"lm-eval: {', '.join(tasks)}" if dataset is None else Path(dataset).name if local else dataset,
-        dataset_split="" if tasks or local else split,
+        dataset_split="" if tasks or local else split or SPLIT,
         base_model=model if not Path(model).exists() else Path(model).resolve().name,
         examples=work.examples,
     ).to_dict()

@@ -14,7 +14,7 @@ from ..hub.about import task_of
 from ..model.find import crossbar_state
 from ..model.summary import summarize
 from ..tasks.flags import label_names_of
-from ..tasks.registry import load_task
+from ..tasks.registry import SPLIT, load_task
 from .model import patched
 from .output import say, show_json, show_table
 
@@ -26,7 +26,7 @@ def inspect(
     device: Annotated[str | None, typer.Option(help="Cells of a plain checkpoint: preset or JSON file.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Weigh errors with the layers' inputs on these data.")] = None,
     task: Annotated[str | None, typer.Option(help="Of the data; default by the model.")] = None,
-    split: Annotated[str, typer.Option(help="Of a data set on the Hub.")] = "validation",
+    split: Annotated[str | None, typer.Option(help=f"Of a data set on the Hub; default {SPLIT}.")] = None,
     label_names: Annotated[
         list[str] | None,
         typer.Option(help="The model's names for the data's, such as neg=NEGATIVE,pos=POSITIVE; default the same."),
@@ -36,6 +36,8 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Layer by layer: array, cells, input range, b, and noise-to-signal ratio at a time, the worst layers first."""
+    if dataset is None and (task is not None or split is not None or label_names):
+        raise ValueError("--task, --split and --label-names: allowed are they with --dataset")
     found, fresh = patched(model, device)
     work = None
     if dataset is not None:

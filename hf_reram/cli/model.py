@@ -4,8 +4,9 @@ from typing import Any
 
 from ..config import ReRAMConfig
 from ..hub.load import load_model
-from ..model.find import crossbar_layers, crossbar_state
-from ..model.patch import patch_model, unpatch_model
+from ..model.find import crossbar_layers, crossbar_states
+from ..model.patch import patch_model
+from ..model.remap import remap
 from ..tasks.flags import device_of
 
 
@@ -13,31 +14,47 @@ def patched(name: str, device: str | None, times: list[str] | None = None, **opt
     """A checkpoint's model on crossbars, and whether it still has to be calibrated.
 
     Args:
-        device: for a plain checkpoint, or to put a robust one on other cells. times: that a plain checkpoint is
-            calibrated for, None for the config's own; a robust one keeps its own. options: more of
-            :class:`ReRAMConfig`, those alone that the user gave: a robust checkpoint keeps its own of the others.
+        device: for a plain checkpoint, or to put a robust one on other cells, the same layers. times: that a plain
+            checkpoint is calibrated for, None for the config's own; a robust one keeps its own. options: more of
+            :class:`ReRAMConfig`, those alone that the user gave: a robust checkpoint keeps its own of the others, as
+            does each part of it that was patched by itself.
 
     Raises:
-        ValueError: a plain checkpoint and no device.
+        ValueError: a plain checkpoint and no device. OSError: see :func:`hf_reram.load_model`.
     """
-    model = load_model(name)
+    model = _loaded(name)
     if not crossbar_layers(model):
         if device is None:
             raise ValueError(f"{name} is a plain checkpoint: --device says which cells to put it on")
         if times is not None:
             options["retention_times"] = times
         return patch_model(model, ReRAMConfig(device=device_of(device), **options)), True
-    before = crossbar_state(model).config.to_dict()
-    changes = {key: value for key, value in options.items() if value != before[key]}
     if device is not None:
-        cell = ReRAMConfig(device=device_of(device)).device.to_dict()
-        changes |= {"device": cell} if cell != before["device"] else {}
-    if not changes:
-        return model, not all(layer.calibrated for layer in crossbar_layers(model).values())
-    config = ReRAMConfig.from_dict({**before, **changes})
-    return patch_model(unpatch_model(model), config), True
+        options["device"] = ReRAMConfig(device=device_of(device)).device.to_dict()
+    remap(model, [ReRAMConfig.from_dict({**state.config.to_dict(), **options}) for state in crossbar_states(model)])
+    return model, not all(layer.calibrated for layer in crossbar_layers(model).values())
 
 
-def words(values: list[str] | None) -> list[str]:
-    """``["1s,1d", "10y"]`` as ``["1s", "1d", "10y"]``."""
-    return [word for value in values or [] for word in value.replace(",", " ").split()]
+def _loaded(name: str) -> Any:
+    """
+    Raises:
+        OSError: no such folder, and no such checkpoint that the Hub can be asked for; names it.
+    """
+    try:
+        return load_model(name)
+    except OSError as error:
+        if name in str(error):
+            raise
+        raise OSError(f"{name} is no folder, and on the Hub it was not found: {error}") from error
+
+
+def words(values: list[str] | None, option: str) -> list[str]:
+    """``["1s,1d", "10y"]`` as ``["1s", "1d", "10y"]``; none where the option was not given.
+
+    Raises:
+        ValueError: it was given, and holds none.
+    """
+    found = [word for value in values or [] for word in value.replace(",", " ").split()]
+    if values and not found:
+        raise ValueError(f"{option} {' '.join(values)}: allowed are words between commas")
+    return found

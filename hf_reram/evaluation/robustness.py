@@ -25,7 +25,7 @@ from ..model.find import crossbar_layers, crossbar_states, replaced, reset_calls
 from ..model.inputs import evaluating, forked_rng
 from ..model.sharding import alike, is_first, of_each, of_first, processes, talks
 from ..model.summary import summarize
-from ..nn.clipping import clipped_beyond_choice, in_words, warn_clipped
+from ..nn.clipping import clipped_beyond_choice, far_below_scale, in_words, warn_clipped
 from .content import key_of
 from .report import Measurement, RobustnessReport
 from .run_log import Run, RunLog
@@ -232,8 +232,15 @@ def _notes(model: nn.Module, seconds: list[float], kelvins: list[float | None]) 
             f"{len(names)} of {len(crossbar_layers(model))} crossbar layers are not calibrated, {what}: "
             f"{', '.join(names)}"
         )
-    if clipped := clipped_beyond_choice(crossbar_layers(model).values()):
-        notes.append(f"weights changed after calibration are clipped to what the cells can hold: {in_words(clipped)}")
+    if newer := [
+        f"{name} ({layer.outputs - layer.calibrated_outputs} of {layer.outputs})"
+        for name, layer in crossbar_layers(model).items()
+        if layer.calibrated_outputs is not None
+    ]:
+        notes.append(f"outputs that are newer than their layers' calibration are not calibrated: {', '.join(newer)}")
+    layers = crossbar_layers(model).values()
+    for misfit in in_words(clipped_beyond_choice(layers), far_below_scale(layers)):
+        notes.append(f"of weights that changed after calibration {misfit}")
     for part in states:
         device, of = part.config.device, f" ({part.config.device.name})" if len(states) > 1 else ""
         for time, kelvin in sorted({(t, k) for t in seconds for k in kelvins}, key=str):

@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file, logging
 
-from ..config import SELECTION_FIELDS, TRAINING_FIELDS, ReRAMConfig
+from ..config import ReRAMConfig
 from ..device.checks import shown
+from ..model import remap
 from ..model.find import crossbar_layers, crossbar_states, unwrapped
 from ..model.patch import patch_model, take_layers_off, unpatch_model
-from ..model.reconfigure import reconfigure
-from ..model.select import lies_as
+from ..model.remap import Move
 from ..nn import CrossbarLayer
 from ..nn.scalars import BUFFERS
 
@@ -64,33 +64,27 @@ def save_crossbars(model: Any, folder: str | os.PathLike) -> None:
 
 
 def put_on(model: Any, asked: ReRAMConfig) -> None:
-    """Put a loaded model on the cells that were asked for; of those that it is on, only loss, times and temperature
-    change. What was digital stays so, unless other layers are asked for too.
+    """Put a loaded model on the cells that were asked for, as :func:`hf_reram.model.remap.put_on`, or a digital one on
+    crossbars, and say what has changed.
 
     Raises:
         ValueError: see :func:`hf_reram.patch_model`.
     """
-    before = crossbar_layers(model)
-    if before and lies_as(model, asked):
-        reconfigure(model, **{name: getattr(asked, name) for name in TRAINING_FIELDS})
+    if crossbar_layers(model):
+        move = remap.put_on(model, asked)
+    else:
+        patch_model(model, asked)
+        move = Move(["no device"], ["layers"], [], [])
+    if not move.differs:
         return
-    configs = [state.config for state in crossbar_states(model)] if before else []
-    names = ", ".join(config.device.name for config in configs) or "no device"
-    patch_model(unpatch_model(model) if before else model, asked)
-    layers = crossbar_layers(model)
-    added = [name for name in layers if name not in before] if before else []
-    if all(getattr(config, name) == getattr(asked, name) for config in configs for name in SELECTION_FIELDS):
-        take_layers_off(model, added)
-        added = []
-    other = [name for config in configs for name in config.other_hardware(asked) if name not in SELECTION_FIELDS]
-    other += ["layers"] if before.keys() != crossbar_layers(model).keys() else []
+    layers = move.layers("in the checkpoint")
     logger.warning(
         "the checkpoint is of %s, and its calibration with it: put on %s as quantization_config says, which differs in "
         "%s, the model is not calibrated, call hf_reram.calibrate(model, batches)%s",
-        names,
+        ", ".join(move.devices),
         asked.device.name,
-        ", ".join(dict.fromkeys(other)),
-        f"; these layers were digital in the checkpoint, and are on crossbars now: {', '.join(added)}" if added else "",
+        ", ".join(move.differs),
+        f"; {layers}" if layers else "",
     )
 
 

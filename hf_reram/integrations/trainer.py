@@ -34,7 +34,8 @@ class ReRAMTrainerMixin(TrainingMixin, EvaluationMixin, HubMixin):
     as chips. The trainer takes its own arguments, and these by keyword.
 
     Args:
-        reram_config: hardware and loss. None keeps the config of a model that is patched already.
+        reram_config: hardware and loss. None keeps the config of a model that is patched already; with another
+            one it is put on those cells, the same layers unless it names others.
         teacher: a digital model with the same outputs; training then follows its predictions (KL divergence), so
             that labels are not needed.
         teacher_weight: share of the teacher's divergence in the task loss where the model also returns a loss.

@@ -65,6 +65,8 @@ def put_back(old: CrossbarLayer, new: Any) -> None:
         new.note_choice(known=False)
     else:  # another head, for which no scale was chosen
         new.clipped_by_choice, new.choice_is_known = old.clipped_by_choice, old.choice_is_known
+    calibrated = old.outputs if old.calibrated_outputs is None else old.calibrated_outputs
+    new.calibrated_outputs = calibrated if new.calibrated and calibrated < new.outputs else None
     if new.outputs > old.outputs and new.calibrated:
         lost = " and it has no sensitivity" if old.sensitivity is not None else ""
         logger.warning(

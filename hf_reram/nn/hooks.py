@@ -12,7 +12,7 @@ from .clipping import warn_clipped
 from .forward import Padding, runs_again
 from .sharing import forget_shared
 from .state import CrossbarState, reference
-from .tensors import tensors_of
+from .tensors import NotFiniteError, tensors_of
 from .untrained import refuse_backward
 
 # Arguments with which a model, or an encoder or decoder inside it, is given its tokens.
@@ -144,5 +144,7 @@ def _sequences(given: dict[str, Any], rows: int) -> Any:
 
 def _refuse_nan(tensors: list[Tensor]) -> None:
     for tensor in tensors:
-        if tensor.is_floating_point() and tensor.device.type == "cpu" and torch.isnan(tensor.detach().sum()):
-            raise ValueError("an input of the model contains NaN: a crossbar cannot be driven with it")
+        if not tensor.is_floating_point() or tensor.device.type != "cpu" or not torch.isnan(tensor.detach().sum()):
+            continue
+        if torch.isnan(tensor).any():  # the sum of infinite or huge values is none either
+            raise NotFiniteError("an input of the model contains NaN: a crossbar cannot be driven with it")

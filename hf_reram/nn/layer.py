@@ -62,6 +62,7 @@ ADDED = (
     "copies_output",
     "clipped_by_choice",
     "choice_is_known",
+    "calibrated_outputs",
     "_scalars",
     "_constants",
     *_PASSING,
@@ -110,6 +111,7 @@ class CrossbarLayer(Layout):
         copies_output: whether the model may change the output in place, which a retention term still needs.
         clipped_by_choice: share of the weights that its scale clipped when that was chosen or loaded (where nothing
             tells whether by choice: ``choice_is_known``); None where nobody has looked.
+        calibrated_outputs: so many output channels, the first, were there when the layer was calibrated; None: all.
     """
 
     bias: Any
@@ -130,6 +132,7 @@ class CrossbarLayer(Layout):
     copies_output: bool
     clipped_by_choice: float | None = None
     choice_is_known: bool = False
+    calibrated_outputs: int | None = None
     chip: Chip | None
     _chips: dict[Any, Chip] | None  # of all contexts
     _digital_class: Any  # that it was made from
@@ -256,7 +259,7 @@ class CrossbarLayer(Layout):
     def note_held(self) -> None:
         """The weight lies within its range now: what a training forward finds changed was no step."""
         self._held = self._count() or LOOKED
-        self.crossbar.clipped.pop(self.crossbar_name, None)
+        self.crossbar.misfits.pop(self.crossbar_name, None)
 
     def _count(self) -> Any:
         weight = parameter_of(self)

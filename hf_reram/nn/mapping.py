@@ -121,10 +121,10 @@ def weight_scales(
         return torch.stack([weight_scales(w, clip, per_channel, error, x, systematic=systematic) for w, x in parts], 1)
     dims = (2,) if per_channel else (0, 1, 2)
     largest = rows.abs().amax(dims, keepdim=True)
-    rms = rows.square().mean(dims, keepdim=True).sqrt()
     if clip is None:
-        best = largest
-    elif isinstance(clip, str):
+        return largest.reshape(-1)
+    rms = rows.square().mean(dims, keepdim=True).sqrt()
+    if isinstance(clip, str):
         step = max(rows.shape[1], 1)
         if per_channel and rows.device.type == "cpu":  # channels that fit in the cache together: 7 times as fast
             step = max(1, ELEMENTS * step // max(rows.numel(), 1))

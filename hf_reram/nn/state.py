@@ -39,8 +39,9 @@ class CrossbarState:
         calls: forwards of the model; running: what began the one that is under way, None if none is.
         report: its last robustness report, whose weights it may have left since. warned: of what there was a warning.
         names: of the layers that were put on crossbars. chips: contexts that deploy it now; deployments: so far.
-        changed: layers whose weights have changed since the last forward in evaluation. clipped: share of the weights
-            that are clipped, by name of the layers where it is more than by choice.
+        changed: layers whose weights have changed since the last forward in evaluation. misfits: by name of the
+            layers whose weights do not fit their scale, the share that is clipped where it is more than by choice, else
+            None, and whether all are far below it.
         autocasts: dtypes that forwards in evaluation were cast to automatically, since this was emptied.
         following: of the training that the numbers of calibration follow now, None where they stay.
     """
@@ -62,7 +63,7 @@ class CrossbarState:
         self.names: frozenset[str] = frozenset()
         self.chips = self.deployments = 0
         self.changed: list[Any] = []
-        self.clipped: dict[str, float] = {}
+        self.misfits: dict[str, tuple[float | None, bool]] = {}
         self.autocasts: set[torch.dtype] = set()
         self.following: Following | None = None
         self._root = reference(root)

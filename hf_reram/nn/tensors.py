@@ -6,6 +6,10 @@ from typing import Any
 from torch import Tensor, nn
 
 
+class NotFiniteError(ValueError):
+    """An input of a model or of a layer holds NaN or infinite values."""
+
+
 def is_shard(tensor: Any) -> bool:
     """Whether this process holds only a part of the tensor, as FSDP2 has it (a DTensor)."""
     return hasattr(tensor, "device_mesh")

@@ -111,6 +111,8 @@ def token_classification(
     return Task(evaluate, _spread(batches), metric, len(dataset))
 
 
+SPLIT = "validation"  # of a data set on the Hub
+
 TASKS: dict[str, Callable[..., Task]] = {
     "question-answering": question_answering,
     "image-classification": image_classification,
@@ -128,7 +130,7 @@ def load_task(
     model: Any,
     name: str,
     dataset: str,
-    split: str = "validation",
+    split: str | None = None,
     samples: int | None = None,
     batch_size: int = 32,
     seed: int = 0,
@@ -139,19 +141,23 @@ def load_task(
     Args:
         task: one of :data:`TASKS`. name: where the model came from.
         dataset: Hub id, parquet, JSON or text file, or folder of images by class.
+        split: of a data set on the Hub; None: :data:`SPLIT`.
         samples: drawn by ``seed``; None: all.
         label_names: which of the model's names each of the data set's is, see
             :func:`hf_reram.tasks.labels.classes_of`; None: nothing is told.
 
     Raises:
-        ValueError: another task, data that do not fit it, or ``label_names`` of a task without labels.
-        FileNotFoundError: no such file.
+        ValueError: another task, data that do not fit it, a split of a file or folder, or ``label_names`` of a task
+            without labels. FileNotFoundError: no such file.
     """
     if task not in TASKS:
         raise ValueError(f"task={task!r}: allowed are {sorted(TASKS)}")
     if label_names and task not in LABELED:
         raise ValueError(f"label_names={shown(dict(label_names))} with task={task!r}: allowed are {sorted(LABELED)}")
-    rows = draw(load_rows(dataset, split, **_where(dataset)), samples, seed)
+    where = _where(dataset)
+    if where and split is not None:
+        raise ValueError(f"split={split!r} of {dataset}: allowed is one of a data set on the Hub")
+    rows = draw(load_rows(dataset, split or SPLIT, **where), samples, seed)
     made = TASKS[task](model, name, rows, batch_size, **({"label_names": label_names} if label_names else {}))
     return replace(made, content=part_of("evaluation", made.evaluate))
 

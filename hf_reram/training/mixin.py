@@ -17,16 +17,17 @@ from transformers.utils import logging
 
 from ..calibration.sensitivity import measure_sensitivity
 from ..calibration.settle import calibrate
-from ..config import TRAINING_FIELDS, ReRAMConfig
+from ..config import ReRAMConfig
 from ..device.checks import read_json
 from ..device.seeds import derived_seed
 from ..model.deploy import digital, refuse_modes, warn_uncalibrated
 from ..model.find import crossbar_layers, crossbar_state, crossbar_states
 from ..model.inputs import begins_anew, call_model, forked_rng
-from ..model.patch import patch_model, unpatch_model
-from ..model.reconfigure import reconfigure, watch
+from ..model.patch import patch_model
+from ..model.reconfigure import watch
+from ..model.remap import put_on
 from ..model.select import lies_as
-from ..nn.clipping import clipped_beyond_choice, warn_clipped
+from ..nn.clipping import clipped_beyond_choice, far_below_scale, warn_clipped
 from .callbacks import HoldWeights, NameUncalled
 from .checkpoints import last_checkpoint, read_configs, set_incomplete_aside
 from .diagnosis import explain
@@ -95,16 +96,12 @@ class TrainingMixin(TaskLossMixin):
 
     def _prepare_crossbars(self, model: nn.Module) -> None:
         patched, wanted = bool(crossbar_layers(model)), self._given_config  # not an earlier trial's
-        if patched and wanted is not None:
-            if lies_as(model, wanted):
-                reconfigure(model, **{name: getattr(wanted, name) for name in TRAINING_FIELDS})
-            else:
-                unpatch_model(model)
-                patched = False
-        if not patched:
-            if wanted is None:
-                raise ValueError(f"the model is not patched: {type(self).__name__} needs reram_config=ReRAMConfig(...)")
+        if wanted is None and not patched:
+            raise ValueError(f"the model is not patched: {type(self).__name__} needs reram_config=ReRAMConfig(...)")
+        if wanted is not None and not patched:
             patch_model(model, wanted)
+        elif wanted is not None and (layers := put_on(model, wanted).layers("before")):
+            logger.warning("reram_config names other layers than the model had on crossbars: %s", layers)
         state = crossbar_state(model)
         self.reram_config = state.config
         if self._handed_config is not None:
@@ -120,7 +117,8 @@ class TrainingMixin(TaskLossMixin):
         """Calibrate where there is need to, and name layers where there are no data to do it with."""
         layers = crossbar_layers(model).values()
         warn_clipped(layers)
-        calibrated = all(layer.calibrated for layer in layers) and not clipped_beyond_choice(layers)
+        fits = not clipped_beyond_choice(layers) and not far_below_scale(layers)
+        calibrated = fits and all(layer.calibrated for layer in layers)
         if calibrated and not needs_sensitivity:
             return
         batches = self._calibration_batches()

@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -93,11 +94,18 @@ def test_what_is_no_batch_is_refused(batches):
     assert not model[0].calibrated
 
 
-def test_nan_is_refused():
-    model = nn.Sequential(nn.Linear(4, 4))
-    patch_model(model, ReRAMConfig())
-    with pytest.raises(ValueError, match="NaN"):
-        calibrate(model, [torch.full((3, 4), float("nan"))])
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (math.nan, "^an input of the model contains NaN"),
+        (math.inf, "^calibration data drive layer '0' with NaN or infinite values$"),
+    ],
+)
+def test_what_is_not_finite_is_refused_as_what_it_is(value, told):
+    model = patch_model(nn.Sequential(nn.Linear(4, 4)), ReRAMConfig())
+    with pytest.raises(ValueError, match=told):
+        calibrate(model, [torch.tensor([[value, -value, 0.0, 1.0]])])
+    assert not model[0].calibrated
 
 
 def test_auto_clip_is_the_minimum_of_the_expected_error():

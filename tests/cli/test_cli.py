@@ -6,7 +6,7 @@ import typer
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from hf_reram import ReRAMConfig, RobustnessReport, calibrate, patch_model
+from hf_reram import ReRAMConfig, RobustnessReport, calibrate, crossbar_layers, patch_model
 from hf_reram.cli import app
 from hf_reram.cli.model import patched
 from hf_reram.cli.output import console
@@ -17,6 +17,7 @@ from hf_reram.tasks.flags import mapping_flags
 from hf_reram.version import __version__
 from tests.samples import images as image_sample
 from tests.samples.experts import mixtral
+from tests.samples.models import bert_batch, tiny_bert
 from tests.samples.texts import WORDS, save_model
 
 
@@ -102,6 +103,10 @@ def test_an_evaluation_in_other_batches_is_another(tmp_path):
     [
         ["eval", "{}", "--dataset", "{}/nothing.parquet", "--device", "cmo-hfox-ibm"],
         ["eval", "{}", "--dataset", "{}", "--device", "no-such-cell"],
+        ["eval", "{}", "--dataset", "{}/images.parquet", "--times", ","],
+        ["eval", "{}", "--dataset", "{}/images.parquet", "--lm-eval", " "],
+        ["eval", "{}", "--lm-eval", "arc_easy", "--split", "train"],
+        ["inspect", "{}", "--split", "train"],
         ["inspect", "{}/nowhere"],
         ["inspect", "{}", "--device", "cmo-hfox-ibm", "--time", "soon"],
         ["card", "{}/nowhere"],
@@ -115,6 +120,40 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_1(tmp_path, command, capf
     done = CliRunner().invoke(app, [part.replace("{}", str(tmp_path)) for part in command])
     assert done.exit_code == 1
     assert capfd.readouterr().err.startswith("error: ") or "error: " in done.output
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("eval x --chips 0", "eval: --chips 0: allowed is an integer from 1"),
+        ("eval x --samples=0", "eval: --samples 0: allowed is an integer from 1"),
+        ("eval x --chips 3 --batch-size 0", "eval: --batch-size 0: allowed is an integer from 1"),
+        ("eval x --redundancy 9", "eval: --redundancy 9: allowed is a number from 0 to 4"),
+        ("eval x --seed x", "eval: --seed x: allowed is an integer from 0"),
+        ("eval x --seed 1 --seed -1", "eval: --seed -1: allowed is an integer from 0"),
+        ("inspect x --top 0", "inspect: --top 0: allowed is an integer from 1"),
+        ("demo --chips 1", "demo: --chips 1: allowed is an integer from 2"),
+        ("eval", "eval: Missing argument 'MODEL'."),
+        ("push x", "push: Missing argument 'REPO'."),
+        ("eval x y", "eval: Got unexpected extra argument (y)"),
+        ("eval x --chips", "eval: Option '--chips' requires an argument."),
+        ("eval x --chip 3", "eval: No such option: --chip"),
+        ("nothing", ": No such command 'nothing'."),
+        ("--nothing", ": No such option: --nothing"),
+    ],
+)
+def test_a_usage_error_is_one_line(command, told):
+    done = CliRunner().invoke(app, command.split())
+    (line,) = done.stderr.splitlines()
+    assert done.exit_code == 2 and not done.stdout
+    plain = line.lower().replace("argument(s)", "argument")  # as versions of typer have it
+    assert plain.startswith(f"hf-reram{'' if told[0] == ':' else ' '}{told}".lower())
+
+
+def test_help_is_no_usage_error():
+    for command, exit_code in (([], 2), (["--help"], 0), (["eval", "--help"], 0)):
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == exit_code and "Usage:" in done.output and len(done.output.splitlines()) > 9
 
 
 def test_no_package_and_no_place_is_one_line(python, tmp_path):
@@ -142,6 +181,25 @@ def test_no_package_and_no_place_is_one_line(python, tmp_path):
         assert done.returncode == 1, (command, done.stderr)
         lines = done.stderr.strip().splitlines()
         assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], (command, done.stderr)
+
+
+def test_what_is_not_there_or_has_no_effect_is_named(tmp_path):
+    base, images = tmp_path / "base", tmp_path / "images.parquet"
+    image_sample.save_model(base)
+    image_sample.dataset(8).to_parquet(images)
+    more = ["--device", "generic", "--output", str(tmp_path / "out")]
+    for command, told in [
+        (["eval", "o/none", "--dataset", str(images), *more], "error: o/none is no folder, and on the Hub"),
+        (["inspect", "o/none"], "error: o/none is no folder, and on the Hub"),
+        (
+            ["eval", str(base), "--dataset", str(images), "--split", "nosuch", *more],
+            f"error: split='nosuch' of {images}: ",
+        ),
+        (["eval", str(base), "--dataset", str(images), "--times", ",", *more], "error: --times ,: allowed are words"),
+    ]:
+        done = CliRunner().invoke(app, command)
+        (line,) = done.stderr.splitlines()
+        assert done.exit_code == 1 and line.startswith(told)
 
 
 def test_any_error_of_a_command_is_one_line(monkeypatch, capfd):
@@ -263,6 +321,19 @@ def test_a_model_of_timm_is_evaluated(timm_folder, tmp_path):
     again = tmp_path / "again"
     model.save_pretrained(again)
     assert torch.equal(load_model(again).timm_model.fc.weight, weights["fc.weight"])
+
+
+def test_a_part_that_was_patched_alone_is_put_on_other_cells_alone(tmp_path):
+    model = tiny_bert()
+    patch_model(model.bert, ReRAMConfig(device="cmo-hfox-ibm"))
+    calibrate(model, [bert_batch()]).save_pretrained(tmp_path)
+    for device, options in [(None, {"range_shrink": 0.5}), (None, {"weight_clip": 3.0}), ("generic", {})]:
+        found, fresh = patched(str(tmp_path), device, **options)
+        assert fresh and len(crossbar_layers(found)) == 13 and type(found.classifier) is torch.nn.Linear
+        config = crossbar_state(found).config
+        assert config.device.name == (device or "cmo-hfox-ibm")
+        assert {name: getattr(config, name) for name in options} == options
+    assert not patched(str(tmp_path), "cmo-hfox-ibm")[1]
 
 
 def test_an_explicit_default_counts_as_given(tmp_path):

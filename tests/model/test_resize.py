@@ -61,6 +61,31 @@ def test_an_untied_head_stays_on_its_crossbar(make, sharing, size, tmp_path, cap
     assert report.uncalled == []
 
 
+def newer(model) -> list[str]:
+    report = evaluate_robustness(model, lambda m: float(logits(m).sum()), ["1d"], seeds=1, progress=False)
+    found = [note for note in report.notes if note.startswith("outputs that are newer than their layers' calibration")]
+    return [note.partition("are not calibrated: ")[2] for note in found]
+
+
+@pytest.mark.parametrize("sharing", ["per_channel", "per_tensor"])
+def test_a_report_notes_outputs_that_are_not_calibrated(sharing):
+    model = patched(llama(), weight_scale=sharing)
+    for size, told in [
+        (60, ["lm_head (10 of 60)"]),
+        (55, ["lm_head (5 of 55)"]),
+        (45, []),
+        (47, ["lm_head (2 of 47)"]),
+    ]:
+        model.resize_token_embeddings(size)
+        assert newer(model) == told
+    assert newer(copy.deepcopy(model)) == told
+    calibrate(model, [BATCH])
+    assert newer(model) == []
+    fresh = patch_model(llama(), ReRAMConfig())  # which is not calibrated at all, and noted as such
+    fresh.resize_token_embeddings(60)
+    assert newer(fresh) == []
+
+
 @pytest.mark.parametrize("size", [40, 60])
 def test_a_tied_head_stays_digital(size, tmp_path):
     model = patched(llama(tied=True))

@@ -1,4 +1,5 @@
-"""Weights that leave the cells' range after calibration are named before a number is reported as a chip's."""
+"""Weights that leave the cells' range after calibration, or shrink far below it, are named before a number is reported
+as a chip's."""
 
 import copy
 import logging
@@ -24,7 +25,8 @@ from hf_reram import (
     patch_model,
     sampled_drift,
 )
-from hf_reram.nn.clipping import clipped_beyond_choice
+from hf_reram.model.patch import initialize_layers
+from hf_reram.nn.clipping import clipped_beyond_choice, far_below_scale
 from tests.samples.models import bert_batch, tiny_bert
 
 
@@ -34,13 +36,14 @@ def patched(**changes) -> BertForSequenceClassification:
 
 @pytest.fixture
 def said(caplog, monkeypatch):
-    """The layers that a warning names since it was last called, and the shares of their weights [%]."""
+    """The layers that a warning names since it was last called, and the shares of their weights [%], or how many times
+    their errors are those of a fresh choice."""
     monkeypatch.setattr(logging.getLogger("hf_reram.nn.clipping"), "propagate", True)
 
     def named() -> dict[str, int]:
-        text = " ".join(r.getMessage() for r in caplog.records if "clipped to what" in r.getMessage())
+        text = " ".join(r.getMessage() for r in caplog.records if "their scales were chosen" in r.getMessage())
         caplog.clear()
-        return {name: int(share) for name, share in re.findall(r"([\w.]+) \((\d+)%\)", text)}
+        return {name: int(share) for name, share in re.findall(r"([\w.]+) \((\d+)(?:%| times)\)", text)}
 
     return named
 
@@ -240,6 +243,108 @@ def test_the_report_says_so():
     assert not any("clipped" in note for note in report(model).notes)
     grow(model.classifier)
     assert any("classifier (" in note and "clipped" in note for note in report(model).notes)
+
+
+MAPPINGS = [
+    {},
+    {"weight_clip": None},
+    {"weight_clip": 2.0},
+    {"weight_scale": "per_tensor"},
+    {"weight_scale": "per_tile", "tile_size": 5},
+    {"redundancy": 0.5},
+    {"redundancy": 1.0, "tile_size": 8},
+    {"device": "cmo-hfox-ibm"},
+]
+
+
+@pytest.mark.parametrize("mapping", MAPPINGS, ids=str)
+@pytest.mark.parametrize("use", [call, chip, report])
+def test_weights_far_below_their_scale_are_named_once(said, mapping, use):
+    model = patched(**mapping)
+    use(model)
+    assert said() == {}  # right after calibration
+    grow(model.classifier, 0.8)
+    use(model)
+    assert said() == {}  # by 1.6 in power
+    grow(model.classifier, 0.1)
+    use(model)
+    named = said()
+    assert list(named) == ["classifier"] and named["classifier"] > 8
+    use(model)
+    assert said() == {}
+    calibrate(model, [bert_batch()])
+    use(model)
+    assert said() == {}
+
+
+@pytest.mark.parametrize("device", ["cmo-hfox-ibm", "generic", "hfox-neurram"])
+@pytest.mark.parametrize("times", [0.05, 0.3])
+def test_the_error_of_far_too_large_scales_is_that_of_chips(device, times):
+    model = patch_model(torch.nn.Sequential(torch.nn.Linear(64, 48)), ReRAMConfig(device=device))
+    layer = calibrate(model, [torch.randn(64, 64)])[0]
+    grow(layer, times)
+    (found,) = far_below_scale([layer]).values()
+
+    def power() -> float:
+        errors = []
+        for seed in range(6):
+            with deploy(model, "1d", seed=seed):
+                errors.append(float((layer.chip.weight - layer.weight).square().sum()))
+        return sum(errors)
+
+    large = power()
+    initialize_layers(model)
+    assert far_below_scale([layer]) == {} and found == pytest.approx(large / power(), rel=0.15)
+
+
+@pytest.mark.parametrize("mapping", MAPPINGS, ids=str)
+@pytest.mark.parametrize("pruned", ["channels", "weights", "dying", "all"])
+def test_pruned_weights_are_not_far_below_their_scale(said, mapping, pruned):
+    model = patched(**mapping)
+    with torch.no_grad():
+        for layer in crossbar_layers(model).values():
+            if pruned == "channels":
+                layer.weight[1:] = 0.0
+            elif pruned == "dying":
+                layer.weight[1:] *= 1e-5
+            elif pruned == "all":
+                layer.weight.zero_()
+            else:
+                layer.weight[layer.weight.abs() < 1.5 * layer.weight.std()] = 0.0
+    report(model)
+    assert said() == {}
+
+
+@pytest.mark.parametrize("sharing", ["per_channel", "per_tensor"])
+def test_channels_that_were_small_before_are_not_far_below_their_scale(said, sharing):
+    model = patch_model(tiny_bert(), ReRAMConfig(weight_scale=sharing))
+    with torch.no_grad():
+        for layer in crossbar_layers(model).values():
+            layer.weight[1:] *= 0.02
+    report(calibrate(model, [bert_batch()]))
+    assert said() == {}
+
+
+def test_a_report_names_both(said):
+    model = patched()
+    grow(model.classifier, 0.02)
+    grow(model.bert.pooler.dense)
+    notes = [note for note in report(model).notes if note.startswith("of weights that changed after calibration ")]
+    assert len(notes) == 2 and set(said()) == {"classifier", "bert.pooler.dense"}
+    assert "many of them are clipped to what the cells can hold: bert.pooler.dense (" in notes[0]
+    assert "all of them are far below what the cells can hold" in notes[1] and "classifier (" in notes[1]
+
+
+def test_the_trainer_calibrates_small_weights_anew(tmp_path):
+    model = patched()
+    grow(model.classifier, 0.02)
+    batch = bert_batch(8)
+    data = [{key: value[i] for key, value in batch.items()} for i in range(8)]
+    args = TrainingArguments(tmp_path, max_steps=1, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True)
+    assert list(far_below_scale(crossbar_layers(model).values())) == ["classifier"]
+    ReRAMTrainer(model, args, train_dataset=data)
+    assert far_below_scale(crossbar_layers(model).values()) == {}
+    assert (model.classifier.weight_scale <= model.classifier.weight.abs().amax(1) * (1 + 1e-6)).all()
 
 
 def test_calibration_maps_them_anew(said):

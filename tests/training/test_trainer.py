@@ -285,6 +285,24 @@ def test_a_patched_model_brings_its_config_and_another_config_replaces_it(tmp_pa
     assert crossbar_layers(other.model)["classifier"].crossbar.config.device.name == "hfox-neurram"
 
 
+def test_a_config_of_the_trainer_leaves_digital_what_was_so_or_names_it(tmp_path, caplog):
+    model = fresh_bert()
+    patch_model(model.bert, ReRAMConfig(device="cmo-hfox-ibm"))
+    names = set(crossbar_layers(model))
+    for words, named in [
+        ({}, None),
+        ({"target_modules": "all-linear"}, "were digital before, and are on crossbars now"),
+    ]:
+        with caplog.at_level("WARNING", "hf_reram"):
+            ReRAMTrainer(model, arguments(tmp_path), train_dataset=examples(), reram_config=ReRAMConfig(**words))
+        layers = crossbar_layers(model)
+        assert {layer.crossbar.config.device.name for layer in layers.values()} == {"hfox-neurram"}
+        assert layers.keys() - names == ({"classifier"} if named else set()) and not names - layers.keys()
+        assert all(layer.calibrated for layer in layers.values())
+        told = [r.getMessage() for r in caplog.records if "reram_config names other layers" in r.getMessage()]
+        assert [f"{named}: classifier" in text for text in told] == ([True] if named else [])
+
+
 @pytest.mark.parametrize(
     "wrong", [{"reram_config": None}, {"eval_times": ["soon"]}, {"eval_chips": 0}, {"teacher_weight": 2}]
 )
