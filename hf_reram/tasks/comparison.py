@@ -50,7 +50,7 @@ PROTOCOL = "protocol.json"
 TRAINED = ("model", "checkpoint-*", "trained.txt")
 
 # Of a model's settings, what a method changes.
-CHANGING = ("modules", "adapters")
+CHANGING = ("attributes", "adapters")
 
 NAIVE = {
     "range_shrink": 1.0,
