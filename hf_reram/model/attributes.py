@@ -68,29 +68,33 @@ def attributes_of(model: nn.Module) -> dict[str, Any]:
     modules = [(name, module, _class_of(module)) for name, module in walk(model) if not _is_of_parts(module)]
     found = _Found({id(module): name for name, module in walk(model)})
     classes = dict.fromkeys(cls for _, _, cls in modules)
+    code: list[tuple[str, str, _Described]] = []
+    code += [("class", "", found.described(cls, "")) for cls in classes]
+    values: list[tuple[type, str, str, _Described]] = []
     for name, module, cls in modules:
         if not isinstance(module, WRAPPERS) and TRANSPARENT.isdisjoint(module._modules):
             found.add("class", name, cls.__qualname__)
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
             if own_functions(hook) or is_own(hook):
-                found.add_value(f"hooks{HELD}", name, found.described(hook))
-    for cls in classes:
-        found.add_code("class", "", found.described(cls))
-    values = []
-    for name, module, cls in modules:
+                code.append(("hooks", name, found.described(hook, "hooks")))
         for attribute, value in _held(module):
             if not _is_method(cls, attribute, value):
-                values.append((cls, attribute, name, found.described(value)))
+                by_library = is_installed(cls.__module__)
+                values.append((cls, attribute, name, found.described(value, attribute, by_library)))
             elif is_own(value) or not {function for _, function in _methods(cls)}.issuperset(own_functions(value)):
-                found.add_value(f"{attribute}{HELD}", name, found.described(value))
-    written = _written(classes, found.functions)
+                code.append((attribute, name, found.described(value, attribute)))
+    found.read_arguments([*(each[-1] for each in code), *(each[-1] for each in values)])
+    for attribute, name, described in code:
+        found.add_code(attribute, name, described)
     told = {id(part) for config in configs_of(model).values() for part in parts_of(config)}
-    for cls, attribute, name, value in values:
-        if is_config(value.value):
-            for key, part in () if id(value.value) in told else telling(value.value).items():
+    written = _written(classes, found.functions)
+    for cls, attribute, name, described in values:
+        if is_config(described.value):
+            for key, part in () if id(described.value) in told else telling(described.value).items():
                 found.add(f"{attribute}.{key}", name, json.dumps(part, sort_keys=True, default=str))
         elif attribute not in written[cls]:
-            found.add_value(attribute, name, value)
+            found.add_told(attribute, name, described.value, described.told, described.floats)
+            found.add_parts(attribute, name, described)
     return found.fingerprints()
 
 
@@ -123,21 +127,32 @@ class _Described(Description):
 
     as_json = True
 
-    def __init__(self, value: Any, places: dict[int, str]) -> None:
+    def __init__(
+        self,
+        value: Any,
+        label: str,
+        places: dict[int, str],
+        functions: dict[types.FunctionType, None],
+        by_library: bool,
+    ) -> None:
         super().__init__()
-        self.value, self.places = value, places
+        self.value, self.label, self.places, self.functions = value, label, places, functions
+        self.by_library = by_library
         self.floats: list[torch.Tensor] = []
         self.codes: list[Any] = []
         self.variables_read: list[tuple[str, Any, Any, list[torch.Tensor]]] = []
         self.kinds_untold: list[str] = []
+        self.told = self.known_or_untold(value)
+
+    def known_or_untold(self, value: Any) -> Any:
         try:
-            self.told = self.whole(value)
-        except ValueError as error:
-            self.told = self.untold(value, str(error))
+            return self.of(value)
+        except Exception as error:  # whatever its parts raise
+            return self.untold(value, str(error))
 
     def held(self, name: str, value: Any) -> None:
         around, self.floats = self.floats, []
-        self.variables_read.append((name, value, self.of(value), self.floats))
+        self.variables_read.append((name, value, self.known_or_untold(value), self.floats))
         self.floats = around
 
     def parts(self, value: Any) -> list:
@@ -192,21 +207,26 @@ class _Found:
         self.sums: dict[str, dict[str, Any]] = {}
         self.functions: dict[types.FunctionType, None] = {}  # whose code was looked at
 
-    def described(self, value: Any) -> _Described:
-        """What tells a value, of whose code the functions are kept."""
-        found = _Described(value, self.places)
-        self.functions |= found.functions
-        return found
+    def described(self, value: Any, label: str, by_library: bool = False) -> _Described:
+        return _Described(value, label, self.places, self.functions, by_library)
+
+    def read_arguments(self, described: Collection[_Described]) -> None:
+        """Tell those attributes of namespaces of arguments that any code reads, also that of other values."""
+        known = -1
+        while known < len(self.functions):
+            known = len(self.functions)
+            for each in described:
+                each.arguments_read()
 
     def add(self, attribute: str, name: str, line: str) -> None:
         self.lines.setdefault(attribute, []).append(f"{name} {line}")
 
-    def add_value(self, attribute: str, name: str, found: _Described) -> None:
-        self.add_told(attribute, name, found.value, found.told, found.floats)
-        self.add_code(attribute, name, found)
-
     def add_code(self, attribute: str, name: str, found: _Described) -> None:
-        attribute = attribute.removesuffix(HELD)
+        if not isinstance(found.value, type):
+            self.add_told(f"{attribute}{HELD}", name, found.value, found.told, found.floats)
+        self.add_parts(attribute, name, found)
+
+    def add_parts(self, attribute: str, name: str, found: _Described) -> None:
         if found.codes:
             self.add(CODE, f"{attribute} of {name}", json.dumps(found.codes))
         for variable, value, told, floats in found.variables_read:
@@ -235,21 +255,25 @@ NO_CODE = _Found().fingerprints()[CODE]  # what is told of models of libraries a
 
 
 def _sums(tensor: torch.Tensor, name: str) -> list[Any]:
-    """Of the numbers up to :data:`HUGE`, and of those of each further four powers of ten by themselves: how many, their
-    sizes' sum, and that of the numbers times weights of their places, other ones for each name. Before these a
-    fingerprint of where the huge numbers, infinities and NaN are."""
+    """A fingerprint of where the huge numbers (:data:`HUGE`), infinities and NaN are. Then of all other numbers, and of
+    the huge ones of each four powers of ten by themselves: how many, their sizes' sum, and that of the numbers times
+    weights of their places, other ones for each name."""
     values = tensor.cpu().reshape(-1).double()
     first = int.from_bytes(hashlib.sha256(name.encode()).digest()[:2], "big")
     weights = torch.arange(first, first + values.numel(), dtype=torch.float64).mul_(GOLDEN).sin_()
-    sizes = values.abs()
-    kinds = (sizes.div(HUGE).log10_().div_(4).floor_() + 1).clamp_(0, 100).nan_to_num(nan=101)
-    kinds[values.isinf()] = 102 + values[values.isinf()].sign()
-    huge = hashlib.sha256(kinds.to(torch.uint8).numpy().tobytes()).hexdigest()[:16] if kinds.any() else ""
-    sums = []
-    for kind in kinds[kinds <= 100].unique():
-        here = kinds == kind
-        sums.append([float(here.sum()), float(sizes[here].sum()), float(values[here] @ weights[here])])
-    return [huge, *sums]
+
+    def three(numbers: torch.Tensor, weights: torch.Tensor) -> list[float]:
+        return [float(numbers.numel()), float(numbers.abs().sum()), float(numbers @ weights)]
+
+    rest = values.abs() < HUGE
+    if rest.all():
+        return ["", three(values, weights)]
+    huge, of_huge = values[~rest], weights[~rest]
+    kinds = huge.abs().div_(HUGE).log10_().div_(4).floor_()
+    kinds[huge.isnan()], kinds[huge == torch.inf], kinds[huge == -torch.inf] = 101, 102, 103
+    where = hashlib.sha256(rest.numpy().tobytes() + kinds.to(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+    finite = [three(huge[kinds == kind], of_huge[kinds == kind]) for kind in kinds[kinds <= 100].unique()]
+    return [where, three(values[rest], weights[rest]), *finite]
 
 
 def are_close(one: Any, other: Any) -> bool:

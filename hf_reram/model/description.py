@@ -77,11 +77,11 @@ CACHES = ("dispatch_cache", "cache_token")  # of functools.singledispatch
 class Description:
     """JSON values that other values have only if they are the same: numbers and texts as they are, all else as a
     SHA-256 of what it is made of. Functions are their code, with what they close over, and all that they name, by what
-    they read of it: of a script's own modules, of namespaces and of dataclasses' objects the attributes that they take,
-    and modules that they take whole by their source. Of other objects the class and what they pickle count, or what
-    their method ``told_by`` says, also what use has changed; but not what some libraries' objects hold of their last
-    use, and how far random generators are. Of a namespace of arguments (argparse) that is handed on, the attributes
-    count that any of the code reads. Of installed packages only names count.
+    they read of it: of a script's own modules and classes, of namespaces and of dataclasses' objects the attributes
+    that they take, and modules that they take whole by their source. Of other objects the class and what they pickle
+    count, or what their method ``told_by`` says, also what use has changed; but not what some libraries' objects hold
+    of their last use, and how far random generators are. Of a namespace of arguments (argparse) that is handed on, the
+    attributes count that any of the code reads. Of installed packages only names count.
 
     Attributes:
         named: what tells parts of the value that was told last, such as an object's attributes or a function's
@@ -98,6 +98,8 @@ class Description:
         # Objects, by their ids, of whose attributes only those count that code reads, each with the name that it was
         # first met by; and what tells their other parts.
         self.arguments: dict[int, tuple[str, Any, Mapping[str, Any]]] = {}
+        self.by_library = False  # whether what is told is an installed package's to read
+        self.arguments_told: dict[tuple[int, str], tuple[str, Any]] = {}
         self.label, self.read = "", dict[str, Any]()
 
     def whole(self, value: Any) -> Any:
@@ -119,7 +121,6 @@ class Description:
 
     def arguments_read(self) -> dict[str, Any]:
         """What tells those attributes of objects of arguments that code reads, by their names."""
-        told: dict[tuple[int, str], Any] = {}
         new: list[Any] = [None]
         while new:  # they may name more code, and that more of them
             codes = self.codes_read()
@@ -128,11 +129,11 @@ class Description:
                 (at, name, _path(label, name), attributes[name])
                 for at, (label, _, attributes) in enumerate(self.arguments.values())
                 for name in sorted(attributes)
-                if (at, name) not in told and (any_ or name in names)
+                if (at, name) not in self.arguments_told and (any_ or name in names)
             ]
             for at, name, path, part in new:
-                told[at, name] = path, self.held(path, part)
-        return {path: part for _, (path, part) in sorted(told.items())}
+                self.arguments_told[at, name] = path, self.held(path, part)
+        return {path: part for _, (path, part) in sorted(self.arguments_told.items())}
 
     def codes_read(self) -> list[types.CodeType]:
         """The code of a script's functions that were looked at."""
@@ -147,11 +148,12 @@ class Description:
             return self.known[id(value)][1]
         if id(value) in self.above:
             return ["around", len(self.above) - self.above[id(value)]]
-        self.above[id(value)] = len(self.above)
+        self.above[id(value)], by_library = len(self.above), self.by_library
         try:
             parts = self.parts(value)
         finally:
             del self.above[id(value)]
+            self.by_library = by_library
         digest = _digest(parts)
         self.known[id(value)] = (value, digest)
         self.named = {name: part for each in parts if isinstance(each, dict) for name, part in each.items()}
@@ -236,7 +238,7 @@ class Description:
         if is_installed(module_of(value)):  # a decorator may have given it another __module__
             left_out = CACHES if module_of(value) == functools.__name__ else ()
             return [*parts, {name: of(part) for name, part in around.items() if name not in left_out}]
-        self.functions[value] = None
+        self.functions[value], self.by_library = None, False
         known = {name: part for name, part in value.__globals__.items() if name[:2] != "__"}
         used = {**self.variables(around, around_of(code)), **self.variables(known, globals_of(code))}
         imported = self.source(imports_of(code, value.__globals__.get("__package__") or ""))
@@ -253,8 +255,8 @@ class Description:
         for name in sorted(known.keys() & chains.keys()):
             for chain in sorted(chains[name]):
                 part, at = known[name], 0
-                while at < len(chain) and is_parted(part) and chain[at] in vars(part):
-                    part, at = vars(part)[chain[at]], at + 1
+                while at < len(chain) and chain[at] in (inside := parts_inside(part)):
+                    part, at = inside[chain[at]], at + 1
                 found[".".join((name, *chain[:at]))] = part
         told = {}
         for name, part in found.items():
@@ -289,7 +291,7 @@ class Description:
             return [of(cls), of(value.told_by())]
         if isinstance(value, nn.Module):
             return self.module(value)
-        if isinstance(value, argparse.Namespace):
+        if isinstance(value, argparse.Namespace) and not self.by_library:
             return self.read_of(value, vars(value), {})
         if "TrainingArguments" in kinds:
             return self.read_of(value, *parts_added(value, {name: getattr(value, name, None) for name in ARGUMENTS}))
@@ -327,6 +329,7 @@ class Description:
             return self.untold(value, str(error))
         if isinstance(reduced, str):
             return [self.name(cls), reduced]
+        self.by_library = is_installed(cls.__module__)
         _, args, state, items, pairs = (*reduced, *[None] * 5)[:5]
         if isinstance(state, dict):
             state = {name: of(part) for name, part in state.items() if name not in left_out}
@@ -381,14 +384,18 @@ def is_own(value: Any) -> bool:
     )
 
 
-def is_parted(value: Any) -> bool:
-    """Whether code that takes attributes of a value reads nothing else of it: of a script's own modules, namespaces,
-    and dataclasses' objects, transformers' arguments among them."""
+def parts_inside(value: Any) -> Mapping[str, Any]:
+    """What code may take of a value without reading anything else of it, by name: of a script's own modules,
+    namespaces, dataclasses' objects, transformers' arguments among them, and what classes hold but methods. Nothing of
+    others."""
     if isinstance(value, types.ModuleType):
-        return not is_installed(value.__name__)
+        return {} if is_installed(value.__name__) else vars(value)
+    if isinstance(value, type):
+        own = {} if is_installed(value.__module__) else vars(value)
+        return {name: part for name, part in own.items() if not callable(part) and not hasattr(part, "__get__")}
     if isinstance(value, (types.SimpleNamespace, argparse.Namespace)) or "TrainingArguments" in kinds_of(value):
-        return True
-    return dataclasses.is_dataclass(value) and is_own(value) and hasattr(value, "__dict__")
+        return vars(value)
+    return vars(value) if dataclasses.is_dataclass(value) and is_own(value) and hasattr(value, "__dict__") else {}
 
 
 def kinds_of(value: Any) -> set[str]:

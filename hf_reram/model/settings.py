@@ -34,7 +34,8 @@ def is_config(value: Any) -> bool:
 
 def parts_of(config: Any) -> list[Any]:
     """A config and those inside it."""
-    return [config, *(inner for part in vars(config).values() if is_config(part) for inner in parts_of(part))]
+    held = getattr(config, "__dict__", {}).values()
+    return [config, *(inner for part in held if is_config(part) for inner in parts_of(part))]
 
 
 def telling(config: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What code of a script's own reads is told by what it is, wherever it stands."""
 
 import argparse
+import collections
 import importlib
 import itertools
 import os
@@ -258,6 +259,14 @@ def test_of_a_dataclass_s_object_what_code_takes_of_it_counts():
     assert told(whole, args=Options()) == told(whole, args=Options()) != told(whole, args=Options(chips=2))
 
 
+def test_of_a_class_of_settings_those_count_that_code_takes():
+    settings = "class CFG:\n  batch = 8\n  chips = 1\n  def size(): return CFG.batch\n"
+    changes = [settings, settings.replace("chips = 1", "chips = 2"), settings.replace("8", "16")]
+    for read, whole in (("CFG.batch", False), ("CFG.size()", True), ("len(vars(CFG))", True)):
+        mine, chips, batch = (told(f"{code}def score(p): return p * {read}") for code in changes)
+        assert mine != batch and (mine == chips) == (not whole)
+
+
 def test_the_attribute_that_differs_is_named():
     def parts(**changed):
         args = argparse.Namespace(**{"batch": 8, "chips": 1, **changed})
@@ -296,3 +305,9 @@ def test_what_a_subclass_adds_to_a_library_s_class(tmp_path):
     }
     trainer.compute_loss = len
     assert added_attributes(trainer, "transformers", runs=True) == {"class_weights": [1, 2], "compute_loss": len}
+
+
+def test_of_arguments_that_a_library_reads_all_count():
+    args = [argparse.Namespace(batch=8, chips=chips) for chips in (1, 2)]
+    mine, other = (described(collections.deque([each])) for each in args)  # as an object of any library
+    assert mine == described(collections.deque([argparse.Namespace(batch=8, chips=1)])) != other

@@ -1,5 +1,6 @@
 """What modules hold beside their state dict tells one model from another; what a forward writes does not."""
 
+import argparse
 import copy
 import functools
 import inspect
@@ -240,7 +241,8 @@ def test_masks_of_infinities_are_told():
     mask = torch.full((4, 4), -torch.inf).triu(1)
     least = mask.clamp(min=torch.finfo(torch.float32).min)
     assert other_settings(module(mask), module(mask.clone())) == []
-    for other in (mask.T.contiguous(), torch.full((4, 4), -torch.inf).triu(2), least.T.contiguous()):
+    others = mask.T.contiguous(), torch.full((4, 4), -torch.inf).triu(2), least.T.contiguous(), -mask, mask * torch.nan
+    for other in others:
         assert other_settings(module(mask), module(other)) == ["attributes.mask values"]
 
 
@@ -506,6 +508,27 @@ def test_objects_of_libraries_that_a_script_s_module_holds_count(kind):
     assert torch.equal(one(x), same(x)) and not torch.equal(one(x), other(x))
     assert other_settings(settings_of(one), settings_of(same)) == []
     assert other_settings(settings_of(one), settings_of(other)) == [f"attributes.{name or 'part.temperature'}"]
+
+
+class Argued(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        torch.manual_seed(0)
+        self.proj, self.args = nn.Linear(4, 4), args
+
+    def forward(self, x):
+        return self.scaled(self.proj(x))
+
+    def scaled(self, x):
+        return x * self.args.gain
+
+
+def test_of_a_script_s_arguments_those_count_that_code_of_its_modules_reads():
+    def told(**args):
+        return settings_of(Argued(argparse.Namespace(**args)))
+
+    assert other_settings(told(gain=1.0, chips=1), told(gain=1.0, chips=2)) == []
+    assert other_settings(told(gain=1.0, chips=1), told(gain=2.0, chips=1)) == ["attributes.args.gain in code"]
 
 
 class Locked(Holding):
