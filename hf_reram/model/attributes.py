@@ -121,8 +121,12 @@ class _Described(Description):
     alike is the same, since configs are kept in it, and so are devices.
 
     Attributes:
-        floats: tensors in it. codes: bytecode. held: variables that code reads, by name. untold: kinds of what nothing
-            tells from others.
+        floats: tensors in it. codes: bytecode. variables_read: by code, each with what tells it and its tensors.
+            kinds_untold: of what nothing tells from others.
+
+    Args:
+        label: the attribute that it is. places: modules' names by their ids. functions: gets a script's.
+        by_library: whether an installed package's module holds it.
     """
 
     as_json = True
@@ -205,6 +209,7 @@ class _Found:
         self.places = places or {}
         self.lines: dict[str, list[str]] = {CODE: []}
         self.sums: dict[str, dict[str, Any]] = {}
+        self.counts: dict[tuple[str, str], int] = {}  # of tensors of an attribute in one place
         self.functions: dict[types.FunctionType, None] = {}  # whose code was looked at
 
     def described(self, value: Any, label: str, by_library: bool = False) -> _Described:
@@ -238,10 +243,11 @@ class _Found:
         alone = isinstance(value, (torch.Tensor, np.ndarray)) and len(floats) > 0
         if not alone and not _is_empty(value):
             self.add(attribute, name, json.dumps(told))
-        for at, tensor in enumerate(floats):
-            self.sums.setdefault(f"{attribute}{VALUES}", {})[f"{name} {at}" if at else name] = _sums(
-                tensor, f"{name} {at}"
-            )
+        for tensor in floats:
+            sums = self.sums.setdefault(f"{attribute}{VALUES}", {})
+            count = self.counts[attribute, name] = self.counts.get((attribute, name), 0) + 1
+            place = f"{name} {count - 1}" if count > 1 else name
+            sums[place] = _sums(tensor, place)
 
     def fingerprints(self) -> dict[str, Any]:
         hashes = {

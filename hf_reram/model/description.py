@@ -144,7 +144,8 @@ class Description:
             value = value.item()
         if value is None or (isinstance(value, (bool, int, float, str)) and not isinstance(value, enum.Enum)):
             return self.plain(value)
-        if id(value) in self.known:
+        # Of a namespace of arguments another part counts where a library reads it.
+        if id(value) in self.known and not isinstance(value, argparse.Namespace):
             return self.known[id(value)][1]
         if id(value) in self.above:
             return ["around", len(self.above) - self.above[id(value)]]
@@ -234,11 +235,13 @@ class Description:
 
     def function(self, value: types.FunctionType) -> list:
         of, code, around = self.of, value.__code__, variables_around(value)
-        parts = [self.name(value), of(value.__defaults__), of(value.__kwdefaults__)]
+        defaults = {"defaults": value.__defaults__, "keyword defaults": value.__kwdefaults__}
+        parts = [self.name(value), {name: of(part) for name, part in defaults.items() if part is not None}]
         if is_installed(module_of(value)):  # a decorator may have given it another __module__
             left_out = CACHES if module_of(value) == functools.__name__ else ()
             return [*parts, {name: of(part) for name, part in around.items() if name not in left_out}]
-        self.functions[value], self.by_library = None, False
+        self.functions[value] = None
+        self.by_library = False
         known = {name: part for name, part in value.__globals__.items() if name[:2] != "__"}
         used = {**self.variables(around, around_of(code)), **self.variables(known, globals_of(code))}
         imported = self.source(imports_of(code, value.__globals__.get("__package__") or ""))

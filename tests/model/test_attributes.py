@@ -619,6 +619,21 @@ def test_what_a_hook_records_is_named_apart_from_what_it_computes_with(kind, cou
     assert other_settings(told, attributes_of(recording(2.0, kind)[0])) == [f"{gain} in code"]
 
 
+def test_two_variables_of_one_name_in_one_place_are_told_apart():
+    def scaling(gain):
+        return lambda module, args, output: output * gain
+
+    def told(*gains):
+        model = nn.Linear(2, 2)
+        for gain in gains:
+            model.register_forward_hook(scaling(torch.tensor(gain)))
+        return attributes_of(model)
+
+    assert other_settings(told(1.0, 2.0), told(1.0, 2.0)) == []
+    for other in (told(1.0, 3.0), told(3.0, 2.0), told(2.0, 1.0)):
+        assert "gain in code values" in other_settings(told(1.0, 2.0), other)
+
+
 class Gain:
     def __init__(self, gain):
         self.gain = gain
