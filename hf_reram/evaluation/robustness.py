@@ -20,7 +20,7 @@ from ..device.seeds import checked_seed, derived_seed
 from ..device.temperature import parse_temperature
 from ..device.time import parse_time
 from ..model.deploy import deploy, digital, refuse_modes, uncalibrated
-from ..model.digest import model_digest, settings_of, values_of, weights_digest
+from ..model.digest import model_digest, settings_of, untold_in, values_of, weights_digest
 from ..model.find import crossbar_layers, crossbar_states, replaced, reset_calls, uncalled
 from ..model.inputs import evaluating, forked_rng
 from ..model.sharding import alike, is_first, of_each, of_first, processes, talks
@@ -66,9 +66,11 @@ def evaluate_robustness(
         resume: a file that keeps each finished run; those of the same weights, configs (the model's own too) and
             ``key`` are not run again, unless another version of hf_reram, torch, transformers or Python ran them.
         key: for ``resume``, what ``evaluate`` depends on beside the model, such as its data set, split, samples and
-            seed: any JSON value. None: a fingerprint of ``evaluate``, its code with all that it names and holds. One
-            that changes something of these while it runs, as a counter or a meter that it fills, is then resumed only
-            in a new process, where all is as before its first run; with a key in the same one, too.
+            seed: any JSON value. None: a fingerprint of ``evaluate``, its code with all that it names and holds, and
+            what is in files and folders that these name, but for folders that hold ``resume``. Environment variables
+            that it reads are not seen: name them in a key. One that changes something of these while it runs, as a
+            counter or a meter that it fills, is then resumed only in a new process, where all is as before its first
+            run; with a key in the same one, too. One that writes a file that it names is resumed with a key alone.
         share_chips: with several processes, each runs its share of the chips, and all get the whole report;
             ``evaluate`` must then not talk to other processes. Where each forward does (weights sharded by FSDP2, a
             model wrapped by DDP), all run every chip ``together``.
@@ -83,8 +85,8 @@ def evaluate_robustness(
             Or the evaluation failed in another of the processes that share chips or evaluate together.
         ValueError: the model is not patched; no times, temperatures or seeds; a bad one of them; ``evaluate``
             returns no numbers; ``resume`` holds runs of other weights, another config or evaluation; nothing tells
-            ``evaluate`` from another one, and there is no ``key``; a key that is no JSON value; or both
-            ``share_chips`` and ``together``.
+            ``evaluate``, or what modules hold, from another one, and there is no ``key``; a key that is no JSON value;
+            or both ``share_chips`` and ``together``.
     """
     states = crossbar_states(model)
     state = states[0]
@@ -111,13 +113,15 @@ def evaluate_robustness(
     file = resume if not together or is_first() else None
     with alike(together or shares):
         if file is not None and key is None:
-            key = key_of("evaluation", evaluate)
+            refuse_untold(settings)
+            key = key_of("evaluation", evaluate, model, file)
     told = of_first(key) if shares else None  # a function that holds its process's device has another key in each
     key = key if told is None else told
     with alike(together or shares):
         log: RunLog | None = None
         if file is not None:
-            log = RunLog(file, owner_of(model, key, weights), parts_of(model, key, weights), values_of(model))
+            owner, parts = owner_of(model, key, weights, settings), parts_of(model, key, weights, settings)
+            log = RunLog(file, owner, parts, values_of(settings))
         found: dict[Run, dict[str, float]] = log.read() if log else {}
     warn_clipped(crossbar_layers(model).values())
     silent: set[str] = set(log.uncalled) if log else set()
@@ -168,10 +172,12 @@ def evaluate_robustness(
     if differs:
         report.notes.append("processes measured different figures in the same evaluation: these are the first one's")
         logger.warning("%s", report.notes[-1])
-    modules, now = settings["modules"], settings_of(model)["modules"]
-    if changed := [name for name in modules if modules[name] != now.get(name)]:  # counters and caches, or evaluate's
+    before, now = settings["attributes"], settings_of(model)["attributes"]
+    if changed := [name for name in before if before[name] != now.get(name)]:  # counters and caches, or evaluate's
         report.notes.append(f"attributes of modules changed while the model was evaluated: {', '.join(changed)}")
-        settings["modules"] = {name: value for name, value in modules.items() if name not in changed}
+        settings["attributes"] = {name: value for name, value in before.items() if name not in changed}
+    if untold := untold_in(settings):
+        report.notes.append(f"nothing tells from others what modules hold as {', '.join(untold)}")
     report.notes += (missing := report.left_out())
     for note in missing:
         logger.warning("%s: it is no part of the means", note)
@@ -191,26 +197,40 @@ def key_text(key: Any) -> str:
         raise ValueError(f"key={key!r}: allowed is a JSON value: {error}") from None
 
 
-def owner_of(model: nn.Module, key: Any, weights: str | None = None) -> str:
+def refuse_untold(settings: dict[str, Any]) -> None:
+    """
+    Args:
+        settings: of a model.
+
+    Raises:
+        ValueError: its modules hold what nothing tells from others; names it.
+    """
+    if untold := untold_in(settings):
+        raise ValueError(
+            f"the model cannot be told from another one by what its modules hold as {', '.join(untold)}: say with "
+            "key=... what is evaluated, this too"
+        )
+
+
+def owner_of(model: nn.Module, key: Any, weights: str | None = None, settings: dict[str, Any] | None = None) -> str:
     """A fingerprint of the model, its config, and a JSON value that says what is measured.
 
     Args:
-        weights: the digest of the model's where it is known.
+        weights: the digest of the model's, and settings: :func:`.digest.settings_of` it, where they are known.
 
     Raises:
         ValueError: ``key`` is no JSON value.
     """
-    return hashlib.sha256(f"{model_digest(model, weights)} {key_text(key)}".encode()).hexdigest()
+    return hashlib.sha256(f"{model_digest(model, weights, settings)} {key_text(key)}".encode()).hexdigest()
 
 
-def parts_of(model: nn.Module, key: Any, weights: str) -> dict[str, str]:
+def parts_of(model: nn.Module, key: Any, weights: str, settings: Mapping[str, Any]) -> dict[str, str]:
     """Short fingerprints of what :func:`owner_of` is one of: a key that is an object, and the attributes of the
     modules, count by their names."""
-    settings = settings_of(model)
     parts = {str(name): value for name, value in key.items()} if isinstance(key, Mapping) else {"key": key}
     parts |= {"weights": weights, "ReRAMConfig": [state.config.to_dict() for state in crossbar_states(model)]}
-    parts |= {f"modules.{name}": value for name, value in settings.pop("modules").items()}
-    parts["model.config"] = settings
+    parts |= {f"attributes.{name}": value for name, value in settings["attributes"].items()}
+    parts["model.config"] = {name: value for name, value in settings.items() if name != "attributes"}
     texts = {name: json.dumps(value, sort_keys=True) for name, value in parts.items() if value is not None}
     return {name: hashlib.sha256(text.encode()).hexdigest()[:12] for name, text in texts.items()}
 

@@ -88,8 +88,8 @@ class RunLog:
             raise ValueError(
                 f"{self.path} holds runs of other weights, another config or another evaluation "
                 f"({self._difference(foreign[0].get('parts'))}): allowed are those of this model and this key; delete "
-                'it or name another file. Where it is evaluate itself that changes what differs, say with key="..." '
-                "what is evaluated"
+                "it or name another file. Where it is evaluate itself that changes what differs, as a file that it "
+                'writes, say with key="..." what is evaluated'
             )
         self.uncalled = {name for entry in entries for name in entry.get("uncalled", ())}
         self.autocasts = {name for entry in entries for name in entry.get("autocasts", ())}

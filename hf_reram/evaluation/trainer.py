@@ -9,41 +9,17 @@ from transformers.utils import logging
 from ..device.checks import plain
 from ..device.time import format_time, parse_time
 from ..model.deploy import deploy
+from ..model.digest import settings_of
 from ..model.find import is_digital
-from .code import added_attributes
-from .content import content_of, part_of
+from .content import Evaluated, content_of
 from .precision import restored
 from .report import RobustnessReport, Statistic
-from .robustness import DEFAULT_TIMES, evaluate_robustness
+from .robustness import DEFAULT_TIMES, evaluate_robustness, refuse_untold
 
 if TYPE_CHECKING:
     from transformers.trainer_utils import EvalLoopOutput
 
 logger = logging.get_logger(__name__)
-
-# What an evaluation depends on of a Trainer, and of its arguments.
-METRIC = (
-    *("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func", "label_names", "_gen_kwargs"),
-    "evaluator",  # of sentence-transformers
-)
-PREPROCESSING = ("data_collator", "processing_class")
-ARGUMENTS = (
-    "eval_batch_size",
-    "bf16_full_eval",
-    "fp16_full_eval",
-    "tf32",
-    "label_smoothing_factor",
-    "prediction_loss_only",
-    "include_for_metrics",
-    "batch_eval_metrics",
-    "eval_do_concat_batches",
-    "remove_unused_columns",
-    "dataloader_drop_last",
-    "train_sampling_strategy",
-    "length_column_name",
-    "use_liger_kernel",
-    "predict_with_generate",
-)
 
 # Of Trainer, beside which the mixin stands.
 Base: Any = object
@@ -121,31 +97,19 @@ class EvaluationMixin(Base):
         """A data set that an evaluation is given, as the trainer's data loader takes it."""
         return dataset
 
-    def _evaluation_key(self, loaders: Mapping[str, Any], metrics: Sequence[str] | None) -> dict[str, Any]:
-        """What figures depend on beside the model, as JSON values by what they are of."""
-        args = {
-            **{name: getattr(self.args, name, None) for name in ARGUMENTS},
-            **added_attributes(self.args, "transformers"),
-        }
-        own = added_attributes(self, "transformers", runs=True)
-        own = {name: value for name, value in own.items() if name not in (*METRIC, *PREPROCESSING)}
+    def _evaluation_key(self, loaders: Mapping[str, Any], metrics: Sequence[str] | None, log: Any) -> dict[str, Any]:
+        """What figures depend on beside the model, as JSON values by what they are of.
+
+        Args:
+            log: the file that they are noted in.
+        """
+        refuse_untold(settings_of(self.model))
+        data = {name.removesuffix("_"): content_of(loader.dataset) for name, loader in loaders.items()}
         return {
-            "data": {name: content_of(loader.dataset) for name, loader in loaders.items()},
-            "preprocessing": {name: part_of(name, getattr(self, name, None), files=True) for name in PREPROCESSING},
-            "metric": [
-                None if metrics is None else list(metrics),
-                {name: part_of(name, getattr(self, name, None)) for name in METRIC},
-                part_of("generation_config", self.generation_settings()),
-            ],
-            "arguments": [
-                {name: part_of(f"argument {name}", value) for name, value in args.items()},
-                self.accelerator.mixed_precision,
-                self.is_cast(),
-            ],
-            "trainer": [
-                part_of("trainer", type(self)),
-                {name: part_of(f"trainer's {name}", value) for name, value in own.items()},
-            ],
+            **{f"data.{name}" if name else "data": content for name, content in data.items()},
+            "metrics": None if metrics is None else list(metrics),
+            "precision": [self.accelerator.mixed_precision, self.is_cast()],
+            **Evaluated(self.model, log, self.eval_dataset).key("trainer", self),
         }
 
     def evaluate_robustness(
@@ -165,8 +129,8 @@ class EvaluationMixin(Base):
             metrics: which of the metrics to keep, with or without the prefix "eval_"; None keeps all.
             kwargs: of :func:`hf_reram.evaluate_robustness`. The ``key`` of a ``resume`` file, where none is given, is
                 made of the data sets' content, the trainer's functions (as ``compute_metrics``), the arguments that an
-                evaluation depends on, and what a subclass of the trainer or of its arguments adds. Several processes
-                evaluate each chip together.
+                evaluation depends on, and what a subclass of the trainer or of its arguments adds and its code, or the
+                functions', reads. Several processes evaluate each chip together.
 
         Raises:
             ValueError: ``metrics`` names one that the evaluation does not give, a ``resume`` file without ``key`` where
@@ -187,7 +151,7 @@ class EvaluationMixin(Base):
         measure = self._uncast(super().evaluation_loop)
         self.prepare_generation()
         if kwargs.get("resume") is not None and kwargs.get("key") is None:
-            kwargs["key"] = self._evaluation_key(loaders, metrics)
+            kwargs["key"] = self._evaluation_key(loaders, metrics, kwargs["resume"])
 
         loss_only = True if self.compute_metrics is None else None  # as in Trainer.evaluate: no logits are kept
 

@@ -17,7 +17,7 @@ from ..hub.crossbars import CROSSBARS, StoredCrossbars
 from ..hub.report import report_of
 from ..hub.trainer import HubMixin
 from ..model.deploy import digital
-from ..model.find import crossbar_layers, crossbar_states, unwrapped
+from ..model.find import crossbar_layers, crossbar_states
 from ..model.sharding import is_sharded
 from ..training.checkpoints import marked, staged, write_configs
 from ..training.mixin import TrainingMixin
@@ -144,17 +144,6 @@ class ReRAMTrainerMixin(TrainingMixin, EvaluationMixin, HubMixin):
         if getattr(self.model, "_is_accelerate_prepared", False):
             return hasattr(self.model, "_original_forward")
         return bool(self.accelerator.native_amp)
-
-    def generation_settings(self) -> dict[str, Any]:
-        """What the model generates with where it is told nothing else, without the defaults, which its first generation
-        writes there."""
-        config: Any = getattr(unwrapped(self.model), "generation_config", None)
-        if config is None:
-            return {}
-        defaults: dict[str, Any] = getattr(config, "_get_default_generation_params", dict)()
-        left_out = ("_from_model_config", "transformers_version")
-        told = {name: value for name, value in config.to_dict().items() if value is not None and name not in left_out}
-        return {name: value for name, value in told.items() if value != defaults.get(name)}
 
     def _run_epoch(self, *args, **kwargs) -> None:
         """As Trainer's, but a training that was finished before it was resumed gets no step more, which would make

@@ -1,195 +1,30 @@
-"""Values and code as JSON values, which others have only if they are the same, and attributes that code sets and
-reads."""
+"""What Python code reads, sets and imports, by its bytecode."""
 
-import argparse
 import dis
-import enum
 import functools
-import hashlib
-import json
+import importlib.util
 import types
 from collections.abc import Iterator
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any
 
-import numpy as np
-import torch
-from torch import nn
-
-from ..nn.tensors import whole
 from .installed import is_installed
 
-PLAIN = (bool, int, float, str, type(None))
-NAMED = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, type, np.ufunc)
 # Where what wraps a function has it.
 INNER: Any = (
     (types.FunctionType, "__wrapped__"),
     ((types.MethodType, staticmethod, classmethod), "__func__"),
     ((functools.partial, functools.cached_property), "func"),
 )
+CALLED = (types.FunctionType, types.MethodType, functools.partial, staticmethod, classmethod)
 SKIPPED = ("CACHE", "PRECALL", "EXTENDED_ARG")  # which do nothing by themselves
+GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME")
+AROUND = ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF")
+ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
+MAKES_TEXT = ("BINARY_OP", "BUILD_STRING", "FORMAT_VALUE", "FORMAT_SIMPLE")
 
-
-class Untold(Exception):
-    """Nothing tells a value from others of its kind."""
-
-
-# Values
-
-
-def told(value: Any, floats: list[torch.Tensor], above: frozenset[int] = frozenset()) -> Any:
-    """A value as JSON: numbers, texts and containers as they are, functions and classes by their names, arrays by their
-    content, objects of a script's own classes by what they hold.
-
-    Args:
-        floats: gets the arrays of floating-point numbers in it, of which only the shape is told, since devices differ
-            in their last bits. above: ids of what the value is in.
-
-    Raises:
-        Untold: it is of another kind, or in itself.
-    """
-    if id(value) in above:
-        raise Untold
-    above = above | {id(value)}
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, PLAIN):
-        return value
-    if isinstance(value, (list, tuple)):
-        return [told(part, floats, above) for part in value]
-    if isinstance(value, dict):
-        return {str(told(name, floats, above)): told(part, floats, above) for name, part in value.items()}
-    if isinstance(value, (set, frozenset)):
-        return ["set", *sorted(json.dumps(told(part, floats, above)) for part in value)]
-    if isinstance(value, (bytes, complex, range, slice, type(...), enum.Enum)):
-        return repr(value)
-    if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
-        value = torch.from_numpy(np.ascontiguousarray(value.astype(value.dtype.newbyteorder("="))))
-    if isinstance(value, torch.Tensor):
-        return _content(value, floats)
-    if isinstance(value, functools.partial):
-        return ["partial", *(told(part, floats, above) for part in (value.func, value.args, value.keywords))]
-    if isinstance(value, NAMED):
-        return value.__qualname__ if hasattr(value, "__qualname__") else value.__name__
-    if isinstance(value, (types.SimpleNamespace, argparse.Namespace)) or _is_own(value):
-        return [type(value).__qualname__, _held(value, floats, above)]
-    raise Untold
-
-
-def _is_own(value: Any) -> bool:
-    """Whether an object is of a class of a script's own that is nothing of an installed package, such as a module, a
-    config or a data set."""
-    return all(_counts(cls) or cls.__module__ in ("builtins", "abc", "typing") for cls in type(value).__mro__) and (
-        _counts(type(value))
-    )
-
-
-def _held(value: Any, floats: list[torch.Tensor], above: frozenset[int]) -> dict[str, Any]:
-    """Those attributes of an object that can be told, its class's among them."""
-    parts = {name: part for cls in reversed(type(value).__mro__) if _counts(cls) for name, part in vars(cls).items()}
-    parts |= {name: getattr(value, name, None) for name in getattr(value, "__dataclass_fields__", ())}  # also of slots
-    found = {}
-    for name, part in {**parts, **getattr(value, "__dict__", {})}.items():
-        try:
-            if name[:2] != "__":
-                found[name] = told(part, floats, above)
-        except Untold:
-            continue
-    return found
-
-
-def _counts(cls: type) -> bool:
-    return not is_installed(cls.__module__)
-
-
-def _content(tensor: torch.Tensor, floats: list[torch.Tensor]) -> str:
-    if tensor.is_meta or tensor.layout != torch.strided:
-        raise Untold
-    values = whole(tensor.detach())
-    if values.is_floating_point() or values.is_complex():
-        floats.append(torch.view_as_real(values) if values.is_complex() else values)
-        return f"floats {tuple(values.shape)}"
-    data = values.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if values.numel() else b""
-    return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(data).hexdigest()}"
-
-
-# Code
-
-
-def code_in(value: Any, held: list[tuple[str, Any]], seen: dict[Any, Any]) -> list[Any]:
-    """The bytecode of a script's own in a function, class or object, and of all that this names, as JSON values. Empty
-    where all is of installed packages.
-
-    Args:
-        held: gets the values that the code closes over or names, by their names. seen: by id, what is not told again;
-            gets all that is looked at.
-    """
-    if id(value) in seen:
-        return []
-    seen[id(value)] = value
-    if isinstance(value, types.FunctionType):
-        code = value.__code__
-        cells = zip(code.co_freevars, value.__closure__ or ())
-        inside = {name: cell.cell_contents for name, cell in cells if cell != types.CellType()}
-        if not is_installed(value.__globals__.get("__name__")):  # its own, whatever it says that it wraps
-            defaults = [("defaults", part) for part in (value.__defaults__, value.__kwdefaults__) if part is not None]
-            used = [*defaults, *inside.items(), *_named(value).items()]
-            return [_bytecode(code), *(inner for name, part in used for inner in _used(name, part, code, held, seen))]
-        called = (types.FunctionType, types.MethodType, functools.partial)
-        parts: list[Any] = [part for part in inside.values() if isinstance(part, called)]
-    elif isinstance(value, functools.partial):
-        parts = [value.func, *value.args, *value.keywords.values()]
-    elif isinstance(value, (types.MethodType, staticmethod, classmethod)):
-        parts = [value.__func__]
-    elif isinstance(value, property):
-        parts = [value.fget, value.fset]
-    elif isinstance(value, functools.cached_property):
-        parts = [value.func]
-    elif isinstance(value, type):
-        classes = [cls for cls in value.__mro__ if cls not in (nn.Module, object)]
-        parts = [part for cls in classes for _, part in sorted(vars(cls).items())]
-    else:
-        wrapped = getattr(value, "__dict__", {}).get("__wrapped__")  # as functools.cache has it
-        parts = [wrapped] if wrapped is not None else [type(value)] if _is_own(value) else []
-    found = [inner for part in parts if (inner := code_in(part, held, seen))]
-    if found and isinstance(value, functools.partial):
-        held.append(("arguments", [value.args, value.keywords]))
-    if found and isinstance(value, types.MethodType):
-        held.append(("self", value.__self__))
-    if _is_own(value):
-        held.append((type(value).__qualname__, value))
-    return found
-
-
-def _used(
-    name: str, value: Any, code: types.CodeType, held: list[tuple[str, Any]], seen: dict[Any, Any]
-) -> Iterator[Any]:
-    """The code in what code takes of a value that it has under a name: all, or of modules, classes and settings the
-    attributes that it names, too."""
-    if isinstance(value, types.ModuleType) and is_installed(value.__name__):
-        return
-    if inner := code_in(value, held, seen):
-        yield inner
-    parted = (types.ModuleType, argparse.Namespace, types.SimpleNamespace)
-    if not isinstance(value, parted) and not (isinstance(value, type) and _counts(value)):
-        held.append((name, value))
-    elif (id(value), code) not in seen:
-        seen[id(value), code] = value
-        for part in sorted({name for each in codes_of(code) for name in each.co_names} & vars(value).keys()):
-            if part[:2] != "__":
-                yield from _used(f"{name}.{part}", vars(value)[part], code, held, seen)
-
-
-def _named(function: types.FunctionType) -> dict[str, Any]:
-    """The globals that a function reads."""
-    names = {step.argval for part in codes_of(function.__code__) for step in steps_of(part) if _loads(step)}
-    known = names & function.__globals__.keys()
-    return {name: function.__globals__[name] for name in sorted(known) if name[:2] != "__"}
-
-
-def _loads(step: dis.Instruction) -> bool:
-    return step.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+Chains = dict[str, set[tuple[str, ...]]]
 
 
 def codes_of(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -205,9 +40,7 @@ def steps_of(code: types.CodeType) -> list[dis.Instruction]:
     return [step for step in dis.get_instructions(code) if step.opname not in SKIPPED]
 
 
-def _bytecode(code: types.CodeType) -> list[Any]:
-    constants = [_bytecode(part) if isinstance(part, types.CodeType) else told(part, []) for part in code.co_consts]
-    return [code.co_code.hex(), list(code.co_names), constants]
+# Functions
 
 
 def functions_in(value: Any) -> list[types.FunctionType]:
@@ -221,7 +54,151 @@ def functions_in(value: Any) -> list[types.FunctionType]:
     return [value] if isinstance(value, types.FunctionType) else []
 
 
-# What code sets and reads
+def own_functions(value: Any) -> list[types.FunctionType]:
+    """A script's functions in a function, method, property or the like, also where libraries' functions wrap them."""
+    found: dict[int, types.FunctionType] = {}
+    todo, seen = [value], set[int]()
+    while todo:
+        value = todo.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, types.FunctionType) and not is_installed(module_of(value)):
+            found[id(value)] = value
+        elif isinstance(value, types.FunctionType):
+            todo += [part for part in variables_around(value).values() if isinstance(part, CALLED)]
+        elif isinstance(value, functools.partial):
+            todo += [value.func, *value.args, *value.keywords.values()]
+        elif isinstance(value, property):
+            todo += [value.fget, value.fset]
+        elif not isinstance(value, type):
+            inner = next((getattr(value, name) for kind, name in INNER[1:] if isinstance(value, kind)), None)
+            todo.append(_attributes(value).get("__wrapped__") if inner is None else inner)
+    return list(found.values())
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """As ``vars``, whatever a class does where it is asked for an attribute."""
+    try:
+        return object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return {}
+
+
+def module_of(function: types.FunctionType) -> str | None:
+    """The module that a function was written in, whatever a decorator has it say."""
+    return function.__globals__.get("__name__")
+
+
+def is_generated(function: types.FunctionType) -> bool:
+    """Whether ``dataclass`` has written it, which reads all fields to compare and to show them."""
+    return (
+        function.__code__.co_filename == "<string>"
+        and function.__name__[:2] == "__"
+        and function.__name__ != "__call__"
+    )
+
+
+def variables_around(function: types.FunctionType) -> dict[str, Any]:
+    """The variables that a function closes over, without those that are not set yet."""
+    cells = zip(function.__code__.co_freevars, function.__closure__ or ())
+    return {name: cell.cell_contents for name, cell in cells if cell != types.CellType()}
+
+
+# What code reads
+
+
+@cache
+def globals_of(code: types.CodeType) -> Chains:
+    """Names of the globals that code reads, each with the attributes that it takes of them, as ("path", "join") in
+    ``os.path.join``; () where it takes the object itself."""
+    return _chains(code, GLOBALS)
+
+
+@cache
+def around_of(code: types.CodeType) -> Chains:
+    """As :func:`globals_of`, of the variables that it closes over."""
+    found = _chains(code, AROUND)
+    return {name: found[name] for name in code.co_freevars if name in found}
+
+
+def _chains(code: types.CodeType, loads: tuple[str, ...]) -> Chains:
+    found: Chains = {}
+    for part in codes_of(code):
+        name: str | None = None
+        chain: list[str] = []
+        for step in steps_of(part):
+            if name is not None and step.opname in ATTRIBUTES:
+                chain.append(step.argval)
+                continue
+            if name is not None and not chain and step.opname == "COPY":  # as in `module.count += 1`
+                continue
+            if name is not None and (chain or step.opname != "STORE_ATTR"):
+                found.setdefault(name, set()).add(tuple(chain))
+            name, chain = (step.argval, []) if step.opname in loads else (None, [])
+    return found
+
+
+@cache
+def reads(code: types.CodeType) -> frozenset[str]:
+    """Names of attributes that code may read, of whichever object, but to set them anew as in ``self.count += 1``."""
+    found = set()
+    for part in codes_of(code):
+        for before, step in pairwise(steps_of(part)):
+            if step.opname in (*ATTRIBUTES, "LOAD_SUPER_ATTR") and before.opname != "COPY":
+                found.add(step.argval)
+        found |= _texts(part)  # as in getattr(self, "count")
+    return frozenset(found)
+
+
+def names_in(code: types.CodeType) -> set[str]:
+    """All names of globals and attributes in code."""
+    return {name for part in codes_of(code) for name in part.co_names}
+
+
+@cache
+def reads_any(code: types.CodeType) -> bool:
+    """Whether code may read attributes that it does not name: of ``vars``, or of a ``getattr`` by another name than a
+    text that stands there."""
+    if not names_in(code).isdisjoint(("__dict__", "vars")):
+        return True
+    for part in codes_of(code):
+        steps = steps_of(part)
+        for at, step in enumerate(steps):
+            if step.opname in GLOBALS and step.argval == "getattr":
+                call = list(takewhile(lambda each: "CALL" not in each.opname, steps[at + 1 :]))
+                stands = any(next_.opname == "LOAD_CONST" and isinstance(next_.argval, str) for next_ in call)
+                if not stands or any(next_.opname in MAKES_TEXT for next_ in call):
+                    return True
+    return False
+
+
+def _texts(code: types.CodeType) -> set[str]:
+    return {part for part in code.co_consts if isinstance(part, str) and part.isidentifier()}
+
+
+def imports_of(code: types.CodeType, package: str) -> set[str]:
+    """Full names of the modules that code imports, and may import, where ``from a import b`` may take a module b.
+
+    Args:
+        package: that relative imports start from, "" where there is none.
+    """
+    found: set[str] = set()
+    for part in codes_of(code):
+        steps = steps_of(part)
+        for at, step in enumerate(steps):
+            if step.opname != "IMPORT_NAME":
+                continue
+            level, names = (before.argval for before in steps[at - 2 : at])
+            try:
+                name = importlib.util.resolve_name("." * level + step.argval, package or None) if level else step.argval
+            except ImportError:  # beyond the top, as it would fail itself
+                continue
+            found |= {name, *(f"{name}.{part}" for part in names or () if part != "*")}
+    return found
+
+
+# What code sets
 
 
 @cache
@@ -238,22 +215,6 @@ def sets(code: types.CodeType) -> frozenset[str]:
 
 
 @cache
-def reads(code: types.CodeType) -> frozenset[str]:
-    """Names of attributes that code may read, of whichever object, but to set them anew as in ``self.count += 1``."""
-    found = set()
-    for part in codes_of(code):
-        for before, step in pairwise(steps_of(part)):
-            if step.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR") and before.opname != "COPY":
-                found.add(step.argval)
-        found |= _texts(part)  # as in getattr(self, "count")
-    return frozenset(found)
-
-
-def _texts(code: types.CodeType) -> set[str]:
-    return {part for part in code.co_consts if isinstance(part, str) and part.isidentifier()}
-
-
-@cache
 def set_by(cls: type) -> frozenset[str]:
     """Names of attributes that a class's methods set on their object, its fields and cached properties."""
     found = {*getattr(cls, "__dataclass_fields__", ()), *vars(cls).get("__annotations__", ())}
@@ -262,3 +223,10 @@ def set_by(cls: type) -> frozenset[str]:
             found.add(name)
         found.update(*(sets(function.__code__) for function in functions_in(part)))
     return frozenset(found)
+
+
+@cache
+def of_libraries(cls: Any) -> frozenset[str]:
+    """Names of attributes that those parents of a class have or set that are of installed packages."""
+    parents = [parent for parent in cls.__mro__ if is_installed(parent.__module__)]
+    return frozenset(name for parent in parents for name in {*set_by(parent), *vars(parent)})

@@ -12,24 +12,10 @@ from ..nn import CrossbarLayer
 from ..nn.scalars import BUFFERS
 from ..nn.tensors import whole
 from .adapters import adapter_keys, adapter_scales, adapters_in_use
-from .attributes import NO_CODE, TRAINING_ONLY, VALUES, are_close, attributes_of
-from .find import WRAPPERS, crossbar_states, unwrapped, walk
+from .attributes import NO_CODE, UNTOLD, VALUES, are_close, attributes_of, configs_of
+from .find import WRAPPERS, crossbar_states, unwrapped
+from .settings import telling
 from .sharding import reshard
-
-# Of a model's config: where it is from, how it is stored and called, and what a robust model's config says elsewhere.
-COSMETIC = (
-    "_name_or_path",
-    "transformers_version",
-    "architectures",
-    "auto_map",
-    "dtype",
-    "torch_dtype",
-    "quantization_config",
-    "use_cache",
-    "return_dict",
-    "output_hidden_states",
-    "output_attentions",
-)
 
 
 def weights_digest(model: nn.Module, base: bool = False) -> str:
@@ -75,33 +61,16 @@ def _beside_the_base(model: nn.Module) -> set[str]:
 def settings_of(model: nn.Module) -> dict[str, Any]:
     """What an evaluation of the model depends on beside its weights and its ReRAMConfig, as plain JSON values by name:
     the config of the Hugging Face model, or of those inside, without what changes no figure, adapters' scales, and
-    fingerprints of what else its modules hold (:func:`.attributes.attributes_of`), as ``modules``."""
+    fingerprints of what else its modules hold (:func:`.attributes.attributes_of`), as ``attributes``. In reports of
+    older versions these are other ones, as ``modules``."""
     found: dict[str, Any] = {}
-    inside: set[nn.Module] = set()
-    for name, module in walk(model):
-        to_dict = getattr(getattr(module, "config", None), "to_dict", None)
-        if callable(to_dict) and module not in inside:
-            inside |= set(module.modules())
-            found |= {f"{name}.{key}" if name else key: value for key, value in _telling(to_dict()).items()}
+    for name, config in configs_of(model).items():
+        found |= {f"{name}.{key}" if name else key: value for key, value in telling(config).items()}
     if scales := adapter_scales(unwrapped(model)):
         found["adapters"] = scales
-    found["modules"] = attributes_of(model)
+    found["attributes"] = attributes_of(model)
     text = json.dumps(found, default=lambda value: sorted(map(str, value)) if isinstance(value, set) else str(value))
     return json.loads(text, parse_constant=str)
-
-
-def _telling(config: dict[str, Any]) -> dict[str, Any]:
-    """A model's config without what changes no figure, those inside it too."""
-    classes = len(config["id2label"]) if isinstance(config.get("id2label"), dict) else None
-    found = {}
-    for key, value in config.items():
-        if key in COSMETIC or TRAINING_ONLY.fullmatch(str(key)):
-            continue
-        # Heads write there what they find the labels to be; the same labels tell it again.
-        if key == "problem_type" and (value is None or (value == "regression") == (classes == 1)):
-            continue
-        found[key] = _telling(value) if isinstance(value, dict) else value
-    return found
 
 
 def other_settings(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
@@ -110,28 +79,35 @@ def other_settings(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     found = []
     for name in mine.keys() & theirs.keys():
         one, other = mine[name], theirs[name]
-        if isinstance(one, dict) and isinstance(other, dict):
+        if name.endswith(VALUES):
+            found += [] if are_close(one, other) else [name]
+        elif isinstance(one, dict) and isinstance(other, dict):
             found += [f"{name}.{part}" for part in other_settings(one, other)]
-        elif one != other and not (name.endswith(VALUES) and are_close(one, other)):
+        elif one != other:
             found.append(name)
-    return sorted(found, key=lambda name: (name.startswith("modules."), name))  # which follow from the others
+    return sorted(found, key=lambda name: (name.startswith("attributes."), name))  # which follow from the others
 
 
-def values_of(model: nn.Module) -> dict[str, Any]:
+def values_of(settings: dict[str, Any]) -> dict[str, Any]:
     """Of a model's settings the sums of floating-point numbers, which :func:`other_settings` compares."""
-    return {name: part for name, part in attributes_of(model).items() if name.endswith(VALUES)}
+    return {name: part for name, part in settings["attributes"].items() if name.endswith(VALUES)}
 
 
-def model_digest(model: nn.Module, weights: str | None = None) -> str:
+def untold_in(settings: dict[str, Any]) -> list[str]:
+    """Names of the modules' attributes, and of variables of code, that nothing tells from others."""
+    return [name.removesuffix(UNTOLD) for name in settings["attributes"] if name.endswith(UNTOLD)]
+
+
+def model_digest(model: nn.Module, weights: str | None = None, settings: dict[str, Any] | None = None) -> str:
     """The same of a patched model's weights, its ReRAMConfig and its settings together: two models that do and age
     alike have the same. Without :func:`values_of` it, which agree only up to their last bits.
 
     Args:
-        weights: their digest where it is known.
+        weights: their digest where it is known. settings: of :func:`settings_of` the model, where they are known.
     """
     configs = [state.config.to_dict() for state in crossbar_states(model)]
-    settings = settings_of(model)
-    modules = settings["modules"].items()
-    settings["modules"] = {name: part for name, part in modules if not name.endswith(VALUES) and part != NO_CODE}
+    settings = {**(settings or settings_of(model))}
+    parts = settings["attributes"].items()
+    settings["attributes"] = {name: part for name, part in parts if not name.endswith(VALUES) and part != NO_CODE}
     config = json.dumps([configs, settings], sort_keys=True)
     return hashlib.sha256(f"{weights or weights_digest(model)} {config}".encode()).hexdigest()

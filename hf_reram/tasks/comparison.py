@@ -16,11 +16,11 @@ from transformers.utils import logging
 
 from ..config import ReRAMConfig
 from ..device.time import format_time
-from ..evaluation.content import content_of, described, part_of
+from ..evaluation.content import content_of, described, key_of
 from ..evaluation.escape import code_block, escaped
 from ..evaluation.files import write_whole
 from ..evaluation.report import RobustnessReport
-from ..evaluation.robustness import evaluate_robustness, key_text, numbers_of
+from ..evaluation.robustness import evaluate_robustness, key_text, numbers_of, refuse_untold
 from ..evaluation.run_log import versions
 from ..evaluation.tables import (
     comparison_cells,
@@ -50,7 +50,7 @@ PROTOCOL = "protocol.json"
 TRAINED = ("model", "checkpoint-*", "trained.txt")
 
 # Of a model's settings, what a method changes.
-CHANGING = ("modules", "adapters")
+CHANGING = ("attributes", "adapters")
 
 NAIVE = {
     "range_shrink": 1.0,
@@ -142,7 +142,7 @@ def run_protocol(
         settings: what else the results depend on, such as hyperparameters.
         prepare: called with each trainer before its training, after the base was measured.
         key: what ``evaluate`` depends on beside the model, any JSON value; None: a fingerprint of ``evaluate`` and its
-            data.
+            data, as :func:`hf_reram.evaluate_robustness` makes it, files that it names included.
         allow_uncalled: see :func:`hf_reram.evaluate_robustness`; ``report.md`` names the layers too.
 
     Returns:
@@ -160,10 +160,11 @@ def run_protocol(
     if all(method.digital for method in methods):
         raise ValueError(f"methods={[m.label for m in methods]}: allowed is at least one that is on crossbars")
     with alike(processes() > 1, "the comparison"):
-        key = part_of("evaluation", evaluate) if key is None else key
-        key_text(key)  # is an error now, not after a training
-    key = of_first(key)  # of a function that holds its process's device, each has another
-    what = {"config": config.to_dict(), "settings": dict(settings or {}), "content": {"evaluation": key}}
+        keyed = key is not None
+        content = {"evaluation": key} if keyed else key_of("evaluation", evaluate, log=folder / PROTOCOL)
+        key_text(content)  # is an error now, not after a training
+    content = of_first(content)  # of a function that holds its process's device, each has another
+    what = {"config": config.to_dict(), "settings": dict(settings or {}), "content": content}
     _by_first(_refuse_others, folder, what)  # before the work that a trainer is
     about = replace(about, versions=versions(), date=str(date.today()))
     main = True
@@ -174,6 +175,8 @@ def run_protocol(
         trainer = make_trainer(method.config(config), str(home))
         main = trainer.is_world_process_zero()
         if "base" not in what["content"]:
+            if not keyed:
+                refuse_untold(settings_of(trainer.model))
             what["content"] = of_first({**what["content"], **_made_of(trainer)})
             key = what["content"]["evaluation"]  # the first one's, also where make_trainer has joined the processes
             _by_first(_claim, folder, what)
@@ -218,7 +221,9 @@ def run_protocol(
 def _made_of(trainer: "ReRAMTrainer") -> dict[str, Any]:
     """Fingerprints of the base model, which a trainer's fresh model still is, and of the data that it is trained on;
     None where nothing tells these from others. The first process's count."""
-    settings = {name: value for name, value in settings_of(trainer.model).items() if name not in CHANGING}
+    every = settings_of(trainer.model)
+    settings = {name: value for name, value in every.items() if name not in CHANGING}
+    settings |= {name: value for name, value in every["attributes"].items() if name.startswith("generation_config.")}
     data = _content_of(trainer.train_dataset) if is_first() else None  # which may be long to read
     return {"base": described([weights_digest(trainer.model, base=True), settings]), "training data": data}
 
@@ -370,7 +375,9 @@ def _refuse_others(folder: Path, what: dict[str, Any], holds: str = "a compariso
         if now[part].get(name) != before.get(part, {}).get(name)
     )
     if changed:
+        hint = "; where evaluate itself changes it, as a file that it writes, say with key=... what is evaluated"
+        told = hint if any(name.startswith("content.evaluation.") for name in changed) else ""
         raise ValueError(
             f"{folder} holds {holds} with other values of {changed}: allowed are the same ones, which "
-            "resumes it, or another folder"
+            f"resumes it, or another folder{told}"
         )

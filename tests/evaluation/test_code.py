@@ -1,5 +1,7 @@
 """What code of a script's own reads is told by what it is, wherever it stands."""
 
+import argparse
+import collections
 import importlib
 import itertools
 import os
@@ -8,12 +10,16 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from hf_reram.evaluation.code import added_attributes, globals_of, imports_of, is_installed, source_of
-from hf_reram.evaluation.content import described
+from hf_reram.evaluation.content import described, key_of
+from hf_reram.model.code import globals_of, imports_of
+from hf_reram.model.description import added_attributes
+from hf_reram.model.installed import is_installed
+from hf_reram.model.source import source_of
 
 
 def script(code, **names):
@@ -127,6 +133,14 @@ WAYS = {
     "inside": "def score(p):\n  import my_metrics\n  return my_metrics.score(p)",
     "name": "from my_metrics import score as inner\ndef score(p): return inner(p)",
     "name inside": "def score(p):\n  from my_metrics import score as inner\n  return inner(p)",
+    "closure": "def outer():\n  import my_metrics\n  def score(p): return my_metrics.score(p)\n  return score\n"
+    "score = outer()",
+    "default": "import my_metrics\ndef score(p, lib=my_metrics): return lib.score(p)",
+    "listed": "import my_metrics\nLIBS = [my_metrics]\ndef score(p): return LIBS[0].score(p)",
+    "argument": "import functools, my_metrics\ndef inner(lib, p): return lib.score(p)\n"
+    "score = functools.partial(inner, my_metrics)",
+    "held": "import my_metrics\nclass Own:\n  def __init__(self): self.lib = my_metrics\n"
+    "  def __call__(self, p): return self.lib.score(p)\nscore = Own()",
     "alias": "import my_metrics\ndef score(p):\n  m = my_metrics\n  return m.score(p)",
 }
 
@@ -205,6 +219,71 @@ def test_installed_modules_have_no_source_of_a_script():
     assert imports_of(code, "x.y") == {"x.y.a", "x.y.a.b", "x", "x.c", "d.e", "f"}
 
 
+READS = {
+    "named": "def score(p): return p * args.batch",
+    "handed on": "def helper(p, given): return p * given.batch\ndef score(p): return helper(p, args)",
+    "around": "def outer(args):\n  def score(p): return p * args.batch\n  return score\nscore = outer(args)",
+    "held": "class Own:\n  def __init__(self, args): self.args = args\n"
+    "  def __call__(self, p): return p * self.args.batch\nscore = Own(args)",
+    "by name": "def score(p): return p * getattr(args, 'batch')",
+    "bound": "import functools\ndef inner(args, p): return p * args.batch\nscore = functools.partial(inner, args)",
+}
+
+
+@dataclass
+class Options:
+    batch: int = 8
+    chips: int = 1
+
+
+@pytest.mark.parametrize("way", READS)
+def test_of_a_script_s_arguments_those_count_that_its_code_reads(way):
+    def made(**changed):
+        return told(READS[way], args=argparse.Namespace(**{"batch": 8, "chips": 1, "out": "a", **changed}))
+
+    assert script(READS[way], args=argparse.Namespace(batch=8))(2) == 16
+    assert made() == made(chips=10, out="b") != made(batch=16)
+
+
+@pytest.mark.parametrize("read", ["vars(args)['batch']", "args.__dict__['batch']", "getattr(args, 'bat' + 'ch'[:p])"])
+def test_where_code_may_read_any_argument_each_counts(read):
+    code = f"def score(p): return p * {read}"
+    assert script(code, args=argparse.Namespace(batch=8))(2) == 16
+    assert told(code, args=argparse.Namespace(batch=8)) == told(code, args=argparse.Namespace(batch=8))
+    assert told(code, args=argparse.Namespace(batch=8)) != told(code, args=argparse.Namespace(batch=9))
+
+
+def test_of_a_dataclass_s_object_what_code_takes_of_it_counts():
+    named, whole = "def score(p): return p * args.batch", "def score(p): return p == args"
+    assert told(named, args=Options()) == told(named, args=Options(chips=2)) != told(named, args=Options(16))
+    assert told(whole, args=Options()) == told(whole, args=Options()) != told(whole, args=Options(chips=2))
+
+
+def test_of_a_class_of_settings_those_count_that_code_takes():
+    settings = "class CFG:\n  batch = 8\n  chips = 1\n  def size(): return CFG.batch\n"
+    changes = [settings, settings.replace("chips = 1", "chips = 2"), settings.replace("8", "16")]
+    for read, whole in (("CFG.batch", False), ("CFG.size()", True), ("len(vars(CFG))", True)):
+        mine, chips, batch = (told(f"{code}def score(p): return p * {read}") for code in changes)
+        assert mine != batch and (mine == chips) == (not whole)
+
+
+def test_the_attribute_that_differs_is_named():
+    def parts(**changed):
+        args = argparse.Namespace(**{"batch": 8, "chips": 1, **changed})
+        return key_of("evaluation", script(READS["handed on"], args=args))
+
+    mine, other = parts(), parts(batch=16, chips=2)
+    assert mine.keys() == other.keys()
+    assert [name for name in mine if mine[name] != other[name]] == ["evaluation", "evaluation.args.batch"]
+
+
+def test_versions_of_libraries_count(monkeypatch):
+    before = [told("def score(p): return np.mean(p)", np=np), described(np.mean)]
+    monkeypatch.setattr(np, "__version__", "0.1")
+    after = [told("def score(p): return np.mean(p)", np=np), described(np.mean)]
+    assert before[0] != after[0] and before[1] != after[1]
+
+
 class Weighted(Trainer):
     def __init__(self, *args, class_weights=None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -226,3 +305,9 @@ def test_what_a_subclass_adds_to_a_library_s_class(tmp_path):
     }
     trainer.compute_loss = len
     assert added_attributes(trainer, "transformers", runs=True) == {"class_weights": [1, 2], "compute_loss": len}
+
+
+def test_of_arguments_that_a_library_reads_all_count():
+    args = [argparse.Namespace(batch=8, chips=chips) for chips in (1, 2)]
+    mine, other = (described(collections.deque([each])) for each in args)  # as an object of any library
+    assert mine == described(collections.deque([argparse.Namespace(batch=8, chips=1)])) != other

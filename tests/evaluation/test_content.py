@@ -343,6 +343,43 @@ def test_which_columns_are_seen_is_part_of_a_data_set():
     assert content_of(rows) == content_of(rows.with_format(None)) != content_of(hidden)
 
 
+def test_a_file_that_is_written_to_is_no_part_of_an_evaluation(tmp_path):
+    with open(tmp_path / "log.txt", "w") as log, open(tmp_path / "log.txt") as read:
+        code = "def score(x):\n  print(x, file=log)\n  return x"
+        score = make_with(code, log=log)
+        before = described(score)
+        assert score("a text") == "a text" and described(score) == before
+        log.flush()
+        assert read.read() == "a text\n"
+        with pytest.raises(ValueError, match=r"nothing tells one _io\.TextIOWrapper from another"):
+            described(make_with(code, log=read))
+
+
+def make_with(code, **names):
+    names = {"__name__": "__main__", **names}
+    exec(code, names)
+    return names["score"]
+
+
+def test_functions_by_type_and_modules_of_torchscript_are_told():
+    @functools.singledispatch
+    def kind(value):
+        return 1
+
+    before = described(kind)
+    assert kind(2) == 1 and described(kind) == before  # which it remembers
+    kind.register(str, lambda value: 2)
+    assert described(kind) != before
+    scripted = [torch.jit.script(torch.nn.Linear(2, 2)) for _ in range(2)]
+    scripted[1].load_state_dict(scripted[0].state_dict())
+    relu = torch.jit.script(torch.nn.Sequential(torch.nn.ReLU()))
+    assert described(scripted[0]) == described(scripted[1])
+    assert told_apart(scripted[0], relu, torch.jit.script(torch.nn.Sequential(torch.nn.Tanh())))
+    with torch.no_grad():
+        scripted[1].weight.add_(1)
+    assert described(scripted[0]) != described(scripted[1])
+
+
 def test_what_cannot_be_told_is_an_error_that_says_what_to_do():
     with pytest.raises(ValueError, match=r"the compute_metrics cannot be told from another one: say with key=.*lock"):
         part_of("compute_metrics", Scorer(threading.Lock()))
@@ -369,14 +406,14 @@ def test_settings_are_what_changes_a_figure(tmp_path):
     changed = settings_of(load(tmp_path, hidden_act="relu", num_attention_heads=4, id2label=labels))
     assert other_settings(mine, changed) == [
         *("hidden_act", "id2label.0", "id2label.2", "num_attention_heads"),
-        *("modules.attention_head_size", "modules.class", "modules.num_attention_heads", "modules.scaling"),
+        *("attributes.attention_head_size", "attributes.class", "attributes.num_attention_heads", "attributes.scaling"),
     ]
     assert other_settings(mine, {"of another version": 1, "hidden_act": "gelu"}) == []
     model.config.problem_type = "single_label_classification"  # as its head writes there when it first runs
     assert settings_of(model) == mine
     model.config.problem_type = "regression"
     assert settings_of(model) != mine
-    assert settings_of(torch.nn.Linear(2, 2)).keys() == {"modules"}
+    assert settings_of(torch.nn.Linear(2, 2)).keys() == {"attributes"}
     assert settings_of(torch.nn.ModuleDict({"one": tiny_bert()}))["one.hidden_act"] == "gelu"
 
 

@@ -92,13 +92,23 @@ def test_files_that_another_data_set_reads_count(tmp_path, kind):
     assert content_of(made()) != before
 
 
-def test_a_file_that_only_a_metric_names_is_a_name(tmp_path):
-    """It may be what the metric writes."""
-    (tmp_path / "log.txt").write_text("a")
-    before = described(str(tmp_path / "log.txt")), described(str(tmp_path / "log.txt"), files=True)
-    (tmp_path / "log.txt").write_text("b")
-    after = described(str(tmp_path / "log.txt")), described(str(tmp_path / "log.txt"), files=True)
-    assert before[0] == after[0] and before[1] != after[1]
+def test_a_file_that_a_metric_names_counts(tmp_path):
+    """Wherever its path stands."""
+    file = tmp_path / "labels.txt"
+
+    def ways():
+        path = str(file)
+        spaces = {"__name__": "__main__", "PATH": path}
+        exec(f"def outer(x): return open(PATH).read()\ndef inner(x): return open({path!r}).read()", spaces)
+        return [spaces["outer"], spaces["inner"], lambda x: open(path).read(), Folder(file, []), {"at": [file]}]
+
+    file.write_text("a")
+    before = [described(way) for way in ways()]
+    assert before == [described(way) for way in ways()]
+    file.write_text("b")
+    assert all(one != other for one, other in zip(before, [described(way) for way in ways()], strict=True))
+    file.write_text("a")
+    assert before == [described(way) for way in ways()]
 
 
 def test_words_are_no_folders(tmp_path, monkeypatch):

@@ -213,6 +213,27 @@ def test_an_evaluation_without_a_key_is_told_by_its_function(model, tmp_path):
         evaluate_robustness(model, lambda m: {"locked": lock.locked()}, **options)
 
 
+def test_a_file_that_an_evaluation_names_counts(model, tmp_path):
+    """An error names it; folders with the log itself are names alone."""
+    file, folder = tmp_path / "scale.txt", str(tmp_path / "out")
+    options = {"times": ["1d"], "seeds": 1, "progress": False, "resume": tmp_path / "out" / "log.jsonl"}
+
+    def evaluate(model):
+        open(f"{folder}/last.txt", "a").close()
+        return float(file.read_text()) * mean_square(model)["power"]
+
+    (tmp_path / "out").mkdir()
+    file.write_text("1")
+    first = evaluate_robustness(model, evaluate, **options)
+    assert evaluate_robustness(model, evaluate, **options) == first
+    file.write_text("2")
+    named = rf"'evaluation', 'evaluation\.file', 'evaluation\.file {re.escape(str(file))}'"
+    with pytest.raises(ValueError, match=rf'what differs: {named}\).* a file that it writes, say with key="\.\.\."'):
+        evaluate_robustness(model, evaluate, **options)
+    again = evaluate_robustness(model, evaluate, **{**options, "resume": tmp_path / "other.jsonl"})
+    assert again.digital["metric"] == 2 * first.digital["metric"]
+
+
 class Right:
     """Percent of labels that a model finds, by a method."""
 

@@ -31,7 +31,14 @@ sentence_transformers = pytest.importorskip("sentence_transformers")
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer  # noqa: E402
 from sentence_transformers import SentenceTransformerTrainingArguments as Arguments  # noqa: E402
 from sentence_transformers.sentence_transformer import losses, modules  # noqa: E402
-from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator  # noqa: E402
+from sentence_transformers.sentence_transformer.evaluation import (  # noqa: E402
+    BinaryClassificationEvaluator,
+    EmbeddingSimilarityEvaluator,
+    InformationRetrievalEvaluator,
+    ParaphraseMiningEvaluator,
+    SequentialEvaluator,
+    TripletEvaluator,
+)
 
 
 class CrossbarTrainer(ReRAMTrainerMixin, SentenceTransformerTrainer):
@@ -251,9 +258,9 @@ def test_a_resumed_evaluation_knows_its_loss_and_its_evaluator(tmp_path, folder)
         return trainer.evaluate_robustness(**options).measurements
 
     assert run() == run()
-    with pytest.raises(ValueError, match=r"what differs: 'metric'\)"):
+    with pytest.raises(ValueError, match=r"what differs: 'trainer', 'trainer\.evaluator'\)"):
         run(0.1, 0.2, 0.3, 0.4)
-    with pytest.raises(ValueError, match=r"what differs: 'trainer'\)"):
+    with pytest.raises(ValueError, match=r"what differs: 'trainer', 'trainer\.loss'\)"):
         run(scale=5.0)
 
 
@@ -266,3 +273,35 @@ def test_models_are_exported_beside_the_package(tiny_bert):
     with torch.no_grad():
         found = torch.export.export(tiny_bert, (), batch, strict=False).module()(**batch).logits
         torch.testing.assert_close(found, tiny_bert(**batch).logits)
+
+
+ONE, OTHER = ["the cell", "a weight", "years", "drifts"], ["a cell", "the weight drifts", "and", "for years ."]
+BY_ID = [{f"{kind}{i}": text for i, text in enumerate(texts)} for kind, texts in (("q", ONE), ("c", OTHER))]
+EVALUATORS = {
+    "similarity": lambda **options: EmbeddingSimilarityEvaluator(ONE, OTHER, [0.9, 0.5, 0.1, 0.3], **options),
+    "binary": lambda **options: BinaryClassificationEvaluator(ONE, OTHER, [1, 0, 1, 0], **options),
+    "triplet": lambda **options: TripletEvaluator(ONE, OTHER, ONE[::-1], **options),
+    "retrieval": lambda **options: InformationRetrievalEvaluator(*BY_ID, {f"q{i}": {f"c{i}"} for i in range(4)}),
+    "paraphrase": lambda **options: ParaphraseMiningEvaluator(BY_ID[0], duplicates_list=[("q0", "q1"), ("q2", "q3")]),
+    "sequential": lambda **options: SequentialEvaluator([similarity(), EVALUATORS["triplet"]()]),
+}
+
+
+@pytest.mark.parametrize("kind", EVALUATORS)
+def test_an_evaluator_is_the_same_after_its_use(kind, tmp_path, folder):
+    model = calibrate(patch_model(fresh(folder), ReRAMConfig()), [fresh(folder).preprocess(TEXTS[:4])])
+    options = {"times": ["1d"], "progress": False, "resume": tmp_path / "log.jsonl"}
+    evaluator = EVALUATORS[kind]()
+    first = evaluate_robustness(model, evaluator, seeds=1, **options)
+    more = evaluate_robustness(model, evaluator, seeds=2, **options)
+    assert more.measurements[:1] == first.measurements and len(more.measurements) == 2
+    assert evaluate_robustness(model, EVALUATORS[kind](), seeds=2, **options).measurements == more.measurements
+    if kind in ("similarity", "binary", "triplet"):
+        named = EVALUATORS[kind](similarity_fn_names=["cosine"])
+        assert evaluate_robustness(model, named, seeds=2, **options).measurements == more.measurements
+        with pytest.raises(ValueError, match=r"what differs: 'evaluation', 'evaluation\.similarity_fn_names'"):
+            evaluate_robustness(model, EVALUATORS[kind](similarity_fn_names=["euclidean"]), seeds=2, **options)
+    if kind in ("similarity", "retrieval"):
+        model.similarity_fn_name = "dot"
+        with pytest.raises(ValueError, match="what differs: 'evaluation'"):
+            evaluate_robustness(model, EVALUATORS[kind](), seeds=2, **options)

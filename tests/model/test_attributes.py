@@ -1,8 +1,10 @@
 """What modules hold beside their state dict tells one model from another; what a forward writes does not."""
 
+import argparse
 import copy
 import functools
 import inspect
+import threading
 import types
 from dataclasses import dataclass
 
@@ -10,11 +12,26 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributions import Normal
 from torch.utils import checkpoint
-from transformers import BertForSequenceClassification, LlamaConfig, LlamaModel, SwinConfig, SwinModel
+from transformers import (
+    BatchEncoding,
+    BertForSequenceClassification,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedConfig,
+    SwinConfig,
+    SwinModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_reram import ReRAMConfig, calibrate, evaluate_robustness, patch_model, report_of, unpatch_model
+from hf_reram.hub.report import why_foreign
 from hf_reram.model.attributes import CODE, VALUES, attributes_of
 from hf_reram.model.digest import model_digest, other_settings, settings_of
 from tests.samples.models import bert_batch, tiny_bert
@@ -128,7 +145,7 @@ def test_a_report_is_not_of_other_attributes(name, tmp_path):
     assert report_of(model) is None and ((model_digest(model) == owner) == (name.endswith(VALUES) or name in FLOATS))
     with pytest.raises(ValueError, match="another config"):
         evaluate_robustness(model, score, ["1d"], seeds=1, progress=False, resume=log)
-    del report.model_config["modules"]  # as reports of earlier versions
+    del report.model_config["attributes"]  # as reports of earlier versions
     assert report_of(model) is report
 
 
@@ -179,7 +196,7 @@ def test_what_a_forward_adds_to_itself_tells_a_model_until_it_has(tmp_path):
     report = evaluate_robustness(model, score, **options)
     assert "attributes of modules changed while the model was evaluated: lengths" in report.notes
     assert report_of(model) is report
-    with pytest.raises(ValueError, match=r"\(what differs: 'modules.lengths'\)"):
+    with pytest.raises(ValueError, match=r"\(what differs: 'attributes.lengths'\)"):
         evaluate_robustness(model, score, **options)
     assert evaluate_robustness(again, score, **options).measurements == report.measurements
 
@@ -211,7 +228,7 @@ def test_the_last_bits_of_tables_are_those_of_a_device(dtype):
         noise = torch.randint(-1, 2, table.shape, generator=generator.manual_seed(seed))
         assert other_settings(mine, module(table * (1 + noise * 2.0**-23))) == []
     for other in (table * 1.001, table.flip(0), table[1:], torch.where(table == table.max(), 0.0, table)):
-        assert other_settings(mine, module(other)) == ["modules.table values"]
+        assert other_settings(mine, module(other)) == ["attributes.table values"]
     assert other_settings(mine, {"modules": {"table": "a hash of an earlier version"}}) == []
 
 
@@ -224,8 +241,52 @@ def test_masks_of_infinities_are_told():
     mask = torch.full((4, 4), -torch.inf).triu(1)
     least = mask.clamp(min=torch.finfo(torch.float32).min)
     assert other_settings(module(mask), module(mask.clone())) == []
-    for other in (mask.T.contiguous(), torch.full((4, 4), -torch.inf).triu(2), least.T.contiguous()):
-        assert other_settings(module(mask), module(other)) == ["modules.mask values"]
+    others = mask.T.contiguous(), torch.full((4, 4), -torch.inf).triu(2), least.T.contiguous(), -mask, mask * torch.nan
+    for other in others:
+        assert other_settings(module(mask), module(other)) == ["attributes.mask values"]
+
+
+class Biased(nn.Module):
+    """Attention with a bias for distance, and a mask in the same table."""
+
+    def __init__(self, slope, fill):
+        super().__init__()
+        torch.manual_seed(0)
+        self.query, self.value, at = nn.Linear(4, 4), nn.Linear(4, 4), torch.arange(6)
+        bias = -slope * (at[:, None] - at[None]).abs().float()
+        self.register_buffer("bias", bias.masked_fill(at[None] > at[:, None], fill), persistent=False)
+
+    def forward(self, x):
+        return (self.query(x) @ x.mT + self.bias).softmax(-1) @ self.value(x)
+
+
+@pytest.mark.parametrize("fill", [-torch.inf, torch.finfo(torch.float32).min, torch.finfo(torch.float16).min, -1e9])
+def test_biases_are_told_beside_a_mask(fill, tmp_path):
+    x = torch.randn(2, 6, 4)
+    options = {"times": ["1d"], "seeds": 1, "progress": False}
+
+    def spread(model):
+        return float(model(x).std().detach())
+
+    flat, same, steep = (calibrate(patch_model(Biased(s, fill), ReRAMConfig()), [x]) for s in (0.05, 0.05, 2.0))
+    report = evaluate_robustness(flat, spread, resume=tmp_path / "log.jsonl", **options)
+    assert abs(report.digital["metric"] - evaluate_robustness(steep, spread, **options).digital["metric"]) > 0.01
+    steep.load_state_dict(flat.state_dict())  # with the numbers of calibration
+    same.load_state_dict(flat.state_dict())
+    assert why_foreign(same, report) == "" and why_foreign(steep, report) == "with another attributes.bias values"
+    assert evaluate_robustness(same, spread, resume=tmp_path / "log.jsonl", **options) == report
+    with pytest.raises(ValueError, match=r"what differs: 'attributes\.bias values'"):
+        evaluate_robustness(steep, spread, resume=tmp_path / "log.jsonl", **options)
+
+
+def test_one_module_s_large_table_hides_no_other_s_small_one():
+    def module(small):
+        made = nn.ModuleList([nn.Module(), nn.Module()])
+        made[0].table, made[1].table = torch.full((100,), 5e3), torch.full((3,), small)
+        return settings_of(made)
+
+    assert other_settings(module(0.1), module(0.1)) == []
+    assert other_settings(module(0.1), module(0.2)) == ["attributes.table values"]
 
 
 def rotary(kind):
@@ -246,7 +307,7 @@ def test_rotary_frequencies_count_where_no_forward_changes_them(kind):
     assert settings_of(model) == told
     model.rotary_emb.inv_freq.mul_(0.25)
     found = other_settings(told, settings_of(model))
-    assert found == ([] if kind in ("dynamic", "longrope") else ["modules.inv_freq values"])
+    assert found == ([] if kind in ("dynamic", "longrope") else ["attributes.inv_freq values"])
 
 
 def typed(source, **names):
@@ -292,8 +353,8 @@ def test_the_code_of_a_scripts_own_classes_counts(old, new, what):
 
     mine = settings(SOURCE, gain=1.0)
     assert settings(SOURCE.replace("class Inner", "# a comment\n\nclass Inner"), gain=1.0, lr=0.1) == mine
-    assert other_settings(mine, settings(SOURCE.replace(old, new), gain=1.0)) == [f"modules.{what}"]
-    assert other_settings(mine, settings(SOURCE, gain=2.0)) == ["modules.args.gain in code"]
+    assert other_settings(mine, settings(SOURCE.replace(old, new), gain=1.0)) == [f"attributes.{what}"]
+    assert other_settings(mine, settings(SOURCE, gain=2.0)) == ["attributes.args.gain in code"]
 
 
 def test_a_library_s_method_that_a_script_replaces_counts(monkeypatch):
@@ -301,7 +362,7 @@ def test_a_library_s_method_that_a_script_replaces_counts(monkeypatch):
     mine = settings_of(model)
     before = nn.LayerNorm.forward
     monkeypatch.setattr(nn.LayerNorm, "forward", lambda self, x: before(self, x) * 2)
-    assert other_settings(mine, settings_of(model)) == [f"modules.{CODE}"]
+    assert other_settings(mine, settings_of(model)) == [f"attributes.{CODE}"]
 
 
 def test_what_wraps_a_forward_in_a_training_tells_nothing():
@@ -333,7 +394,7 @@ def test_a_stored_report_and_a_resumed_evaluation_know_tables(tmp_path):
     assert again.measurements == report.measurements
     frequencies.mul_(0.25)
     assert report_of(model) is None
-    with pytest.raises(ValueError, match=r"what differs: 'modules\.inv_freq values'"):
+    with pytest.raises(ValueError, match=r"what differs: 'attributes\.inv_freq values'"):
         evaluate_robustness(model, score, ["1d"], seeds=1, progress=False, resume=log, key="score")
 
 
@@ -399,6 +460,135 @@ def test_a_cached_property_that_is_set_by_hand_counts():
     assert other_settings(attributes_of(model), attributes_of(other)) == ["mask values"]
 
 
+class Own(PreTrainedConfig):
+    def __init__(self, gain=1.0, **options):
+        super().__init__(**options)
+        self.gain = gain
+
+
+def scaler(gain):
+    preprocessing = pytest.importorskip("sklearn.preprocessing")
+    return preprocessing.StandardScaler().fit(gain * np.array([[0.0, 1.0, 2.0, 3.0], [1.0, 1.0, 3.0, 5.0]]))
+
+
+def filled(module, value):
+    nn.init.constant_(module.weight, value)
+    return module
+
+
+OBJECTS = {
+    "config": (Own, lambda held, x: x * held.gain, "part.gain"),
+    "configs": (lambda gain: [Own(gain)], lambda held, x: x * held[0].gain, "part"),
+    "generation": (lambda gain: GenerationConfig(temperature=gain), lambda held, x: x * held.temperature, None),
+    "distribution": (lambda gain: Normal(gain, 1.0), lambda held, x: x * held.mean, "part values"),
+    "estimator": (scaler, lambda held, x: x * float(held.mean_.sum()), "part values"),
+    "encoding": (lambda gain: BatchEncoding({"gain": gain}), lambda held, x: x * held["gain"], "part"),
+    "descriptor": (lambda gain: {1.0: torch.Tensor.abs}.get(gain, torch.Tensor.neg), lambda held, x: held(x), "part"),
+    "dtype": (lambda gain: {1.0: torch.float32}.get(gain, torch.int32), lambda held, x: x.to(held) * 1.0, "part"),
+    "hidden module": (lambda gain: [nn.LeakyReLU(-gain)], lambda held, x: held[0](x), "part"),
+    "hidden weights": (lambda gain: [filled(nn.PReLU(), gain)], lambda held, x: held[0](x), "part values"),
+}
+
+
+class Holding(nn.Module):
+    def __init__(self, part, use):
+        super().__init__()
+        torch.manual_seed(0)
+        self.proj, self.part, self.use = nn.Linear(4, 4), part, use
+
+    def forward(self, x):
+        return self.use(self.part, self.proj(x))
+
+
+@pytest.mark.parametrize("kind", OBJECTS)
+def test_objects_of_libraries_that_a_script_s_module_holds_count(kind):
+    make, use, name = OBJECTS[kind]
+    one, same, other = (Holding(make(gain), use) for gain in (1.0, 1.0, 3.0))
+    x = torch.randn(5, 4)
+    assert torch.equal(one(x), same(x)) and not torch.equal(one(x), other(x))
+    assert other_settings(settings_of(one), settings_of(same)) == []
+    assert other_settings(settings_of(one), settings_of(other)) == [f"attributes.{name or 'part.temperature'}"]
+
+
+class Argued(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        torch.manual_seed(0)
+        self.proj, self.args = nn.Linear(4, 4), args
+
+    def forward(self, x):
+        return self.scaled(self.proj(x))
+
+    def scaled(self, x):
+        return x * self.args.gain
+
+
+def test_of_a_script_s_arguments_those_count_that_code_of_its_modules_reads():
+    def told(**args):
+        return settings_of(Argued(argparse.Namespace(**args)))
+
+    assert other_settings(told(gain=1.0, chips=1), told(gain=1.0, chips=2)) == []
+    assert other_settings(told(gain=1.0, chips=1), told(gain=2.0, chips=1)) == ["attributes.args.gain in code"]
+
+
+class Locked(Holding):
+    def __init__(self):
+        super().__init__(threading.Lock(), lambda held, x: x)
+
+
+def test_what_nothing_tells_from_others_is_named_and_asks_for_a_key(tmp_path):
+    x = torch.randn(5, 4)
+    model = calibrate(patch_model(Locked().eval(), ReRAMConfig()), [x])
+    options = {"times": ["1d"], "seeds": 1, "progress": False}
+
+    def score(model):
+        return float(model(x).sum().detach())
+
+    report = evaluate_robustness(model, score, **options)
+    assert "nothing tells from others what modules hold as part" in report.notes and report_of(model) is report
+    with pytest.raises(ValueError, match="by what its modules hold as part: say with key="):
+        evaluate_robustness(model, score, resume=tmp_path / "log.jsonl", **options)
+    kept = evaluate_robustness(model, score, resume=tmp_path / "log.jsonl", key="score", **options)
+    assert kept.measurements == report.measurements
+    model.part = 1.0  # which is told
+    with pytest.raises(ValueError, match=r"what differs: .*'attributes\.part untold'"):
+        evaluate_robustness(model, score, resume=tmp_path / "log.jsonl", key="score", **options)
+
+
+def generator(kind):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "pad_token_id": 0, "eos_token_id": None, "bos_token_id": None}
+    if kind == "decoder":
+        return GPT2LMHeadModel(GPT2Config(n_positions=32, n_embd=16, n_layer=1, n_head=2, **sizes)).eval()
+    shape = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+    return T5ForConditionalGeneration(T5Config(**shape, **sizes)).eval()
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder-decoder"])
+def test_what_a_model_generates_with_counts(kind, tmp_path):
+    model, ids = generator(kind), torch.arange(2, 14).reshape(2, 6)
+    batch = {"input_ids": ids} if kind == "decoder" else {"input_ids": ids, "labels": ids}
+    calibrate(patch_model(model, ReRAMConfig()), [batch])
+    model.generation_config.max_new_tokens = 4
+    options = {"times": ["1d"], "seeds": 1, "progress": False, "resume": tmp_path / "log.jsonl"}
+
+    def length(model):
+        return float(model.generate(input_ids=ids, attention_mask=torch.ones_like(ids)).shape[1])
+
+    report = evaluate_robustness(model, length, **options)
+    assert report_of(model) is report and not any("changed" in note for note in report.notes)
+    model.save_pretrained(tmp_path / "model")
+    loaded = type(model).from_pretrained(tmp_path / "model")
+    assert attributes_of(loaded) == attributes_of(model)
+    if kind == "decoder":
+        assert evaluate_robustness(loaded, length, **options).measurements == report.measurements
+    model.generation_config.num_beams, model.generation_config.max_new_tokens = 2, 6
+    assert length(model) == report.digital["metric"] + 2 and report_of(model) is None
+    changed = "'attributes.generation_config.max_new_tokens', 'attributes.generation_config.num_beams'"
+    with pytest.raises(ValueError, match=rf"what differs: {changed}\)"):
+        evaluate_robustness(model, length, **options)
+
+
 def recording(gain, kind):
     """A module with a hook that keeps what it sees in variables around it, and scales by another."""
     model, calls, seen, by_name, kept = nn.Linear(2, 2), 0, [], {}, types.SimpleNamespace(gain=gain, calls=0)
@@ -427,6 +617,21 @@ def test_what_a_hook_records_is_named_apart_from_what_it_computes_with(kind, cou
     assert counts() == count and told == attributes_of(recording(1.0, kind)[0])
     assert other_settings(told, attributes_of(model)) == [f"{name} in code" for name in records]
     assert other_settings(told, attributes_of(recording(2.0, kind)[0])) == [f"{gain} in code"]
+
+
+def test_two_variables_of_one_name_in_one_place_are_told_apart():
+    def scaling(gain):
+        return lambda module, args, output: output * gain
+
+    def told(*gains):
+        model = nn.Linear(2, 2)
+        for gain in gains:
+            model.register_forward_hook(scaling(torch.tensor(gain)))
+        return attributes_of(model)
+
+    assert other_settings(told(1.0, 2.0), told(1.0, 2.0)) == []
+    for other in (told(1.0, 3.0), told(3.0, 2.0), told(2.0, 1.0)):
+        assert "gain in code values" in other_settings(told(1.0, 2.0), other)
 
 
 class Gain:

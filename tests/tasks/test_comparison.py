@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import threading
 from pathlib import Path
 
@@ -85,8 +86,26 @@ def test_other_evaluated_texts_are_refused_in_the_same_folder(comparison, killed
     if killed:
         cut(comparison.folder / "naive-crossbar" / "chips.jsonl")
     comparison.held = TEXTS[1:3]
-    with pytest.raises(ValueError, match=r"holds a comparison with other values of \['content.evaluation'\]"):
+    named = r"\['content\.evaluation', 'content\.evaluation\.batches'\]"
+    with pytest.raises(ValueError, match=rf"holds a comparison with other values of {named}.* say with key="):
         comparison.run(chips=2)
+
+
+def test_a_file_that_an_evaluation_names_counts(comparison, tmp_path):
+    """And no folder that the comparison itself is in."""
+    file, folder, inner = tmp_path / "factor.txt", f"{comparison.folder}/", comparison.evaluate()
+
+    def evaluate(model):
+        open(f"{folder}seen.txt", "a").close()
+        return {"perplexity": float(file.read_text()) * inner(model)["perplexity"]}
+
+    file.write_text("1")
+    comparison.evaluate = lambda: evaluate
+    first, again = comparison.run(), comparison.run(chips=2)
+    assert again[NAIVE.label].measurements[:1] == first[NAIVE.label].measurements
+    file.write_text("2")
+    with pytest.raises(ValueError, match=rf"'content\.evaluation\.file {re.escape(str(file))}'\]: .* say with key="):
+        comparison.run()
 
 
 def test_figures_of_other_texts_are_not_resumed_without_the_protocol_either(comparison):
@@ -112,6 +131,13 @@ def test_another_base_model_in_the_same_place_is_refused(comparison):
 def test_the_same_weights_with_another_config_are_another_base_model(comparison):
     comparison.run()
     comparison.base.config.hidden_act = "gelu"
+    with pytest.raises(ValueError, match=r"other values of \['content.base'\]"):
+        comparison.run()
+
+
+def test_the_same_weights_that_generate_otherwise_are_another_base_model(comparison):
+    comparison.run()
+    comparison.base.generation_config.num_beams = 4
     with pytest.raises(ValueError, match=r"other values of \['content.base'\]"):
         comparison.run()
 

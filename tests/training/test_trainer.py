@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import threading
+import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     EarlyStoppingCallback,
+    Trainer,
     TrainerCallback,
     TrainingArguments,
     default_data_collator,
@@ -34,6 +36,7 @@ from hf_reram import (
     crossbar_layers,
     deploy,
     digital,
+    evaluate_robustness,
     patch_model,
     report_of,
 )
@@ -56,7 +59,7 @@ def examples(n=32, labels=True):
     return [{k: batch[k][i] for k in keys} for i in range(n)]
 
 
-def arguments(folder, **options):
+def arguments(folder, kind=TrainingArguments, **options):
     defaults = {
         "output_dir": str(folder),
         "max_steps": 4,
@@ -68,7 +71,7 @@ def arguments(folder, **options):
         "disable_tqdm": True,
         "use_cpu": True,
     }
-    return TrainingArguments(**{**defaults, **options})
+    return kind(**{**defaults, **options})
 
 
 def trainer_of(folder, config=None, model=None, data=None, arguments_=None, **options):
@@ -834,16 +837,17 @@ def test_a_resumed_evaluation_knows_what_it_evaluates_with(tmp_path):
     first = run()
     assert run().measurements == first.measurements
     for part, change in (
-        ("metric", {"compute_metrics": lambda p: {"accuracy": 1 - accuracy(p)["accuracy"]}}),
-        ("metric", {"preprocess_logits_for_metrics": lambda logits, labels: -logits}),
-        ("preprocessing", {"data_collator": cut}),
-        ("data", {"eval_dataset": data.with_transform(ones)}),
-        ("arguments", {"arguments_": {"bf16_full_eval": True}}),
-        ("arguments", {"arguments_": {"label_smoothing_factor": 0.5}}),
-        ("arguments", {"arguments_": {"per_device_eval_batch_size": 4}}),
-        ("trainer", {"kind": Smoothed}),
+        ("compute_metrics", {"compute_metrics": lambda p: {"accuracy": 1 - accuracy(p)["accuracy"]}}),
+        ("preprocess_logits_for_metrics", {"preprocess_logits_for_metrics": lambda logits, labels: -logits}),
+        ("data_collator", {"data_collator": cut}),
+        (None, {"eval_dataset": data.with_transform(ones)}),
+        ("args', 'trainer.args.bf16_full_eval", {"arguments_": {"bf16_full_eval": True}}),
+        ("args', 'trainer.args.label_smoothing_factor", {"arguments_": {"label_smoothing_factor": 0.5}}),
+        ("args', 'trainer.args.eval_batch_size", {"arguments_": {"per_device_eval_batch_size": 4}}),
+        ("class", {"kind": Smoothed}),
     ):
-        with pytest.raises(ValueError, match=rf"another evaluation \(what differs: '{part}'\)"):
+        named = "'data'" if part is None else f"'trainer', 'trainer.{part}'"
+        with pytest.raises(ValueError, match=rf"another evaluation \(what differs: {named}\)"):
             run(**change)
     factored = Factored(str(tmp_path), report_to=[], use_cpu=True, remove_unused_columns=False)
     numbers: list[tuple[float, float]] = []
@@ -859,11 +863,11 @@ def test_a_resumed_evaluation_knows_what_it_evaluates_with(tmp_path):
     own("own.jsonl")
     assert numbers[0] == numbers[1]
     for part, change in {
-        "trainer": {"weights": 5.0},
-        "arguments": {"factor": 3.0},
-        "metric": {"threshold": 0.0},
+        "class_weights": {"weights": 5.0},
+        "args.loss_factor": {"factor": 3.0},
+        "compute_metrics": {"threshold": 0.0},
     }.items():
-        with pytest.raises(ValueError, match=rf"another evaluation \(what differs: '{part}'\)"):
+        with pytest.raises(ValueError, match=rf"another evaluation \(what differs: 'trainer', 'trainer\.{part}'\)"):
             own("own.jsonl", **change)
         own("other.jsonl", **change)
         (tmp_path / "other.jsonl").unlink()
@@ -873,8 +877,78 @@ def test_a_resumed_evaluation_knows_what_it_evaluates_with(tmp_path):
     with pytest.raises(ValueError, match="another evaluation"):
         run(eval_dataset=data.with_transform(twos), resume="ones.jsonl")
     lock = threading.Lock()
-    with pytest.raises(ValueError, match="the compute_metrics cannot be told from another one: say with key="):
+    with pytest.raises(ValueError, match="the trainer cannot be told from another one: say with key="):
         run(compute_metrics=lambda p: {"locked": lock.locked()}, resume="other.jsonl")
+
+
+class Recording(ReRAMTrainer):
+    """Keeps what nothing reads, and ``kept`` where a metric is counted."""
+
+    last_loss = None
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.started = time.time()
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self.last_loss = loss.item()
+        return loss
+
+
+class Keeping(Recording):
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self.best = min(getattr(self, "best", 1e9), loss.item())
+        return loss
+
+
+@dataclass
+class Chips(TrainingArguments):
+    chips: int = 1
+    log_file: str = "a"
+
+
+def test_a_killed_script_is_resumed_whatever_its_trainer_only_writes(tmp_path):
+    data = Dataset.from_list([{key: value.tolist() for key, value in row.items()} for row in examples(8)])
+
+    def run(kind, log, **changed):
+        saved = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2, **changed}
+        plain = arguments(tmp_path / kind.__name__, **saved, kind=Chips)
+        trainer = kind(fresh_bert(), plain, train_dataset=data, eval_dataset=data, reram_config=ReRAMConfig())
+        trainer.train(resume_from_checkpoint=bool(changed) or None)
+        seeds = plain.chips
+        return trainer.evaluate_robustness(["1d"], seeds=seeds, progress=False, resume=tmp_path / log).measurements
+
+    first = run(Recording, "log.jsonl")
+    again = run(Recording, "log.jsonl", chips=2, log_file="b")
+    assert again[:1] == first and len(again) == 2
+    run(Keeping, "kept.jsonl")
+    with pytest.raises(ValueError, match=r"what differs: 'trainer', 'trainer\.best'\)"):
+        run(Keeping, "kept.jsonl", chips=2)
+
+
+def test_an_evaluation_by_a_plain_trainer_is_told_before_and_after_its_training(tmp_path):
+    data = Dataset.from_list([{key: value.tolist() for key, value in row.items()} for row in examples(8)])
+    model = calibrate(patch_model(fresh_bert(), ReRAMConfig()), [bert_batch()])
+    options = {"times": ["1d"], "progress": False, "resume": tmp_path / "log.jsonl"}
+
+    def run(seeds, eval_dataset=data, trained=True):
+        args = arguments(tmp_path, max_steps=2)
+        trainer = Trainer(fresh_bert(), args, train_dataset=data, compute_metrics=accuracy)
+        if trained:
+            trainer.train()
+        trainer.model, trainer.eval_dataset = model, eval_dataset
+
+        def evaluate(model):
+            return trainer.evaluate()["eval_loss"]
+
+        return [evaluate_robustness(model, evaluate, seeds=n, **options).measurements for n in seeds]
+
+    one, two = run([1, 2])
+    assert two[:1] == one and run([2], trained=False) == [two]
+    with pytest.raises(ValueError, match=r"what differs: .*'evaluation\.trainer\.eval_dataset'"):
+        run([2], data.select(range(4)))
 
 
 def test_a_saved_model_has_its_report_beside_it(tmp_path):

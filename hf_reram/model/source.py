@@ -1,64 +1,16 @@
-"""What Python code names: globals, what it reads of modules, and the source of a script's own modules."""
+"""The source of a script's own modules, found without importing any."""
 
 import ast
 import hashlib
-import importlib.util
 import os
 import sys
-import types
 from collections.abc import Iterable
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from ..model.code import codes_of, set_by, steps_of
-from ..model.installed import LIBRARIES, OWN, is_installed
-
-LOADS = ("LOAD_GLOBAL", "LOAD_NAME")
-SETTLED = (bool, int, float, str, type(None), types.FunctionType, types.MethodType, nn.Module)
-ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
-
-
-def globals_of(code: types.CodeType) -> dict[str, set[tuple[str, ...]]]:
-    """Names of the globals that code reads, each with the attributes that it takes of them, as ("path", "join") in
-    ``os.path.join``; () where it takes the object itself."""
-    found: dict[str, set[tuple[str, ...]]] = {}
-    for part in codes_of(code):
-        name: str | None = None
-        chain: list[str] = []
-        for step in steps_of(part):
-            if name is not None and step.opname in ATTRIBUTES:
-                chain.append(step.argval)
-                continue
-            if name is not None:
-                found.setdefault(name, set()).add(tuple(chain))
-                name, chain = None, []
-            if step.opname in LOADS:
-                name, chain = step.argval, []
-    return found
-
-
-def imports_of(code: types.CodeType, package: str) -> set[str]:
-    """Full names of the modules that code imports, and may import, where ``from a import b`` may take a module b.
-
-    Args:
-        package: that relative imports start from, "" where there is none.
-    """
-    found: set[str] = set()
-    for part in codes_of(code):
-        steps = steps_of(part)
-        for at, step in enumerate(steps):
-            if step.opname != "IMPORT_NAME":
-                continue
-            level, names = (before.argval for before in steps[at - 2 : at])
-            try:
-                name = importlib.util.resolve_name("." * level + step.argval, package or None) if level else step.argval
-            except ImportError:  # beyond the top, as it would fail itself
-                continue
-            found |= {name, *(f"{name}.{part}" for part in names or () if part != "*")}
-    return found
+from .code import imports_of
+from .installed import LIBRARIES, OWN
 
 
 def source_of(names: Iterable[str]) -> list[list[str]]:
@@ -126,29 +78,3 @@ def _local_file(name: str) -> str | None:
     """The file of a module that is no installed package's; None of others, and where there is none."""
     file = "" if name.partition(".")[0] == OWN else _place(name)
     return file if not f"{file}{os.sep}".startswith(LIBRARIES) and os.path.isfile(file) else None
-
-
-# What a subclass adds
-
-
-def added_attributes(value: Any, library: str, runs: bool = False) -> dict[str, Any]:
-    """Attributes of an object that no method of a library's classes, of those that it is of, sets on it: what a
-    subclass has beside what the library gives it, or a script has set.
-
-    Args:
-        library: a package. runs: whether the object keeps records of its running; of what the classes of further
-            installed packages set, only numbers, texts, functions and modules then count.
-    """
-    known: set[str] = set()
-    others: set[str] = set()
-    for cls in type(value).__mro__:
-        if is_installed(cls.__module__):
-            own = cls.__module__.partition(".")[0] in (library, OWN)
-            (known if own else others).update(set_by(cls))
-    return {
-        name: part
-        for name, part in vars(value).items()
-        if name not in known
-        and not name.startswith("__")
-        and (name not in others or (not name.startswith("_") and (not runs or isinstance(part, SETTLED))))
-    }
