@@ -46,7 +46,9 @@ class ReRAMQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         self.files = checkpoint_files if self.pre_quantized else None
-        self.parts = stored_parts(model) if self.pre_quantized else []
+        # Encoders and decoders may have copies of the whole model's config, and its ReRAMConfig in it.
+        apart = self.pre_quantized and "" not in configs_beside(self.files)
+        self.parts = stored_parts(model) if apart else []
         self.asked = getattr(self.quantization_config, "asked", None)
         if self.pre_quantized:
             self._start_from_files(model)
@@ -228,7 +230,7 @@ def configs_beside(files: Sequence[str] | None) -> dict[str, dict[str, Any]]:
 
 def stored_parts(model: Any) -> list[tuple[Any, ReRAMConfig]]:
     """The models inside a model, outermost, that have a ReRAMConfig in a config of their own, as when they were patched
-    by themselves; where the model has one for all there are none."""
+    by themselves."""
     found: list[tuple[Any, ReRAMConfig]] = []
     inside: set[int] = set()
     for module in model.modules():

@@ -10,9 +10,12 @@ from transformers import (
     CLIPConfig,
     CLIPModel,
     EncoderDecoderModel,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
-from hf_reram import ReRAMConfig, calibrate, crossbar_layers, patch_model
+from hf_reram import ReRAMConfig, calibrate, crossbar_layers, evaluate_robustness, patch_model
+from hf_reram.model.find import crossbar_states
 from tests.samples.models import bert_batch, tiny_bert
 
 DEVICES = {"encoder": "hfox-neurram", "decoder": "cmo-hfox-ibm"}
@@ -103,3 +106,22 @@ def test_beside_a_part_that_was_patched_alone_the_rest_stays_digital(tmp_path):
         again = BertForSequenceClassification.from_pretrained(folder).eval()
         assert list(crossbar_layers(again)) == names and type(again.classifier) is torch.nn.Linear
         torch.testing.assert_close(logits(again, batch), logits(model, batch))
+
+
+def test_an_encoder_and_decoder_with_copies_of_the_config_are_no_parts(tmp_path):
+    """All layers are of one state, whose config the loaded model has, so that it is the model that was saved."""
+    torch.manual_seed(0)
+    shape = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 40}
+    model = T5ForConditionalGeneration(T5Config(**shape, decoder_start_token_id=0, pad_token_id=0)).eval()
+    tokens = {"input_ids": torch.arange(2, 14).view(2, 6), "labels": torch.arange(2, 14).view(2, 6)}
+    calibrate(patch_model(model, ReRAMConfig(retention_times=["1d"])), [tokens])
+    model.save_pretrained(tmp_path)
+    loaded = T5ForConditionalGeneration.from_pretrained(tmp_path)
+    assert len(crossbar_states(loaded)) == 1
+    assert loaded.config.quantization_config is crossbar_states(loaded)[0].config
+    log = tmp_path / "log.jsonl"
+    runs = [
+        evaluate_robustness(m, lambda m: float(m(**tokens).loss.detach()), ["1d"], seeds=1, resume=log, progress=False)
+        for m in (model, loaded)
+    ]
+    assert runs[0].measurements == runs[1].measurements
