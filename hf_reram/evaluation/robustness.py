@@ -60,7 +60,8 @@ def evaluate_robustness(
             ``temperature``, or the device's reference where that is None. Equal ones count once. The report notes None
             for the reference.
         seeds: how many chips, or the chips' numbers, each once. Chip ``n`` is the same chip at every time, and its
-            read noise the same in every evaluation, whatever else is evaluated beside it.
+            read noise the same in every evaluation, whatever else is evaluated beside it; compiled code draws another
+            of the same spread.
         references: also evaluate the digital model and the ideal crossbar (I-V curve and converters, nothing else).
         progress: show a progress bar.
         resume: a file that keeps each finished run; those of the same weights, configs (the model's own too) and
