@@ -169,8 +169,7 @@ def remove_foreign(folder: Path, weights: str) -> None:
     report, rows = _told(RobustnessReport.from_json, folder / REPORT), _told(read_comparison, folder / COMPARISON)
     of_report = report is not None and report.weights not in ("", weights)
     of_rows = rows is not None and {"", weights}.isdisjoint(row.weights for row in rows.values())
-    # What the plot and the card are of; beside a report that is none of ours nothing tells.
-    shown = of_report if (folder / REPORT).exists() else of_rows
+    shown = of_rows if report is None else of_report  # what the plot and the card are of
     if shown and (text := _card_with_figures(folder)):
         logger.warning("%s: removing what %s says of other weights than those there now", folder, CARD)
         write_whole(folder / CARD, _without_figures(text))
