@@ -64,7 +64,7 @@ def test_the_whole_comparison_and_its_resumption(run, tmp_path):
     assert "allowed are the same ones" in run("--learning_rate", "1e-5", fails=True)
     files = write(tmp_path)
     (tmp_path / "held.txt").write_text("the cell holds .\n\na weight drifts for years .", encoding="utf-8")
-    assert "other values of ['content.evaluation']" in run(files=files, fails=True)
+    assert "other values of ['content.evaluation'" in run(files=files, fails=True)
     files = write(tmp_path)
     torch.manual_seed(1)
     save_model(tmp_path / "base")
