@@ -13,7 +13,7 @@ from ..nn.mapping import layer_scales, relative_weights
 from ..nn.ops.functions import WeightVariance
 
 # Row for each input, while the copies of the last calibration are still there.
-ONE = torch.ones((), device="cpu")
+ONE = torch.ones((), dtype=torch.float32, device="cpu")
 
 # Share of the input's power from which on an offset is subtracted.
 WORTHWHILE = 0.1

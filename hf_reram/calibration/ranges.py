@@ -168,7 +168,9 @@ def _bends(rows: Tensor, x: Tensor, weights: Tensor, curves: list[Curve]) -> lis
     found = []
     for curve, c in zip(polynomial, coefficients):
         parts = torch.zeros(degree, dtype=torch.float64)
-        parts[: len(c)] = torch.tensor([curve.gain * k * curve.b ** (2 * i) for i, k in enumerate(c)])
+        parts[: len(c)] = torch.tensor(
+            [curve.gain * k * curve.b ** (2 * i) for i, k in enumerate(c)], dtype=parts.dtype
+        )
         parts[0] -= 1
         found.append(float(parts @ forms @ parts) / len(weights))
     for curve in curves[len(polynomial) :]:

@@ -35,7 +35,9 @@ def measure_sensitivity(model: nn.Module, batches: list) -> None:
       once.
     """
     layers, draws = crossbar_layers(model), max(1, -(-DRAWN // max(sum(map(examples_of, batches)), 1)))
-    sums: dict[CrossbarLayer, list] = {layer: [torch.zeros(layer.outputs), 0] for layer in layers.values()}
+    sums: dict[CrossbarLayer, list] = {
+        layer: [torch.zeros(layer.outputs, dtype=torch.float32), 0] for layer in layers.values()
+    }
     shifts = _Shifts()
 
     def watch(layer: CrossbarLayer, x: Tensor) -> Callable[[Tensor], None]:

@@ -136,6 +136,6 @@ def _variance(layer: CrossbarLayer) -> Tensor:
 def _of_cells(layer: CrossbarLayer, driven: Driven, s: Tensor, grad: Tensor) -> Tensor:
     """``Σ_n δ_ni φ_nr``, of the weight's shape."""
     with torch.enable_grad():
-        cells = torch.zeros(layer.weight.shape, device=grad.device, requires_grad=True)
+        cells = s.new_zeros(layer.weight.shape, requires_grad=True)
         y = layer.multiply(s, cells, None, driven.padded)
     return torch.autograd.grad(y, cells, grad.to(y.dtype))[0]

@@ -38,7 +38,7 @@ class Reservoir:
     def add(self, examples: Tensor) -> None:
         """Take some of these, (examples, ...), and leave as many others."""
         size = max(1, min(self.size, _SAMPLE_ELEMENTS // max(examples[0].numel(), 1)))
-        keys = torch.rand(len(examples), generator=self.generator)
+        keys = torch.rand(len(examples), dtype=torch.float32, generator=self.generator)
         if len(examples) > size:
             keys, best = keys.topk(size)
             examples = examples[best.to(examples.device)]
@@ -104,13 +104,13 @@ class LayerStatistics:
     def __init__(self, layer: CrossbarLayer, name: str, seed: int):
         self.layer, self.name = layer, name
         device = layer.weight.device
-        self.offset = torch.zeros(layer.inputs, device=device)
-        self.scale = torch.ones(layer.inputs, device=device)
+        self.offset = torch.zeros(layer.inputs, dtype=torch.float32, device=device)
+        self.scale = torch.ones(layer.inputs, dtype=torch.float32, device=device)
         self.counts = torch.zeros(_BINS, dtype=torch.float64, device=device)
         self.largest = self.smallest = self.lowest = 0.0
         self.generator = torch.Generator().manual_seed(seed)
         self._reservoir = Reservoir(_SAMPLES, self.generator)
-        self.extremes = torch.zeros(0, layer.inputs + 1, device=device)
+        self.extremes = torch.zeros(0, layer.inputs + 1, dtype=torch.float32, device=device)
 
     @torch.no_grad()
     def update(self, x: Tensor, keep: Tensor | None) -> None:

@@ -55,15 +55,15 @@ class Draws:
 
     def retention(self, like: Tensor) -> Tensor:
         """Standard normal variates."""
-        return torch.empty(like.shape).normal_(generator=self._retention).to(like.device)
+        return torch.empty(like.shape, dtype=torch.float32).normal_(generator=self._retention).to(like.device)
 
     def programming(self, like: Tensor) -> Tensor:
         """Standard normal variates."""
-        return torch.empty(like.shape).normal_(generator=self._programming).to(like.device)
+        return torch.empty(like.shape, dtype=torch.float32).normal_(generator=self._programming).to(like.device)
 
     def stuck(self, like: Tensor) -> Tensor:
         """Uniform in [0, 1)."""
-        return torch.empty(like.shape).uniform_(generator=self._stuck).to(like.device)
+        return torch.empty(like.shape, dtype=torch.float32).uniform_(generator=self._stuck).to(like.device)
 
 
 def program(device: DeviceConfig, target: Tensor, draws: Draws) -> Cells:

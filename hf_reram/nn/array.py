@@ -258,7 +258,7 @@ def white_noise_std(layer: "CrossbarLayer") -> Tensor:
     part = slice(None), slice(None, None, outputs), slice(None, None, inputs)
     weight = wide(rows[part]).contiguous()
     scale = layer.to_rows(layer.held_scale(torch.float32).expand(whole_weight.shape))[part]
-    copies = layer.copies_of_rows()[part].to(weight.dtype) if layer.copied else torch.ones((), device=weight.device)
+    copies = layer.copies_of_rows()[part].to(weight.dtype) if layer.copied else weight.new_ones(())
     power = (WeightVariance.apply(weight, scale, error.spread(weight)) / copies).sum(dtype=torch.float64)
     for mean in error.shifts:
         shift = weight_mean(weight, scale, mean.table(weight))

@@ -104,7 +104,7 @@ class Forward:
     def scale(self, name: str, device: torch.device) -> Tensor:
         """The gradient, (2,), that a layer's term will receive."""
         if name not in self.scales:
-            self.scales[name] = torch.zeros(2, device=device)
+            self.scales[name] = torch.zeros(2, dtype=torch.float32, device=device)
         return self.scales[name]
 
     def like(self, other: "Forward") -> bool:

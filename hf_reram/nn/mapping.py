@@ -171,7 +171,7 @@ def least_error_scales(
     of them first, then the best one's neighbours. What a smaller scale cuts off grows and what it quiets falls, so that
     10 of 15 errors find the least one, but for 1 in 20 channels, whose error is then the next best.
     """
-    multiples = torch.tensor([torch.finfo(torch.float32).max, *reversed(CLIPS)], device=rows.device)
+    multiples = torch.tensor([torch.finfo(torch.float32).max, *reversed(CLIPS)], dtype=rows.dtype, device=rows.device)
     place = torch.zeros(largest.shape, dtype=torch.long, device=rows.device)
     best, least = largest, torch.full_like(largest, math.inf)
     sizes = None
@@ -227,7 +227,7 @@ def expected_error(
         systematic: how much the power of clipping and mean shift counts against that of spread and read noise.
         sizes: the weights and the powers of their inputs in bins, for what needs no more; None: all by themselves.
     """
-    power = torch.ones(()) if inputs is None else inputs.power()
+    power = rows.new_ones(()) if inputs is None else inputs.power()
     size, power = (rows, power.to(rows)) if sizes is None else sizes
     rows = size if inputs is None else rows
     wide = scale.expand(rows.shape)

@@ -144,7 +144,7 @@ def _look(layer: "CrossbarLayer", x: Tensor, now: Scalars, span: Any, turn: int)
     if number > len(largest) // 8:
         largest = size.flatten()
     top = largest.topk(max(1, number)).values[-1]
-    beyond = torch.stack(((size > span).sum(), torch.full((), size.numel(), device=size.device)))
+    beyond = torch.stack(((size > span).sum(), torch.full((), size.numel(), dtype=torch.long, device=size.device)))
     sample = (u.flatten()[:: max(1, u.numel() // 8192)] / span).clamp(-1, 1).double()
     bent = sample if now.b < LINEAR_B else torch.sinh(now.b * sample)
     sums = torch.stack((weights.double().sum(), (sample * bent).sum(), bent.square().sum()))

@@ -149,7 +149,9 @@ def _value_and_gradients(state: CrossbarState, terms: Tensor) -> tuple[Tensor, T
 def _add(task_loss: Tensor, state: CrossbarState, weight: float) -> tuple[Tensor, Tensor]:
     several = processes()
     forwards, collected = _collected(state, needed=several == 1)
-    own = _stacked(collected) if collected else torch.zeros(0, 2, device=task_loss.device)  # other processes have some
+    own = (
+        _stacked(collected) if collected else torch.zeros(0, 2, dtype=torch.float32, device=task_loss.device)
+    )  # other processes have some
     if collected and task_loss.requires_grad and not any(forward.grad for forward in forwards):
         raise RuntimeError(
             "the retention terms are of forwards without gradients, as a loss with cached gradients (GradCache) runs "

@@ -189,3 +189,34 @@ def test_amounts_below_what_half_precision_holds_count_in_gradients_of_powers(dt
     (0.0 * same.float().sum() + 1e-8 * power).backward()
     wanted = 2e-8 * (y.detach().double() - 1) * keep[:, None]
     assert float((y.grad.double() - wanted).norm() / wanted.norm()) < 0.02
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"input_range": "per_token", "redundancy": 0.3},
+        {"retention_loss": "sensitivity", "adc_bits": 8, "dac_bits": 8},
+        {"tile_size": 8, "weight_scale": "per_tile", "equalize_inputs": True},
+    ],
+    ids=str,
+)
+def test_pytorchs_default_dtype_changes_no_number(options, default):
+    found = []
+    for dtype in (torch.float32, default):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+        x = torch.randn(32, 16)
+        torch.set_default_dtype(dtype)
+        try:
+            calibrate(patch_model(model, ReRAMConfig(**options)), [x])
+            with torch.no_grad(), deploy(model.eval(), "1d", seed=0):
+                chip = model(x)
+            with sampled_drift(model.train(), seed=1):
+                loss, _ = add_retention_loss(model(x).square().mean(), model)
+            loss.backward()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        found.append((chip, loss, model[0].weight.grad))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

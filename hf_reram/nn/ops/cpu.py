@@ -59,7 +59,7 @@ def row_slices(t: Tensor, elements: int | None = None) -> list[slice]:
 
 def _work(t: Tensor, slices: list[slice]) -> Tensor:
     """A tensor for one slice of t at a time."""
-    return torch.empty(slices[0].stop if slices else 0, *t.shape[1:])
+    return torch.empty(slices[0].stop if slices else 0, *t.shape[1:], dtype=t.dtype, device=t.device)
 
 
 def _scratch(count: int, t: Tensor, last: list[Tensor]) -> list[Tensor]:
@@ -176,8 +176,8 @@ def row_sinh(
     if folded is None:
         unit, index = reference.peaks(x, offset)
         return reference.row_sinh(x, offset, unit, b, gain, levels, floor), unit, index
-    s, peak = torch.empty_like(x), torch.empty(len(x), 1)
-    top = torch.empty(len(x), 1, dtype=torch.long) if where else None
+    s, peak = torch.empty_like(x), x.new_empty(len(x), 1)
+    top = x.new_empty(len(x), 1, dtype=torch.long) if where else None
     bound = float(levels or 1)
     work: list[Tensor] = []
     for part in row_slices(x):
@@ -331,9 +331,9 @@ class Lookup:
 
     def __init__(self, tables: tuple[Tensor, ...], shape: Sequence[int], slope: bool):
         self.tables, self.slope = tables, slope
-        self._a, self._behind = torch.empty(shape), torch.empty(shape)
-        self._index = torch.empty(shape, dtype=torch.int32)
-        self._found = [Found(torch.empty(shape), torch.empty(shape)) for _ in tables]
+        new = tables[0].new_empty  # whatever PyTorch's default dtype and device are
+        self._a, self._behind, self._index = new(shape), new(shape), new(shape, dtype=torch.int32)
+        self._found = [Found(new(shape), new(shape)) for _ in tables]
 
     def of_weight(self, weight: Tensor, scale: Tensor) -> list[Found]:
         """At ``min(|W| / w_scale, 1)``."""
@@ -387,7 +387,7 @@ def _rows(t: Any, weight: Tensor, part: slice) -> Tensor:
 
 def row_power(s: Tensor, keep: Tensor | None) -> Tensor:
     """:func:`.reference.row_power`."""
-    power = torch.zeros(s.shape[1:])
+    power = s.new_zeros(s.shape[1:])
     slices = row_slices(s)
     work = _work(s, slices)
     for part in slices:
@@ -398,7 +398,7 @@ def row_power(s: Tensor, keep: Tensor | None) -> Tensor:
 
 def total_power(y: Tensor, bias: Tensor | None, keep: Tensor | None) -> Tensor:
     """:func:`.reference.total_power`."""
-    total = torch.zeros(())
+    total = y.new_zeros(())
     slices = row_slices(y)
     work = _work(y, slices)
     for part in slices:
