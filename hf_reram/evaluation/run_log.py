@@ -89,7 +89,8 @@ class RunLog:
                 f"{self.path} holds runs of other weights, another config or another evaluation "
                 f"({self._difference(foreign[0].get('parts'))}): allowed are those of this model and this key; delete "
                 "it or name another file. Where it is evaluate itself that changes what differs, as a file that it "
-                'writes, say with key="..." what is evaluated'
+                'writes, say with key="..." what is evaluated; a model that running changes, as where its hooks store '
+                "what they see, is another one with a key, too"
             )
         self.uncalled = {name for entry in entries for name in entry.get("uncalled", ())}
         self.autocasts = {name for entry in entries for name in entry.get("autocasts", ())}

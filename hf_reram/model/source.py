@@ -51,7 +51,21 @@ def set_since(name: str) -> dict[str, Any]:
                 said[target.id] = ast.literal_eval(node.value)
             except (ValueError, TypeError):
                 said.pop(target.id, None)
-    return {target: now for target, value in said.items() if repr(now := getattr(module, target, None)) != repr(value)}
+    return {target: now for target, value in said.items() if not _is_same(now := getattr(module, target, None), value)}
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two literals are equal and of equal types; sets whatever the order of their items, which differs from
+    process to process."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(_is_same, one, other))
+    if isinstance(other, dict):
+        return len(one) == len(other) and all(map(_is_same, one.items(), other.items()))
+    if isinstance(other, set):
+        return sorted(map(repr, one)) == sorted(map(repr, other))
+    return repr(one) == repr(other)
 
 
 def _spec(name: str) -> ModuleSpec | None:

@@ -103,15 +103,16 @@ def stop_following(model: nn.Module) -> None:
 
 def clamped_shares(model: nn.Module, twice: bool = False) -> dict[str, Tensor]:
     """The share of each layer's inputs that lay beyond its range when it was last looked at, by layer name; NaN
-    where not all of them were finite. ``twice``: the smaller one of the last two looks, of which one may be a single
-    batch's."""
+    where not all of them were finite. ``twice``: the smaller one of the last two looks, since one may be of a strange
+    batch; 0 where there was one look alone."""
     found = {}
     for name, layer in patched_layers(model).items():
         following = layer.crossbar.following
         if following is not None and layer.crossbar_name in following.clamped:
             found[name] = following.clamped[layer.crossbar_name]
             if twice:
-                found[name] = found[name].fmin(following.clamped_before.get(layer.crossbar_name, found[name]))
+                before = following.clamped_before.get(layer.crossbar_name)
+                found[name] = found[name].new_zeros(()) if before is None else found[name].fmin(before)
     return found
 
 
@@ -148,7 +149,7 @@ def _exchange(layers: dict[str, Any], seen: dict[str, Any], errors: dict[str, An
         ]
         + [torch.zeros(scales, dtype=torch.float64, device=device) if e is None else e for e in errors.values()]
     )
-    largest = torch.full((len(layers), 2), -math.inf, device=device)
+    largest = torch.full((len(layers), 2), -math.inf, dtype=torch.float32, device=device)
     for row, s in zip(largest, seen.values()):
         if s is not None:
             row.copy_(s.largest)

@@ -379,7 +379,9 @@ class TrainingMixin(TaskLossMixin):
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:
-            nothing = torch.zeros(2, device=self.args.device)  # of a process that has called no crossbar
+            nothing = torch.zeros(
+                2, dtype=torch.float32, device=self.args.device
+            )  # of a process that has called no crossbar
             sums = torch.stack([self._sums.get(name, nothing) for name in LOGGED])
             for name, (total, weight) in zip(LOGGED, self.accelerator.reduce(sums).tolist()):
                 if weight:

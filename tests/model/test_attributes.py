@@ -3,6 +3,7 @@
 import argparse
 import copy
 import functools
+import importlib
 import inspect
 import threading
 import types
@@ -11,9 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.distributions import Normal
 from torch.utils import checkpoint
+from torch.utils.data import DataLoader
 from transformers import (
     BatchEncoding,
     BertForSequenceClassification,
@@ -27,14 +30,18 @@ from transformers import (
     SwinModel,
     T5Config,
     T5ForConditionalGeneration,
+    pipeline,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_reram import ReRAMConfig, calibrate, evaluate_robustness, patch_model, report_of, unpatch_model
+from hf_reram.evaluation.content import described
 from hf_reram.hub.report import why_foreign
 from hf_reram.model.attributes import CODE, VALUES, attributes_of
 from hf_reram.model.digest import model_digest, other_settings, settings_of
+from hf_reram.model.source import set_since
 from tests.samples.models import bert_batch, tiny_bert
+from tests.samples.squad import tokenizer
 
 
 @dataclass
@@ -684,3 +691,44 @@ def test_a_model_of_libraries_is_the_same_in_another_python(monkeypatch):
     digests = [model_digest(model), model_digest(own)]
     monkeypatch.setattr("hf_reram.model.attributes.CODE", "code of Python 3.1")
     assert model_digest(model) == digests[0] and model_digest(own) != digests[1]
+
+
+def test_one_number_of_a_large_buffer_counts_and_last_bits_do_not():
+    def module(change=None):
+        made = nn.Linear(2, 2)
+        made.register_buffer("prior", torch.linspace(-9, -8, 20_000), persistent=False)
+        if change is not None:
+            change(made.prior)
+        return attributes_of(made)
+
+    torch.manual_seed(0)
+    last_bits = 1 + torch.finfo(torch.float32).eps * torch.randn(20_000)
+    assert other_settings(module(), module(lambda prior: prior[7].add_(1.6))) == ["prior values"]
+    assert other_settings(module(), module(lambda prior: prior[4321].mul_(1.1))) == ["prior values"]
+    assert other_settings(module(), module(lambda prior: prior.mul_(last_bits))) == []
+
+
+LITERALS = 'NUMBERS = {0, 8}\nTABLE = {"a": [1, {2, 3}], "b": (1.0, None)}\n'
+
+
+def test_sets_of_a_scripts_module_are_the_same_in_any_order(tmp_path, monkeypatch):
+    """Their order is another in each process."""
+    (tmp_path / "literals_of_a_script.py").write_text(LITERALS)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("literals_of_a_script")
+    assert set_since(module.__name__) == {}
+    module.NUMBERS = {8}
+    module.NUMBERS.add(0)
+    assert list(module.NUMBERS) == [8, 0] and set_since(module.__name__) == {}
+    module.NUMBERS.add(1)
+    module.TABLE["a"][0] = 1.0
+    assert set_since(module.__name__) == {"NUMBERS": module.NUMBERS, "TABLE": module.TABLE}
+
+
+def test_what_libraries_count_of_their_use_does_not_tell():
+    loader = Accelerator(cpu=True).prepare(DataLoader(torch.arange(8.0), batch_size=2))
+    pipe = pipeline("text-classification", tiny_bert(), tokenizer=tokenizer(), device="cpu")
+    for used, use in ((loader, lambda: list(loader)), (pipe, lambda: pipe("what is it"))):
+        before = described(used)
+        use()
+        assert described(used) == before

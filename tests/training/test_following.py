@@ -314,7 +314,9 @@ def test_where_much_is_clamped_the_advice_is_of_what_is_not_done(tmp_path, caplo
         follow_training=follows,
     )
     begin_following(trainer.model)
-    crossbar_layers(trainer.model)["classifier"].crossbar.following.clamped["classifier"] = torch.tensor(0.25)
+    following = crossbar_layers(trainer.model)["classifier"].crossbar.following
+    for looked in (following.clamped, following.clamped_before):
+        looked["classifier"] = torch.tensor(0.25)
     trainer.state.global_step, logs = 3, {}
     for _ in range(2):
         trainer._log_clamped(logs)
