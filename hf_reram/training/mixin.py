@@ -100,8 +100,12 @@ class TrainingMixin(TaskLossMixin):
             raise ValueError(f"the model is not patched: {type(self).__name__} needs reram_config=ReRAMConfig(...)")
         if wanted is not None and not patched:
             patch_model(model, wanted)
-        elif wanted is not None and (layers := put_on(model, wanted).layers("before")):
-            logger.warning("reram_config names other layers than the model had on crossbars: %s", layers)
+        elif wanted is not None:
+            move = put_on(model, wanted)
+            if "device" in move.differs:
+                logger.warning("the model was on %s: put on %s, as reram_config says", move.devices, wanted.device.name)
+            if layers := move.layers("before"):
+                logger.warning("reram_config names other layers than the model had on crossbars: %s", layers)
         state = crossbar_state(model)
         self.reram_config = state.config
         if self._handed_config is not None:

@@ -291,7 +291,7 @@ def test_a_patched_model_brings_its_config_and_another_config_replaces_it(tmp_pa
 def test_a_config_of_the_trainer_leaves_digital_what_was_so_or_names_it(tmp_path, caplog):
     model = fresh_bert()
     patch_model(model.bert, ReRAMConfig(device="cmo-hfox-ibm"))
-    names = set(crossbar_layers(model))
+    names, moved = set(crossbar_layers(model)), "the model was on ['cmo-hfox-ibm']: put on hfox-neurram"
     for words, named in [
         ({}, None),
         ({"target_modules": "all-linear"}, "were digital before, and are on crossbars now"),
@@ -304,6 +304,7 @@ def test_a_config_of_the_trainer_leaves_digital_what_was_so_or_names_it(tmp_path
         assert all(layer.calibrated for layer in layers.values())
         told = [r.getMessage() for r in caplog.records if "reram_config names other layers" in r.getMessage()]
         assert [f"{named}: classifier" in text for text in told] == ([True] if named else [])
+    assert sum(moved in record.getMessage() for record in caplog.records) == 1
 
 
 @pytest.mark.parametrize(
