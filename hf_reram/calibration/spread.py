@@ -16,7 +16,7 @@ from ..nn.drive import Driven, drive, row_power
 from ..nn.terms import variance
 from .probe import examples_of, probe
 
-# Predictions, such as tokens, that are probed once; and parts that the examples of a batch are probed in, as if they
+# Predictions, such as tokens, that are probed; and parts that the examples of a batch are probed in, as if they
 # were batches: more of them measure better, and cost a pass over the weight each.
 PLACES, PARTS = 256, 32
 
@@ -42,8 +42,12 @@ def spread_effects(model: nn.Module, batches: list) -> dict[str, Tensor]:
     return {name: effects.sums[layer] for name, layer in crossbar_layers(model).items()}
 
 
-def measure_spread(model: nn.Module, batches: list) -> "Effects":
-    """The same, and what independent errors would do; arguments and errors of :func:`spread_effects`."""
+def measure_spread(model: nn.Module, batches: list, wanted: int = PLACES) -> "Effects":
+    """The same, and what independent errors would do; arguments and errors of :func:`spread_effects`.
+
+    Args:
+        wanted: predictions to probe, at least; of fewer each is probed several times.
+    """
     effects, sharded = Effects(crossbar_layers(model)), processes() > 1 and is_sharded(model)
     places = 0
 
@@ -51,10 +55,11 @@ def measure_spread(model: nn.Module, batches: list) -> "Effects":
         nonlocal places
         found = find_predictions(outputs, model)
         places += sum(p.logits.numel() // (p.logits.shape[p.class_dim] if p.logits.dim() > 1 else 1) for p in found)
-        done = places >= PLACES
+        done = places >= wanted
         return of_first(done) if sharded else done  # all processes have their part in each pass
 
-    if beyond := probe(model, effects.each(batches), effects.watch, enough):
+    again = (batch for _ in range(wanted) for batch in batches)
+    if beyond := probe(model, effects.each(again), effects.watch, enough):
         raise ValueError(f"no gradient of the predictions reaches the output of {', '.join(beyond)}")
     effects.settle()
     return effects
