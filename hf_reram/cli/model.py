@@ -1,6 +1,9 @@
 """The MODEL that commands take: a robust checkpoint, or a plain one that is patched here."""
 
+from pathlib import Path
 from typing import Any
+
+from safetensors import safe_open
 
 from ..config import ReRAMConfig
 from ..hub.load import load_model
@@ -20,10 +23,17 @@ def patched(name: str, device: str | None, times: list[str] | None = None, **opt
             does each part of it that was patched by itself.
 
     Raises:
-        ValueError: a plain checkpoint and no device. OSError: see :func:`hf_reram.load_model`.
+        ValueError: a plain checkpoint and no device, or one of crossbars whose config is lost. OSError: see
+            :func:`hf_reram.load_model`.
     """
     model = _loaded(name)
     if not crossbar_layers(model):
+        if _holds_numbers(name):
+            raise ValueError(
+                f"{name} holds numbers of crossbars, and no ReRAMConfig says of which device: where parts without a "
+                "config of their own were patched by themselves, save_pretrained keeps none. Allowed are models that "
+                "were patched as a whole or in parts that are models (PreTrainedModel)"
+            )
         if device is None:
             raise ValueError(f"{name} is a plain checkpoint: --device says which cells to put it on")
         if times is not None:
@@ -46,6 +56,15 @@ def _loaded(name: str) -> Any:
         if name in str(error):
             raise
         raise OSError(f"{name} is no folder, and on the Hub it was not found: {error}") from error
+
+
+def _holds_numbers(name: str) -> bool:
+    """Whether the weights in a folder have crossbars' numbers beside them."""
+    for file in Path(name).glob("*.safetensors") if Path(name).is_dir() else ():
+        with safe_open(file, "pt") as weights:
+            if any(key.endswith(".range_shrink") for key in weights.keys()):  # noqa: SIM118
+                return True
+    return False
 
 
 def words(values: list[str] | None, option: str) -> list[str]:

@@ -47,6 +47,18 @@ def test_eval_and_inspect_of_a_plain_checkpoint(tmp_path):
     assert len(json.loads(shown.stdout)["layers"]) == 3
 
 
+def test_numbers_of_crossbars_without_their_config_are_no_plain_checkpoint(tmp_path):
+    """Parts that have no config of their own, as an encoder inside a model, were patched for a device each."""
+    model = tiny_bert()
+    patch_model(model.bert.encoder, ReRAMConfig(device="hfox-neurram"))
+    patch_model(model.bert.pooler, ReRAMConfig(device="cmo-hfox-ibm"))
+    calibrate(model, [bert_batch()])
+    model.save_pretrained(tmp_path)
+    for device in ([], ["--device", "generic"]):
+        done = CliRunner().invoke(app, ["inspect", str(tmp_path), *device])
+        assert done.exit_code == 1 and "no ReRAMConfig says of which device" in " ".join(done.stderr.split())
+
+
 @pytest.mark.parametrize(("kind", "shown"), [("static", None), ("learned", "learned"), ("per_token", "per token")])
 def test_inspect_says_which_kind_of_range_a_layer_has(tmp_path, monkeypatch, kind, shown):
     monkeypatch.setattr(console, "width", 400)
