@@ -52,7 +52,9 @@ OF_LAST_USE = {
     ("torch.amp.autocast_mode", "autocast"): ("prev", "prev_cache_enabled", "prev_fastdtype"),
     ("sentence_transformers.base.data_collator", "BaseDataCollator"): ("_warned_columns",),
     ("transformers.pipelines.base", "Pipeline"): ("call_count",),
-    ("accelerate.data_loader", "DataLoaderStateMixin"): ("iteration", "end_of_dataloader", "remainder"),
+    ("accelerate.data_loader", "DataLoaderStateMixin"): (
+        *("iteration", "end_of_dataloader", "remainder", "gradient_state"),
+    ),
 }
 SETTLED = (bool, int, float, str, type(None), types.FunctionType, types.MethodType, nn.Module)
 # What an evaluation depends on of a Trainer's arguments.

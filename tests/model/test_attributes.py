@@ -726,7 +726,10 @@ def test_sets_of_a_scripts_module_are_the_same_in_any_order(tmp_path, monkeypatc
 
 
 def test_what_libraries_count_of_their_use_does_not_tell():
-    loader = Accelerator(cpu=True).prepare(DataLoader(torch.arange(8.0), batch_size=2))
+    accelerator = Accelerator(cpu=True)
+    loader = accelerator.prepare(DataLoader(torch.arange(8.0), batch_size=2))
+    iterator = iter(accelerator.prepare(DataLoader(torch.arange(8.0), batch_size=2)))
+    next(iterator)  # of another loader, which accelerate refers to from all
     pipe = pipeline("text-classification", tiny_bert(), tokenizer=tokenizer(), device="cpu")
     for used, use in ((loader, lambda: list(loader)), (pipe, lambda: pipe("what is it"))):
         before = described(used)
