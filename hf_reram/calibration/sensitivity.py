@@ -57,7 +57,7 @@ def measure_sensitivity(model: nn.Module, batches: list) -> None:
     for layer, h in information.items():
         layer.sensitivity, layer.coherence = h, (1.0, shifts.coherence(layer, h))
     try:
-        spread = measure_spread(model, batches, DRAWN)
+        spread = measure_spread(model, batches, DRAWN // 2)
     except ValueError:  # some layers have no gradient, and so no effect that is known
         return
     for same in arrays(layers):  # whose effects are with the first that was called

@@ -140,6 +140,9 @@ def _variance(layer: CrossbarLayer) -> Tensor:
 
 def _of_cells(layer: CrossbarLayer, driven: Driven, s: Tensor, grad: Tensor) -> Tensor:
     """``Σ_n δ_ni φ_nr``, of the weight's shape."""
+    if not layer.reads_windows and layer.groups == 1:  # each token meets the array as it is
+        tokens, gradients = s.reshape(-1, layer.inputs), grad.reshape(-1, layer.outputs).to(s.dtype)
+        return layer.from_rows((gradients.mT @ tokens)[None])
     with torch.enable_grad():
         cells = s.new_zeros(layer.weight.shape, requires_grad=True)
         y = layer.multiply(s, cells, None, driven.padded)
