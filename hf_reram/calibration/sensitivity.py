@@ -63,7 +63,8 @@ def measure_sensitivity(model: nn.Module, batches: list) -> None:
     for same in arrays(layers):  # whose effects are with the first that was called
         shared = [layers[name] for name in same]
         together = sum(float(spread.sums[layer].sum()) for layer in shared)
-        apart = sum(0.5 * float(information[layer].double().cpu() @ spread.channels[layer]) for layer in shared)
+        met = [layer for layer in shared if isinstance(spread.powers[layer], Tensor)]
+        apart = sum(0.5 * float(information[layer].double().cpu() @ spread.channels(layer).cpu()) for layer in met)
         for layer in shared if apart > 0 else ():
             layer.coherence = together / apart, layer.coherence[1]
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..model.find import arrays, crossbar_layers
 from ..model.inputs import find_predictions
-from ..model.sharding import is_sharded, of_first, processes
+from ..model.sharding import gathered, is_sharded, of_first, processes
 from ..nn import CrossbarLayer
 from ..nn.array import program
 from ..nn.drive import Driven, drive, row_power
@@ -70,14 +70,14 @@ class Effects:
 
     Attributes:
         sums: effects by layer, those of an array with the first of its layers that was called. array: by layer.
-        channels: ``Σ_nr s²(W_ir) φ_nr²``, (output channels,), by layer. first: the first layer, by array.
+        powers: ``Σ_n φ_nr²``, (groups, crossbar rows), by layer. first: the first layer, by array.
         examples: in the batch. calls: of an array in its forward. gradients: of its cells, of the parts of each call.
     """
 
     def __init__(self, layers: dict[str, CrossbarLayer]):
         self.sums = {layer: torch.zeros(layer.inputs, dtype=torch.float64) for layer in layers.values()}
         self.array = {layers[name]: i for i, same in enumerate(arrays(layers)) for name in same}
-        self.channels = {layer: torch.zeros(layer.outputs, dtype=torch.float64) for layer in layers.values()}
+        self.powers: dict[CrossbarLayer, Any] = dict.fromkeys(layers.values(), 0.0)
         self.first: dict[int, CrossbarLayer] = {}
         self.examples = 1
         self.calls: Counter[CrossbarLayer] = Counter()
@@ -107,8 +107,7 @@ class Effects:
             parts, calls = 1, self.calls[array]
             if len(grad) == len(driven.s) == self.examples:  # which can be told apart, and have independent probes
                 parts = max(1, min(self.examples, PARTS // calls))
-            power = row_power(layer, driven)
-            self.channels[layer] += torch.einsum("gor,gr->go", layer.to_rows(_variance(layer)), power).flatten().cpu()
+            self.powers[layer] = self.powers[layer] + row_power(layer, driven)
             pairs = zip(driven.s.tensor_split(parts), grad.tensor_split(parts))
             found = (_of_cells(layer, driven, s, part) for s, part in pairs)
             if calls == 1:
@@ -119,6 +118,12 @@ class Effects:
                 self._add(array, self._together(array))
 
         return collect
+
+    @torch.no_grad()
+    def channels(self, layer: CrossbarLayer) -> Tensor:
+        """``Σ_nr s²(W_ir) φ_nr²`` of a layer, (output channels,)."""
+        with gathered([layer]):
+            return (layer.to_rows(_variance(layer)) * self.powers[layer][:, None]).sum(2, dtype=torch.float64).flatten()
 
     def _together(self, array: CrossbarLayer) -> Tensor:
         """The square of the sum over calls, which meet the same cells; of some that cannot be told apart, as one."""
