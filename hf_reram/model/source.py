@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .code import imports_of
-from .installed import LIBRARIES, OWN
+from .installed import OWN, of_library
 
 
 def source_of(names: Iterable[str]) -> list[list[str]]:
@@ -91,4 +91,4 @@ def _place(name: str) -> str:
 def _local_file(name: str) -> str | None:
     """The file of a module that is no installed package's; None of others, and where there is none."""
     file = "" if name.partition(".")[0] == OWN else _place(name)
-    return file if not f"{file}{os.sep}".startswith(LIBRARIES) and os.path.isfile(file) else None
+    return file if os.path.isfile(file) and not of_library(file) else None

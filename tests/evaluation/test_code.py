@@ -219,6 +219,31 @@ def test_installed_modules_have_no_source_of_a_script():
     assert imports_of(code, "x.y") == {"x.y.a", "x.y.a.b", "x", "x.c", "d.e", "f"}
 
 
+def test_packages_in_other_folders_of_the_path_are_installed_where_an_installer_noted_them(tmp_path, monkeypatch):
+    noted, own = tmp_path / "target", tmp_path / "own"
+    for folder in (noted, own):
+        (folder / "pkg-1.0.dist-info").mkdir(parents=True)
+        (folder / f"{folder.name}_pkg").mkdir()
+        (folder / f"{folder.name}_pkg" / "__init__.py").write_text("from . import part")
+        (folder / f"{folder.name}_pkg" / "part.py").write_text("")
+        (folder / f"{folder.name}_single.py").write_text("import json")
+        (folder / f"{folder.name}_script.py").write_text("")
+        (folder / "pkg-1.0.dist-info" / "METADATA").write_text("Name: pkg\nVersion: 1.0\n")
+        monkeypatch.syspath_prepend(str(folder))
+    files = ["target_pkg/__init__.py", "target_pkg/part.py", "target_single.py", "../bin/target", "target-1.0/RECORD"]
+    (noted / "pkg-1.0.dist-info" / "RECORD").write_text("".join(f"{file},,\n" for file in files))
+    (own / "pkg-1.0.dist-info" / "RECORD").write_text("__editable__.pkg-1.0.pth,,\n")  # its folder is on the path
+    names = ["target_pkg", "target_single", "target_script", "own_pkg", "own_single", "own_script"]
+    assert [name for name, _ in source_of(names)] == [
+        *("own_pkg", "own_pkg.part", "own_script", "own_single", "target_script")
+    ]
+    before = set(sys.modules)
+    found = {name: (importlib.import_module(name), is_installed(name))[1] for name in names}
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+    assert found == {name: name in names[:2] for name in names}
+
+
 READS = {
     "named": "def score(p): return p * args.batch",
     "handed on": "def helper(p, given): return p * given.batch\ndef score(p): return helper(p, args)",
