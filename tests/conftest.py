@@ -44,6 +44,12 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _few_probes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.node.get_closest_marker("many_probes") is None:  # of two examples 1,024 take seconds
+        monkeypatch.setattr("hf_reram.calibration.sensitivity.DRAWN", 64)
+
+
 @pytest.fixture
 def tiny_bert() -> "BertForSequenceClassification":
     from tests.samples import models

@@ -69,11 +69,12 @@ def evaluate_robustness(
         key: for ``resume``, what ``evaluate`` depends on beside the model, such as its data set, split, samples and
             seed: any JSON value. None: a fingerprint of ``evaluate``, its code with all that it names and holds, and
             what is in files and folders that these name, but for folders that hold ``resume``. Environment variables
-            that it reads are not seen, nor files whose names its code puts together or finds, as with ``os.path.join``
-            or ``glob``, nor modules that it imports by such a name: name them in a key. One that changes something of
-            these while it runs, as a counter or a meter that it fills, is then resumed only in a new process, where all
-            is as before its first run; with a key in the same one, too. One that writes a file that it names is resumed
-            with a key alone.
+            that it reads are not seen, nor how far random generators are, nor files whose names its code puts together
+            or finds, as with ``os.path.join`` or ``glob``, nor modules that it imports by such a name, nor what a text
+            that it evaluates reads, or a namespace that it compares or writes out as a whole: name them in a key. One
+            that changes something of these while it runs, as a counter or a meter that it fills, is then resumed only
+            in a new process, where all is as before its first run; with a key in the same one, too. One that writes a
+            file that it names is resumed with a key alone.
         share_chips: with several processes, each runs its share of the chips, and all get the whole report;
             ``evaluate`` must then not talk to other processes. Where each forward does (weights sharded by FSDP2, a
             model wrapped by DDP), all run every chip ``together``.
@@ -118,6 +119,8 @@ def evaluate_robustness(
         if file is not None and key is None:
             refuse_untold(settings)
             key = key_of("evaluation", evaluate, model, file)
+        if file is not None and (around := _autocasts(model)):
+            key = {**(key if isinstance(key, Mapping) else {"key": key}), "autocast": around}
     told = of_first(key) if shares else None  # a function that holds its process's device has another key in each
     key = key if told is None else told
     with alike(together or shares):
@@ -236,6 +239,13 @@ def parts_of(model: nn.Module, key: Any, weights: str, settings: Mapping[str, An
     parts["model.config"] = {name: value for name, value in settings.items() if name != "attributes"}
     texts = {name: json.dumps(value, sort_keys=True) for name, value in parts.items() if value is not None}
     return {name: hashlib.sha256(text.encode()).hexdigest()[:12] for name, text in texts.items()}
+
+
+def _autocasts(model: nn.Module) -> list[str]:
+    """What autocast is on for around an evaluation, on the model's devices."""
+    kinds = sorted({p.device.type for p in model.parameters()})
+    on = [kind for kind in kinds if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)]
+    return [f"{kind} {torch.get_autocast_dtype(kind)}" for kind in on]
 
 
 def _refuse_changed(model: nn.Module, weights: str) -> None:

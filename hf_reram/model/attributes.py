@@ -23,6 +23,7 @@ from ..nn.tensors import whole
 from .code import functions_in, module_of, names_in, of_libraries, own_functions, reads, reads_any, sets
 from .description import Description, is_own
 from .find import TRANSPARENT, WRAPPERS, walk
+from .injected import hooks_of, hooks_of_all, put_in_place, registered
 from .installed import is_installed
 from .settings import TRAINING_ONLY, is_config, parts_of, telling
 
@@ -70,13 +71,16 @@ def attributes_of(model: nn.Module) -> dict[str, Any]:
     classes = dict.fromkeys(cls for _, _, cls in modules)
     code: list[tuple[str, str, _Described]] = []
     code += [("class", "", found.described(cls, "")) for cls in classes]
+    code += [(name, "", found.described(part, name)) for cls in classes for name, part in put_in_place(cls)]
+    code += [("hooks", "", found.described(hook, "hooks")) for hook in hooks_of_all()]
+    configs = {id(config): config for _, module, _ in modules if (config := getattr(module, "config", None))}
+    chosen = dict.fromkeys(each for config in configs.values() for each in registered(config))
+    code += [(attribute, "", found.described(part, attribute)) for attribute, part in chosen]
     values: list[tuple[type, str, str, _Described]] = []
     for name, module, cls in modules:
         if not isinstance(module, WRAPPERS) and TRANSPARENT.isdisjoint(module._modules):
             found.add("class", name, cls.__qualname__)
-        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-            if own_functions(hook) or is_own(hook):
-                code.append(("hooks", name, found.described(hook, "hooks")))
+        code += [("hooks", name, found.described(hook, "hooks")) for hook in hooks_of(module)]
         for attribute, value in _held(module):
             if not _is_method(cls, attribute, value):
                 by_library = is_installed(cls.__module__)

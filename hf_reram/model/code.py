@@ -22,6 +22,8 @@ SKIPPED = ("CACHE", "PRECALL", "EXTENDED_ARG")  # which do nothing by themselves
 GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME")
 AROUND = ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF")
 ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
+# What may read attributes that code does not name.
+READ_ANY = ("__dict__", "vars", "attrgetter", "methodcaller", "eval", "exec", "_get_kwargs", "_get_args")
 MAKES_TEXT = ("BINARY_OP", "BUILD_STRING", "FORMAT_VALUE", "FORMAT_SIMPLE")
 
 Chains = dict[str, set[tuple[str, ...]]]
@@ -158,13 +160,15 @@ def names_in(code: types.CodeType) -> set[str]:
 
 @cache
 def reads_any(code: types.CodeType) -> bool:
-    """Whether code may read attributes that it does not name: of ``vars``, or of a ``getattr`` by another name than a
-    text that stands there."""
-    if not names_in(code).isdisjoint(("__dict__", "vars")):
+    """Whether code may read attributes that it does not name: by what :data:`READ_ANY` names, a ``match``, or a
+    ``getattr`` by another name than a text that stands there."""
+    if not names_in(code).isdisjoint(READ_ANY):
         return True
     for part in codes_of(code):
         steps = steps_of(part)
         for at, step in enumerate(steps):
+            if step.opname == "MATCH_CLASS":
+                return True
             if step.opname in GLOBALS and step.argval == "getattr":
                 call = list(takewhile(lambda each: "CALL" not in each.opname, steps[at + 1 :]))
                 stands = any(next_.opname == "LOAD_CONST" and isinstance(next_.argval, str) for next_ in call)
@@ -174,7 +178,7 @@ def reads_any(code: types.CodeType) -> bool:
 
 
 def _texts(code: types.CodeType) -> set[str]:
-    return {part for part in code.co_consts if isinstance(part, str) and part.isidentifier()}
+    return {part for part in code.co_consts if isinstance(part, str)}  # an argparse positional's has hyphens
 
 
 def imports_of(code: types.CodeType, package: str) -> set[str]:
@@ -185,6 +189,8 @@ def imports_of(code: types.CodeType, package: str) -> set[str]:
     """
     found: set[str] = set()
     for part in codes_of(code):
+        if dis.opmap["IMPORT_NAME"] not in part.co_code[::2]:  # which most of it has none of, and steps are slow
+            continue
         steps = steps_of(part)
         for at, step in enumerate(steps):
             if step.opname != "IMPORT_NAME":

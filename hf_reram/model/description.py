@@ -8,6 +8,7 @@ import functools
 import hashlib
 import io
 import json
+import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePath
@@ -302,9 +303,8 @@ class Description:
             return self.read_of(value, vars(value), {})
         if "TrainingArguments" in kinds:
             return self.read_of(value, *parts_added(value, {name: getattr(value, name, None) for name in ARGUMENTS}))
-        if cls.__module__ == "tokenizers" and cls.__name__ == "Tokenizer":  # without how it cut and padded last
-            text = json.dumps({**json.loads(value.to_str()), "truncation": None, "padding": None}, sort_keys=True)
-            return [self.name(cls), hashlib.sha256(text.encode()).hexdigest()]
+        if _is_of_tokenizers(cls):
+            return self.tokenizer(value)
         if isinstance(value, torch.Generator):  # how far it is, its use says
             return [self.name(cls), value.initial_seed()]
         if isinstance(value, np.random.Generator):
@@ -321,10 +321,20 @@ class Description:
             made = [value.get_generator(value.seed, kind) for kind in ("pt", "np")]  # as its first use does
             left_out += ("generator", "_generator_pid") if of(value.generator) in (None, *map(of, made)) else ()
         if not kinds.isdisjoint(("PreTrainedTokenizerBase", "ProcessorMixin")):
-            left_out += (*UNTOLD, *(("_vocab", "_merges") if hasattr(value, "backend_tokenizer") else ()))
+            inner = getattr(value, "backend_tokenizer", None)
+            left_out += (*UNTOLD, *(() if inner is None else ("_vocab", "_merges")))
+            if _is_of_tokenizers(type(inner)):  # which it tells how to cut and pad in each call
+                return [*self.pickled(value, (*left_out, "_tokenizer")), self.tokenizer(inner, cuts=False)]
         elif kinds and callable(getattr(cls, "to_dict", None)):  # a configuration, an image processor or the like
             return [of(cls), {name: of(part) for name, part in self.settings(value).items()}]
         return self.pickled(value, left_out)
+
+    def tokenizer(self, value: Any, cuts: bool = True) -> list:
+        """What tells one of the package tokenizers; ``cuts``: also how it cuts and pads."""
+        said = json.loads(value.to_str())
+        said |= {} if cuts else {"truncation": None, "padding": None}
+        text = json.dumps(said, sort_keys=True)
+        return [self.name(type(value)), hashlib.sha256(text.encode()).hexdigest()]
 
     def pickled(self, value: Any, left_out: tuple[str, ...] = ()) -> list:
         """What an object of any class pickles, without some of its attributes."""
@@ -379,6 +389,10 @@ def _path(label: str, name: str) -> str:
     return f"{label}.{name}" if label else name
 
 
+def _is_of_tokenizers(cls: type) -> bool:
+    return cls.__module__ == "tokenizers" and cls.__name__ == "Tokenizer"
+
+
 def _is_module(value: Any) -> bool:
     return isinstance(value, types.ModuleType)
 
@@ -392,11 +406,11 @@ def is_own(value: Any) -> bool:
 
 
 def parts_inside(value: Any) -> Mapping[str, Any]:
-    """What code may take of a value without reading anything else of it, by name: of a script's own modules,
-    namespaces, dataclasses' objects, transformers' arguments among them, and what classes hold but methods. Nothing of
-    others."""
+    """What code may take of a value without reading anything else of it, by name: of a script's own modules, of
+    ``sys`` its arguments, of namespaces, dataclasses' objects, transformers' arguments among them, and what classes
+    hold but methods. Nothing of others."""
     if isinstance(value, types.ModuleType):
-        return {} if is_installed(value.__name__) else vars(value)
+        return {"argv": sys.argv} if value is sys else {} if is_installed(value.__name__) else vars(value)
     if isinstance(value, type):
         own = {} if is_installed(value.__module__) else vars(value)
         return {name: part for name, part in own.items() if not callable(part) and not hasattr(part, "__get__")}

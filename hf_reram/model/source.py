@@ -5,6 +5,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterable
+from functools import lru_cache
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,20 @@ def source_of(names: Iterable[str]) -> list[list[str]]:
             continue
         data = Path(file).read_bytes()
         found[name] = hashlib.sha256(data).hexdigest()
-        is_package = Path(file).name == "__init__.py"
+        package = name if Path(file).name == "__init__.py" else name.rpartition(".")[0]
         todo += [parent for parent in [name.rpartition(".")[0]] if parent]
         if file.endswith(".py"):
-            try:
-                code = compile(data, file, "exec")
-            except (SyntaxError, ValueError):  # nobody can import it
-                continue
-            todo += imports_of(code, name if is_package else name.rpartition(".")[0])
+            todo += _imported(data, package)
     return [[name, found[name]] for name in sorted(found)]
+
+
+@lru_cache(maxsize=4096)  # each function of a module asks anew
+def _imported(source: bytes, package: str) -> frozenset[str]:
+    try:
+        code = compile(source, "<source>", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError):  # nobody can import it
+        return frozenset()
+    return frozenset(imports_of(code, package))
 
 
 def set_since(name: str) -> dict[str, Any]:
