@@ -9,7 +9,7 @@ from typing import Any
 
 MOST_FILES = 200_000  # that are looked at in a folder
 LONGEST = 1024  # characters of a path
-_PATH = re.compile(r"[\\/]|\.\w{1,10}$")
+_PATH = re.compile(r"[\\/]|\.\w{1,12}$")  # up to .safetensors
 _PINNED = re.compile(r"hf://[^@]*@[0-9a-f]{40}/")
 
 

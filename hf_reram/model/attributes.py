@@ -67,6 +67,7 @@ def attributes_of(model: nn.Module) -> dict[str, Any]:
     it closes over and names, as :data:`HELD`. What nothing tells from others has its kind, as :data:`UNTOLD`. Without
     what libraries' classes hold for trainings, or write in a forward, and what a script's write and nothing reads."""
     modules = [(name, module, _class_of(module)) for name, module in walk(model) if not _is_of_parts(module)]
+    told = {id(part) for config in configs_of(model).values() for part in parts_of(config)}
     found = _Found({id(module): name for name, module in walk(model)})
     classes = dict.fromkeys(cls for _, _, cls in modules)
     code: list[tuple[str, str, _Described]] = []
@@ -82,7 +83,10 @@ def attributes_of(model: nn.Module) -> dict[str, Any]:
             found.add("class", name, cls.__qualname__)
         code += [("hooks", name, found.described(hook, "hooks")) for hook in hooks_of(module)]
         for attribute, value in _held(module):
-            if not _is_method(cls, attribute, value):
+            if is_config(value):
+                for key, part in () if id(value) in told else telling(value).items():
+                    found.add(f"{attribute}.{key}", name, json.dumps(part, sort_keys=True, default=str))
+            elif not _is_method(cls, attribute, value):
                 by_library = is_installed(cls.__module__)
                 values.append((cls, attribute, name, found.described(value, attribute, by_library)))
             elif is_own(value) or not {function for _, function in _methods(cls)}.issuperset(own_functions(value)):
@@ -90,13 +94,9 @@ def attributes_of(model: nn.Module) -> dict[str, Any]:
     found.read_arguments([*(each[-1] for each in code), *(each[-1] for each in values)])
     for attribute, name, described in code:
         found.add_code(attribute, name, described)
-    told = {id(part) for config in configs_of(model).values() for part in parts_of(config)}
     written = _written(classes, found.functions)
     for cls, attribute, name, described in values:
-        if is_config(described.value):
-            for key, part in () if id(described.value) in told else telling(described.value).items():
-                found.add(f"{attribute}.{key}", name, json.dumps(part, sort_keys=True, default=str))
-        elif attribute not in written[cls]:
+        if attribute not in written[cls]:
             found.add_told(attribute, name, described.value, described.told, described.floats)
             found.add_parts(attribute, name, described)
     return found.fingerprints()

@@ -169,16 +169,28 @@ def reads_any(code: types.CodeType) -> bool:
         for at, step in enumerate(steps):
             if step.opname == "MATCH_CLASS":
                 return True
-            if step.opname in GLOBALS and step.argval == "getattr":
-                call = list(takewhile(lambda each: "CALL" not in each.opname, steps[at + 1 :]))
-                stands = any(next_.opname == "LOAD_CONST" and isinstance(next_.argval, str) for next_ in call)
-                if not stands or any(next_.opname in MAKES_TEXT for next_ in call):
-                    return True
+            if step.opname in GLOBALS and step.argval == "getattr" and not _is_named(steps[at + 1 :]):
+                return True
     return False
 
 
+def _is_named(steps: list[dis.Instruction]) -> bool:
+    """Whether the second argument of the call that these begin with is a text that stands there."""
+    loads = list(takewhile(lambda each: "CALL" not in each.opname, steps))
+    given = steps[len(loads)].argval if len(loads) < len(steps) else 0  # 1 is of a call inside
+    if given not in (2, 3) or any("JUMP" in each.opname or each.opname in MAKES_TEXT for each in loads):
+        return False
+    if given == 3:  # a default behind it
+        while loads and loads[-1].opname in ATTRIBUTES:
+            loads.pop()
+        loads = loads[:-1]
+    return bool(loads) and loads[-1].opname == "LOAD_CONST" and isinstance(loads[-1].argval, str)
+
+
 def _texts(code: types.CodeType) -> set[str]:
-    return {part for part in code.co_consts if isinstance(part, str)}  # an argparse positional's has hyphens
+    """Texts in code, also in tuples; not only names, as an argparse positional's has hyphens."""
+    every = (part if isinstance(part, tuple) else (part,) for part in code.co_consts)
+    return {part for each in every for part in each if isinstance(part, str)}
 
 
 def imports_of(code: types.CodeType, package: str) -> set[str]:

@@ -33,6 +33,7 @@ from .code import (
     set_by,
     variables_around,
 )
+from .handed import handed_on
 from .installed import OWN, is_installed
 from .source import set_since, source_of
 
@@ -86,7 +87,8 @@ class Description:
     that they take, and modules that they take whole by their source. Of other objects the class and what they pickle
     count, or what their method ``told_by`` says, also what use has changed; but not what some libraries' objects hold
     of their last use, and how far random generators are. Of a namespace of arguments (argparse) that is handed on, the
-    attributes count that any of the code reads. Of installed packages only names count.
+    attributes count that any of the code reads, and all where it may get to a library's. Of installed packages only
+    names count.
 
     Attributes:
         named: what tells parts of the value that was told last, such as an object's attributes or a function's
@@ -103,6 +105,7 @@ class Description:
         # Objects, by their ids, of whose attributes only those count that code reads, each with the name that it was
         # first met by; and what tells their other parts.
         self.arguments: dict[int, tuple[str, Any, Mapping[str, Any]]] = {}
+        self.handed = set[int]()  # of these objects, of which all attributes count: a library's code may read them
         self.by_library = False  # whether what is told is an installed package's to read
         self.arguments_told: dict[tuple[int, str], tuple[str, Any]] = {}
         self.label, self.read = "", dict[str, Any]()
@@ -119,6 +122,8 @@ class Description:
             named, read = self.named, self.arguments_read()
         except ValueError:
             raise
+        except RecursionError as error:
+            raise ValueError(f"{type(value).__name__} cannot be read: its parts lie too deep in one another") from error
         except Exception as error:  # whatever its parts raise
             raise ValueError(f"{type(value).__name__} cannot be read: {type(error).__name__}: {error}") from error
         self.named = {**named, **self.read, **read}
@@ -132,9 +137,9 @@ class Description:
             names, any_ = {name for code in codes for name in reads(code)}, any(map(reads_any, codes))
             new = [
                 (at, name, _path(label, name), attributes[name])
-                for at, (label, _, attributes) in enumerate(self.arguments.values())
+                for at, (label, whole, attributes) in enumerate(self.arguments.values())
                 for name in sorted(attributes)
-                if (at, name) not in self.arguments_told and (any_ or name in names)
+                if (at, name) not in self.arguments_told and (any_ or name in names or id(whole) in self.handed)
             ]
             for at, name, path, part in new:
                 self.arguments_told[at, name] = path, self.held(path, part)
@@ -186,9 +191,12 @@ class Description:
         if isinstance(value, np.ndarray) and not value.dtype.hasobject:
             return ["array", *self.array(value)]
         if type(value) in (list, tuple):
-            return ["list" if self.as_json else type(value).__name__, *map(of, value)]
-        if isinstance(value, (set, frozenset)):
-            return ["set", *sorted(json.dumps(of(item)) for item in value)]
+            kind = "list" if self.as_json else type(value).__name__
+            if len(value) > 16 and {*map(type, value)} <= {int, float, bool}:  # data, in which each would take long
+                return [kind, _digest(list(value))]
+            return [kind, *map(of, value)]
+        if isinstance(value, (set, frozenset)):  # which has them in another order in another process
+            return ["set", *sorted(json.dumps(of(item)) for item in sorted(value, key=_order))]
         if type(value) is dict or isinstance(value, types.MappingProxyType):
             if self.as_json:
                 return ["dict", *sorted(([str(of(key)), of(item)] for key, item in value.items()), key=json.dumps)]
@@ -248,6 +256,10 @@ class Description:
         self.functions[value] = None
         self.by_library = False
         known = {name: part for name, part in value.__globals__.items() if name[:2] != "__"}
+        for name, chains in {**globals_of(code), **around_of(code)}.items():
+            part = around.get(name, known.get(name))
+            if isinstance(part, argparse.Namespace) and () in chains and handed_on(value, name):
+                self.handed.add(id(part))
         used = {**self.variables(around, around_of(code)), **self.variables(known, globals_of(code))}
         imported = self.source(imports_of(code, value.__globals__.get("__package__") or ""))
         own = {name: part for name, part in vars(value).items() if name != "__wrapped__"}
@@ -302,7 +314,8 @@ class Description:
         if isinstance(value, argparse.Namespace) and not self.by_library:
             return self.read_of(value, vars(value), {})
         if "TrainingArguments" in kinds:
-            return self.read_of(value, *parts_added(value, {name: getattr(value, name, None) for name in ARGUMENTS}))
+            _, parts = parts_added(value, {name: getattr(value, name, None) for name in ARGUMENTS})
+            return self.read_of(value, {name: part for name, part in vars(value).items() if name not in parts}, parts)
         if _is_of_tokenizers(cls):
             return self.tokenizer(value)
         if isinstance(value, torch.Generator):  # how far it is, its use says
@@ -387,6 +400,11 @@ def _digest(parts: Any) -> str:
 
 def _path(label: str, name: str) -> str:
     return f"{label}.{name}" if label else name
+
+
+def _order(value: Any) -> str:
+    """Of a set's items, whatever they hash to: those that name one another are told from where one is met first."""
+    return f"{type(value).__qualname__} {getattr(value, '__qualname__', None) or repr(value)}"
 
 
 def _is_of_tokenizers(cls: type) -> bool:

@@ -3,8 +3,9 @@
 import ast
 import hashlib
 import os
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -12,6 +13,13 @@ from typing import Any
 
 from .code import imports_of
 from .installed import OWN, of_library
+
+# Of expressions that are the same wherever they are evaluated; and what of a module's globals is told by its value.
+CONSTANT = (
+    *(ast.Constant, ast.Tuple, ast.List, ast.Set, ast.Dict, ast.Load),
+    *(ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop),
+)
+PLAIN = (bool, int, float, str, list, tuple, dict, set)
 
 
 def source_of(names: Iterable[str]) -> list[list[str]]:
@@ -43,21 +51,48 @@ def _imported(source: bytes, package: str) -> frozenset[str]:
 
 
 def set_since(name: str) -> dict[str, Any]:
-    """Globals of a module that its file sets to numbers, texts, or lists and the like of these, and that are something
-    else now, as where a script has set or filled them. What is not imported yet has none."""
+    """Globals of a module, and attributes of its classes, that its file sets to numbers, texts, or lists and the like
+    of these, and that are something else now, as where a script has set or filled them; and such globals that it does
+    not name. What is not imported yet has none."""
     module = sys.modules.get(name)
     file = getattr(module, "__file__", None) or ""
     if not file.endswith(".py"):
         return {}
-    said = {}
-    for node in ast.parse(Path(file).read_bytes()).body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-        if isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(target, ast.Name) and node.value is not None:
-            try:
-                said[target.id] = ast.literal_eval(node.value)
-            except (ValueError, TypeError):
-                said.pop(target.id, None)
-    return {target: now for target, value in said.items() if not _is_same(now := getattr(module, target, None), value)}
+    source = Path(file).read_bytes()
+    body, words = _body(source)
+    found = _changed(body, vars(module))
+    for node in body:
+        if isinstance(node, ast.ClassDef) and isinstance(cls := getattr(module, node.name, None), type):
+            found |= {f"{node.name}.{target}": now for target, now in _changed(node.body, vars(cls)).items()}
+    new = [target for target in vars(module) if target not in words and not target.startswith("_")]
+    return found | {target: getattr(module, target) for target in new if isinstance(getattr(module, target), PLAIN)}
+
+
+@lru_cache(maxsize=256)
+def _body(source: bytes) -> tuple[list[ast.stmt], frozenset[str]]:
+    """The statements of a file, and all words in it."""
+    return ast.parse(source).body, frozenset(re.findall(r"\w+", source.decode("utf-8", "replace")))
+
+
+def _changed(body: list[ast.stmt], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the variables that statements set to constants those that are something else now."""
+    said: dict[str, Any] = {}
+    for target, value in (pair for node in body for pair in _assignments(node)):
+        if all(isinstance(part, CONSTANT) for part in ast.walk(value)):
+            said[target] = eval(compile(ast.Expression(value), "<constant>", "eval"), {})  # numbers and texts alone
+        else:
+            said.pop(target, None)
+    return {target: now.get(target) for target, value in said.items() if not _is_same(now.get(target), value)}
+
+
+def _assignments(node: ast.stmt) -> Iterator[tuple[str, ast.expr]]:
+    if not isinstance(node, (ast.Assign, ast.AnnAssign)) or node.value is None:
+        return
+    for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+        pairs: list[tuple[ast.expr, ast.expr]] = [(target, node.value)]
+        if isinstance(target, (ast.Tuple, ast.List)) and isinstance(node.value, (ast.Tuple, ast.List)):
+            pairs = [*zip(target.elts, node.value.elts)]
+        yield from ((each.id, value) for each, value in pairs if isinstance(each, ast.Name))
 
 
 def _is_same(one: Any, other: Any) -> bool:

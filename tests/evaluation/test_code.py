@@ -4,6 +4,7 @@ import argparse
 import collections
 import importlib
 import itertools
+import linecache
 import os
 import sys
 from dataclasses import dataclass
@@ -19,13 +20,15 @@ from hf_reram.evaluation.content import described, key_of
 from hf_reram.model.code import globals_of, imports_of
 from hf_reram.model.description import added_attributes
 from hf_reram.model.installed import is_installed
-from hf_reram.model.source import source_of
+from hf_reram.model.source import set_since, source_of
 
 
 def script(code, **names):
     """The function ``score`` of a script."""
     names = {"__name__": "__main__", **names}
-    exec(code, names)
+    file = f"<script {hash(code)}>"
+    linecache.cache[file] = len(code), None, code.splitlines(True), file  # as a notebook does
+    exec(compile(code, file, "exec"), names)
     return names["score"]
 
 
@@ -278,6 +281,55 @@ def test_where_code_may_read_any_argument_each_counts(read):
     assert told(code, args=argparse.Namespace(batch=8)) != told(code, args=argparse.Namespace(batch=9))
 
 
+HANDED = {
+    "to a library's function": "import json\ndef score(p): return p * len(json.dumps(args, default=vars_of))",
+    "by a script's function": "import json\ndef inner(p, a): return json.dumps(a, default=vars_of)\n"
+    "def score(p): return len(inner(p, a=args))",
+    "to a class": "class Own:\n  def __init__(self, a): self.a = a\ndef score(p): return p * Own(args).a.batch",
+    "as a text": "def score(p): return f'{args} {p}'",
+    "compared": "def score(p): return p if args == other else 0",
+    "under another name": "def score(p):\n  a = args\n  return p * a.batch",
+}
+
+
+@pytest.mark.parametrize("way", HANDED)
+def test_a_namespace_that_may_get_to_a_library_counts_whole(way):
+    def made(**changed):
+        args = argparse.Namespace(**{"batch": 8, "chips": 1, **changed})
+        return told(HANDED[way], args=args, other=argparse.Namespace(batch=8), vars_of=lambda given: {})
+
+    assert made() == made() != made(chips=2)
+
+
+def test_functions_that_hand_a_namespace_to_one_another_are_followed_once():
+    code = "def one(p, a): return p and two(p - 1, a)\ndef two(p, b): return one(p, b) or b.batch\n"
+    code += "def score(p): return one(p, args)"
+    made = [told(code, args=argparse.Namespace(batch=batch, chips=chips)) for batch, chips in ((8, 1), (8, 2), (9, 1))]
+    assert made[0] == made[1] != made[2]
+
+
+NAMED = {
+    "getattr(args, 'batch', 'none')": False,
+    "getattr(args, name, 'none')": True,
+    "getattr(args, name, '')": True,
+    "getattr(args, 'chips' if p else name)": True,
+    "getattr(args, name if p else 'chips')": True,
+    "getattr(args, '{}'.format(name))": True,
+    "getattr(args, name.removesuffix('_'))": True,
+    "getattr(args, 'batch', args.batch)": False,
+    "operator.attrgetter(*('batch', 'out'))(args)": True,
+}
+
+
+@pytest.mark.parametrize("read", NAMED)
+def test_a_getattr_names_an_attribute_by_a_text_that_stands_there(read):
+    def made(**changed):
+        args = argparse.Namespace(**{"batch": 8, "chips": 1, "out": "a", **changed})
+        return told(f"import operator\ndef score(p): return p, {read}", args=args, name="out")
+
+    assert (made() != made(out="b")) == NAMED[read] and made() != made(batch=9)
+
+
 def test_of_a_dataclass_s_object_what_code_takes_of_it_counts():
     named, whole = "def score(p): return p * args.batch", "def score(p): return p == args"
     assert told(named, args=Options()) == told(named, args=Options(chips=2)) != told(named, args=Options(16))
@@ -336,3 +388,61 @@ def test_of_arguments_that_a_library_reads_all_count():
     args = [argparse.Namespace(batch=8, chips=chips) for chips in (1, 2)]
     mine, other = (described(collections.deque([each])) for each in args)  # as an object of any library
     assert mine == described(collections.deque([argparse.Namespace(batch=8, chips=1)])) != other
+
+
+def test_what_code_reads_of_a_trainer_s_arguments_counts_whatever_it_is(tmp_path):
+    code = "def helper(a): return a.seed\ndef score(p): return p * helper(args)"
+
+    def made(**changed):
+        return told(code, args=TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, **changed))
+
+    assert made() == made(learning_rate=0.1) != made(seed=9)
+    assert made() != made(per_device_eval_batch_size=3)  # which evaluations depend on
+
+
+def test_a_module_that_a_script_has_set_more_in(tmp_path, monkeypatch):
+    (tmp_path / "my_settings.py").write_text(
+        "import time\nHALF = 1 / 2\nA, B = 1, (2, 3)\nMADE = dict(a=1)\nNOW = time.time()\n"
+        "class CFG:\n    split = 'a'\n    size = 4 * 4\n    def half(self): return HALF\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = importlib.import_module("my_settings")
+    monkeypatch.setitem(sys.modules, "my_settings", module)
+    assert set_since("my_settings") == {}
+    module.HALF, module.B, module.CFG.split, module.NEW, module.NOW = 0.7, (2, 4), "b", 5, 0.0
+    assert set_since("my_settings") == {"HALF": 0.7, "B": (2, 4), "CFG.split": "b", "NEW": 5}
+    score = "def score(p):\n  from my_settings import CFG\n  return CFG.split"
+    before = told(score)
+    module.CFG.split = "c"
+    assert told(score) != before
+
+
+def test_long_lists_of_numbers_count_by_each_and_by_its_type():
+    lists = [[1] * 20, [1] * 19 + [2], [1.0] * 20, [True] * 20, tuple([1] * 20), [1] * 21, [[1] * 20]]
+    assert len({described(each) for each in lists}) == len(lists)
+    assert described([1] * 20) == described([1] * 20)
+
+
+def test_sets_of_classes_that_name_one_another_are_the_same_in_any_order():
+    code = "class K:\n  def f(self): return L\nclass L:\n  def f(self): return K\n"
+    found = set()
+    for items in ("K, L", "L, K"):
+        for padding in range(8):  # other ids, and so another order
+            keep = [object() for _ in range(padding * 37)]
+            found.add(told(f"{code}T = {{{items}}}\ndef score(p): return T", keep=keep))
+    assert len(found) == 1
+
+
+def test_what_lies_too_deep_says_so():
+    code = "".join(f"class K{i}:\n  def f(self): return K{i + 1}\n" for i in range(400)) + "class K400: pass\n"
+    with pytest.raises(ValueError, match="lie too deep in one another"):
+        told(code + "def score(p): return K0")
+
+
+def test_a_file_beside_a_script_counts_by_what_is_in_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = set()
+    for content in ("1", "2"):
+        (tmp_path / "probe.safetensors").write_text(content)
+        found.add(told("def score(p): return open('probe.safetensors').read()"))
+    assert len(found) == 2

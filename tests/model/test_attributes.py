@@ -38,6 +38,7 @@ from hf_reram import ReRAMConfig, calibrate, evaluate_robustness, patch_model, r
 from hf_reram.evaluation.content import described
 from hf_reram.hub.report import why_foreign
 from hf_reram.model.attributes import CODE, VALUES, attributes_of
+from hf_reram.model.description import Description
 from hf_reram.model.digest import model_digest, other_settings, settings_of
 from hf_reram.model.source import set_since
 from tests.samples.models import bert_batch, tiny_bert
@@ -735,3 +736,15 @@ def test_what_libraries_count_of_their_use_does_not_tell():
         before = described(used)
         use()
         assert described(used) == before
+
+
+def test_configs_are_told_once_and_not_each_of_their_labels(monkeypatch):
+    labels = {str(at): f"label {at}" for at in range(3000)}
+    model = patch_model(tiny_bert(), ReRAMConfig())
+    model.config.id2label, model.config.label2id = labels, {name: at for at, name in labels.items()}
+    calls, of = [], Description.of
+    monkeypatch.setattr(Description, "of", lambda self, value: (calls.append(1), of(self, value))[1])
+    before = settings_of(model)
+    assert len(calls) < 3000
+    model.config.id2label = {**labels, "7": "another"}
+    assert settings_of(model) != before
