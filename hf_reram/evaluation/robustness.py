@@ -68,13 +68,13 @@ def evaluate_robustness(
             ``key`` are not run again, unless another version of hf_reram, torch, transformers or Python ran them.
         key: for ``resume``, what ``evaluate`` depends on beside the model, such as its data set, split, samples and
             seed: any JSON value. None: a fingerprint of ``evaluate``, its code with all that it names and holds, and
-            what is in files and folders that these name, but for folders that hold ``resume``. Environment variables
-            that it reads are not seen, nor how far random generators are, nor files whose names its code puts together
-            or finds, as with ``os.path.join`` or ``glob``, nor modules that it imports by such a name, nor what a text
-            that it evaluates reads, or a namespace that it compares or writes out as a whole: name them in a key. One
-            that changes something of these while it runs, as a counter or a meter that it fills, is then resumed only
-            in a new process, where all is as before its first run; with a key in the same one, too. One that writes a
-            file that it names is resumed with a key alone.
+            what is in files and folders that these name with a slash or an ending, but for folders that hold
+            ``resume``. Environment variables that it reads are not seen, nor how far random generators are, nor files
+            whose names its code puts together or finds, as with ``os.path.join`` or ``glob``, nor modules that it
+            imports by such a name, nor what a text that it evaluates reads: name them in a key. One that changes
+            something of these while it runs, as a counter or a meter that it fills, is then resumed only in a new
+            process, where all is as before its first run; with a key in the same one, too. One that writes a file that
+            it names is resumed with a key alone.
         share_chips: with several processes, each runs its share of the chips, and all get the whole report;
             ``evaluate`` must then not talk to other processes. Where each forward does (weights sharded by FSDP2, a
             model wrapped by DDP), all run every chip ``together``.
