@@ -14,6 +14,8 @@ from hf_reram.calibration.spread import spread_effects
 from tests.samples.devices import device, straight
 from tests.samples.models import bert_batch, tiny_bert
 
+pytestmark = pytest.mark.many_probes
+
 
 def exact(model: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
     """``Σ_c p_c δ_i²`` of the outputs i of the first layer, a mean over examples."""

@@ -24,12 +24,14 @@ from hf_reram import (
     patch_model,
     report_of,
 )
+from hf_reram.calibration import sensitivity
 from hf_reram.evaluation import robustness
 from hf_reram.model.digest import weights_digest
 from hf_reram.nn.layer import BUFFERS
 from hf_reram.nn.tensors import whole
 from tests.samples import models
 from tests.samples.models import bert_batch
+
 
 CALIBRATED = {
     "default": {},
@@ -213,4 +215,5 @@ def main(case: str, out: str) -> None:
 
 
 if __name__ == "__main__":
+    sensitivity.DRAWN = 64  # of few examples 1,024 take seconds
     main(*sys.argv[1:])

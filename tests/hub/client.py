@@ -6,6 +6,7 @@ import json
 import os
 import sys
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForQuestionAnswering, TrainingArguments, pipeline
@@ -122,7 +123,10 @@ def _print_loaded(model) -> None:
     found = {"digest": weights_digest(model), "layers": len(hf_reram.crossbar_layers(model)), "report": None}
     if report is not None:
         again = evaluate_robustness(model, _questions(), report.times, seeds=2, progress=False)
-        found["report"] = again.measurements == report.measurements
+        pairs = zip(again.measurements, report.measurements, strict=True)
+        found["report"] = all(  # thresholds are logits, which differ in their last bits on some processors
+            (a.time, a.seed) == (b.time, b.seed) and a.metrics == pytest.approx(b.metrics, rel=1e-5) for a, b in pairs
+        )
     print(json.dumps(found))
 
 

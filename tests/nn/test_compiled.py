@@ -48,13 +48,13 @@ BERT = partial(tiny_bert, num_hidden_layers=1), "output+drift", {"target_modules
 @pytest.mark.parametrize(
     ("make", "loss", "options"),
     [
-        *((FewLayers, loss, {}) for loss in LOSSES),
-        (FewLayers, "output", CONVERTERS),
+        *(pytest.param(FewLayers, loss, {}, marks=pytest.mark.slow) for loss in LOSSES if loss != "sensitivity+drift"),
+        (FewLayers, "sensitivity+drift", {}),
+        pytest.param(FewLayers, "output", CONVERTERS, marks=pytest.mark.slow),
         (FewLayers, "output+drift", {"weight_scale": "per_tile", "tile_size": 8, "redundancy": 1.0}),
-        (FewLayers, "output", {"learn_input_range": True}),
-        (FewLayers, "output", {"input_range": "per_token"}),
+        pytest.param(FewLayers, "output", {"learn_input_range": True}, marks=pytest.mark.slow),
         (FewLayers, "output+drift", {"input_range": "per_token", **CONVERTERS}),
-        (FewLayers, "output", {"input_range": "per_token"}),
+        pytest.param(FewLayers, "output", {"input_range": "per_token"}, marks=pytest.mark.slow),
         pytest.param(*BERT, id="BERT"),
     ],
 )

@@ -74,9 +74,11 @@ def test_the_whole_comparison_and_its_resumption(run, tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        pytest.param(["--teacher", "False"], id="labels"),
-        pytest.param(["--teacher_weight", "0.5", "--retention_loss", "output+drift"], id="both"),
-        pytest.param(["--lora", "True", "--lora_rank", "2"], id="lora"),
+        pytest.param(["--teacher", "False"], id="labels", marks=pytest.mark.slow),
+        pytest.param(
+            ["--teacher_weight", "0.5", "--retention_loss", "output+drift"], id="both", marks=pytest.mark.slow
+        ),
+        pytest.param(["--lora", "True", "--lora_rank", "2"], id="lora", marks=pytest.mark.slow),
         pytest.param(["--lora", "True", "--lora_rank", "2", "--teacher_weight", "0.5"], id="lora and both"),
         pytest.param(["--bf16", "True", "--dtype", "bfloat16"], id="bfloat16"),
     ],

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from transformers import BertConfig, BertForQuestionAnswering, TrainerCallback, TrainingArguments, set_seed
 
 from hf_reram import ReRAMConfig, ReRAMTrainer, add_retention_loss, calibrate, deploy, patch_model, sampled_drift
+from hf_reram.calibration import sensitivity
 
 
 def model_and_batch(rows: slice):
@@ -88,6 +89,7 @@ def bare_step(out: str, config: ReRAMConfig, sharded: bool) -> None:
 
 
 if __name__ == "__main__":
+    sensitivity.DRAWN = 64  # of few examples 1,024 take seconds
     torch.set_num_threads(1)
     path, mode, kind = sys.argv[1:]
     reram = ReRAMConfig(retention_loss=kind, retention_weight=5.0)
