@@ -23,9 +23,7 @@ POLYNOMIAL_B = 4.0
 # The I-V curve and the DAC
 
 
-def shrunk_sinh(
-    x: Tensor, offset: Tensor | None, span: Any, b: float, gain: Any, levels: Any, floor: Any
-) -> Tensor:
+def shrunk_sinh(x: Tensor, offset: Tensor | None, span: Any, b: float, gain: Any, levels: Any, floor: Any) -> Tensor:
     """``gain · sinh(b u)`` with ``u = clamp((x - offset) / span, floor, 1)``, in steps of the DAC where it has levels.
 
     Args:
@@ -39,9 +37,10 @@ def shrunk_sinh(
     if x.dtype == torch.float16:  # whose sinh ends at 11.8, where gains are 0 already
         return shrunk_sinh(x.float(), offset, span, b, gain, levels, floor).to(x.dtype)
     polynomial = LINEAR_B <= b <= POLYNOMIAL_B and x.device.type == "cpu" and x.dtype != torch.float64
-    folds = not isinstance(gain, Tensor)  # coefficients are constants of a graph
-    coefficients = None if not polynomial else folded(b, b / bound, gain) if folds else folded(b, b, 1.0)
-    if coefficients is not None and folds:
+    fixed = not isinstance(gain, Tensor)  # which compiled code cannot make coefficients of
+    inner, outer = (b / bound, gain) if fixed else (b, 1.0)
+    coefficients = folded(b, inner, outer) if polynomial else None
+    if coefficients is not None and fixed:
         return polynomial_sinh(x, offset, bound / span, floor * bound, bound, rounded, coefficients)
     u = _clamped(x, offset, bound / span, floor * bound, bound, rounded)
     if coefficients is not None:
@@ -133,17 +132,13 @@ def peaks(x: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor]:
     return peak.clamp(min=max(1e-30, torch.finfo(x.dtype).tiny)), top
 
 
-def row_sinh(
-    x: Tensor, offset: Tensor | None, peak: Tensor, b: float, gain: Any, levels: Any, floor: Any
-) -> Tensor:
+def row_sinh(x: Tensor, offset: Tensor | None, peak: Tensor, b: float, gain: Any, levels: Any, floor: Any) -> Tensor:
     """``peak · gain · sinh(b u)`` with ``u = (x - offset) / peak``, arguments as of :func:`shrunk_sinh` and
     :func:`peaks`."""
     return shrunk_sinh(x, offset, peak, b, gain, levels, floor) * peak
 
 
-def row_sinh_gradient(
-    grad: Tensor, s: Tensor, peak: Tensor, top: Tensor, b: float, gain: Any, floor: Any
-) -> Tensor:
+def row_sinh_gradient(grad: Tensor, s: Tensor, peak: Tensor, top: Tensor, b: float, gain: Any, floor: Any) -> Tensor:
     """The gradient of :func:`row_sinh` with respect to x, from its result alone. The element that is the peak gets the
     peak's gradient too: what a curve that is no line makes of the row in other units, ``Σ grad (s / peak - u ds/dx)``.
     """
