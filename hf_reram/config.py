@@ -341,16 +341,16 @@ def converter_levels(bits: int | None) -> int:
     return (1 << (bits - 1)) - 1 if bits else 0
 
 
-def dac_grid(bits: int | None, floor: float) -> tuple[int, float]:
+def dac_grid(bits: int | None, floor: Any) -> tuple[Any, Any]:
     """Levels on the positive side, and the lowest value on their grid, of a DAC for inputs in ``[floor, 1]``.
 
     A DAC has ``2^bits`` codes. Where inputs are one-sided, as after ReLU, none is spent on the empty side: with
     ``floor`` 0 the step is half that of a symmetric one.
 
     Args:
-        bits: None is an ideal converter. floor: -1 to 0.
+        bits: None is an ideal converter. floor: -1 to 0, a float, or a tensor in double precision, which gives tensors.
     """
     if not bits:
         return 0, -1.0
-    levels = int(((1 << bits) - 2) / (1 - floor) + 1e-9)
-    return levels, -math.ceil(-floor * levels - 1e-9) / levels
+    levels = (((1 << bits) - 2) / (1 - floor) + 1e-9) // 1
+    return levels, (floor * levels + 1e-9) // 1 / levels

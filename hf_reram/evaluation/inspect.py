@@ -13,7 +13,7 @@ from ..device.temperature import parse_temperature
 from ..device.time import parse_time
 from ..model.deploy import refuse_modes, warn_uncalled
 from ..model.find import crossbar_layers, crossbar_states, reset_calls
-from ..model.inputs import call_model, evaluating
+from ..model.inputs import call_model, evaluating, uncompiled
 from ..model.sharding import gathered, reshard
 from ..nn.array import cell_weight, ideal
 from ..nn.forward import add_term
@@ -128,7 +128,7 @@ def _by_data(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
     before = [(state, state.measure, state.physics, state.forward) for state in states]
     sums: dict[str, torch.Tensor] = {}
     reset_calls(model)
-    with evaluating(model):
+    with uncompiled(), evaluating(model):  # compiled code does not measure
         try:
             for state in states:
                 state.measure, state.physics = True, replace(state.physics, term=None)

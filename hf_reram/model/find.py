@@ -34,6 +34,12 @@ def unwrapped(model: Any) -> Any:
             return model
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile has wrapped the model or a part of it, or compiles its calls."""
+    modules: Any = model.modules()
+    return any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in modules)
+
+
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """All modules by the qualified names that they would have if nothing wrapped the model or parts of it, each once.
     Of a module that PEFT trains beside a copy (``modules_to_save``) the one that is in use.

@@ -172,7 +172,8 @@ def sampled(layer: "CrossbarLayer", now: Scalars) -> Held:
     drifts = sampling.kind == "drift"
     weight = wide(programmed)
     noise = sampling.normal(weight, layer.crossbar_name)
-    needed = drifts and state.term is not None and sampling.error is state.error and sampling.strength is None
+    share = sampling.share
+    needed = drifts and state.term is not None and sampling.error is state.error and share is None
     scale, copies = layer.row_scale(weight.dtype)
     if drifts:
         error = sampling.error.averaged(now.pairs)
@@ -180,8 +181,8 @@ def sampled(layer: "CrossbarLayer", now: Scalars) -> Held:
         tables: Any = error.spread(weight), None if mean.is_zero else mean.table(weight)
     else:
         tables = torch.eye(2, 1, dtype=weight.dtype, device=weight.device) * layer.white_noise_std(), None
-    if sampling.strength is not None:
-        tables = [table if table is None else table * sampling.strength for table in tables]
+    if share is not None:
+        tables = [table if table is None else table * share for table in tables]
     drifted, variance = DriftedWeight.apply(weight, scale, noise, *tables, needed, copies)
     return Held(drifted.to(programmed.dtype), programmed, bias, variance)
 

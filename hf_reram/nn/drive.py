@@ -43,12 +43,13 @@ class Driven:
 def drive(layer: "CrossbarLayer", x: Tensor, now: Scalars) -> Driven:
     """Center, scale, clamp to the input range, convert, and bend: ``phi = span · gain/b · sinh(b u)``."""
     span = 1.0 if now.per_token else input_range(layer, x, now)
-    levels, floor = dac_grid(layer.crossbar.config.dac_bits, now.input_floor)
+    lowest = now.input_floor.double() if isinstance(now.input_floor, Tensor) else now.input_floor
+    levels, floor = dac_grid(layer.crossbar.config.dac_bits, lowest)
     if looks(layer, x):
         observe(layer, x, now)
     gain = now.gain if now.b < LINEAR_B else now.gain / now.b
     state = layer.crossbar
-    accounts = layer.training and bool(state.term or state.measure)
+    accounts = layer.training and bool(state.term or state.measures)
     powered = layer.training and state.physics.term_reads_input
     mask, keep = tokens_kept(layer, x) if accounts and not layer.reads_windows else (None, None)
     if isinstance(span, Tensor):
@@ -91,21 +92,23 @@ def tokens_kept(layer: "CrossbarLayer", x: Tensor) -> tuple[Tensor | None, Tenso
 
 
 def input_range(layer: "CrossbarLayer", x: Tensor, now: Scalars) -> Any:
-    """A float, or a tensor where it is learned; that of the batch where the layer is not calibrated, a tensor too in
-    compiled code.
+    """A float, or a tensor where it is learned and in compiled code; that of the batch where the layer is not
+    calibrated.
 
     Raises:
         ValueError: not calibrated and ``x`` holds NaN.
     """
-    span = now.input_range
-    if isinstance(layer.input_range, nn.Parameter) and span > 0:
+    if isinstance(layer.input_range, nn.Parameter) and now.calibrated:
         return layer.input_range.clamp(min=SMALLEST_RANGE).reshape(())  # which leaves x its dtype
-    if span <= 0 and torch.compiler.is_compiling() and x.numel():  # no graph may depend on what x holds
+    if now.calibrated:
+        return now.input_range
+    if not x.numel():
+        return 1.0
+    if torch.compiler.is_compiling():  # no graph may depend on what x holds
         return x.detach().abs().amax().float().mul(1 + 1e-5).clamp(min=1e-12)
-    if span <= 0:
-        span = float(x.detach().abs().max()) * (1 + 1e-5) if x.numel() else 1.0
-        if math.isnan(span):
-            raise ValueError(f"the input of layer {layer.crossbar_name!r} contains NaN")
+    span = float(x.detach().abs().max()) * (1 + 1e-5)
+    if math.isnan(span):
+        raise ValueError(f"the input of layer {layer.crossbar_name!r} contains NaN")
     return span or 1.0
 
 

@@ -18,7 +18,7 @@ from .scalars import (
     OF_CHANNELS,
     Scalars,
     check_numbers,
-    from_text,
+    compiled_scalars,
     read_scalars,
     same_versions,
     to_text,
@@ -138,7 +138,7 @@ class CrossbarLayer(Layout):
     _digital_class: Any  # that it was made from
     _scalars: Scalars | None = None
     _scalars_of: Any = None  # the buffers and their versions
-    _constants: str | None = None  # the same for compiled code
+    _constants: str | None = None  # what of them is constant in compiled code
     _offset: Tensor | None = None  # o / a
     _white_std: Tensor | None = None
     _white_of: Any = None  # the weight and its scale, and their versions
@@ -188,7 +188,7 @@ class CrossbarLayer(Layout):
     @property
     def calibrated(self) -> bool:
         """Whether the layer has an input range."""
-        return self.scalars().input_range > 0
+        return self.scalars().calibrated
 
     @property
     def range_kind(self) -> str:
@@ -236,7 +236,7 @@ class CrossbarLayer(Layout):
         """The buffers' numbers, read again only when a buffer changed; an input range that is being learned is read in
         evaluation mode only."""
         if torch.compiler.is_compiling() and self._constants is not None:
-            return from_text(self._constants)  # as calibration or loading left them
+            return compiled_scalars(self, self._constants)  # which calibration or loading left
         key = versions(self)
         if self._scalars is None or not same_versions(self._scalars_of, key):
             self._scalars_of, self._scalars, self._offset = key, read_scalars(self), None

@@ -91,7 +91,7 @@ def observe(layer: "CrossbarLayer", x: Tensor, now: Scalars) -> None:
     """Look at some rows of an input, as many as are cheap; of a layer that is not calibrated, at nothing."""
     following, name = layer.crossbar.following, layer.crossbar_name
     assert following is not None
-    if now.input_range <= 0:
+    if not now.calibrated:
         return
     span: Any = now.input_range
     of_span = span

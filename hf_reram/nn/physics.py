@@ -67,9 +67,10 @@ class Sampling:
 
     Attributes:
         kind: "drift" (the device's error) or "noise" (white). error: of one time, for "drift".
-        strength: share of its size that is sampled, a tensor on the CPU so that compiled code takes any; None: all.
         seed: so that all micro-batches and processes of a step see one chip; None draws from torch's global generator.
-        seed_tensor: the same for compiled code, which would else be compiled anew for each; -1 for None.
+        strength: share of its size that is sampled.
+        seed_tensor, strength_tensor: the same on the CPU for compiled code, which would else be compiled anew for each;
+            the seed -1 for None.
         prefix: of the layers' names, so that parts that were patched alike do not share their noise. shared: names of
             the layers whose cells others hold their weight in, by theirs.
     """
@@ -77,10 +78,16 @@ class Sampling:
     kind: str
     error: WeightError
     seed: int | None = None
+    strength: float = field(default=1.0, compare=False)
     seed_tensor: Tensor = field(default_factory=lambda: torch.full((), -1, dtype=torch.int64), compare=False)
+    strength_tensor: Tensor = field(default_factory=lambda: torch.ones((), dtype=torch.float32), compare=False)
     prefix: str = ""
-    strength: Tensor | None = field(default=None, compare=False)
     shared: dict[str, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def share(self) -> Tensor | None:
+        """The strength, None where all is sampled and that is known."""
+        return self.strength_tensor if torch.compiler.is_compiling() or self.strength != 1.0 else None
 
     def normal(self, like: Tensor, name: str) -> Tensor:
         """Standard normal variates for the layer ``name``, of shape, dtype and device of ``like``."""
@@ -105,5 +112,5 @@ def sampling(
         generator = None if seed is None else torch.Generator().manual_seed(derived_seed(seed, "time"))
         time = physics.times[int(torch.randint(len(physics.times), (), generator=generator))]
     number = torch.full((), -1 if seed is None else seed, dtype=torch.int64)
-    share = None if strength == 1.0 else torch.tensor(strength, dtype=torch.float32, device="cpu")
-    return Sampling(kind, physics.error_at(time), seed, number, prefix, share)
+    share = torch.tensor(strength, dtype=torch.float32, device="cpu")
+    return Sampling(kind, physics.error_at(time), seed, strength, number, share, prefix)

@@ -79,7 +79,7 @@ def _converted(
 
 def _full_scale(layer: "CrossbarLayer", current: Tensor, unit: Tensor, now: Scalars) -> Tensor:
     """Of the ADC, in units of current; the batch's largest where it is not calibrated."""
-    if now.adc_range > 0:
+    if now.adc_calibrated:
         return layer.adc_range.to(unit.dtype)
     found = current.detach().abs() / unit.detach().clamp(min=1e-30)
     return found.amax() if found.numel() else found.new_zeros(())

@@ -1,4 +1,5 @@
-"""What calibration left in a crossbar's buffers, as Python numbers."""
+"""What calibration left in a crossbar's buffers, as Python numbers; in compiled code, what follows a training as
+tensors."""
 
 import zlib
 from operator import is_
@@ -58,22 +59,28 @@ class Scalars(NamedTuple):
     """See the buffers of :class:`.layer.CrossbarLayer`.
 
     Attributes:
-        gain: times b. mark: a number that stands for offset and scales, 0 without them.
+        input_range, gain (times b), input_floor: floats; in compiled code tensors without dimensions.
+        mark: a number that stands for offset and scales, 0 without them; in compiled code 0.
+        pairs: cell pairs a weight. calibrated, adc_calibrated: whether there is an input range, and one of the ADC.
         centered, equalized, copied: whether the layer has an input offset, input scales, and inputs with several rows.
-        pairs: cell pairs a weight. per_token: whether each token's (image's) largest magnitude is its input range.
+        per_token: whether each token's (image's) largest magnitude is its input range.
     """
 
-    input_range: float
-    b: float
-    gain: float
-    adc_range: float
-    input_floor: float
+    input_range: Any
+    gain: Any
+    input_floor: Any
     mark: int
+    b: float
+    pairs: int
+    calibrated: bool
+    adc_calibrated: bool
     centered: bool
     equalized: bool
     copied: bool
-    pairs: int
     per_token: bool
+
+
+FOLLOWING = Scalars._fields.index("b")  # so many of them, the first, follow a training
 
 
 def check_numbers(layer: Any, given: dict[str, torch.Tensor]) -> None:
@@ -104,18 +111,17 @@ def check_numbers(layer: Any, given: dict[str, torch.Tensor]) -> None:
 
 
 def to_text(now: Scalars) -> str:
-    """For :func:`from_text`."""
-    return " ".join(map(repr, now))
+    """What of them is constant in a training, for :func:`compiled_scalars`."""
+    return " ".join(map(repr, now[FOLLOWING:]))
 
 
-def from_text(text: str) -> Scalars:
-    """The numbers as constants of a compiled graph. Floats themselves become its variables once it has seen that they
+def compiled_scalars(layer: Any, text: str) -> Scalars:
+    """The numbers in compiled code. What follows a training is read from the buffers by the graph, which is the same
+    for all of it. The rest are its constants, as text: floats become variables of a graph once it has seen that they
     differ, as after another calibration, and the coefficients of a polynomial cannot be made of variables."""
-    *numbers, mark, centered, equalized, copied, pairs, per_token = text.split()
-    span, b, gain, full_scale, floor = (float(number) for number in numbers)
-    yes = "True"
-    flags = centered == yes, equalized == yes, copied == yes, int(pairs), per_token == yes
-    return Scalars(span, b, gain, full_scale, floor, int(mark), *flags)
+    b, pairs, *flags = text.split()
+    span, gain, floor = (getattr(layer, name).detach().reshape(()) for name in ("input_range", "gain", "input_floor"))
+    return Scalars(span, gain, floor, 0, float(b), int(pairs), *(flag == "True" for flag in flags))
 
 
 def versions(layer: Any) -> tuple[list, list]:
@@ -152,5 +158,5 @@ def read_scalars(layer: Any) -> Scalars:
     centered, equalized, copied = bool(offset.any()), bool((scale != 1).any()), bool((copies != 1).any())
     mark = zlib.crc32(torch.cat((offset, scale)).numpy().tobytes()) if centered or equalized else 0
     b = layer.crossbar.config.device.b(shrink)
-    flags = centered, equalized, copied
-    return Scalars(span, b, gain, full_scale, floor, mark, *flags, max(1, round(pairs)), per_token > 0)
+    flags = span > 0, full_scale > 0, centered, equalized, copied, per_token > 0
+    return Scalars(span, gain, floor, mark, b, max(1, round(pairs)), *flags)

@@ -31,7 +31,7 @@ class CrossbarState:
 
     Attributes:
         physics: what the config means. digital_contexts: how many want the digital layers now.
-        measure: collect noise-to-signal ratios even if the loss has no closed-form term.
+        measure: collect noise-to-signal ratios even if the loss has no closed-form term; compiled code never does.
         sampling: what the next training forward samples.
         forward: the last one. ratios: (noise, signal) by layer name of the last loss or measurement.
         began, trained, sampled, settled: since :meth:`begin_step`, whether a training forward with gradients began, one
@@ -44,6 +44,7 @@ class CrossbarState:
             None, and whether all are far below it.
         autocasts: dtypes that forwards in evaluation were cast to automatically, since this was emptied.
         following: of the training that the numbers of calibration follow now, None where they stay.
+        compiled: training forwards have run under ``torch.compile``, or will.
     """
 
     report: Any = None
@@ -66,6 +67,7 @@ class CrossbarState:
         self.misfits: dict[str, tuple[float | None, bool]] = {}
         self.autocasts: set[torch.dtype] = set()
         self.following: Following | None = None
+        self.compiled = False
         self._root = reference(root)
         self._waiting: list[Any] = []  # references to forwards whose terms may still join a loss
 
@@ -92,6 +94,16 @@ class CrossbarState:
     def error(self) -> WeightError:
         """Moments of the retention error over ``config.retention_times``."""
         return self.physics.error
+
+    @property
+    def measures(self) -> bool:
+        """Whether layers collect noise-to-signal ratios that no loss needs."""
+        return not torch.compiler.is_compiling() and self.measure  # in this order: one graph for both
+
+    @property
+    def looks_uncompiled(self) -> bool:
+        """Whether the next training forwards look at inputs, which compiled code cannot, and so run without it."""
+        return self.compiled and self.following is not None and self.following.looks
 
     @property
     def digital(self) -> bool:
@@ -134,6 +146,8 @@ class CrossbarState:
                 self.trained = True
                 if self.sampling is not None:
                     self.sampled = True
+        if training and torch.compiler.is_compiling():
+            self.compiled = True
         training = training and not self.digital
         waits = training and self.term is not None and torch.compiler.is_compiling()
         before = self.forward if waits else None

@@ -27,12 +27,12 @@ def account(layer: "CrossbarLayer", driven: Driven, held: Held, y: Tensor) -> Te
     state = layer.crossbar
     if layer.chip is not None and layer.training and torch.is_grad_enabled():
         return refuse_training(y, layer.weight)
-    if layer.chip is not None or not layer.training or not (state.term or state.measure):
+    if layer.chip is not None or not layer.training or not (state.term or state.measures):
         return y
     name = layer.crossbar_name
     forward = state.current(name)
     with torch.autocast(y.device.type, enabled=False):
-        if state.measure and state.term != "output" and not runs_again():
+        if state.measures and state.term != "output" and not runs_again():
             with torch.no_grad():
                 power = _power(layer, y, held.bias, driven.keep)[1]
                 add_term(forward.ratios, name, output_term(layer, driven, held, power))

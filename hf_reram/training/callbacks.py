@@ -5,7 +5,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..model.deploy import warn_uncalled
-from ..model.find import crossbar_layers, crossbar_states, reset_calls, uncalled
+from ..model.find import crossbar_layers, crossbar_states, is_compiled, reset_calls, uncalled
 from .following import begin_following, follow_training, stop_following
 from .losses import hold_weights
 
@@ -24,6 +24,8 @@ class HoldWeights(TrainerCallback):
         self.trainer.calibrate_rewritten()  # before weights are cut off
         hold_weights(self.trainer.model)
         begin_following(self.trainer.model, state.global_step, self._settled(state))
+        for part in crossbar_states(self.trainer.model):
+            part.compiled = is_compiled(self.trainer.model_wrapped)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         follow_training(self.trainer.model)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from ..calibration.input_scales import TINY, TYPICAL_CLIP
 from ..device.iv import LINEAR_B
@@ -23,8 +24,11 @@ from ..nn.array import cell_weight
 from ..nn.observe import FULL_SCALES, Following, Seen
 from ..nn.places import is_trained
 from ..nn.scalars import SMALLEST_RANGE
+from ..nn.state import CrossbarState
 from ..nn.tensors import whole
 from .learned import is_learned, set_range
+
+logger = logging.get_logger(__name__)
 
 # Share of the way to what was seen that numbers take at once, and how far beyond the range an input takes it there.
 MOMENTUM = 0.2
@@ -56,19 +60,22 @@ def follow_training(model: nn.Module) -> None:
     The last steps are best done without, so that the weights settle.
 
     Layers whose weights are not trained, as beside adapters, keep their numbers, and are only looked at where their
-    inputs come from something that is trained; under ``torch.compile`` all keep theirs, and none is looked at.
-    Learned input ranges are left to the optimizer, but moved out where they cut more than a hundredth of the inputs
-    off, and more than ``input_percentile`` does.
+    inputs come from something that is trained. Learned input ranges are left to the optimizer, but moved out where they
+    cut more than a hundredth of the inputs off, and more than ``input_percentile`` does.
+
+    Of a model under ``torch.compile`` the forwards that look run without it, within :func:`hf_reram.sampled_drift`: in
+    the second step and in few of the later ones. Those outside of it do not look, which a warning says.
 
     Raises:
         ValueError: the model is not patched.
     """
-    states, layers = crossbar_states(model), _eager_layers(model)
+    states, layers = crossbar_states(model), patched_layers(model)
     if states[0].following is None:
         begin_following(model)
         return
     following: Any = states[0].following
     if is_due(following.steps):
+        _warn_blind(states)
         _follow_inputs(layers)
         for layer in layers.values():
             if is_trained(layer) and not following.settled:
@@ -90,7 +97,7 @@ def begin_following(model: nn.Module, steps: int = 0, settled: bool = False) -> 
         state.following = Following(
             steps, is_due(steps), settled, clamped=before.clamped, clamped_before=before.clamped_before
         )
-    for layer in _eager_layers(model).values():
+    for layer in patched_layers(model).values():
         if is_trained(layer):
             layer.crossbar.following.rms[layer.crossbar_name] = _weight_rms(layer)
 
@@ -116,9 +123,17 @@ def clamped_shares(model: nn.Module, twice: bool = False) -> dict[str, Tensor]:
     return found
 
 
-def _eager_layers(model: nn.Module) -> dict[str, Any]:
-    """Those that may be looked at; a change of a compiled one's numbers would compile it anew."""
-    return {name: layer for name, layer in patched_layers(model).items() if not layer.crossbar.forward.compiled}
+def _warn_blind(states: list[CrossbarState]) -> None:
+    """Say once that compiled forwards were to look; that of the first step does not know yet that it is compiled."""
+    for state in states:
+        following: Any = state.following
+        if state.forward.compiled and following.looks and following.steps > 0 and "compiled" not in state.warned:
+            state.warned.add("compiled")
+            logger.warning(
+                "the training runs under torch.compile, whose code does not look at inputs, so that input ranges do "
+                "not follow it: run its forwards inside hf_reram.sampled_drift(model), where those that look run "
+                "without torch.compile"
+            )
 
 
 def _follow_inputs(layers: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """The retention loss: what the layers' forwards collected, and how it joins the task loss."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from ..device.checks import is_finite
 from ..device.seeds import checked_seed
 from ..model.find import arrays, crossbar_layers, crossbar_state, crossbar_states, patched_layers
 from ..model.hooks import MASTERS
+from ..model.inputs import uncompiled
 from ..model.sharding import processes
 from ..nn import CrossbarLayer
 from ..nn.attach import Add
@@ -204,6 +205,8 @@ def sampled_drift(
     model: nn.Module, kind: str | None = None, seed: int | None = None, strength: float = 1.0
 ) -> Iterator[None]:
     """Training forwards inside sample the retention error anew: ``W + m(W) + s(W) ε``, differentiable through both.
+    Where they look at layers' inputs, so that numbers can follow the training (:func:`hf_reram.follow_training`), they
+    run without ``torch.compile``, whose code cannot look.
 
     Args:
         kind: "drift" (the device's), "noise" (white, of the same power); None takes what ``config.retention_loss``
@@ -241,8 +244,10 @@ def sampled_drift(
             layer.forget_white_noise()  # FSDP2 has the weights in the forward alone
         else:
             layer.white_noise_std()  # known before compiled code needs it
+    looks = any(state.looks_uncompiled for state in states)
     try:
-        yield
+        with uncompiled() if looks else nullcontext():
+            yield
     finally:
         for state, sampled in before:
             state.sampling = sampled

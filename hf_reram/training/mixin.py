@@ -28,6 +28,7 @@ from ..model.reconfigure import watch
 from ..model.remap import put_on
 from ..model.select import lies_as
 from ..nn.clipping import clipped_beyond_choice, far_below_scale, warn_clipped
+from ..nn.state import CrossbarState
 from .callbacks import HoldWeights, NameUncalled
 from .checkpoints import last_checkpoint, read_configs, set_incomplete_aside
 from .diagnosis import explain
@@ -335,7 +336,7 @@ class TrainingMixin(TaskLossMixin):
         state = crossbar_state(self.model)
         self._joined = True
         for part in crossbar_states(self.model):
-            part.measure = part.term != "output" and self._measures_next()
+            part.measure = part.term != "output" and self._measures_next(part)
         consistency = state.config.retention_loss == "consistency"
         kept, wants_outputs = dict(inputs), return_outputs or consistency
         with self._sampled_drift(), self.digital_references():
@@ -367,11 +368,13 @@ class TrainingMixin(TaskLossMixin):
 
     # Logging
 
-    def _measures_next(self) -> bool:
+    def _measures_next(self, part: CrossbarState) -> bool:
         """Whether the step under way measures noise-to-signal ratios although its loss does not need them: one in as
-        many as are logged together."""
+        many as are logged together; under ``torch.compile``, whose code does not measure, all that run without it."""
         if self.args.logging_strategy == IntervalStrategy.NO:
             return False
+        if part.compiled:
+            return part.looks_uncompiled
         every = max(int(self.state.logging_steps or 0), 1)
         every = every if self.args.logging_strategy == IntervalStrategy.STEPS else min(every, 10)
         return (self.state.global_step + 1) % every == 0 or self.state.global_step == 0

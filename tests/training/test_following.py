@@ -6,7 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch._dynamo.utils
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from transformers import set_seed
 
 from hf_reram import (
@@ -14,11 +16,13 @@ from hf_reram import (
     ReRAMTrainer,
     calibrate,
     crossbar_layers,
+    digital,
     evaluate_robustness,
     follow_training,
     hold_weights,
     inspect_layers,
     patch_model,
+    sampled_drift,
     stop_following,
 )
 from hf_reram.calibration.sensitivity import measure_sensitivity
@@ -363,21 +367,78 @@ def test_frozen_layers_behind_what_is_trained_are_looked_at_and_keep_their_numbe
     assert float(shares["1"]) > 0.5 if trained else shares == {}
 
 
-def test_compiled_layers_keep_their_numbers():
-    model, x = layer_in_training()
-    before = {name: getattr(model[0], name).clone() for name in BUFFERS}
+@pytest.mark.parametrize("options", [{}, {"dac_bits": 8, "adc_bits": 6}, {"learn_input_range": True}], ids=str)
+def test_compiled_layers_follow_without_a_new_graph(options):
+    """The first step, in which nobody knows that they are compiled, is not looked at."""
+    torch._dynamo.reset()
+    counter, found = CompileCounter(), []
+    for compiles in (False, True):
+        model, x = layer_in_training(**options)
+        call = torch.compile(model, backend=counter) if compiles else model
+        follow_training(model)
+        for step in range(24):
+            with sampled_drift(model, seed=step, strength=min((step + 1) / 12, 1.0)):
+                call((1 + step / 4) * x + step / 8)
+            with torch.no_grad():
+                model[0].weight.mul_(1.02)
+            follow_training(model)
+        found.append(numbers(model))
+        frames = counter.frame_count
+        with torch.no_grad():
+            torch.testing.assert_close(call.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-5)
+    assert frames == 1
+    for name, number in found[0].items():
+        torch.testing.assert_close(found[1][name], number, rtol=0.05, atol=0.05, msg=name)
+    span = next(number for name, number in found[0].items() if name.endswith("input_range"))
+    assert float(span) > 4 * float(x.abs().max())
+
+
+def test_compiled_forwards_that_could_not_look_are_told_of(caplog, monkeypatch):
+    """Once, and the scales of weights, which nobody needs to look at, follow nevertheless."""
+    monkeypatch.setattr(logging.getLogger("hf_reram.training.following"), "propagate", True)
+    model, x = layer_in_training(retention_loss="none")
+    before = numbers(model)
     compiled = torch.compile(model, backend="eager")
     follow_training(model)
-    for _ in range(3):
+    for _ in range(4):
         compiled(5 * x)
         with torch.no_grad():
             model[0].weight.mul_(1.5)
         follow_training(model)
-    for name in BUFFERS:
-        assert torch.equal(getattr(model[0], name), before[name]), name
+    (text,) = [r.getMessage() for r in caplog.records if r.name.startswith("hf_reram")]
+    assert "torch.compile" in text and "inside hf_reram.sampled_drift(model)" in text
+    after = numbers(model)
+    torch.testing.assert_close(after.pop("0.weight_scale"), 1.5**4 * before["0.weight_scale"])
+    assert all(torch.equal(after[name], before[name]) for name in after)
 
 
-@pytest.mark.parametrize(("warmup", "wanted"), [(0.0, [None] * 6), (0.5, [1 / 3, 2 / 3] + [None] * 4)])
+@pytest.mark.parametrize("loss", ["drift", "output+drift"])
+def test_a_compiled_training_is_followed_and_compiles_once(tmp_path, loss):
+    """Through the end of the warm-up, and steps that are logged and measured and others that are not."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    set_seed(0)
+    model = models.tiny_bert(num_hidden_layers=1)
+    options = {"max_steps": 24, "learning_rate": 2e-2, "logging_steps": 3}
+    trainer = ReRAMTrainer(
+        model,
+        arguments(tmp_path, torch_compile=True, torch_compile_backend="eager", **options),
+        train_dataset=examples(),
+        reram_config=ReRAMConfig("hfox-neurram", retention_loss=loss, retention_times=["1d"], retention_warmup=0.75),
+    )
+    trainer.train()
+    assert counters["stats"]["unique_graphs"] == 1
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(logs) == 8 and all(log["clamped"] < 0.03 and log["noise_to_signal"] > 0 for log in logs)
+    with torch.no_grad():
+        found = model.eval()(**bert_batch()).logits
+        with digital(model):
+            wanted = model(**bert_batch()).logits
+    assert float((found - wanted).norm() / wanted.norm()) < 0.05
+
+
+@pytest.mark.parametrize(("warmup", "wanted"), [(0.0, [1.0] * 6), (0.5, [1 / 3, 2 / 3] + [1.0] * 4)])
 def test_sampled_drift_warms_up_in_proportion_to_the_steps(tmp_path, warmup, wanted):
     """Also with micro-batches, and from where a training is resumed."""
     found: list = []
@@ -394,8 +455,7 @@ def test_sampled_drift_warms_up_in_proportion_to_the_steps(tmp_path, warmup, wan
 
         def look(layer, args, strengths=strengths):
             if layer.training:
-                strength = layer.crossbar.forward.sampling.strength
-                strengths.append(None if strength is None else float(strength))
+                strengths.append(layer.crossbar.forward.sampling.strength)
 
         layer.register_forward_pre_hook(look)
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3") if resumed else None)

@@ -65,7 +65,7 @@ class ShrunkSinh(Function):
         ctx.curve, ctx.in_place, ctx.keep_input = (b, gain, levels, floor), in_place, keep_input
         ctx.span = None if isinstance(span, Tensor) else span
         learned = span if isinstance(span, Tensor) else None
-        rounded = levels and not keep_input and ctx.needs_input_grad[0]
+        rounded = reference.rounds(levels) and not keep_input and ctx.needs_input_grad[0]
         within = reference.within(x.detach(), offset, span, levels, floor) if rounded else None
         ctx.save_for_backward(x if keep_input else s, learned, offset if keep_input else None, keep, within)
         if channel_dim is None:
@@ -80,17 +80,18 @@ class ShrunkSinh(Function):
         b, gain, levels, floor = ctx.curve
         span: Any = ctx.span if learned is None else learned
         if ctx.keep_input:
-            within = reference.within(s, offset, span, levels, floor) if levels else None
+            within = reference.within(s, offset, span, levels, floor) if reference.rounds(levels) else None
             s = _current(s, offset, span, b, gain, levels, floor)
         rest = (None,) * 9
         if grad_power is not None:
             grad = _with_power(grad, grad_power, s, keep, ctx.in_place)
         if learned is not None:
             return *_twin(grad, s).learned_sinh_gradient(grad, s, learned, b, gain, floor, within), *rest
-        low, high = reference.sinh_limits(b, gain, floor, s.dtype)
-        if within is not None:
-            alone = ctx.in_place and cpu.takes(grad)
-            grad, low, high = grad.mul_(within) if alone else grad * within, -math.inf, math.inf
+        low, high = -math.inf, math.inf
+        if within is None:
+            low, high = reference.sinh_limits(b, gain, floor, s.dtype)
+        else:
+            grad = grad.mul_(within) if ctx.in_place and cpu.takes(grad) else grad * within
         if b < reference.LINEAR_B:
             return reference.inside(grad, s, low, high) * (gain / span), None, *rest
         if twin := fused.twin(grad, s) or (cpu if cpu.takes(grad, s) else None):

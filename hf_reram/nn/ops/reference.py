@@ -23,25 +23,29 @@ POLYNOMIAL_B = 4.0
 # The I-V curve and the DAC
 
 
-def shrunk_sinh(
-    x: Tensor, offset: Tensor | None, span: Any, b: float, gain: float, levels: int, floor: float
-) -> Tensor:
+def shrunk_sinh(x: Tensor, offset: Tensor | None, span: Any, b: float, gain: Any, levels: Any, floor: Any) -> Tensor:
     """``gain · sinh(b u)`` with ``u = clamp((x - offset) / span, floor, 1)``, in steps of the DAC where it has levels.
 
     Args:
         x: the layer's input, any shape. offset: along its last dimension, or None.
         span: the input range, a number or a tensor of one element. b: float; below 1e-4 the curve is the line
-            ``gain · u``. gain: float.
-        levels: of the DAC up to 1, an int; 0 for an ideal one. floor: lowest u, a float from -1 to 0.
+            ``gain · u``.
+        levels: of the DAC up to 1; 0 for an ideal one. floor: lowest u, from -1 to 0.
     """
-    bound = levels or 1
+    rounded = rounds(levels)
+    bound = levels if rounded else 1
     if x.dtype == torch.float16:  # whose sinh ends at 11.8, where gains are 0 already
         return shrunk_sinh(x.float(), offset, span, b, gain, levels, floor).to(x.dtype)
     polynomial = LINEAR_B <= b <= POLYNOMIAL_B and x.device.type == "cpu" and x.dtype != torch.float64
-    coefficients = folded(b, b / bound, gain) if polynomial else None
+    fixed = not isinstance(gain, Tensor)  # which compiled code cannot make coefficients of
+    inner, outer = (b / bound, gain) if fixed else (b, 1.0)
+    coefficients = folded(b, inner, outer) if polynomial else None
+    if coefficients is not None and fixed:
+        return polynomial_sinh(x, offset, bound / span, floor * bound, bound, rounded, coefficients)
+    u = _clamped(x, offset, bound / span, floor * bound, bound, rounded)
     if coefficients is not None:
-        return polynomial_sinh(x, offset, bound / span, floor * bound, bound, levels > 0, coefficients)
-    u = _clamped(x, offset, bound / span, floor * bound, bound, levels > 0)
+        u = u / bound
+        return u * horner(coefficients, u * u) * gain
     if b < LINEAR_B:
         return u * (gain / bound)
     return torch.sinh(u * (b / bound)) * gain
@@ -55,12 +59,17 @@ def polynomial_sinh(
     return t * horner(coefficients, t * t)
 
 
+def rounds(levels: Any) -> bool:
+    """Whether a DAC has levels; those that are a tensor are some."""
+    return isinstance(levels, Tensor) or levels > 0
+
+
 def _clamped(x: Tensor, offset: Tensor | None, steps: Any, low: Any, high: Any, rounded: bool) -> Tensor:
     t = torch.clamp((x if offset is None else x - offset) * steps, low, high)
     return torch.round(t) if rounded else t
 
 
-def within(x: Tensor, offset: Tensor | None, span: Any, levels: int, floor: float) -> Tensor:
+def within(x: Tensor, offset: Tensor | None, span: Any, levels: Any, floor: Any) -> Tensor:
     """Where ``(x - offset) / span`` is not clamped to its limits, ``floor`` and 1, bool; the edges are within, and so
     are zeros where the floor is 0, although they may be what ReLU cut off."""
     low, high = span * floor, span * 1.0
@@ -89,7 +98,7 @@ def inside(grad: Tensor, t: Tensor, low: Any, high: Any) -> Tensor:
 
 
 def learned_sinh_gradient(
-    grad: Tensor, s: Tensor, span: Tensor, b: float, gain: float, floor: float, within: Tensor | None
+    grad: Tensor, s: Tensor, span: Tensor, b: float, gain: Any, floor: Any, within: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The gradients of ``span · gain · sinh(b u)`` with respect to x and to span, a tensor of one element, from the
     result alone; ``within``: where x was not clamped, None where s tells."""
@@ -102,11 +111,11 @@ def learned_sinh_gradient(
     return torch.where(within, wide * slope, 0.0).to(grad.dtype), of_span.reshape(span.shape).to(span.dtype)
 
 
-def _slopes(t: Tensor, b: float, gain: float) -> tuple[Tensor, Tensor]:
+def _slopes(t: Tensor, b: float, gain: Any) -> tuple[Tensor, Tensor]:
     """Of ``r · gain · sinh(b x / r)``, ``t = sinh(b x / r)``, or ``t = x / r`` where the curve is a line: its slope in
     x, and that in r."""
     if b < LINEAR_B:
-        return torch.full_like(t, gain), torch.zeros_like(t)
+        return torch.ones_like(t) * gain, torch.zeros_like(t)
     return torch.hypot(t, torch.ones_like(t)) * (gain * b), range_slope(t, b) * gain
 
 
@@ -123,17 +132,13 @@ def peaks(x: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor]:
     return peak.clamp(min=max(1e-30, torch.finfo(x.dtype).tiny)), top
 
 
-def row_sinh(
-    x: Tensor, offset: Tensor | None, peak: Tensor, b: float, gain: float, levels: int, floor: float
-) -> Tensor:
+def row_sinh(x: Tensor, offset: Tensor | None, peak: Tensor, b: float, gain: Any, levels: Any, floor: Any) -> Tensor:
     """``peak · gain · sinh(b u)`` with ``u = (x - offset) / peak``, arguments as of :func:`shrunk_sinh` and
     :func:`peaks`."""
     return shrunk_sinh(x, offset, peak, b, gain, levels, floor) * peak
 
 
-def row_sinh_gradient(
-    grad: Tensor, s: Tensor, peak: Tensor, top: Tensor, b: float, gain: float, floor: float
-) -> Tensor:
+def row_sinh_gradient(grad: Tensor, s: Tensor, peak: Tensor, top: Tensor, b: float, gain: Any, floor: Any) -> Tensor:
     """The gradient of :func:`row_sinh` with respect to x, from its result alone. The element that is the peak gets the
     peak's gradient too: what a curve that is no line makes of the row in other units, ``Σ grad (s / peak - u ds/dx)``.
     """
@@ -141,8 +146,9 @@ def row_sinh_gradient(
     wide, unit = grad.to(s_wide.dtype), peak.to(s_wide.dtype)
     t = s_wide / (unit * gain)
     slope, change = _slopes(t, b, gain)
-    if floor > -1:
+    if isinstance(floor, Tensor) or floor > -1:
         free = t > sinh_limits(b, 1.0, floor, s.dtype)[0]
+        free = free | (floor <= -1) if isinstance(floor, Tensor) else free  # where nothing is clamped
         slope, change = torch.where(free, slope, 0.0), torch.where(free, change, t * gain)
     of_peak = (wide * change).sum(1, keepdim=True) * s_wide.gather(1, top).sign()
     return (wide * slope).scatter_add(1, top, of_peak).to(grad.dtype)
@@ -160,11 +166,14 @@ def _range_slope(b: float) -> tuple[float, ...]:
     return range_slope_coefficients(b)
 
 
-def sinh_limits(b: float, gain: float, floor: float, dtype: torch.dtype) -> tuple[float, float]:
+def sinh_limits(b: float, gain: Any, floor: Any, dtype: torch.dtype) -> tuple[Any, Any]:
     """Between which values of s the input was not clamped: a little inside of what the clamp lets through."""
     edge = gain * (1 - 8 * torch.finfo(dtype).eps)
-    low, high = (floor, 1.0) if b < LINEAR_B else (math.sinh(b * floor), math.sinh(b))
+    sinh: Any = torch.sinh if isinstance(floor, Tensor) else math.sinh
+    low, high = (floor, 1.0) if b < LINEAR_B else (sinh(b * floor), math.sinh(b))
     # Zeros get their gradient although they may be the floor: they mostly are inputs below half a DAC step.
+    if isinstance(floor, Tensor):
+        return torch.where(floor == 0, -1e-30, edge * low), edge * high
     return (edge * low if floor else -1e-30), edge * high
 
 
