@@ -15,7 +15,7 @@ from ..device.checks import read_json, shown, some
 from ..model.find import crossbar_layers
 from .crossbars import put_on, stored_crossbars
 from .report import attach_report, stored_report
-from .whole import held_back, left_out, missing_from, refuse_digital, refuse_misshaped, refuse_random
+from .whole import held_back, missing_from, refuse_digital, refuse_misshaped, refuse_random, weights_of
 
 logger = logging.get_logger(__name__)
 
@@ -83,7 +83,7 @@ def _load_adapted(name: str | os.PathLike, where: dict[str, Any], asked: dict[st
         crossbars.put_on(base)
     model = PeftModel.from_pretrained(base, name, **where)
     brought = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
-    refuse_random(name, model, brought - load_peft_weights(str(name), device="cpu", **where).keys())
+    refuse_random(name, model, weights_of(brought - load_peft_weights(str(name), device="cpu", **where).keys()))
     trained = tuple(f"{part}." for part, m in base.named_modules() if isinstance(m, AuxiliaryTrainingWrapper))
     refuse_random(base_name, base, [key for key in missing if not key.startswith(trained)])
     if crossbars is not None:
@@ -131,7 +131,7 @@ def _load_as(
     if headless and missing and model.base_model is not model and not any(key.startswith(inside) for key in missing):
         return _load_as(type(model.base_model), name, config, where, asked, headless)
     refuse_digital(name, model, info["unexpected_keys"])
-    if left := left_out(info["unexpected_keys"]):
+    if left := weights_of(info["unexpected_keys"]):
         logger.warning("%s holds weights that a %s has no place for: %s", name, cls.__name__, some(left))
     return model, missing
 

@@ -67,7 +67,8 @@ def refuse_random(name: Any, model: Any, missing: Collection[str]) -> None:
             f"{name} lacks weights of {type(model).__name__}, which would be random: {some(sorted(missing))}: allowed "
             "is a checkpoint that has them all"
         )
-    if lacking := getattr(getattr(model, "hf_quantizer", None), "lacking", ()):
+    layers = crossbar_layers(model).values()
+    if lacking := dict.fromkeys(key for layer in layers for key in layer.crossbar.lacking):
         raise ValueError(
             f"{name} lacks numbers of calibration, which other layers of it have: {some(sorted(lacking))}: allowed is "
             f"a checkpoint that has them all, as {type(model).__name__}.from_pretrained, hf_reram.calibrate(model, "
@@ -112,6 +113,6 @@ def refuse_digital(name: Any, model: Any, unexpected: Collection[str]) -> None:
     )
 
 
-def left_out(unexpected: Collection[str]) -> list[str]:
-    """Keys of weights in a checkpoint that its model has no place for."""
-    return sorted(key for key in unexpected if key.rpartition(".")[2] not in BUFFERS)
+def weights_of(keys: Collection[str]) -> list[str]:
+    """The keys that are no crossbars' numbers."""
+    return sorted(key for key in keys if key.rpartition(".")[2] not in BUFFERS)

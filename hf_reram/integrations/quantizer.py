@@ -47,7 +47,6 @@ class ReRAMQuantizer(HfQuantizer):
     files: Any = None  # that the weights come from
     asked: ReRAMConfig | None = None  # whose cells the loaded model is to be put on
     given: dict[str, Any] | None = None  # the state dict that save_pretrained is given, while it saves
-    lacking: Sequence[str] = ()  # keys of numbers, see _lacking
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         self.files = checkpoint_files if self.pre_quantized else None
@@ -106,9 +105,9 @@ class ReRAMQuantizer(HfQuantizer):
                 if not _was_loaded(getattr(layer, buffer)):
                     getattr(layer, buffer).data.fill_(FILLS[buffer])
             check_numbers(layer, {buffer: getattr(layer, buffer) for buffer in BUFFERS})
-        self.lacking = self._lacking(model, missing, needed)
         initialize_layers(model, missing)
         if missing and self.pre_quantized:
+            self._note_lacking(model, missing, needed)
             logger.warning(
                 "%d crossbar layers are not in the checkpoint and so not calibrated, call hf_reram.calibrate: %s",
                 len(missing),
@@ -145,14 +144,15 @@ class ReRAMQuantizer(HfQuantizer):
                 some(found),
             )
 
-    def _lacking(self, model, missing: Iterable[str], needed: Sequence[str]) -> list[str]:
+    def _note_lacking(self, model, missing: Iterable[str], needed: Sequence[str]):
         """Keys of the ``needed`` numbers that are in the checkpoint for other layers, and for these ``missing`` ones
         are not, though their weights are."""
         layers = crossbar_layers(model)
-        if not self.pre_quantized or not any(_was_loaded(getattr(m, b)) for m in layers.values() for b in BUFFERS):
-            return []
-        weighted = [name for name in missing if _was_loaded(parameter_of(layers[name]))]
-        return [f"{name}.{b}" for name in weighted for b in needed if not _was_loaded(getattr(layers[name], b))]
+        if not any(_was_loaded(getattr(layer, b)) for layer in layers.values() for b in BUFFERS):
+            return  # as where a person has written a config beside a digital model
+        for name in missing:
+            if _was_loaded(parameter_of(layer := layers[name])):
+                layer.crossbar.lacking += [f"{name}.{b}" for b in needed if not _was_loaded(getattr(layer, b))]
 
     def _take_digital_layers_off(self, model):
         """Layers outside of the part that all crossbars with numbers are in were digital when the checkpoint was saved,

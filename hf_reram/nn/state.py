@@ -44,6 +44,7 @@ class CrossbarState:
             None, and whether all are far below it.
         autocasts: dtypes that forwards in evaluation were cast to automatically, since this was emptied.
         following: of the training that the numbers of calibration follow now, None where they stay.
+        lacking: keys of numbers of calibration that the layers' checkpoint had not, though it had others'.
     """
 
     report: Any = None
@@ -66,6 +67,7 @@ class CrossbarState:
         self.misfits: dict[str, tuple[float | None, bool]] = {}
         self.autocasts: set[torch.dtype] = set()
         self.following: Following | None = None
+        self.lacking: list[str] = []
         self._root = reference(root)
         self._waiting: list[Any] = []  # references to forwards whose terms may still join a loss
 

@@ -74,13 +74,13 @@ def test_weights_that_are_no_numbers_have_no_figures(value, dtype):
             before = tensor.clone()
             tensor.view(-1)[3] = value
         for call in calls:
-            with pytest.raises(ValueError, match=f"^NaN or infinite values are in {broken}: allowed are finite numbers$"):
+            with pytest.raises(ValueError, match=f"^NaN or infinite values are in {broken}: allowed are"):
                 call()
         with torch.no_grad():
             tensor.copy_(before)
     assert len(inspect_layers(model, "1d")) == 2
     model[1].running_mean[0] = math.nan
-    with pytest.raises(ValueError, match="in 1.running_mean: "):
+    with pytest.raises(ValueError, match=r"in 1\.running_mean: "):
         inspect_layers(model, "1d")
 
 
