@@ -17,6 +17,7 @@ from transformers.utils import logging
 from ..config import ReRAMConfig
 from ..model.deploy import refuse_offloaded, warn_uncalled
 from ..model.find import crossbar_layers, crossbar_states, is_chip
+from ..model.finite import refuse_not_finite
 from ..model.inputs import uncompiled
 from ..model.sharding import gathered, is_sharded, of_first, processes, reshard
 from ..nn.layer import BUFFERS
@@ -47,7 +48,8 @@ def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = No
             "sensitivity"; None: where the config asks for it.
 
     Raises:
-        ValueError: the model is not patched or is deployed, there is no batch, or a batch drives a layer with NaN.
+        ValueError: the model is not patched or is deployed, weights are NaN or infinite, there is no batch, or a batch
+            drives a layer with NaN.
         TypeError: no batches, or what is none among them.
     """
     if isinstance(batches, (Tensor, Mapping, str)) or not (
@@ -61,6 +63,7 @@ def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = No
     refuse_offloaded(model)
     if is_chip(model):
         raise ValueError("the model is deployed as a chip, whose cells are programmed: calibrate it outside of deploy")
+    refuse_not_finite(model)
     if sensitivity is None:
         sensitivity = any(state.term == "sensitivity" for state in states)
     statistics = {name: LayerStatistics(layer, name, seed) for seed, (name, layer) in enumerate(layers.items())}

@@ -14,6 +14,7 @@ from ..evaluation.report import RobustnessReport
 from ..evaluation.robustness import evaluate_robustness, owner_of
 from ..evaluation.tables import at_kelvin, over_chips, places
 from ..hub.about import about_model, task_of
+from ..model.find import crossbar_layers
 from ..tasks.flags import label_names_of, mapping_flags
 from ..tasks.harness import LMEval
 from ..tasks.registry import SPLIT, TASKS, load_lm_eval, load_task
@@ -84,7 +85,12 @@ def evaluate(
     else:
         assert dataset is not None
         work = load_task(kind, found, model, dataset, split, samples, batch_size, seed, told)
+    note = "calibrated on the evaluated inputs"
     if fresh:
+        layers = crossbar_layers(found)
+        silent = [name for name, layer in layers.items() if not layer.calibrated]
+        if len(silent) < len(layers):
+            note = f"all layers {note}, since these had no numbers of calibration: {', '.join(silent)}"
         calibrate(found, work.batches)
     key = [kind, work.content, batch_size]  # on which the read noise depends that a chip meets
     report = evaluate_robustness(
@@ -110,7 +116,7 @@ def evaluate(
         examples=work.examples,
     ).to_dict()
     if fresh:
-        report.notes.append("calibrated on the evaluated inputs")
+        report.notes.append(note)
     report.to_json(output / "robustness.json")
     write_whole(output / "robustness.md", report.to_markdown())
     report.plot(output / "robustness.png", metric=metrics[0], title=f"{model} on {report.config['device']['name']}")

@@ -38,7 +38,7 @@ def inspect(
     """Layer by layer: array, cells, input range, b, and noise-to-signal ratio at a time, the worst layers first."""
     if dataset is None and (task is not None or split is not None or label_names):
         raise ValueError("--task, --split and --label-names: allowed are they with --dataset")
-    found, fresh = patched(model, device)
+    found, fresh = patched(model, device, headless=True)
     work = None
     if dataset is not None:
         work = load_task(

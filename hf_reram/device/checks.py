@@ -4,6 +4,7 @@ import json
 import math
 import reprlib
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,12 @@ _short.maxlist = _short.maxtuple = _short.maxset = _short.maxdict = 8
 def shown(value: Any) -> str:
     """A value as an error shows it, cut where it is long or deep."""
     return _short.repr(value)
+
+
+def some(names: Iterable[str]) -> str:
+    """Names as an error lists them, cut where there are many."""
+    names = list(names)
+    return ", ".join(names[:8]) + (f", … ({len(names)} in all)" if len(names) > 8 else "")
 
 
 def is_finite(value: Any) -> bool:

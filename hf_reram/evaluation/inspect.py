@@ -13,6 +13,7 @@ from ..device.temperature import parse_temperature
 from ..device.time import parse_time
 from ..model.deploy import refuse_modes, warn_uncalled
 from ..model.find import crossbar_layers, crossbar_states, reset_calls
+from ..model.finite import refuse_not_finite
 from ..model.inputs import call_model, evaluating, uncompiled
 from ..model.sharding import gathered, reshard
 from ..nn.array import cell_weight, ideal
@@ -66,10 +67,11 @@ def inspect_layers(
         batches: of model inputs, to weigh errors with the layers' own inputs; None: by the weights alone.
 
     Raises:
-        ValueError: the model is not patched, digital or deployed here, or a bad time or temperature.
+        ValueError: the model is not patched, digital or deployed here, weights are NaN or infinite, or a bad time or
+            temperature.
     """
     refuse_modes(model, "inspect its layers")
-    reshard(model)
+    refuse_not_finite(model)
     layers = crossbar_layers(model)
     kelvin = None if temperature is None else parse_temperature(temperature)
     with _aged(model, parse_time(time), kelvin), torch.no_grad():

@@ -22,6 +22,7 @@ from ..device.time import parse_time
 from ..model.deploy import deploy, digital, refuse_modes, uncalibrated
 from ..model.digest import model_digest, settings_of, untold_in, values_of, weights_digest
 from ..model.find import crossbar_layers, crossbar_states, replaced, reset_calls, uncalled
+from ..model.finite import refuse_not_finite
 from ..model.inputs import evaluating, forked_rng
 from ..model.sharding import alike, is_first, of_each, of_first, processes, talks
 from ..model.summary import summarize
@@ -87,10 +88,10 @@ def evaluate_robustness(
         RuntimeError: crossbar layers did not run on their cells in an evaluation, or are none any more, and
             ``allow_uncalled`` is False; names them. Or ``evaluate`` deploys the model itself, or changes its weights.
             Or the evaluation failed in another of the processes that share chips or evaluate together.
-        ValueError: the model is not patched; no times, temperatures or seeds; a bad one of them; ``evaluate``
-            returns no numbers; ``resume`` holds runs of other weights, another config or evaluation; nothing tells
-            ``evaluate``, or what modules hold, from another one, and there is no ``key``; a key that is no JSON value;
-            or both ``share_chips`` and ``together``.
+        ValueError: the model is not patched; weights are NaN or infinite, which are named; no times, temperatures or
+            seeds; a bad one of them; ``evaluate`` returns no numbers; ``resume`` holds runs of other weights, another
+            config or evaluation; nothing tells ``evaluate``, or what modules hold, from another one, and there is no
+            ``key``; a key that is no JSON value; or both ``share_chips`` and ``together``.
     """
     states = crossbar_states(model)
     state = states[0]
@@ -113,6 +114,8 @@ def evaluate_robustness(
     several = processes() > 1
     together = several and (together or talks(model))
     shares = several and share_chips and not together
+    with alike(together or shares):
+        refuse_not_finite(model)
     weights, settings = weights_digest(model), settings_of(model)
     file = resume if not together or is_first() else None
     with alike(together or shares):

@@ -1,38 +1,58 @@
 """A checkpoint's model, from the Hub or a folder, whatever its class."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from ..config import ReRAMConfig
-from ..device.checks import read_json, shown
+from ..device.checks import read_json, shown, some
 from ..model.find import crossbar_layers
 from .crossbars import put_on, stored_crossbars
 from .report import attach_report, stored_report
+from .whole import held_back, missing_from, refuse_digital, refuse_misshaped, refuse_random, weights_of
+
+logger = logging.get_logger(__name__)
 
 UNREADABLE = (SafetensorError, StrictDataclassError)
 ADAPTER, CONFIG = "adapter_config.json", "config.json"
 ASKED = "quantization_config"
 
 
-def load_model(name: str | os.PathLike, **where: Any) -> Any:
+def load_model(name: str | os.PathLike, *, headless: bool = False, **where: Any) -> Any:
     """A checkpoint's model in the class that its config names, out of transformers' own; one of PEFT's adapters on the
-    checkpoint that they were trained on, and on the crossbars that were saved beside them.
+    checkpoint that they were trained on, and on the crossbars that were saved beside them. Unlike ``from_pretrained``
+    it makes nothing up that the checkpoint lacks.
 
     Args:
-        name: folder or Hub id, also of a timm model. where: as in ``from_pretrained``, a ``quantization_config`` too.
+        name: folder or Hub id, also of a timm model.
+        headless: where the checkpoint lacks the weights of its class's head, load the model without one.
+        where: as in ``from_pretrained``, a ``quantization_config`` too.
 
     Raises:
-        ValueError: the config names no such class, or what stands there is no such checkpoint.
+        ValueError: the config names no such class, or what stands there is no such checkpoint: weights or numbers of
+            calibration are missing or have other shapes, which are named, or the config leaves layers digital whose
+            numbers of calibration are there.
         OSError: nothing is there, or it cannot be reached. ImportError: a package is missing that the model needs.
     """
-    try:
+    with _explained(name), held_back():
         asked = {key: where.pop(key) for key in (ASKED,) if where.get(key) is not None}
-        return (_load_adapted if has_file(name, ADAPTER, **where) else _load_whole)(name, where, asked)
+        if has_file(name, ADAPTER, **where):
+            return _load_adapted(name, where, asked)
+        model, missing = _load_whole(name, where, asked, headless)
+        refuse_random(name, model, missing)
+        return model
+
+
+@contextmanager
+def _explained(name: str | os.PathLike) -> Iterator[None]:
+    try:
+        yield
     except RecursionError:
         raise ValueError(f"{name} cannot be loaded: its config is nested too deeply") from None
     except torch.OutOfMemoryError:
@@ -43,7 +63,9 @@ def load_model(name: str | os.PathLike, **where: Any) -> Any:
 
 
 def _load_adapted(name: str | os.PathLike, where: dict[str, Any], asked: dict[str, Any]) -> Any:
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
     base_name = PeftConfig.from_pretrained(str(name), **where).base_model_name_or_path
     if not isinstance(base_name, str) or not base_name:
@@ -54,10 +76,16 @@ def _load_adapted(name: str | os.PathLike, where: dict[str, Any], asked: dict[st
     if isinstance(config, dict) and config.get("quant_method") == ReRAMConfig.quant_method:
         config = ReRAMConfig.from_dict(config)
     ours = isinstance(config, ReRAMConfig)  # for what the adapters were trained on, and not for the base alone
-    base, crossbars = load_model(base_name, **({} if ours else asked)), stored_crossbars(name, **where)
+    with _explained(base_name):
+        base, missing = _load_whole(base_name, {}, {} if ours else asked)
+    crossbars = stored_crossbars(name, **where)
     if crossbars is not None and crossbars.before_adapters:
         crossbars.put_on(base)
     model = PeftModel.from_pretrained(base, name, **where)
+    brought = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    refuse_random(name, model, weights_of(brought - load_peft_weights(str(name), device="cpu", **where).keys()))
+    trained = tuple(f"{part}." for part, m in base.named_modules() if isinstance(m, AuxiliaryTrainingWrapper))
+    refuse_random(base_name, base, [key for key in missing if not key.startswith(trained)])
     if crossbars is not None:
         crossbars.put_on(model)
         crossbars.load_numbers(model)
@@ -68,13 +96,18 @@ def _load_adapted(name: str | os.PathLike, where: dict[str, Any], asked: dict[st
     return model
 
 
-def _load_whole(name: str | os.PathLike, where: dict[str, Any], asked: dict[str, Any]) -> Any:
+def _load_whole(
+    name: str | os.PathLike, where: dict[str, Any], asked: dict[str, Any], headless: bool = False
+) -> tuple[Any, list[str]]:
+    """A model, and keys of the weights that its checkpoint lacks, which are random in it."""
     import transformers
 
     file: Any = cached_file(name, CONFIG, **where) if has_file(name, CONFIG, **where) else None
     data = {} if file is None else read_json(file)
     if isinstance(data, dict) and "model_type" not in data and "architecture" in data:  # as timm writes it
         _need_timm(name)
+    if isinstance(data, dict) and not isinstance(data.get(ASKED), (dict, type(None))):
+        raise ValueError(f"{name}: {ASKED}={shown(data[ASKED])}: allowed is an object")
     config = transformers.AutoConfig.from_pretrained(name, **where)
     given = config.architectures
     if given is None and isinstance(config, transformers.TimmWrapperConfig):  # timm names a model of its own there
@@ -82,9 +115,25 @@ def _load_whole(name: str | os.PathLike, where: dict[str, Any], asked: dict[str,
     for architecture in given if isinstance(given, (list, tuple)) else ():
         cls: Any = getattr(transformers, architecture, None) if isinstance(architecture, str) else None
         if _is_model_of(cls, config):
-            return cls.from_pretrained(name, config=config, **where, **asked)
+            return _load_as(cls, name, config, where, asked, headless)
     kind = type(config).__name__
     raise ValueError(f"{name}: architectures={shown(given)}: allowed is a list of transformers' classes for {kind}")
+
+
+def _load_as(
+    cls: Any, name: str | os.PathLike, config: Any, where: dict[str, Any], asked: dict[str, Any], headless: bool
+) -> tuple[Any, list[str]]:
+    given = {"ignore_mismatched_sizes": True, **where, **asked}  # transformers would not say which in its error
+    model, info = cls.from_pretrained(name, config=config, output_loading_info=True, **given)
+    if not where.get("ignore_mismatched_sizes"):
+        refuse_misshaped(name, model, info["mismatched_keys"])
+    missing, inside = missing_from(info), (f"{model.base_model_prefix}.",)
+    if headless and missing and model.base_model is not model and not any(key.startswith(inside) for key in missing):
+        return _load_as(type(model.base_model), name, config, where, asked, headless)
+    refuse_digital(name, model, info["unexpected_keys"])
+    if left := weights_of(info["unexpected_keys"]):
+        logger.warning("%s holds weights that a %s has no place for: %s", name, cls.__name__, some(left))
+    return model, missing
 
 
 def _need_timm(name: str | os.PathLike) -> None:

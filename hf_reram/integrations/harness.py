@@ -16,8 +16,10 @@ from transformers.utils import logging
 from ..device.temperature import parse_temperature
 from ..device.time import format_time, parse_time
 from ..hub.load import ADAPTER, has_file, load_model
+from ..hub.whole import held_back, missing_from, refuse_random
 from ..model.deploy import deploy, digital
 from ..model.find import crossbar_layers, is_chip, is_digital, reset_calls, uncalled
+from ..model.finite import refuse_not_finite
 from ..model.summary import summarize
 
 logger = logging.get_logger(__name__)
@@ -40,7 +42,8 @@ class ReRAMLM(HFLM):
         kwargs: of lm-eval's model type ``hf``.
 
     Raises:
-        ValueError: a plain checkpoint, a bad time or temperature, or one of them without a chip to be of.
+        ValueError: a plain checkpoint, one that lacks weights or numbers of calibration, NaN or infinite weights, a bad
+            time or temperature, or one of them without a chip to be of.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class ReRAMLM(HFLM):
                 f"{name} is a plain checkpoint: allowed is a robust one; hf-reram eval --lm-eval puts plain ones on "
                 "crossbars"
             )
+        refuse_not_finite(self.model)
         self.crossbars, self.silent = crossbars, set[str]()
         if not crossbars:
             self.said = OFF
@@ -79,6 +83,16 @@ class ReRAMLM(HFLM):
         else:
             heat = "" if kelvin is None else f" at {kelvin:g} K"
             self.said = f"on: {_layers(self.model)} as chip {seed}, {format_time(self.chip[0])} after programming{heat}"
+
+    def _create_model(self, *args: Any, **kwargs: Any) -> None:
+        """As lm-eval's, of checkpoints that have all of their class's weights."""
+        auto = self.AUTO_MODEL_CLASS
+        self.AUTO_MODEL_CLASS = _Whole(auto)
+        try:
+            with held_back():
+                super()._create_model(*args, **kwargs)
+        finally:
+            self.AUTO_MODEL_CLASS = auto
 
     @contextmanager
     def as_asked(self) -> Iterator[None]:
@@ -106,6 +120,18 @@ class ReRAMLM(HFLM):
     def generate_until(self, *args: Any, **kwargs: Any) -> Any:
         with self.as_asked():
             return super().generate_until(*args, **kwargs)
+
+
+class _Whole:
+    """In place of one of transformers' Auto classes."""
+
+    def __init__(self, auto: Any):
+        self.auto = auto
+
+    def from_pretrained(self, name: Any, **given: Any) -> Any:
+        model, info = self.auto.from_pretrained(name, output_loading_info=True, **given)
+        refuse_random(name, model, missing_from(info))
+        return model
 
 
 def crossbars_of(lm: Any) -> str:

@@ -5,23 +5,27 @@ checkpoint as the plain digital model that its weights are.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import CONFIG_NAME, logging
 
 from ..config import ReRAMConfig
-from ..device.checks import read_json
+from ..device.checks import read_json, some
 from ..hub.crossbars import put_on
 from ..hub.report import attach_stored_report
+from ..hub.whole import MARK
 from ..model.find import crossbar_layers, crossbar_states, walk
 from ..model.patch import initialize_layers, make_range_trainable, swap_layers, take_layers_off, unpatch_model
+from ..nn import CrossbarLayer
 from ..nn.layer import BUFFERS, FILLS
 from ..nn.parts import Holder
 from ..nn.places import parameter_of
+from ..nn.registry import is_kind
 from ..nn.scalars import check_numbers
 from .resizing import SET_HEAD, attach_resizing
 from .saving import SAVE, attach_saving
@@ -91,6 +95,7 @@ class ReRAMQuantizer(HfQuantizer):
         missing = set()
         if self.pre_quantized:
             self._take_digital_layers_off(model)
+            self._name_contradictions(model)
         for name, layer in crossbar_layers(model).items():
             there = layer.weight.is_meta or _was_loaded(parameter_of(layer))  # meta: on the disk, where it stays
             if not (self.pre_quantized and there and all(_was_loaded(getattr(layer, b)) for b in needed)):
@@ -102,6 +107,7 @@ class ReRAMQuantizer(HfQuantizer):
             check_numbers(layer, {buffer: getattr(layer, buffer) for buffer in BUFFERS})
         initialize_layers(model, missing)
         if missing and self.pre_quantized:
+            self._note_lacking(model, missing, needed)
             logger.warning(
                 "%d crossbar layers are not in the checkpoint and so not calibrated, call hf_reram.calibrate: %s",
                 len(missing),
@@ -126,6 +132,27 @@ class ReRAMQuantizer(HfQuantizer):
             for part, config in self.parts:
                 attach(part, crossbar_states(part)[0].config if crossbar_layers(part) else config)
         return model
+
+    def _name_contradictions(self, model):
+        """Digital layers whose numbers are in the checkpoint, whatever head it was saved with."""
+        prefix = f"{model.base_model_prefix}."
+        layers = ((name, m) for name, m in walk(model) if is_kind(m) and not isinstance(m, CrossbarLayer))
+        digital = {name.removeprefix(prefix): name for name, _ in layers}
+        if found := [digital[key] for key in _stored_layers(self.files, prefix) if key in digital]:
+            logger.warning(
+                "the checkpoint has numbers of calibration of layers that its quantization_config leaves digital: %s",
+                some(found),
+            )
+
+    def _note_lacking(self, model, missing: Iterable[str], needed: Sequence[str]):
+        """Keys of the ``needed`` numbers that are in the checkpoint for other layers, and for these ``missing`` ones
+        are not, though their weights are."""
+        layers = crossbar_layers(model)
+        if not any(_was_loaded(getattr(layer, b)) for layer in layers.values() for b in BUFFERS):
+            return  # as where a person has written a config beside a digital model
+        for name in missing:
+            if _was_loaded(parameter_of(layer := layers[name])):
+                layer.crossbar.lacking += [f"{name}.{b}" for b in needed if not _was_loaded(getattr(layer, b))]
 
     def _take_digital_layers_off(self, model):
         """Layers outside of the part that all crossbars with numbers are in were digital when the checkpoint was saved,
@@ -242,6 +269,17 @@ def stored_parts(model: Any) -> list[tuple[Any, ReRAMConfig]]:
         if data.get("quant_method") == ReRAMConfig.quant_method:
             inside |= {id(m) for m in module.modules()}
             found.append((module, ReRAMConfig.from_dict(data)))
+    return found
+
+
+def _stored_layers(files: Sequence[str] | None, prefix: str) -> list[str]:
+    """Names, without a prefix, of the crossbar layers whose numbers are in files of safetensors."""
+    found = []
+    for file in files or ():
+        if str(file).endswith(".safetensors"):
+            with safe_open(file, framework="pt") as tensors:
+                names = (key.removesuffix(MARK) for key in tensors.keys() if key.endswith(MARK))  # noqa: SIM118
+                found += [name.removeprefix(prefix) for name in names]
     return found
 
 

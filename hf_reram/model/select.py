@@ -9,7 +9,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..config import SELECTION_FIELDS, ReRAMConfig
-from ..device.checks import shown
+from ..device.checks import shown, some
 from ..nn import CrossbarLayer
 from ..nn.parts import Holder, holder_class
 from ..nn.registry import crossbar_class, is_kind
@@ -58,7 +58,7 @@ def _select(model: nn.Module, config: ReRAMConfig, stored: bool) -> dict[str, nn
         else:
             able[name] = module
     if left := unsupported(model):
-        logger.warning("%s multiply by weights of kinds that are not put on crossbars, and stay digital", _some(left))
+        logger.warning("%s multiply by weights of kinds that are not put on crossbars, and stay digital", some(left))
     spelled = _spelled(model) if stored else _as_it_is
     chosen = _targets(able, unable, config.target_modules, spelled, stored)
     excluded = config.modules_to_not_convert or ()
@@ -144,7 +144,7 @@ def _targets(
         hits = {key: ends.get(key, set()) for key in target}
     for key, hit in hits.items() if not stored else ():
         if not hit:
-            raise ValueError(f"target_modules={shown(key)} matches no layer; layers are {_some(able)}")
+            raise ValueError(f"target_modules={shown(key)} matches no layer; layers are {some(able)}")
         if hit <= unable.keys():
             reasons = _grouped({name: unable[name] for name in names if name in hit})
             raise ValueError(f"target_modules={shown(key)} matches only layers that stay digital: {reasons}")
@@ -205,12 +205,7 @@ def _grouped(unable: dict[str, str]) -> str:
     reasons: dict[str, list[str]] = {}
     for name, why in unable.items():
         reasons.setdefault(why, []).append(name)
-    return "; ".join(f"{_some(names)} ({why})" for why, names in reasons.items())
-
-
-def _some(names) -> str:
-    names = list(names)
-    return ", ".join(names[:8]) + (f", … ({len(names)} in all)" if len(names) > 8 else "")
+    return "; ".join(f"{some(names)} ({why})" for why, names in reasons.items())
 
 
 def _tied_names(model: Any) -> set[str]:

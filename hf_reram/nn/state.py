@@ -45,6 +45,7 @@ class CrossbarState:
         autocasts: dtypes that forwards in evaluation were cast to automatically, since this was emptied.
         following: of the training that the numbers of calibration follow now, None where they stay.
         compiled: training forwards have run under ``torch.compile``, or will.
+        lacking: keys of numbers of calibration that the layers' checkpoint had not, though it had others'.
     """
 
     report: Any = None
@@ -68,6 +69,7 @@ class CrossbarState:
         self.autocasts: set[torch.dtype] = set()
         self.following: Following | None = None
         self.compiled = False
+        self.lacking: list[str] = []
         self._root = reference(root)
         self._waiting: list[Any] = []  # references to forwards whose terms may still join a loss
 

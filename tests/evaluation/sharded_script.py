@@ -32,7 +32,6 @@ from hf_reram.nn.tensors import whole
 from tests.samples import models
 from tests.samples.models import bert_batch
 
-
 CALIBRATED = {
     "default": {},
     "redundancy": {"redundancy": 0.3},
@@ -189,6 +188,11 @@ def alike(out: str) -> dict:
                 next(iter(crossbar_layers(model).values())).weight.to_local().add_(1.0)
 
     found["changed"] = message(changes)
+    weight = next(iter(crossbar_layers(model).values())).weight.to_local()
+    with torch.no_grad():
+        weight[0, 0] = math.nan if rank() == 1 else weight[0, 0]  # of one process's part
+    calls = (lambda: report(model), lambda: inspect_layers(model, "1d"), lambda: calibrate(model, [bert_batch()]))
+    found["not finite"] = [message(call) for call in calls]
     return found
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_reram import ReRAMConfig, RobustnessReport, calibrate, evaluate_robustness, patch_model
+from hf_reram import ReRAMConfig, RobustnessReport, calibrate, evaluate_robustness, inspect_layers, patch_model
 from hf_reram.evaluation.report import Measurement
 from hf_reram.evaluation.tables import comparison_table, metrics_table, over_chips
 from tests.samples.models import bert_batch
@@ -54,6 +54,34 @@ def test_report_holds_every_chip_and_its_references(model, tmp_path):
     assert "| 1s | 1d |" in table
     assert "350 K" in table
     assert "assumed" in table.lower()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_that_are_no_numbers_have_no_figures(value, dtype):
+    """Nor are they calibrated or inspected; a mask may be infinite."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)).to(dtype).eval()
+    model.register_buffer("mask", torch.full((2,), -math.inf))
+    calibrate(patch_model(model, ReRAMConfig()), [torch.randn(32, 8).to(dtype)])
+    calls = [
+        lambda: calibrate(model, [torch.randn(32, 8).to(dtype)]),
+        lambda: inspect_layers(model, "1d"),
+        lambda: evaluate_robustness(model, lambda model: {"constant": 1.0}, times=["1s"], seeds=1, progress=False),
+    ]
+    for broken in ("2.weight", "1.bias"):
+        with torch.no_grad():
+            tensor = model.get_parameter(broken)
+            before = tensor.clone()
+            tensor.view(-1)[3] = value
+        for call in calls:
+            with pytest.raises(ValueError, match=f"^NaN or infinite values are in {broken}: allowed are"):
+                call()
+        with torch.no_grad():
+            tensor.copy_(before)
+    assert len(inspect_layers(model, "1d")) == 2
+    model[1].running_mean[0] = math.nan
+    with pytest.raises(ValueError, match=r"in 1\.running_mean: "):
+        inspect_layers(model, "1d")
 
 
 def test_ten_chips_by_default_and_retention_beyond_the_measured_times_is_noted(model):

@@ -81,6 +81,8 @@ def test_processes_decide_alike(both):
         assert_same_figures(found["keyed"][0], first["report"], chips=2)
         assert found["keyed evaluations"] == 3  # of 4 chips and 2 references, once
         assert "1 layers changed while the model was deployed" in found["changed"]
+        told = "NaN or infinite values are in bert.encoder.layer.0.attention.self.query.weight: allowed are finite"
+        assert found["not finite"] == [f"{told} numbers"] * 3
     assert first["failed"] == "the evaluation failed in process 1: ValueError: no figures here"
     assert second["failed"] == "no figures here"
     assert (first["failed apart"], second["failed apart"]) == (first["failed"], second["failed"])

@@ -1,8 +1,11 @@
 """lm-evaluation-harness' own entry points, given robust checkpoints."""
 
+import shutil
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from hf_reram import ReRAMConfig, calibrate, crossbar_layers, deploy, digital, load_model, patch_model
@@ -13,6 +16,8 @@ from tests.samples.harness import write_rolling
 from tests.samples.texts import TEXTS, save_model, tokenizer
 
 pytest.importorskip("lm_eval")
+
+FORMAT = {"format": "pt"}
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +120,23 @@ def test_what_is_no_chip_is_refused(evaluated):
             evaluated("reram", **arguments)
     with pytest.raises(ValueError, match="crossbars='no': allowed are True and False"):
         evaluated("reram", crossbars="no")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("model.layers.0.mlp.up_proj.weight", None, "lacks weights of LlamaForCausalLM, which would be random: "),
+        ("model.layers.0.mlp.up_proj.gain", None, "lacks numbers of calibration, which other layers of it have: "),
+        ("model.norm.weight", torch.full((16,), torch.nan), "NaN or infinite values are in "),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_is_refused(folder, evaluated, tmp_path, key, value, told):
+    shutil.copytree(folder / "robust", tmp_path / "robust")
+    tensors = load_file(tmp_path / "robust" / "model.safetensors")
+    del tensors[key]
+    save_file({**tensors, **({} if value is None else {key: value})}, tmp_path / "robust" / "model.safetensors", FORMAT)
+    with pytest.raises(ValueError, match=f"{told}{key}"):
+        evaluated("reram", name=tmp_path / "robust", time="1d")
 
 
 def test_layers_that_did_not_run_are_named(folder, evaluated, monkeypatch):

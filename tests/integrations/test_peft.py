@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import shutil
 from contextlib import nullcontext
 from functools import partial
 
@@ -298,6 +299,33 @@ def test_adapters_saved_without_a_trainer_have_their_crossbars_beside_them(digit
     layers = crossbar_layers(other).values()
     assert len(layers) == 14 and not any(layer.calibrated for layer in layers)
     assert {layer.crossbar.config.device.name for layer in layers} == {"cmo-hfox-ibm"}
+
+
+def test_adapters_that_lack_weights_are_refused(digital_base, tmp_path):
+    """A head that they bring may be missing from their base."""
+    model = get_peft_model(BertForSequenceClassification.from_pretrained(digital_base), LoraConfig(task_type="SEQ_CLS"))
+    with torch.no_grad():
+        model.classifier.modules_to_save["default"].weight.fill_(0.5)
+    model.save_pretrained(tmp_path / "adapter")
+    file, folder = tmp_path / "adapter" / "adapter_config.json", tmp_path / "headless"
+    shutil.copytree(digital_base, folder)
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": str(folder)}))
+
+    def drop(place, *lost):
+        tensors = load_file(place)
+        assert all(any(key.endswith(end) for key in tensors) for end in lost)
+        save_file({key: t for key, t in tensors.items() if not key.endswith(lost)}, place, {"format": "pt"})
+
+    drop(folder / "model.safetensors", "classifier.weight")
+    assert bool((load_model(tmp_path / "adapter").classifier.modules_to_save["default"].weight == 0.5).all())
+    drop(folder / "model.safetensors", "layer.0.output.dense.bias")
+    with pytest.raises(ValueError, match=r"headless lacks weights of Bert.*: bert\.encoder\.layer\.0\.output\.dense"):
+        load_model(tmp_path / "adapter")
+    shutil.copy(f"{digital_base}/model.safetensors", folder)
+    for lost in ("layer.1.attention.self.query.lora_A.weight", "classifier.bias"):
+        drop(tmp_path / "adapter" / "adapter_model.safetensors", lost)
+        with pytest.raises(ValueError, match=f"adapter (lacks weights of|cannot be loaded).*{lost}"):
+            load_model(tmp_path / "adapter")
 
 
 def test_a_digital_model_with_adapters_is_saved_as_by_peft(digital_base, tmp_path):
