@@ -85,12 +85,12 @@ def evaluate(
     else:
         assert dataset is not None
         work = load_task(kind, found, model, dataset, split, samples, batch_size, seed, told)
-    note = "calibrated on the evaluated inputs"
+    calibrated = "calibrated on the evaluated inputs"
     if fresh:
         layers = crossbar_layers(found)
-        silent = [name for name, layer in layers.items() if not layer.calibrated]
-        if len(silent) < len(layers):
-            note = f"all layers {note}, since these had no numbers of calibration: {', '.join(silent)}"
+        without = [name for name, layer in layers.items() if not layer.calibrated]
+        if len(without) < len(layers):
+            calibrated = f"all layers {calibrated}, since these had no numbers of calibration: {', '.join(without)}"
         calibrate(found, work.batches)
     key = [kind, work.content, batch_size]  # on which the read noise depends that a chip meets
     report = evaluate_robustness(
@@ -116,7 +116,7 @@ def evaluate(
         examples=work.examples,
     ).to_dict()
     if fresh:
-        report.notes.append(note)
+        report.notes.append(calibrated)
     report.to_json(output / "robustness.json")
     write_whole(output / "robustness.md", report.to_markdown())
     report.plot(output / "robustness.png", metric=metrics[0], title=f"{model} on {report.config['device']['name']}")

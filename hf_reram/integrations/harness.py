@@ -46,6 +46,8 @@ class ReRAMLM(HFLM):
             time or temperature, or one of them without a chip to be of.
     """
 
+    AUTO_MODEL_CLASS: Any = None
+
     def __init__(
         self,
         pretrained: Any,
