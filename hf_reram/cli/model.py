@@ -1,5 +1,6 @@
 """The MODEL that commands take: a robust checkpoint, or a plain one that is patched here."""
 
+from pathlib import Path
 from typing import Any
 
 from ..config import ReRAMConfig
@@ -46,9 +47,15 @@ def _loaded(name: str, headless: bool) -> Any:
     try:
         return load_model(name, headless=headless)
     except OSError as error:
-        if name in str(error):
+        if name in str(error) and not _is_path(name):
             raise
-        raise OSError(f"{name} is no folder, and on the Hub it was not found: {error}") from error
+        where = "" if _is_path(name) else f", and on the Hub it was not found: {error}"
+        raise OSError(f"{name} is no folder{where}") from error
+
+
+def _is_path(name: str) -> bool:
+    """Whether it cannot be a Hub id, which is NAME or OWNER/NAME, of a checkpoint that is not here."""
+    return not Path(name).exists() and (name.count("/") > 1 or name.startswith((".", "~", "/")))
 
 
 def words(values: list[str] | None, option: str) -> list[str]:

@@ -203,6 +203,7 @@ def test_what_is_not_there_or_has_no_effect_is_named(tmp_path):
     for command, told in [
         (["eval", "o/none", "--dataset", str(images), *more], "error: o/none is no folder, and on the Hub"),
         (["inspect", "o/none"], "error: o/none is no folder, and on the Hub"),
+        (["inspect", str(tmp_path / "none")], f"error: {tmp_path / 'none'} is no folder"),
         (
             ["eval", str(base), "--dataset", str(images), "--split", "nosuch", *more],
             f"error: split='nosuch' of {images}: ",
