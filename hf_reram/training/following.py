@@ -98,8 +98,9 @@ def begin_following(model: nn.Module, steps: int = 0, settled: bool = False) -> 
             steps, is_due(steps), settled, clamped=before.clamped, clamped_before=before.clamped_before
         )
     for layer in patched_layers(model).values():
+        following: Any = layer.crossbar.following
         if is_trained(layer):
-            layer.crossbar.following.rms[layer.crossbar_name] = _weight_rms(layer)
+            following.rms[layer.crossbar_name] = _weight_rms(layer)
 
 
 def stop_following(model: nn.Module) -> None:
