@@ -23,7 +23,8 @@ GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME")
 AROUND = ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF")
 ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
 # What may read attributes that code does not name.
-READ_ANY = ("__dict__", "vars", "attrgetter", "methodcaller", "eval", "exec", "_get_kwargs", "_get_args")
+READ_ANY = ("__dict__", "vars", "attrgetter", "methodcaller", "_get_kwargs", "_get_args")
+RUN_TEXTS = ("eval", "exec")  # the functions, no methods of these names
 MAKES_TEXT = ("BINARY_OP", "BUILD_STRING", "FORMAT_VALUE", "FORMAT_SIMPLE")
 
 Chains = dict[str, set[tuple[str, ...]]]
@@ -160,9 +161,9 @@ def names_in(code: types.CodeType) -> set[str]:
 
 @cache
 def reads_any(code: types.CodeType) -> bool:
-    """Whether code may read attributes that it does not name: by what :data:`READ_ANY` names, a ``match``, or a
-    ``getattr`` by another name than a text that stands there."""
-    if not names_in(code).isdisjoint(READ_ANY):
+    """Whether code may read attributes that it does not name: by what :data:`READ_ANY` and :data:`RUN_TEXTS` name, a
+    ``match``, or a ``getattr`` by another name than a text that stands there."""
+    if not names_in(code).isdisjoint(READ_ANY) or not globals_of(code).keys().isdisjoint(RUN_TEXTS):
         return True
     for part in codes_of(code):
         steps = steps_of(part)

@@ -251,6 +251,8 @@ READS = {
     "named": "def score(p): return p * args.batch",
     "handed on": "def helper(p, given): return p * given.batch\ndef score(p): return helper(p, args)",
     "around": "def outer(args):\n  def score(p): return p * args.batch\n  return score\nscore = outer(args)",
+    "beside a method": "def helper(p, given): return p * given.batch\n"
+    "def score(p):\n  try: p.eval()\n  except AttributeError: return helper(p, args)",
     "held": "class Own:\n  def __init__(self, args): self.args = args\n"
     "  def __call__(self, p): return p * self.args.batch\nscore = Own(args)",
     "by name": "def score(p): return p * getattr(args, 'batch')",
