@@ -22,6 +22,8 @@ logger = logging.get_logger(__name__)
 UNREADABLE = (SafetensorError, StrictDataclassError)
 ADAPTER, CONFIG = "adapter_config.json", "config.json"
 ASKED = "quantization_config"
+# What PEFT takes to find an adapter's weights.
+HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
 
 
 def load_model(name: str | os.PathLike, *, headless: bool = False, **where: Any) -> Any:
@@ -83,7 +85,10 @@ def _load_adapted(name: str | os.PathLike, where: dict[str, Any], asked: dict[st
         crossbars.put_on(base)
     model = PeftModel.from_pretrained(base, name, **where)
     brought = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
-    refuse_random(name, model, weights_of(brought - load_peft_weights(str(name), device="cpu", **where).keys()))
+    told = {key: where[key] for key in HUB if key in where}
+    stored = load_peft_weights(str(name), device="cpu", **told).keys()
+    if stored <= brought:  # else PEFT has names of its own for some of them
+        refuse_random(name, model, weights_of(brought - stored))
     trained = tuple(f"{part}." for part, m in base.named_modules() if isinstance(m, AuxiliaryTrainingWrapper))
     refuse_random(base_name, base, [key for key in missing if not key.startswith(trained)])
     if crossbars is not None:
@@ -127,7 +132,7 @@ def _load_as(
     model, info = cls.from_pretrained(name, config=config, output_loading_info=True, **given)
     if not where.get("ignore_mismatched_sizes"):
         refuse_misshaped(name, model, info["mismatched_keys"])
-    missing, inside = missing_from(info), (f"{model.base_model_prefix}.",)
+    missing, inside = missing_from(info, model), (f"{model.base_model_prefix}.",)
     if headless and missing and model.base_model is not model and not any(key.startswith(inside) for key in missing):
         return _load_as(type(model.base_model), name, config, where, asked, headless)
     refuse_digital(name, model, info["unexpected_keys"])

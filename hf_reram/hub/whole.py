@@ -2,9 +2,12 @@
 out, each in a table of its own, and no figure of such a model is the checkpoint's."""
 
 import logging
+import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+
+from transformers.utils import logging as transformers_logging
 
 from ..config import SELECTION_FIELDS
 from ..device.checks import shown, some
@@ -12,7 +15,10 @@ from ..model.find import crossbar_layers
 from ..nn.scalars import BUFFERS
 
 MARK = ".range_shrink"  # ends the key of one of each crossbar's numbers, and no other
-COUNTS = ".num_batches_tracked"  # that old checkpoints lack, and an evaluation does not read
+# What checkpoints may lack and no evaluation reads: counts of batch norm, SpecAugment's vector, and what the first
+# layer of DPT's fusion has and does not run.
+UNREAD = re.compile(r"(\.num_batches_tracked|(^|\.)masked_spec_embed)$|fusion_stage\.layers\.0\.residual_layer1\.")
+logger = transformers_logging.get_logger(__name__)
 
 
 class _Kept(logging.Handler):
@@ -45,13 +51,26 @@ def held_back() -> Iterator[None]:
         logging.getLogger(record.name).handle(record)
 
 
-def missing_from(info: Mapping[str, Any]) -> list[str]:
-    """Keys of a model's weights that its checkpoint lacks.
+def missing_from(info: Mapping[str, Any], model: Any) -> list[str]:
+    """Keys of a model's weights that its checkpoint lacks, without those that no figure depends on: what trainings
+    alone read, what its class computes (sinusoids), and the pooler of a model without a head, which a warning names.
 
     Args:
         info: of ``from_pretrained(..., output_loading_info=True)``, which leaves out what is tied or made anew.
     """
-    return sorted(key for key in info["missing_keys"] if not key.endswith(COUNTS))
+    found = sorted(key for key in info["missing_keys"] if not UNREAD.search(key) and not _is_computed(model, key))
+    poolers = [key for key in found if model.base_model is model and "pooler" in key.split(".")]
+    if poolers:
+        logger.warning("%s is random, as the checkpoint lacks it: do not use what it pools", some(poolers))
+    return [key for key in found if key not in poolers]
+
+
+def _is_computed(model: Any, key: str) -> bool:
+    try:
+        module = model.get_submodule(key.rpartition(".")[0])
+    except AttributeError:
+        return False
+    return "Sinusoidal" in type(module).__name__
 
 
 def refuse_random(name: Any, model: Any, missing: Collection[str]) -> None:

@@ -132,7 +132,7 @@ class _Whole:
 
     def from_pretrained(self, name: Any, **given: Any) -> Any:
         model, info = self.auto.from_pretrained(name, output_loading_info=True, **given)
-        refuse_random(name, model, missing_from(info))
+        refuse_random(name, model, missing_from(info, model))
         return model
 
 

@@ -23,8 +23,8 @@ GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME")
 AROUND = ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF")
 ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
 # What may read attributes that code does not name.
-READ_ANY = ("__dict__", "vars", "attrgetter", "methodcaller", "_get_kwargs", "_get_args")
-RUN_TEXTS = ("eval", "exec")  # the functions, no methods of these names
+READ_ANY = ("__dict__", "attrgetter", "methodcaller", "_get_kwargs", "_get_args")
+FUNCTIONS = ("vars", "eval", "exec")  # no methods of these names
 MAKES_TEXT = ("BINARY_OP", "BUILD_STRING", "FORMAT_VALUE", "FORMAT_SIMPLE")
 
 Chains = dict[str, set[tuple[str, ...]]]
@@ -161,9 +161,9 @@ def names_in(code: types.CodeType) -> set[str]:
 
 @cache
 def reads_any(code: types.CodeType) -> bool:
-    """Whether code may read attributes that it does not name: by what :data:`READ_ANY` and :data:`RUN_TEXTS` name, a
+    """Whether code may read attributes that it does not name: by what :data:`READ_ANY` and :data:`FUNCTIONS` name, a
     ``match``, or a ``getattr`` by another name than a text that stands there."""
-    if not names_in(code).isdisjoint(READ_ANY) or not globals_of(code).keys().isdisjoint(RUN_TEXTS):
+    if not names_in(code).isdisjoint(READ_ANY) or not globals_of(code).keys().isdisjoint(FUNCTIONS):
         return True
     for part in codes_of(code):
         steps = steps_of(part)
@@ -178,14 +178,11 @@ def reads_any(code: types.CodeType) -> bool:
 def _is_named(steps: list[dis.Instruction]) -> bool:
     """Whether the second argument of the call that these begin with is a text that stands there."""
     loads = list(takewhile(lambda each: "CALL" not in each.opname, steps))
-    given = steps[len(loads)].argval if len(loads) < len(steps) else 0  # 1 is of a call inside
-    if given not in (2, 3) or any("JUMP" in each.opname or each.opname in MAKES_TEXT for each in loads):
+    given = steps[len(loads)].argval if len(loads) < len(steps) else 0
+    operands = [each for each in loads if each.opname not in (*ATTRIBUTES, "PUSH_NULL")]
+    if given not in (2, 3) or len(operands) != given:  # calls, conditions and the like inside
         return False
-    if given == 3:  # a default behind it
-        while loads and loads[-1].opname in ATTRIBUTES:
-            loads.pop()
-        loads = loads[:-1]
-    return bool(loads) and loads[-1].opname == "LOAD_CONST" and isinstance(loads[-1].argval, str)
+    return operands[1].opname == "LOAD_CONST" and isinstance(operands[1].argval, str)
 
 
 def _texts(code: types.CodeType) -> set[str]:

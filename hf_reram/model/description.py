@@ -87,8 +87,8 @@ class Description:
     that they take, and modules that they take whole by their source. Of other objects the class and what they pickle
     count, or what their method ``told_by`` says, also what use has changed; but not what some libraries' objects hold
     of their last use, and how far random generators are. Of a namespace of arguments (argparse) that is handed on, the
-    attributes count that any of the code reads, and all where it may get to a library's. Of installed packages only
-    names count.
+    attributes count that any of the code reads, and all where a function may hand it, as a variable of its own,
+    to a library's. Of installed packages only names count.
 
     Attributes:
         named: what tells parts of the value that was told last, such as an object's attributes or a function's

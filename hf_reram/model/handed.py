@@ -47,16 +47,20 @@ def _uses(function: types.FunctionType, name: str) -> Iterator[tuple[types.Funct
         if not isinstance(callee, types.FunctionType) or is_installed(module_of(callee)):
             yield None, ""
         else:
-            yield callee, _parameter(callee, call, node)
+            its = _parameter(callee, call, node)
+            yield callee if its else None, its
 
 
 def _parameter(callee: types.FunctionType, call: ast.Call, node: ast.Name) -> str:
+    """The name of the callee's parameter that gets an argument; "" where it is one of several (``*args``)."""
+    code = callee.__code__
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     for keyword in call.keywords:
-        if keyword.value is node and keyword.arg:
-            return keyword.arg
-    names = [each.name for each in inspect.signature(callee).parameters.values()]
-    at = next((at for at, each in enumerate(call.args) if each is node), len(names))
-    return names[at] if at < len(names) else ""
+        if keyword.value is node:
+            return keyword.arg if keyword.arg in names else ""
+    before = call.args[: next(at for at, each in enumerate(call.args) if each is node)]
+    starred = any(isinstance(each, ast.Starred) for each in before)
+    return names[len(before)] if len(before) < code.co_argcount and not starred else ""
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..calibration.input_scales import TINY, TYPICAL_CLIP
 from ..device.iv import LINEAR_B
-from ..model.find import crossbar_states, patched_layers
+from ..model.find import crossbar_states, is_compiled, patched_layers
 from ..model.sharding import processes
 from ..nn import CrossbarLayer
 from ..nn.array import cell_weight
@@ -64,7 +64,7 @@ def follow_training(model: nn.Module) -> None:
     cut more than a hundredth of the inputs off, and more than ``input_percentile`` does.
 
     Of a model under ``torch.compile`` the forwards that look run without it, within :func:`hf_reram.sampled_drift`: in
-    the second step and in few of the later ones. Those outside of it do not look, which a warning says.
+    the first sixteen steps and in few of the later ones. Those outside of it do not look, which a warning says.
 
     Raises:
         ValueError: the model is not patched.
@@ -92,7 +92,9 @@ def follow_training(model: nn.Module) -> None:
 def begin_following(model: nn.Module, steps: int = 0, settled: bool = False) -> None:
     """Begin, or begin anew from the weights as they are, after ``steps`` steps of the optimizer; ``settled``: only
     look, for :func:`clamped_shares`, which go on knowing what was seen before."""
+    compiled = is_compiled(model)
     for state in crossbar_states(model):
+        state.compiled |= compiled
         before = state.following or Following()
         state.following = Following(
             steps, is_due(steps), settled, clamped=before.clamped, clamped_before=before.clamped_before

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, BertModel, PegasusConfig, PegasusForConditionalGeneration
 from typer.testing import CliRunner
 
 from hf_reram import ReRAMConfig, calibrate, crossbar_layers, load_model, patch_model
@@ -216,3 +216,22 @@ def test_the_line_is_all_that_is_shown(broken, python):
         done = python.run("-m", "hf_reram", *command)
         (line,) = done.stderr.strip().splitlines()
         assert done.returncode == 1 and "word_embeddings.weight has another shape in the checkpoint, [50, 16]" in line
+
+
+def test_what_no_figure_depends_on_may_be_missing(tmp_path, caplog):
+    bare = BertModel(tiny_bert().config, add_pooling_layer=False)
+    patch_model(bare, ReRAMConfig())
+    calibrate(bare, [{key: value for key, value in bert_batch().items() if key != "labels"}])
+    bare.save_pretrained(tmp_path / "bare")
+    layers = crossbar_layers(load_model(tmp_path / "bare"))
+    assert sum(layer.calibrated for layer in layers.values()) == len(crossbar_layers(bare))
+    assert "pooler.dense.weight is random" in caplog.text or "pooler.dense.bias, pooler.dense.weight" in caplog.text
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 16}
+    pegasus = PegasusForConditionalGeneration(PegasusConfig(vocab_size=20, **sizes, **heads))
+    pegasus.save_pretrained(tmp_path / "pegasus")
+    file = tmp_path / "pegasus" / "model.safetensors"
+    tensors = {key: value for key, value in load_file(file).items() if "embed_positions" not in key}
+    save_file(tensors, file, {"format": "pt"})
+    positions = load_model(tmp_path / "pegasus").model.encoder.embed_positions.weight
+    torch.testing.assert_close(positions, pegasus.model.encoder.embed_positions.weight)

@@ -7,6 +7,7 @@ import itertools
 import linecache
 import os
 import sys
+import types
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -288,6 +289,11 @@ HANDED = {
     "by a script's function": "import json\ndef inner(p, a): return json.dumps(a, default=vars_of)\n"
     "def score(p): return len(inner(p, a=args))",
     "to a class": "class Own:\n  def __init__(self, a): self.a = a\ndef score(p): return p * Own(args).a.batch",
+    "as one of several": "import json\ndef inner(*a): return json.dumps(*a)\ndef score(p): return inner(args)",
+    "by names": "import json\ndef inner(**a): return json.dumps(**a)\ndef score(p): return inner(obj=args)",
+    "through a decorator": "import functools, json\ndef timed(f):\n  @functools.wraps(f)\n"
+    "  def run(*a): return f(*a)\n  return run\n@timed\ndef inner(p, a): return json.dumps(a)\n"
+    "def score(p): return inner(p, args)",
     "as a text": "def score(p): return f'{args} {p}'",
     "compared": "def score(p): return p if args == other else 0",
     "under another name": "def score(p):\n  a = args\n  return p * a.batch",
@@ -319,6 +325,8 @@ NAMED = {
     "getattr(args, '{}'.format(name))": True,
     "getattr(args, name.removesuffix('_'))": True,
     "getattr(args, 'batch', args.batch)": False,
+    "getattr(getattr(holder, 'inner'), name)": True,
+    "getattr(args, name, {'chips': 1}['chips'])": True,
     "operator.attrgetter(*('batch', 'out'))(args)": True,
 }
 
@@ -327,7 +335,8 @@ NAMED = {
 def test_a_getattr_names_an_attribute_by_a_text_that_stands_there(read):
     def made(**changed):
         args = argparse.Namespace(**{"batch": 8, "chips": 1, "out": "a", **changed})
-        return told(f"import operator\ndef score(p): return p, {read}", args=args, name="out")
+        code = f"import operator\ndef score(p): return p, args.batch, {read}"
+        return told(code, args=args, name="out", holder=types.SimpleNamespace(inner=args))
 
     assert (made() != made(out="b")) == NAMED[read] and made() != made(batch=9)
 

@@ -115,7 +115,8 @@ def _slopes(t: Tensor, b: float, gain: Any) -> tuple[Tensor, Tensor]:
     """Of ``r · gain · sinh(b x / r)``, ``t = sinh(b x / r)``, or ``t = x / r`` where the curve is a line: its slope in
     x, and that in r."""
     if b < LINEAR_B:
-        return torch.ones_like(t) * gain, torch.zeros_like(t)
+        slope = torch.ones_like(t) * gain if isinstance(gain, Tensor) else torch.full_like(t, gain)
+        return slope, torch.zeros_like(t)
     return torch.hypot(t, torch.ones_like(t)) * (gain * b), range_slope(t, b) * gain
 
 
