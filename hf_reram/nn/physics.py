@@ -112,5 +112,5 @@ def sampling(
         generator = None if seed is None else torch.Generator().manual_seed(derived_seed(seed, "time"))
         time = physics.times[int(torch.randint(len(physics.times), (), generator=generator))]
     number = torch.full((), -1 if seed is None else seed, dtype=torch.int64)
-    share = torch.tensor(strength, dtype=torch.float32, device="cpu")
+    share = torch.full((), strength, dtype=torch.float32, device="cpu")
     return Sampling(kind, physics.error_at(time), seed, strength, number, share, prefix)
