@@ -1,6 +1,7 @@
 """What a forward may read of a model that neither its state dict nor its config holds: buffers that are not saved, the
 plain attributes of its modules, and code of a script's own."""
 
+import argparse
 import functools
 import hashlib
 import json
@@ -20,7 +21,7 @@ from ..nn.layer import ADDED
 from ..nn.parts import Holder
 from ..nn.places import Part
 from ..nn.tensors import whole
-from .code import functions_in, module_of, names_in, of_libraries, own_functions, reads, reads_any, sets
+from .code import MAKING, functions_in, module_of, names_in, of_libraries, own_functions, reads, reads_any, sets
 from .description import Description, is_own
 from .find import TRANSPARENT, WRAPPERS, walk
 from .injected import hooks_of, hooks_of_all, put_in_place, registered
@@ -49,7 +50,6 @@ OF_TRAININGS = ("inplace", "momentum")
 DYNAMIC_ROPE = ("dynamic", "longrope")
 WRITTEN_OF_ROPE = ("inv_freq", "attention_scaling", "max_seq_len_cached")
 WRAPPING = TRANSPARENT - {"base_layer"}  # but PEFT's layers, what wraps says nothing of an evaluation
-MAKING = ("__init__", "__post_init__", "_init_weights", "reset_parameters")  # which no forward calls
 # The end of names of sums of floating-point numbers, of what nothing tells from others, and of what code closes over or
 # names; and the name of code, whose bytecode is another in each Python.
 VALUES, UNTOLD, HELD = " values", " untold", " in code"
@@ -130,7 +130,8 @@ class _Described(Description):
 
     Args:
         label: the attribute that it is. places: modules' names by their ids. functions: gets a script's.
-        by_library: whether an installed package's module holds it.
+        by_library: whether an installed package's module holds it. Of a namespace of arguments that a script's own
+            holds, the attributes count that its code reads.
     """
 
     as_json = True
@@ -182,6 +183,11 @@ class _Described(Description):
         if value.dtype.kind not in "fc" or value.dtype.itemsize > np.dtype(complex).itemsize:
             return super().array(value)
         return self.tensor(torch.from_numpy(np.ascontiguousarray(value.astype(value.dtype.newbyteorder("=")))))
+
+    def object(self, value: Any) -> list:
+        if value is self.value and type(value) is argparse.Namespace and not self.by_library:
+            return self.read_of(value, vars(value), {})
+        return super().object(value)
 
     def settings(self, value: Any) -> dict[str, Any]:
         return telling(value) if is_config(value) else super().settings(value)

@@ -25,7 +25,7 @@ ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
 # What may read attributes that code does not name.
 READ_ANY = ("__dict__", "attrgetter", "methodcaller", "_get_kwargs", "_get_args")
 FUNCTIONS = ("vars", "eval", "exec")  # no methods of these names
-MAKES_TEXT = ("BINARY_OP", "BUILD_STRING", "FORMAT_VALUE", "FORMAT_SIMPLE")
+MAKING = ("__init__", "__post_init__", "_init_weights", "reset_parameters")  # which nothing calls later
 
 Chains = dict[str, set[tuple[str, ...]]]
 
@@ -152,6 +152,20 @@ def reads(code: types.CodeType) -> frozenset[str]:
                 found.add(step.argval)
         found |= _texts(part)  # as in getattr(self, "count")
     return frozenset(found)
+
+
+@cache
+def handed_on(code: types.CodeType) -> frozenset[str]:
+    """Names of attributes that code takes for more than to take or set attributes of them: it may hand them to other
+    code. Those that make an object aside, since it holds what they make of them."""
+    if code.co_name in MAKING:
+        return frozenset()
+    steps = [pair for part in codes_of(code) for pair in pairwise(steps_of(part))]
+    return frozenset(
+        step.argval
+        for step, after in steps
+        if step.opname in ATTRIBUTES and after.opname not in (*ATTRIBUTES, "STORE_ATTR")
+    )
 
 
 def names_in(code: types.CodeType) -> set[str]:

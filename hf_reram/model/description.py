@@ -23,6 +23,7 @@ from .code import (
     Chains,
     around_of,
     globals_of,
+    handed_on,
     imports_of,
     is_generated,
     module_of,
@@ -33,7 +34,6 @@ from .code import (
     set_by,
     variables_around,
 )
-from .handed import handed_on
 from .installed import OWN, is_installed
 from .source import set_since, source_of
 
@@ -62,6 +62,8 @@ SETTLED = (bool, int, float, str, type(None), types.FunctionType, types.MethodTy
 # What an evaluation depends on of a Trainer's arguments.
 ARGUMENTS = (
     "eval_batch_size",
+    "bf16",
+    "fp16",
     "bf16_full_eval",
     "fp16_full_eval",
     "tf32",
@@ -75,7 +77,11 @@ ARGUMENTS = (
     "train_sampling_strategy",
     "length_column_name",
     "use_liger_kernel",
+    "label_names",
     "predict_with_generate",
+    "generation_max_length",
+    "generation_num_beams",
+    "generation_config",
 )
 CACHES = ("dispatch_cache", "cache_token")  # of functools.singledispatch
 
@@ -86,9 +92,8 @@ class Description:
     they read of it: of a script's own modules and classes, of namespaces and of dataclasses' objects the attributes
     that they take, and modules that they take whole by their source. Of other objects the class and what they pickle
     count, or what their method ``told_by`` says, also what use has changed; but not what some libraries' objects hold
-    of their last use, and how far random generators are. Of a namespace of arguments (argparse) that is handed on, the
-    attributes count that any of the code reads, and all where a function may hand it, as a variable of its own,
-    to a library's. Of installed packages only names count.
+    of their last use, and how far random generators are. Of a Trainer, and of its arguments beside those that
+    evaluations depend on, the attributes count that any of the code reads. Of installed packages only names count.
 
     Attributes:
         named: what tells parts of the value that was told last, such as an object's attributes or a function's
@@ -103,10 +108,8 @@ class Description:
         self.named: dict[str, Any] = {}
         self.functions: dict[types.FunctionType, None] = {}
         # Objects, by their ids, of whose attributes only those count that code reads, each with the name that it was
-        # first met by; and what tells their other parts.
+        # first met by; what tells these attributes, and what tells other parts.
         self.arguments: dict[int, tuple[str, Any, Mapping[str, Any]]] = {}
-        self.handed = set[int]()  # of these objects, of which all attributes count: a library's code may read them
-        self.by_library = False  # whether what is told is an installed package's to read
         self.arguments_told: dict[tuple[int, str], tuple[str, Any]] = {}
         self.label, self.read = "", dict[str, Any]()
 
@@ -135,11 +138,13 @@ class Description:
         while new:  # they may name more code, and that more of them
             codes = self.codes_read()
             names, any_ = {name for code in codes for name in reads(code)}, any(map(reads_any, codes))
+            whole = {name for code in codes for name in handed_on(code)}
             new = [
                 (at, name, _path(label, name), attributes[name])
-                for at, (label, whole, attributes) in enumerate(self.arguments.values())
+                for at, (label, _, attributes) in enumerate(self.arguments.values())
                 for name in sorted(attributes)
-                if (at, name) not in self.arguments_told and (any_ or name in names or id(whole) in self.handed)
+                if (at, name) not in self.arguments_told
+                and (any_ or name in names or label.rpartition(".")[2] in whole)
             ]
             for at, name, path, part in new:
                 self.arguments_told[at, name] = path, self.held(path, part)
@@ -154,17 +159,15 @@ class Description:
             value = value.item()
         if value is None or (isinstance(value, (bool, int, float, str)) and not isinstance(value, enum.Enum)):
             return self.plain(value)
-        # Of a namespace of arguments another part counts where a library reads it.
-        if id(value) in self.known and not isinstance(value, argparse.Namespace):
+        if id(value) in self.known:
             return self.known[id(value)][1]
         if id(value) in self.above:
             return ["around", len(self.above) - self.above[id(value)]]
-        self.above[id(value)], by_library = len(self.above), self.by_library
+        self.above[id(value)] = len(self.above)
         try:
             parts = self.parts(value)
         finally:
             del self.above[id(value)]
-            self.by_library = by_library
         digest = _digest(parts)
         self.known[id(value)] = (value, digest)
         self.named = {name: part for each in parts if isinstance(each, dict) for name, part in each.items()}
@@ -254,12 +257,7 @@ class Description:
             left_out = CACHES if module_of(value) == functools.__name__ else ()
             return [*parts, {name: of(part) for name, part in around.items() if name not in left_out}]
         self.functions[value] = None
-        self.by_library = False
         known = {name: part for name, part in value.__globals__.items() if name[:2] != "__"}
-        for name, chains in {**globals_of(code), **around_of(code)}.items():
-            part = around.get(name, known.get(name))
-            if isinstance(part, argparse.Namespace) and () in chains and handed_on(value, name):
-                self.handed.add(id(part))
         used = {**self.variables(around, around_of(code)), **self.variables(known, globals_of(code))}
         imported = self.source(imports_of(code, value.__globals__.get("__package__") or ""))
         own = {name: part for name, part in vars(value).items() if name != "__wrapped__"}
@@ -277,7 +275,9 @@ class Description:
                 part, at = known[name], 0
                 while at < len(chain) and chain[at] in (inside := parts_inside(part)):
                     part, at = inside[chain[at]], at + 1
-                found[".".join((name, *chain[:at]))] = part
+                path = ".".join((name, *chain[:at]))
+                whole = vars(part) if type(part) is argparse.Namespace else {}  # by its parts, to say which differs
+                found |= {f"{path}.{each}": inside for each, inside in whole.items()} or {path: part}
         told = {}
         for name, part in found.items():
             self.label = name
@@ -311,8 +311,6 @@ class Description:
             return [of(cls), of(value.told_by())]
         if isinstance(value, nn.Module):
             return self.module(value)
-        if isinstance(value, argparse.Namespace) and not self.by_library:
-            return self.read_of(value, vars(value), {})
         if "TrainingArguments" in kinds:
             _, parts = parts_added(value, {name: getattr(value, name, None) for name in ARGUMENTS})
             return self.read_of(value, {name: part for name, part in vars(value).items() if name not in parts}, parts)
@@ -359,7 +357,6 @@ class Description:
             return self.untold(value, str(error))
         if isinstance(reduced, str):
             return [self.name(cls), reduced]
-        self.by_library = is_installed(cls.__module__)
         _, args, state, items, pairs = (*reduced, *[None] * 5)[:5]
         if isinstance(state, dict):
             state = {name: of(part) for name, part in state.items() if name not in left_out}

@@ -5,6 +5,7 @@ import copy
 import functools
 import importlib
 import inspect
+import json
 import threading
 import types
 from dataclasses import dataclass
@@ -537,6 +538,32 @@ def test_of_a_script_s_arguments_those_count_that_code_of_its_modules_reads():
 
     assert other_settings(told(gain=1.0, chips=1), told(gain=1.0, chips=2)) == []
     assert other_settings(told(gain=1.0, chips=1), told(gain=2.0, chips=1)) == ["attributes.args.gain in code"]
+
+
+class Handing(Argued):
+    def scaled(self, x):
+        return x * Factor(self.args).factor
+
+
+class Factor:
+    def __init__(self, args):
+        self.factor = json.loads(json.dumps(vars(args)))["gain"]
+
+
+class Held(Argued):
+    def __init__(self, args):
+        super().__init__(args)
+        self.inner = Argued(self.args)
+
+
+@pytest.mark.parametrize(("cls", "whole"), [(Handing, True), (Held, False)])
+def test_arguments_that_a_module_hands_on_count_whole(cls, whole):
+    def told(**args):
+        return settings_of(cls(argparse.Namespace(**args)))
+
+    one, other, more = told(gain=1.0, lr=1.0), told(gain=2.0, lr=1.0), told(gain=1.0, lr=2.0)
+    assert "attributes.args.gain in code" in other_settings(one, other)
+    assert other_settings(one, more) == (["attributes.args.lr in code"] if whole else [])
 
 
 class Locked(Holding):

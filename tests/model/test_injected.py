@@ -1,6 +1,7 @@
 """Code of a script's own that libraries' modules run without holding it tells models apart."""
 
 import argparse
+import operator
 
 import pytest
 import tokenizers
@@ -151,22 +152,31 @@ def test_how_a_tokenizer_of_its_own_cuts_counts_and_inside_transformers_does_not
 
 
 READS = {
-    "a name with a hyphen": "def score(p): return p * getattr(args, 'max-len')",
-    "attrgetter": "import operator\nname = 'max_' + 'len'\ndef score(p): return p * operator.attrgetter(name)(args)",
-    "match": "import argparse\ndef score(p):\n  match args:\n    case argparse.Namespace(max_len=n): return p * n",
-    "eval": "def score(p): return p * eval('a.max_' + 'len', {'a': args})",
-    "pairs": "def score(p): return p * dict(args._get_kwargs())['max_len']",
+    "a name with a hyphen": "getattr(self.args, 'max-len')",
+    "attrgetter": "operator.attrgetter('max_' + 'len')(self.args)",
+    "eval": "eval('a.max_' + 'len', {'a': self.args})",
+    "pairs": "dict(self.args._get_kwargs())['max_len']",
+    "all of the module": "list(list(vars(self).values())[-1].__dict__.values())[0]",
+    "as a text": "len(str(self.args))",
 }
 
 
 @pytest.mark.parametrize("way", READS)
-def test_what_code_reads_of_arguments_in_a_roundabout_way_counts(way):
-    told = set()
-    for length in (4, 12):
-        names = {"args": argparse.Namespace(**{"max_len": length, "max-len": length}), "__name__": "script"}
-        exec(READS[way], names)
-        told.add(str(described(names["score"])))
-    assert len(told) == 2
+def test_what_a_module_reads_of_arguments_in_a_roundabout_way_counts(way):
+    source = f"""
+class Own(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.args = args
+    def forward(self, x):
+        return x * {READS[way]}
+"""
+    names: dict = {"nn": nn, "operator": operator, "__name__": "script"}
+    exec(source, names)
+    told = [
+        settings_of(names["Own"](argparse.Namespace(**{"max_len": length, "max-len": length}))) for length in (4, 4, 12)
+    ]
+    assert told[0] == told[1] != told[2]
 
 
 def test_the_command_line_counts_where_code_reads_it(monkeypatch):
