@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..model.attributes import OF_LIBRARIES
-from ..model.description import Description, added_attributes, kinds_of, parts_added
+from ..model.description import Description, added_attributes, arguments_of, kinds_of, parts_added
 from ..model.digest import settings_of, weights_digest
 from ..model.find import unwrapped
 from ..model.installed import is_installed
@@ -186,8 +186,11 @@ class Evaluated(Description):
 
     def trainer(self, value: Any) -> list:
         """What an evaluation by a Trainer depends on, and what code reads of what a script has set on it."""
-        known = (*TRAINER, "args", "model", "eval_dataset")
-        return self.read_of(value, *parts_added(value, {name: getattr(value, name, None) for name in known}, runs=True))
+        known = {name: getattr(value, name, None) for name in (*TRAINER, "model", "eval_dataset")}
+        path = f"{self.label}.args".lstrip(".")
+        told = self.read_of(value, *parts_added(value, known, runs=True))
+        self.label = path
+        return [*told, self.read_of(value.args, *arguments_of(value.args))]
 
     def module(self, value: nn.Module) -> list:
         """What it computes, not what it remembers."""

@@ -22,6 +22,15 @@ logger = logging.get_logger(__name__)
 UNREADABLE = (SafetensorError, StrictDataclassError)
 ADAPTER, CONFIG = "adapter_config.json", "config.json"
 ASKED = "quantization_config"
+# By the task of PEFT's adapters, transformers' classes of the models that they were trained on.
+TASKS = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
 # What PEFT takes to find an adapter's weights.
 HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
 
@@ -69,7 +78,8 @@ def _load_adapted(name: str | os.PathLike, where: dict[str, Any], asked: dict[st
     from peft.utils import load_peft_weights
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    base_name = PeftConfig.from_pretrained(str(name), **where).base_model_name_or_path
+    adapter = PeftConfig.from_pretrained(str(name), **where)
+    base_name = adapter.base_model_name_or_path
     if not isinstance(base_name, str) or not base_name:
         raise ValueError(f"{name}: base_model_name_or_path={shown(base_name)}: allowed is a folder or Hub id")
     if has_file(base_name, ADAPTER):
@@ -79,15 +89,17 @@ def _load_adapted(name: str | os.PathLike, where: dict[str, Any], asked: dict[st
         config = ReRAMConfig.from_dict(config)
     ours = isinstance(config, ReRAMConfig)  # for what the adapters were trained on, and not for the base alone
     with _explained(base_name):
-        base, missing = _load_whole(base_name, {}, {} if ours else asked)
+        base, missing = _load_whole(base_name, {}, {} if ours else asked, task=adapter.task_type)
     crossbars = stored_crossbars(name, **where)
     if crossbars is not None and crossbars.before_adapters:
         crossbars.put_on(base)
     model = PeftModel.from_pretrained(base, name, **where)
-    brought = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    brought, embeddings = (
+        get_peft_model_state_dict(model, save_embedding_layers=all_).keys() for all_ in (False, True)
+    )
     told = {key: where[key] for key in HUB if key in where}
     stored = load_peft_weights(str(name), device="cpu", **told).keys()
-    if stored <= brought:  # else PEFT has names of its own for some of them
+    if stored <= brought | embeddings:  # else PEFT has names of its own for some of them
         refuse_random(name, model, weights_of(brought - stored))
     trained = tuple(f"{part}." for part, m in base.named_modules() if isinstance(m, AuxiliaryTrainingWrapper))
     refuse_random(base_name, base, [key for key in missing if not key.startswith(trained)])
@@ -102,9 +114,14 @@ def _load_adapted(name: str | os.PathLike, where: dict[str, Any], asked: dict[st
 
 
 def _load_whole(
-    name: str | os.PathLike, where: dict[str, Any], asked: dict[str, Any], headless: bool = False
+    name: str | os.PathLike,
+    where: dict[str, Any],
+    asked: dict[str, Any],
+    headless: bool = False,
+    task: str | None = None,
 ) -> tuple[Any, list[str]]:
-    """A model, and keys of the weights that its checkpoint lacks, which are random in it."""
+    """A model, for a ``task`` of adapters where there is one, and keys of the weights that its checkpoint lacks, which
+    are random in it."""
     import transformers
 
     file: Any = cached_file(name, CONFIG, **where) if has_file(name, CONFIG, **where) else None
@@ -120,7 +137,7 @@ def _load_whole(
     for architecture in given if isinstance(given, (list, tuple)) else ():
         cls: Any = getattr(transformers, architecture, None) if isinstance(architecture, str) else None
         if _is_model_of(cls, config):
-            return _load_as(cls, name, config, where, asked, headless)
+            return _load_as(_for_task(cls, config, task), name, config, where, asked, headless)
     kind = type(config).__name__
     raise ValueError(f"{name}: architectures={shown(given)}: allowed is a list of transformers' classes for {kind}")
 
@@ -139,6 +156,16 @@ def _load_as(
     if left := weights_of(info["unexpected_keys"]):
         logger.warning("%s holds weights that a %s has no place for: %s", name, cls.__name__, some(left))
     return model, missing
+
+
+def _for_task(cls: type, config: Any, task: str | None) -> type:
+    """The class of models that adapters of a task go on, a checkpoint's own where it is one of the task's."""
+    import transformers
+
+    auto: Any = getattr(transformers, TASKS.get(task or "", ""), None)
+    found = () if auto is None else auto._model_mapping.get(type(config), ())
+    classes = found if isinstance(found, (list, tuple)) else (found,)
+    return cls if not classes or cls in classes else classes[0]
 
 
 def _need_timm(name: str | os.PathLike) -> None:

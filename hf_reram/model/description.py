@@ -8,6 +8,7 @@ import functools
 import hashlib
 import io
 import json
+import re
 import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
@@ -59,29 +60,15 @@ OF_LAST_USE = {
     ),
 }
 SETTLED = (bool, int, float, str, type(None), types.FunctionType, types.MethodType, nn.Module)
-# What an evaluation depends on of a Trainer's arguments.
-ARGUMENTS = (
-    "eval_batch_size",
-    "bf16",
-    "fp16",
-    "bf16_full_eval",
-    "fp16_full_eval",
-    "tf32",
-    "label_smoothing_factor",
-    "prediction_loss_only",
-    "include_for_metrics",
-    "batch_eval_metrics",
-    "eval_do_concat_batches",
-    "remove_unused_columns",
-    "dataloader_drop_last",
-    "train_sampling_strategy",
-    "length_column_name",
-    "use_liger_kernel",
-    "label_names",
-    "predict_with_generate",
-    "generation_max_length",
-    "generation_num_beams",
-    "generation_config",
+# Of a Trainer's arguments what no evaluation depends on: how it trains, logs, saves and spreads over devices.
+OF_TRAINING = re.compile(
+    r"_|output_dir$|per_device_train|num_train_epochs$|max_steps$|learning_rate$|lr_|warmup_|optim|weight_decay$|adam_"
+    r"|max_grad_norm$|average_tokens|gradient_|activation_checkpointing|torch_compile|torch_empty|neftune|auto_find"
+    r"|logging_|log_|include_num_input|disable_tqdm$|report_to$|run_name$|project$|trackio_|save_|push_to_hub$|hub_"
+    r"|eval_(strategy|steps|delay|on_start|use_gather_object|accumulation_steps)$|load_best_model|metric_for_best_model$"
+    r"|greater_is_better$|ignore_data_skip$|restore_callback|resume_from|do_(train|eval|predict)$|enable_jit_checkpoint$"
+    r"|use_cpu$|local_rank$|distributed_state$|accelerator_config$|parallelism_config$|ddp_|fsdp|deepspeed|debug$"
+    r"|skip_memory_metrics$|dataloader_(num_workers|pin_memory|persistent|prefetch|multiprocessing|in_order)"
 )
 CACHES = ("dispatch_cache", "cache_token")  # of functools.singledispatch
 
@@ -205,7 +192,8 @@ class Description:
                 return ["dict", *sorted(([str(of(key)), of(item)] for key, item in value.items()), key=json.dumps)]
             return ["dict", *([of(key), of(item)] for key, item in value.items())]
         if isinstance(value, types.FunctionType):
-            return self.function(value)
+            compiled = getattr(value, "_torchdynamo_orig_callable", None)  # what torch.compile made it of
+            return self.function(value) if compiled is None else ["compiled", of(compiled)]
         if isinstance(value, types.MethodType):
             return ["method", {"function": of(value.__func__), "self": of(value.__self__)}]
         if isinstance(value, functools.partial):
@@ -276,8 +264,9 @@ class Description:
                 while at < len(chain) and chain[at] in (inside := parts_inside(part)):
                     part, at = inside[chain[at]], at + 1
                 path = ".".join((name, *chain[:at]))
-                whole = vars(part) if type(part) is argparse.Namespace else {}  # by its parts, to say which differs
-                found |= {f"{path}.{each}": inside for each, inside in whole.items()} or {path: part}
+                # By its parts where it is taken whole, to say which differs.
+                counted = counted_of(part)
+                found |= {f"{path}.{each}": inside for each, inside in counted.items()} or {path: part}
         told = {}
         for name, part in found.items():
             self.label = name
@@ -312,8 +301,7 @@ class Description:
         if isinstance(value, nn.Module):
             return self.module(value)
         if "TrainingArguments" in kinds:
-            _, parts = parts_added(value, {name: getattr(value, name, None) for name in ARGUMENTS})
-            return self.read_of(value, {name: part for name, part in vars(value).items() if name not in parts}, parts)
+            return [of(cls), {name: of(part) for name, part in counted_of(value).items()}]
         if _is_of_tokenizers(cls):
             return self.tokenizer(value)
         if isinstance(value, torch.Generator):  # how far it is, its use says
@@ -418,6 +406,25 @@ def is_own(value: Any) -> bool:
     return counts[0] and all(
         one or cls.__module__ in ("builtins", "abc", "typing") for one, cls in zip(counts, type(value).__mro__)
     )
+
+
+def counted_of(value: Any) -> dict[str, Any]:
+    """By name what counts of a namespace of arguments, or of a Trainer's, that is taken whole; nothing of others."""
+    if type(value) is argparse.Namespace:
+        return vars(value)
+    if "TrainingArguments" not in kinds_of(value):
+        return {}
+    own, parts = arguments_of(value)
+    read = {name: part for name, part in own.items() if not OF_TRAINING.match(name)}
+    return {"class": type(value), **read, **parts}
+
+
+def arguments_of(value: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of a Trainer's arguments what counts where code reads it, as what a script has added, and what does anyhow."""
+    added = added_attributes(value, "transformers")
+    known = {name: part for name, part in vars(value).items() if name not in added}
+    own, parts = parts_added(value, {name: part for name, part in known.items() if not OF_TRAINING.match(name)})
+    return own | {name: part for name, part in known.items() if name not in parts}, parts
 
 
 def parts_inside(value: Any) -> Mapping[str, Any]:

@@ -33,5 +33,9 @@ def _holds(tensor: Tensor, infinite: bool) -> bool:
     values = own_part(tensor.detach())
     if values.is_meta or values.dtype not in CHECKED or not values.numel():
         return True
+    if values.layout != torch.strided:
+        values = values.coalesce().values() if values.is_sparse else values.values()  # dense it may not fit
+        if not values.numel():
+            return True
     ends = torch.stack(torch.aminmax(values))  # both are NaN where any value is
     return not bool(ends.isnan().any()) if infinite else bool(ends.isfinite().all())

@@ -138,8 +138,9 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def uncompiled() -> AbstractContextManager:
-    """Models and parts that torch.compile has compiled run as they are written, with their hooks."""
-    if "torch._dynamo" not in sys.modules:  # whose import takes seconds
+    """Models and parts that torch.compile has compiled run as they are written, with their hooks; not where the caller
+    is compiled itself."""
+    if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():  # whose import takes seconds
         return nullcontext()
     return torch.compiler.set_stance("force_eager")
 

@@ -134,8 +134,8 @@ def _warn_blind(states: list[CrossbarState]) -> None:
             state.warned.add("compiled")
             logger.warning(
                 "the training runs under torch.compile, whose code does not look at inputs, so that input ranges do "
-                "not follow it: run its forwards inside hf_reram.sampled_drift(model), where those that look run "
-                "without torch.compile"
+                "not follow it: run its forwards inside hf_reram.sampled_drift(model), in code that is not compiled "
+                "itself, where those that look run without torch.compile"
             )
 
 

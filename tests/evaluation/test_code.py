@@ -14,10 +14,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from hf_reram.evaluation.content import described, key_of
-from hf_reram.model.code import globals_of, imports_of
+from hf_reram.model.code import globals_of, imports_of, reads_any
 from hf_reram.model.description import added_attributes
 from hf_reram.model.installed import is_installed
 from hf_reram.model.source import set_since, source_of
@@ -357,14 +357,63 @@ def test_of_arguments_that_a_library_reads_all_count():
     assert mine == described(collections.deque([argparse.Namespace(batch=8, chips=1)])) != other
 
 
-def test_what_code_reads_of_a_trainer_s_arguments_counts_whatever_it_is(tmp_path):
-    code = "def helper(a): return a.seed\ndef score(p): return p * helper(args)"
+TAKEN = {
+    "an attribute": ("def score(p): return p * args.seed", ["seed"]),
+    "whole": ("def score(p, f=len): return p * f(args)", ["seed", "bf16", "generation_max_length", "factor"]),
+    "bound": (
+        "import functools\ndef inner(args, p): return p\nscore = functools.partial(inner, args)",
+        ["seed", "bf16", "generation_max_length", "factor"],
+    ),
+}
+
+
+@pytest.mark.parametrize("way", TAKEN)
+def test_of_a_trainer_s_arguments_those_count_that_evaluations_depend_on(tmp_path, way):
+    @dataclass
+    class Arguments(Seq2SeqTrainingArguments):
+        factor: float = 1.0
 
     def made(**changed):
-        return told(code, args=TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, **changed))
+        return told(TAKEN[way][0], args=Arguments(str(tmp_path), report_to=[], use_cpu=True, **changed))
 
-    assert made() == made(learning_rate=0.1) != made(seed=9)
-    assert made() != made(per_device_eval_batch_size=3)  # which evaluations depend on
+    changes = {"seed": 9, "bf16": True, "generation_max_length": 7, "factor": 2.0, "learning_rate": 0.1}
+    assert [name for name, value in changes.items() if made(**{name: value}) != made()] == TAKEN[way][1]
+
+
+def test_a_compiled_function_is_the_one_that_it_was_made_of():
+    """Whatever the compiler's settings are, some of which name the working directory."""
+    code = "import torch\ndef inner(p): return p + 1\nscore = torch.compile(inner)"
+    assert told(code) == told(code.replace("inner)", "inner, mode='max-autotune')")) != told(code.replace("1", "2"))
+
+
+READ_ANY = {
+    "getattr(args, 'batch', 'none')": False,
+    "getattr(args, name, 'none')": True,
+    "getattr(args, name, '')": True,
+    "getattr(args, 'chips' if p else name)": True,
+    "getattr(args, name if p else 'chips')": True,
+    "getattr(args, '{}'.format(name))": True,
+    "getattr(args, name.removesuffix('_'))": True,
+    "getattr(args, 'batch', args.batch)": False,
+    "getattr(getattr(holder, 'inner'), name)": True,
+    "getattr(args, name, {'chips': 1}['chips'])": True,
+    "operator.attrgetter(*('batch', 'out'))(args)": True,
+    "vars(args)": True,
+    "args.vars()": False,
+    "args.__dict__": True,
+    "eval(name)": True,
+    "p.eval()": False,
+}
+
+
+@pytest.mark.parametrize("read", READ_ANY)
+def test_code_may_read_any_attribute_unless_it_says_which(read):
+    assert reads_any(compile(f"def score(p): return {read}", "script", "exec")) == READ_ANY[read]
+
+
+def test_a_pattern_may_read_any_attribute():
+    code = "def score(p):\n  match p:\n    case Own(batch): return batch\n"
+    assert reads_any(compile(code, "script", "exec"))
 
 
 def test_a_module_that_a_script_has_set_more_in(tmp_path, monkeypatch):

@@ -78,7 +78,13 @@ def test_weights_that_are_no_numbers_have_no_figures(value, dtype):
                 call()
         with torch.no_grad():
             tensor.copy_(before)
-    assert len(inspect_layers(model, "1d")) == 2
+    for layout in (torch.sparse_coo, torch.sparse_csr):
+        model.register_buffer("graph", torch.eye(3).to_sparse(layout=layout), persistent=False)
+        assert len(inspect_layers(model, "1d")) == 2
+    model.graph = (torch.eye(3) * math.nan).to_sparse()
+    with pytest.raises(ValueError, match="in graph: "):
+        inspect_layers(model, "1d")
+    del model.graph
     model[1].running_mean[0] = math.nan
     with pytest.raises(ValueError, match=r"in 1\.running_mean: "):
         inspect_layers(model, "1d")

@@ -13,7 +13,15 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import BertForSequenceClassification, TrainingArguments
+from transformers import (
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    RobertaForSequenceClassification,
+    TrainingArguments,
+)
 
 from hf_reram import (
     ReRAMConfig,
@@ -326,6 +334,33 @@ def test_adapters_that_lack_weights_are_refused(digital_base, tmp_path):
         drop(tmp_path / "adapter" / "adapter_model.safetensors", lost)
         with pytest.raises(ValueError, match=f"adapter (lacks weights of|cannot be loaded).*{lost}"):
             load_model(tmp_path / "adapter")
+
+
+def test_adapters_on_embeddings_that_lack_weights_are_refused(tmp_path):
+    """PEFT saves the embeddings themselves beside these."""
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    LlamaForCausalLM(LlamaConfig(vocab_size=60, **shape)).save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(base, LoraConfig(target_modules=["q_proj", "embed_tokens"])).save_pretrained(tmp_path / "adapter")
+    load_model(tmp_path / "adapter")
+    place, lost = tmp_path / "adapter" / "adapter_model.safetensors", "q_proj.lora_A.weight"
+    tensors = load_file(place)
+    assert any("embed_tokens.base_layer" in key for key in tensors)
+    save_file({key: t for key, t in tensors.items() if not key.endswith(lost)}, place, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"lacks weights of PeftModel.*{lost}"):
+        load_model(tmp_path / "adapter")
+
+
+def test_adapters_with_a_head_of_another_task_than_their_base_s(tmp_path):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    RobertaForMaskedLM(RobertaConfig(vocab_size=60, **shape)).save_pretrained(tmp_path / "base")
+    base = RobertaForSequenceClassification.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, LoraConfig(target_modules=["query"], task_type="SEQ_CLS")).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    again = load_model(tmp_path / "adapter").eval()
+    inputs = torch.arange(4, 12)[None]
+    torch.testing.assert_close(again(inputs).logits, model(inputs).logits)
 
 
 def test_a_digital_model_with_adapters_is_saved_as_by_peft(digital_base, tmp_path):

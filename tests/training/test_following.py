@@ -412,6 +412,27 @@ def test_compiled_forwards_that_could_not_look_are_told_of(caplog, monkeypatch):
     assert all(torch.equal(after[name], before[name]) for name in after)
 
 
+def test_a_step_that_is_compiled_as_a_whole_is_told_of_too(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("hf_reram.training.following"), "propagate", True)
+    torch._dynamo.reset()
+    model, x = layer_in_training()
+    found = []
+    for compiles in (True, False):
+
+        def step():
+            with sampled_drift(model, seed=3):
+                return model(x).square().mean()
+
+        call = torch.compile(step, backend="eager") if compiles else step
+        for _ in range(3):
+            loss = call()
+            follow_training(model) if compiles else None
+        found.append(loss.detach())
+    torch.testing.assert_close(*found)
+    (text,) = [r.getMessage() for r in caplog.records if r.name.startswith("hf_reram")]
+    assert "in code that is not compiled itself" in text
+
+
 @pytest.mark.parametrize("loss", ["drift", "output+drift"])
 def test_a_compiled_training_is_followed_and_compiles_once(tmp_path, loss):
     """Through the end of the warm-up, and steps that are logged and measured and others that are not."""

@@ -842,9 +842,9 @@ def test_a_resumed_evaluation_knows_what_it_evaluates_with(tmp_path):
         ("preprocess_logits_for_metrics", {"preprocess_logits_for_metrics": lambda logits, labels: -logits}),
         ("data_collator", {"data_collator": cut}),
         (None, {"eval_dataset": data.with_transform(ones)}),
-        ("args', 'trainer.args.bf16_full_eval", {"arguments_": {"bf16_full_eval": True}}),
-        ("args', 'trainer.args.label_smoothing_factor", {"arguments_": {"label_smoothing_factor": 0.5}}),
-        ("args', 'trainer.args.eval_batch_size", {"arguments_": {"per_device_eval_batch_size": 4}}),
+        ("args.bf16_full_eval", {"arguments_": {"bf16_full_eval": True}}),
+        ("args.label_smoothing_factor", {"arguments_": {"label_smoothing_factor": 0.5}}),
+        ("args.per_device_eval_batch_size", {"arguments_": {"per_device_eval_batch_size": 4}}),
         ("class", {"kind": Smoothed}),
     ):
         named = "'data'" if part is None else f"'trainer', 'trainer.{part}'"
