@@ -247,6 +247,8 @@ class ReRAMConfig(QuantizationConfigMixin):
             return
         if isinstance(value, (tuple, set)):
             value = sorted(value)
+        if isinstance(value, list):
+            value = FixedList(value)
             setattr(self, name, value)
         if not isinstance(value, list) or not value or not all(isinstance(v, str) and v for v in value):
             self._refuse(name, "a non-empty list of names" + (" or a regular expression" if text else "") + ", or None")
@@ -264,7 +266,7 @@ class ReRAMConfig(QuantizationConfigMixin):
                 parse_time(time)
             except ValueError as error:
                 raise ValueError(f"ReRAMConfig.retention_times={shown(self.retention_times)}: {error}") from error
-        self.retention_times = list(value)
+        self.retention_times = FixedList(value)
 
     # JSON
 
@@ -304,7 +306,8 @@ class ReRAMConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as plain JSON values, the device's numbers in full."""
-        data = {f.name: copy.deepcopy(getattr(self, f.name)) for f in fields(self) if f.init and f.name != "device"}
+        data = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name != "device"}
+        data = {name: list(value) if isinstance(value, list) else value for name, value in data.items()}
         return {"quant_method": "reram", "version": CONFIG_VERSION, "device": self.device.to_dict()} | data
 
     @property
@@ -320,6 +323,22 @@ class ReRAMConfig(QuantizationConfigMixin):
         """Names of the fields of :meth:`hardware` that another config has otherwise."""
         mine, theirs = self.hardware(), other.hardware()
         return [name for name in mine if mine[name] != theirs[name]]
+
+
+class FixedList(list):
+    """A list that does not change in place, of which nobody would hear; its copies do."""
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise TypeError(
+            f"{list(self)!r}: a ReRAMConfig's list is not changed in place, of which no model would hear: set the "
+            "field to a new one"
+        )
+
+    append = extend = insert = remove = pop = clear = sort = reverse = _refuse  # type: ignore[assignment]
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = _refuse  # type: ignore[assignment]
+
+    def __reduce__(self) -> Any:
+        return type(self), (list(self),)
 
 
 def _of_version_1(device: Any) -> Any:

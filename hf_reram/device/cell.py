@@ -27,10 +27,12 @@ logger = logging.get_logger(__name__)
 
 ABSURD, ABSURD_IN_SIEMENS = 1e4, 10.0
 
-# Beyond these [µS] and [V] a conductance or voltage is taken to be in another unit, and beyond these shares of the
-# window (of its current) an error for a mistake, as one of retention is beyond the whole window: all with a warning.
+# Beyond these [µS], [V] and [eV] a conductance, voltage or energy is taken to be in another unit, and beyond these
+# shares of the window (of its current) an error for a mistake, as one of retention is beyond the whole window: all with
+# a warning.
 SMALLEST_G_MAX, LARGEST_G_MAX = 1e-2, 1e3
 LARGEST_VOLTAGE, LINEAR = 10.0, 1e4  # [V]; a v0 from the second on is a straight I–V curve's
+LARGEST_ENERGY = 20.0  # [eV]
 MUCH, MUCH_READ_NOISE = 0.5, 0.2
 TEMPLATE = "generic"  # the preset whose retention is taken where none is given
 
@@ -156,6 +158,8 @@ class DeviceConfig:
             doubts.append(
                 f"{', '.join(large)}: voltages are in V; {'is this' if len(large) == 1 else 'are these'} in mV?"
             )
+        if self.activation_energy > LARGEST_ENERGY:
+            doubts.append(f"activation_energy={self.activation_energy:g} eV: energies are in eV; is this in meV?")
         times = getattr(self.retention, "times", (1.0, parse_time("10y")))
         moments = [self.retention.polynomials(time) for time in times]
         programming = f"programming={list(self.programming)!r}"

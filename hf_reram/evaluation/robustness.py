@@ -21,10 +21,11 @@ from ..device.temperature import parse_temperature
 from ..device.time import parse_time
 from ..model.deploy import deploy, digital, refuse_modes, uncalibrated
 from ..model.digest import model_digest, settings_of, untold_in, values_of, weights_digest
-from ..model.find import crossbar_layers, crossbar_states, replaced, reset_calls, uncalled
+from ..model.find import around, crossbar_layers, crossbar_states, is_compiled, replaced, reset_calls, uncalled
 from ..model.finite import refuse_not_finite
 from ..model.inputs import evaluating, forked_rng
-from ..model.sharding import alike, is_first, of_each, of_first, processes, talks
+from ..model.reads import WeightReads
+from ..model.sharding import alike, is_first, is_sharded, of_each, of_first, processes, talks
 from ..model.summary import summarize
 from ..nn.clipping import clipped_beyond_choice, far_below_scale, in_words, warn_clipped
 from .content import key_of
@@ -116,7 +117,7 @@ def evaluate_robustness(
     shares = several and share_chips and not together
     with alike(together or shares):
         refuse_not_finite(model)
-    weights, settings = weights_digest(model), settings_of(model)
+    weights, settings, configs = weights_digest(model), settings_of(model), [part.config.to_dict() for part in states]
     file = resume if not together or is_first() else None
     with alike(together or shares):
         if file is not None and key is None:
@@ -134,32 +135,33 @@ def evaluate_robustness(
         found: dict[Run, dict[str, float]] = log.read() if log else {}
     warn_clipped(crossbar_layers(model).values())
     silent: set[str] = set(log.uncalled) if log else set()
-    casts: set[str] = set(log.autocasts) if log else set()
+    notes: set[str] = set(log.notes) if log else set()
     if together or shares:
-        runs, found, silent, casts = of_first((runs, found, silent, casts))
+        runs, found, silent, notes = of_first((runs, found, silent, notes))
     pending = [run for run in runs if run not in found]
     mine = pending[dist.get_rank() :: processes()] if shares else pending
     hidden, differs = not progress or (together and not is_first()), False
     with alike(shares), tqdm(total=len(mine), desc="chips", disable=hidden, unit="run") as bar:
         for run in mine:
             with alike(together):
-                found[run], missed, other = _measure(model, evaluate, run, together)
-                cast = sorted({str(dtype).removeprefix("torch.") for state in states for dtype in state.autocasts})
+                watched = run.kind == "chip" and run == next(each for each in mine if each.kind == "chip")
+                found[run], missed, other, noted = _measure(model, evaluate, run, together, watched)
                 if missed and not allow_uncalled:
                     raise RuntimeError(_complaint(model, missed))
+                _refuse_other(states, configs)
                 if run.kind != "chip":  # deploy looks by itself
                     _refuse_changed(model, weights)
                 if log:
-                    log.append(run, found[run], missed, cast)
+                    log.append(run, found[run], missed, noted)
             silent |= set(missed)
-            casts |= set(cast)
+            notes |= set(noted)
             differs |= other
             bar.update()
     if shares:
-        for runs_of, silent_of, casts_of in of_each(({run: found[run] for run in mine}, silent, casts)):
+        for runs_of, silent_of, notes_of in of_each(({run: found[run] for run in mine}, silent, notes)):
             found |= runs_of
             silent |= silent_of
-            casts |= casts_of
+            notes |= notes_of
     if silent and not allow_uncalled:  # in a log from before
         raise RuntimeError(_complaint(model, silent))
     _refuse_changed(model, weights)
@@ -177,7 +179,7 @@ def evaluate_robustness(
         model_config=settings,
         uncalled=[name for name in [*crossbar_layers(model), *replaced(model)] if name in silent],
     )
-    report.notes += [f"evaluated under autocast to {cast}" for cast in sorted(casts)]
+    report.notes += sorted(notes)
     if differs:
         report.notes.append("processes measured different figures in the same evaluation: these are the first one's")
         logger.warning("%s", report.notes[-1])
@@ -259,6 +261,14 @@ def _refuse_changed(model: nn.Module, weights: str) -> None:
         )
 
 
+def _refuse_other(states: Sequence[Any], configs: Sequence[dict[str, Any]]) -> None:
+    if [state.config.to_dict() for state in states] != configs:
+        raise RuntimeError(
+            "the model's ReRAMConfig changed while it was evaluated, so that the figures are of several: have evaluate "
+            "leave it as it is"
+        )
+
+
 def _notes(model: nn.Module, seconds: list[float], kelvins: list[float | None]) -> list[str]:
     """What a reader of the numbers has to know of the devices."""
     states = crossbar_states(model)
@@ -335,34 +345,68 @@ def _devices(model: nn.Module) -> str:
 
 
 def _measure(
-    model: nn.Module, evaluate: Callable, run: Run, together: bool
-) -> tuple[dict[str, float], list[str], bool]:
-    """The metrics, the crossbar layers that were not called for them, and whether processes that evaluate ``together``
-    found different ones: they are the first one's then."""
+    model: nn.Module, evaluate: Callable, run: Run, together: bool, watched: bool
+) -> tuple[dict[str, float], list[str], bool, list[str]]:
+    """The metrics, the crossbar layers that were not called for them, whether processes that evaluate ``together``
+    found different ones, in which case they are the first one's, and what a reader of the metrics has to know.
+
+    Args:
+        watched: look who computes with the weights of crossbars.
+    """
     context: Any = digital(model) if run.kind == "digital" else nullcontext()
     if run.kind == "chip":
         context = deploy(model, run.time, run.temperature, run.seed)
     states = crossbar_states(model)
+    blind = is_compiled(model) or any(state.compiled for state in states) or is_sharded(model)
+    reads = WeightReads(model) if watched and not blind else nullcontext()
     with context, evaluating(model), forked_rng(model):
         torch.manual_seed(derived_seed(run.seed, f"read noise at {run.time:g} s, {run.temperature} K"))
         reset_calls(model)
-        before = [state.deployments for state in states]
+        before, beside = (
+            [state.deployments for state in states],
+            {layer: layer.calls for layer in around(model).values()},
+        )
         for state in states:
             state.autocasts = set()
         with alike(together):
-            metrics = numbers_of(evaluate(model))
+            with reads:
+                metrics = numbers_of(evaluate(model))
             if [state.deployments for state in states] != before:
                 raise RuntimeError(
                     "evaluate deployed the model as a chip of its own, so that its numbers are not those of the chip "
                     "that is evaluated: let it call the model as it is given"
                 )
+            if ran := [name for name, layer in around(model).items() if layer.calls != beside.get(layer, 0)]:
+                raise RuntimeError(
+                    f"evaluate ran crossbar layers around the model that it was given, which are no chip: "
+                    f"{', '.join(ran)}: evaluate the whole model, or have evaluate call what it is given alone"
+                )
         missed = uncalled(model, digitally=run.kind == "digital")
+        noted = _noted_of(model, run, reads.found if isinstance(reads, WeightReads) else {})
         if not together:
-            return metrics, missed, False
-        every = of_each((metrics, missed))  # which may each have had a part of the data
+            return metrics, missed, False, noted
+        every = of_each((metrics, missed, noted))  # which may each have had a part of the data
         first = every[0][0]
-        silent = [name for name in missed if all(name in names for _, names in every)]
-        return first, silent, any(not _same(other, first) for other, _ in every)
+        silent = [name for name in missed if all(name in names for _, names, _ in every)]
+        noted = sorted({note for *_, notes in every for note in notes})
+        return first, silent, any(not _same(other, first) for other, *_ in every), noted
+
+
+def _noted_of(model: nn.Module, run: Run, reads: Mapping[str, str]) -> list[str]:
+    """What a run did beside its figures, or with them.
+
+    Args:
+        reads: see :class:`WeightReads`.
+    """
+    dtypes = {dtype for state in crossbar_states(model) for dtype in state.autocasts}
+    notes = [f"evaluated under autocast to {str(dtype).removeprefix('torch.')}" for dtype in dtypes]
+    if run.kind != "digital" and any(layer.counter.digital_calls for layer in crossbar_layers(model).values()):
+        notes.append("evaluate ran the model digitally too: figures of that are no chip's")
+    if reads:
+        shown = ", ".join(f"{name} ({first})" for name, first in reads.items())
+        notes.append(f"weights of crossbars were computed with beside their cells, which is digital: {shown}")
+        logger.warning("%s", notes[-1])
+    return sorted(notes)
 
 
 def _same(a: dict[str, float], b: dict[str, float]) -> bool:

@@ -60,9 +60,9 @@ class RunLog:
         values: Mapping[str, Any] | None = None,
     ):
         self.path, self.owner, self.parts, self.values = Path(path), owner, dict(parts or {}), dict(values or {})
-        # Of the runs that were read: crossbar layers that did not run in some, and what some were cast to.
+        # Of the runs that were read: crossbar layers that did not run in some, and what to know of some.
         self.uncalled: set[str] = set()
-        self.autocasts: set[str] = set()
+        self.notes: set[str] = set()
 
     def read(self) -> dict[Run, dict[str, float]]:
         """The finished runs of these :func:`versions`: a warning counts others, which stay in the file, whosever they
@@ -93,7 +93,7 @@ class RunLog:
                 "what they see, is another one with a key, too"
             )
         self.uncalled = {name for entry in entries for name in entry.get("uncalled", ())}
-        self.autocasts = {name for entry in entries for name in entry.get("autocasts", ())}
+        self.notes = {note for entry in entries for note in entry.get("notes", ())}
         return {Run(**fields_of(entry["run"], RUN)): entry["metrics"] for entry in entries}
 
     def _has(self, values: dict[str, Any]) -> bool:
@@ -107,13 +107,13 @@ class RunLog:
         return f"what differs: {', '.join(map(shown, names))}"
 
     def append(
-        self, run: Run, metrics: dict[str, float], uncalled: Sequence[str] = (), autocasts: Sequence[str] = ()
+        self, run: Run, metrics: dict[str, float], uncalled: Sequence[str] = (), notes: Sequence[str] = ()
     ) -> None:
-        """Write one finished run, the crossbar layers that were not called for it, and what others were cast to."""
+        """Write one finished run, the crossbar layers that were not called for it, and what to know of it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         entry = {"of": self.owner, "run": asdict(run), "metrics": metrics, "versions": versions()}
         entry |= {"uncalled": list(uncalled)} if uncalled else {}
-        entry |= {"autocasts": list(autocasts)} if autocasts else {}
+        entry |= {"notes": list(notes)} if notes else {}
         entry |= {"parts": self.parts} if self.parts else {}
         entry |= {"values": self.values} if self.values else {}
         with open(self.path, "a", encoding="utf-8") as file:
@@ -125,7 +125,7 @@ class RunLog:
 RUN = {"kind": TEXT, "time": TIME, "temperature": HEAT, "seed": SEED}
 KNOWN = {
     "uncalled": TEXTS,
-    "autocasts": TEXTS,
+    "notes": TEXTS,
     "parts": NAMED_TEXTS,
     "values": OBJECT,
     "versions": NAMED_TEXTS,

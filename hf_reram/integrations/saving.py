@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from ..model.digest import weights_digest
 from ..model.sharding import processes
@@ -18,6 +18,7 @@ from ..nn.scalars import BUFFERS
 from ..nn.tensors import is_shard
 
 SAVE = "save_pretrained"
+logger = logging.get_logger(__name__)
 
 
 class Save:
@@ -38,6 +39,13 @@ class Save:
         save, quantizer = getattr(type(self.model), SAVE), getattr(self.model, "hf_quantizer", None)
         if state_dict is not None:
             state_dict = with_numbers(self.model, state_dict)
+        newer = [f"{name} (from output {n})" for name, n in newer_outputs(self.model).items()]
+        if newer and is_main_process:
+            logger.warning(
+                "outputs that are newer than their layers' calibration are saved as if they were calibrated, which "
+                "nobody can tell later: call hf_reram.calibrate(model, batches) before: %s",
+                ", ".join(newer),
+            )
         folder, variant = Path(save_directory), kwargs.get("variant")
         # Figures are then of the weights that are loaded by default, and those stay.
         beside = bool(variant) and any(
@@ -54,6 +62,12 @@ class Save:
             if quantizer is not None:
                 quantizer.given = None
         return found
+
+
+def newer_outputs(model: Any) -> dict[str, int]:
+    """By name of the layers that were resized after calibration, the first of the outputs that are newer."""
+    found = {name: m.calibrated_outputs for name, m in model.named_modules() if isinstance(m, CrossbarLayer)}
+    return {name: outputs for name, outputs in found.items() if outputs is not None}
 
 
 def with_numbers(model: Any, state: dict[str, Any]) -> dict[str, Any]:

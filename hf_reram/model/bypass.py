@@ -62,6 +62,8 @@ READ_PAST: dict[str, tuple[str, ...]] = {
     "transformers.models.neomme.modeling_neomme.NeoMMEForMaskedLM": ("unembedding_projection",),
     "transformers.models.detr.modeling_detr.DetrMHAttentionMap": ("k_proj",),
     "transformers.models.conditional_detr.modeling_conditional_detr.ConditionalDetrMHAttentionMap": ("k_proj",),
+    "transformers.models.dab_detr.modeling_dab_detr.DabDetrMHAttentionMap": ("k_linear",),
+    "transformers.models.maskformer.modeling_maskformer.MaskFormerDetrMHAttentionMap": ("k_proj",),
     "transformers.models.reformer.modeling_reformer.LSHSelfAttention": ("query_key", "value"),  # with a cache
     "torchvision.models.swin_transformer.ShiftedWindowAttention": ("qkv", "proj"),
     "torchvision.models.video.swin_transformer.ShiftedWindowAttention3d": ("qkv", "proj"),

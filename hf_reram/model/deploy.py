@@ -20,6 +20,7 @@ from ..nn.clipping import warn_clipped
 from ..nn.places import parameter_of
 from ..nn.tensors import whole
 from .find import (
+    around,
     chip_names,
     crossbar_layers,
     crossbar_state,
@@ -90,10 +91,12 @@ def deploy(
         warn_uncalibrated(model)
         warn_clipped(layers)
         reset_calls(model)
+        beside = {layer: layer.calls for layer in around(model).values()}
         yield model
         reshard(model)
         refuse_changed(layers, processes() > 1 and is_sharded(model))
         warn_uncalled(model, "were not called while the model was deployed: what it computed is not a chip's there")
+        _warn_around(model, beside)
     finally:
         for state in states:
             state.chips -= 1
@@ -193,6 +196,21 @@ def warn_uncalled(model: nn.Module, what: str, names: list[str] | None = None) -
         warned.add(key)
         shown = ", ".join(name or type(layers[name]).__name__ for name in names)
         logger.warning("%d of %d crossbar layers %s: %s", len(names), len(layers), what, shown)
+
+
+def _warn_around(model: nn.Module, calls: dict[CrossbarLayer, int]) -> None:
+    """
+    Args:
+        calls: of the layers around the model before.
+    """
+    names = [name for name, layer in around(model).items() if layer.calls != calls.get(layer, 0)]
+    warned = crossbar_state(model).warned
+    if names and ("around", *names) not in warned:
+        warned.add(("around", *names))
+        logger.warning(
+            "crossbar layers around the model ran while it was deployed, and are no chip: deploy the whole model: %s",
+            ", ".join(names),
+        )
 
 
 # What layers compute with before calibration, by whether each token has its own input range.

@@ -155,6 +155,14 @@ def uncalled(model: nn.Module, digitally: bool = False) -> list[str]:
     return silent + replaced(model)
 
 
+def around(model: nn.Module) -> dict[str, CrossbarLayer]:
+    """The crossbar layers that were patched together with the model's and are outside of it, as a head is of which it
+    is the encoder."""
+    inside = set(crossbar_layers(model).values())
+    roots = [state.root for state in crossbar_states(model) if state.root is not None]
+    return {name: layer for root in roots for name, layer in crossbar_layers(root).items() if layer not in inside}
+
+
 def replaced(model: nn.Module) -> list[str]:
     """Names of layers that were put on crossbars and have a digital layer in their place now."""
     inside, layers = set(model.modules()), crossbar_layers(model).values()

@@ -1,4 +1,6 @@
+import copy
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -98,7 +100,7 @@ def test_what_is_set_later_is_what_the_constructor_makes_of_it(field, value, fou
     config = ReRAMConfig()
     setattr(config, field, value)
     assert getattr(config, field) == getattr(ReRAMConfig(**{field: value}), field) == found
-    assert type(getattr(config, field)) is type(found)
+    assert isinstance(getattr(config, field), type(found))
     assert ReRAMConfig.from_dict(json.loads(config.to_json_string())).to_dict() == config.to_dict()
 
 
@@ -134,3 +136,21 @@ def test_newer_and_unknown_configs_are_refused():
         ReRAMConfig.from_dict({**data, "version": 99})
     with pytest.raises(ValueError, match="no fields"):
         ReRAMConfig.from_dict({**data, "flux": 1})
+
+
+@pytest.mark.parametrize("name", ["retention_times", "modules_to_not_convert", "target_modules"])
+def test_lists_do_not_change_in_place_of_which_no_model_would_hear(name):
+    config = ReRAMConfig(**{name: ["1d"]})
+    held = getattr(config, name)
+    for change in (
+        lambda: held.append("10y"),
+        lambda: held.__setitem__(0, "10y"),
+        lambda: held.sort(),
+        lambda: setattr(config, name, held.__iadd__(["10y"])),
+    ):
+        with pytest.raises(TypeError, match=r"\['1d'\]: a ReRAMConfig's list is not changed in place"):
+            change()
+    copies = [copy.deepcopy(config), pickle.loads(pickle.dumps(config)), ReRAMConfig.from_dict(config.to_dict())]
+    assert all(getattr(each, name) == ["1d"] for each in (config, *copies)) and type(config.to_dict()[name]) is list
+    setattr(config, name, [*held, "10y"])
+    assert getattr(config, name) == ["1d", "10y"]

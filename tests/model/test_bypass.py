@@ -441,9 +441,6 @@ HARMLESS = {
     *(f"{name}.out_proj" for name in ("BambaMixer", "FalconH1Mixer", "Mamba2Mixer", "NemotronHMamba2Mixer")),
     *(f"{name}.out_proj" for name in ("GraniteMoeHybridMambaLayer", "Zamba2MambaMixer")),
     *(f"Gemma3nTextAltUp.{kind}_coefs" for kind in ("correction", "prediction")),  # clipped, in training
-    *(
-        f"{name}MHAttentionMap.{child}" for name, child in (("DabDetr", "k_linear"), ("MaskFormerDetr", "k_proj"))
-    ),  # unused
     "DisentangledSelfAttention.in_proj",  # for query states that no model has
     "LinearSelfAttention.qkv_proj",
     *(f"Gemma4{kind}AssistantForCausalLM.lm_head" for kind in ("", "Unified")),  # tied

@@ -183,7 +183,8 @@ def test_the_config_that_was_handed_over_says_that_it_has_no_effect(tiny_bert, c
     )
     assert "ReRAMConfig.adc_bits=8 has no effect" in caplog.text
     assert config.temperature == 350  # for the next model
-    config.retention_times.append("10y")
+    with pytest.raises(TypeError, match="not changed in place"):
+        config.retention_times.append("10y")
     kept = crossbar_state(tiny_bert).config
     assert (kept.temperature, kept.adc_bits, kept.retention_times) == (None, None, ["1d"])
     assert tiny_bert.config.quantization_config.to_dict() == kept.to_dict()

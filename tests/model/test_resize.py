@@ -39,7 +39,8 @@ def logits(model):
 @pytest.mark.parametrize("sharing", ["per_channel", "per_tensor"])
 @pytest.mark.parametrize("size", [40, 60])
 def test_an_untied_head_stays_on_its_crossbar(make, sharing, size, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("hf_reram.model.resize"), "propagate", True)
+    for name in ("model.resize", "integrations.saving"):
+        monkeypatch.setattr(logging.getLogger(f"hf_reram.{name}"), "propagate", True)
     model = patched(make(), weight_scale=sharing)
     names, before = list(crossbar_layers(model)), logits(model)
     old = model.get_output_embeddings()
@@ -53,7 +54,10 @@ def test_an_untied_head_stays_on_its_crossbar(make, sharing, size, tmp_path, cap
     torch.testing.assert_close(logits(model)[..., :kept], before[..., :kept])
     said = " ".join(record.getMessage() for record in caplog.records)
     assert ("10 new outputs are not calibrated" in said) == (size > 50)
+    caplog.clear()
     model.save_pretrained(tmp_path)
+    said = " ".join(record.getMessage() for record in caplog.records)
+    assert ("nobody can tell later" in said and "(from output 50)" in said) == (size > 50)
     again = type(model).from_pretrained(tmp_path).eval()
     assert list(crossbar_layers(again)) == names and all(layer.calibrated for layer in crossbar_layers(again).values())
     torch.testing.assert_close(logits(again), logits(model))

@@ -1,0 +1,142 @@
+"""What a model computes with its crossbars' weights itself, beside their cells, a report says."""
+
+import dataclasses
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from hf_reram import (
+    DeviceConfig,
+    ReRAMConfig,
+    calibrate,
+    deploy,
+    digital,
+    evaluate_robustness,
+    patch_model,
+    reconfigure,
+)
+from tests.samples.models import bert_batch, tiny_bert
+
+OPTIONS = {"times": ["1d"], "seeds": 2, "progress": False}
+
+
+class Reading(nn.Module):
+    """``self.b`` runs on its cells, and something is made of its weight beside it."""
+
+    def __init__(self, read):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.read = nn.Linear(8, 8), nn.Linear(8, 8), read
+
+    def forward(self, x):
+        return self.b(self.a(x)) + self.read(self, x)
+
+
+QUIET = dataclasses.replace(DeviceConfig.from_preset("hfox-neurram"), read_noise=0.0)  # which is drawn in each forward
+
+
+def patched(model, *batches):
+    return calibrate(patch_model(model.eval(), ReRAMConfig(QUIET)), list(batches))
+
+
+def score(model, x):
+    with torch.no_grad():
+        return float(model(x).square().sum())
+
+
+def about_reads(report):
+    return [note for note in report.notes if "computed with beside their cells" in note]
+
+
+READS = {
+    "linear": lambda model, x: F.linear(x, model.b.weight, model.b.bias),
+    "T": lambda model, x: x @ model.b.weight.T,
+    "einsum": lambda model, x: torch.einsum("ni,oi->no", x, model.b.weight),
+    "detach": lambda model, x: x @ model.b.state_dict()["weight"].mT,
+    "data": lambda model, x: torch.from_numpy(x.numpy() @ model.b.weight.data.numpy().T),
+    "norm": lambda model, x: x / model.b.weight.norm(),
+    "stack": lambda model, x: x @ torch.stack([model.b.weight])[0],
+}
+
+
+@pytest.mark.parametrize("way", READS)
+def test_a_weight_that_is_read_beside_its_layer_is_named(way, tmp_path):
+    x = torch.randn(16, 8)
+    model = patched(Reading(READS[way]), x)
+
+    def evaluate(model):
+        return score(model, x)
+
+    for _ in range(2):  # the second one is read from the log
+        report = evaluate_robustness(model, evaluate, resume=tmp_path / "log", **OPTIONS)
+        (note,) = about_reads(report)
+        assert note.endswith(f"which is digital: b ({way})") and report.uncalled == []
+
+
+def test_what_asks_a_weight_for_its_kind_or_its_digital_layer_is_no_such_read():
+    x = torch.randn(16, 8)
+    model = patched(Reading(lambda model, x: x.to(model.b.weight.dtype).to(model.b.weight.device)[:, :8]), x)
+    assert about_reads(evaluate_robustness(model, lambda model: score(model, x), **OPTIONS)) == []
+
+    def compared(model):
+        with digital(model):
+            before = score(model, x)
+        return score(model, x) - before
+
+    report = evaluate_robustness(model, compared, references=False, **OPTIONS)
+    assert about_reads(report) == [] and "evaluate ran the model digitally too" in " ".join(report.notes)
+
+
+def test_adapters_and_compiled_models_read_no_weight(monkeypatch):
+    batch = bert_batch()
+    model = get_peft_model(tiny_bert(), LoraConfig(target_modules=["query"], init_lora_weights=False))
+    model = patched(model, batch)
+
+    def evaluate(model):
+        with torch.no_grad():
+            return float(model(**batch).logits.sum())
+
+    report = evaluate_robustness(model, evaluate, **OPTIONS)
+    assert about_reads(report) == [] and "digitally too" not in " ".join(report.notes)
+    x = torch.randn(16, 8)
+    plain = patched(Reading(lambda model, x: x), x)
+    fast = torch.compile(plain, backend="eager", fullgraph=True)  # of which nothing tells the model that is evaluated
+    wanted = evaluate_robustness(plain, lambda model: score(model, x), references=False, **OPTIONS)
+    report = evaluate_robustness(plain, lambda model: score(fast, x), references=False, **OPTIONS)
+    for mine, theirs in zip(report.measurements, wanted.measurements):
+        assert mine.metrics["metric"] == pytest.approx(theirs.metrics["metric"], rel=1e-5)
+
+
+def test_layers_around_the_model_that_is_evaluated_are_no_chip(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("hf_reram.model.deploy"), "propagate", True)
+    batch = bert_batch()
+    model = patched(tiny_bert(), batch)
+
+    def evaluate(_):
+        with torch.no_grad():
+            return float(model(**batch).logits.sum())
+
+    with pytest.raises(RuntimeError, match=r"ran crossbar layers around the model .*: classifier: evaluate the whole"):
+        evaluate_robustness(model.bert, evaluate, **OPTIONS)
+    with deploy(model.bert, "1d"):
+        evaluate(model)
+    (text,) = [r.getMessage() for r in caplog.records if "around the model" in r.getMessage()]
+    assert text.endswith("deploy the whole model: classifier")
+    encoded = {key: value for key, value in batch.items() if key != "labels"}
+    assert evaluate_robustness(model.bert, lambda bert: float(bert(**encoded)[0].detach().sum()), **OPTIONS)
+
+
+def test_a_config_that_changes_meanwhile_is_refused():
+    x = torch.randn(16, 8)
+    model = patched(Reading(lambda model, x: x), x)
+
+    def evaluate(model):
+        reconfigure(model, temperature=400)
+        return score(model, x)
+
+    with pytest.raises(RuntimeError, match="ReRAMConfig changed while it was evaluated"):
+        evaluate_robustness(model, evaluate, references=False, **OPTIONS)
