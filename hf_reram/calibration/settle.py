@@ -90,7 +90,7 @@ def calibrate(model: nn.Module, batches: Iterable, sensitivity: bool | None = No
     with _all_or_nothing(layers.values()):
         with torch.no_grad():
             for layer in layers.values():
-                layer.copies_output = layer in observation.changed
+                layer.copies_output = True if layer in observation.changed else None
                 layer.pairs_per_weight.fill_(1.0)
             for s in statistics.values():
                 if s.samples is not None:  # else the input scale stays, which the copies are a part of

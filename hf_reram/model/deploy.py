@@ -127,7 +127,7 @@ def refuse_offloaded(model: nn.Module) -> None:
     if away:
         raise ValueError(
             f"the weights of {len(away)} crossbar layers are on the meta device, as where accelerate has offloaded "
-            f"them: allowed is a model that is loaded whole, or to keep these layers digital: {', '.join(away)}"
+            f"them: allowed is a model that is loaded whole: {', '.join(away)}"
         )
 
 

@@ -19,7 +19,7 @@ from ..nn.places import place
 from ..nn.registry import crossbar_class
 from ..nn.state import CrossbarState
 from ..nn.tensors import whole
-from .bypass import call_layers, read_layers, renew_methods
+from .bypass import OFFLOADED, call_layers, left_digital, read_layers, renew_methods
 from .find import crossbar_layers, crossbar_state, crossbar_states, is_chip, unwrapped, walk
 from .hooks import ON_PATCH, ON_UNPATCH
 from .open import close_unused, opened
@@ -83,7 +83,10 @@ def _swap(model: Any, config: ReRAMConfig, stored: bool) -> None:
     for name, module in selected.items():
         if module.weight.device.type != "meta" and not torch.isfinite(whole(module.weight.detach())).all():
             raise ValueError(f"the weight of layer {name!r} holds NaN or infinite values")
-    state = CrossbarState(ReRAMConfig.from_dict(config.to_dict()), model)
+    own = ReRAMConfig.from_dict(config.to_dict())
+    if away := {name for name, why in left_digital(model).items() if why == OFFLOADED}:  # saved, they could be on cells
+        own.modules_to_not_convert = sorted({*(own.modules_to_not_convert or ()), *away})
+    state = CrossbarState(own, model)
     try:
         for name, module in selected.items():
             module.__class__, digital = crossbar_class(module), type(module)

@@ -59,6 +59,8 @@ class Forward:
         kept_by: a reference to what the model's outputs hold on to. compiled: it ran under torch.compile.
         alone: it is of one layer, called by itself.
         consumed: the terms have joined a loss. attached: they travel attached to the layers' outputs.
+        given: layers of which nobody knows yet whether the model changes their outputs in place, with the copies of
+            them that it got, and PyTorch's counts of changes then.
         before: the last forward, where both are compiled: nothing else holds on to it.
         rerun: layers run once without gradients, and again in the backward (reentrant checkpointing).
     """
@@ -81,6 +83,7 @@ class Forward:
         self.consumed = self.rerun = self.alone = False
         self.attached = True
         self.kept_by: Any = nobody
+        self.given: list[tuple[Any, Tensor, int]] = []
         self.compiled = torch.compiler.is_compiling()
         self.grad = torch.is_grad_enabled()
 
@@ -100,6 +103,12 @@ class Forward:
             self.kept_by = weakref.ref(keeper)
         metadata: Any = y.grad_fn.metadata
         metadata["hf_reram"] = keeper
+
+    def look_at_given(self) -> None:
+        """Learn which layers' outputs the model has changed in place."""
+        for layer, y, version in self.given:
+            layer.copies_output = bool(layer.copies_output) or y._version != version
+        self.given = []
 
     def scale(self, name: str, device: torch.device) -> Tensor:
         """The gradient, (2,), that a layer's term will receive."""

@@ -108,7 +108,8 @@ class CrossbarLayer(Layout):
         sensitivity: (output channels,), Fisher information, see :mod:`hf_reram.calibration.sensitivity`; or None.
         coherence: what spread and mean shift of the weights do to the predictions, over what independent errors of the
             outputs would, see there.
-        copies_output: whether the model may change the output in place, which a retention term still needs.
+        copies_output: whether the model changes the output in place, which a retention term still needs; None: not
+            where calibration looked, and of trainings nobody knows yet.
         clipped_by_choice: share of the weights that its scale clipped when that was chosen or loaded (where nothing
             tells whether by choice: ``choice_is_known``); None where nobody has looked.
         calibrated_outputs: so many output channels, the first, were there when the layer was calibrated; None: all.
@@ -129,7 +130,7 @@ class CrossbarLayer(Layout):
     counter: "Counter"
     sensitivity: Tensor | None
     coherence: tuple[float, float] = (1.0, 1.0)
-    copies_output: bool
+    copies_output: bool | None
     clipped_by_choice: float | None = None
     choice_is_known: bool = False
     calibrated_outputs: int | None = None

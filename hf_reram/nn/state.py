@@ -161,6 +161,7 @@ class CrossbarState:
 
     def end(self, outputs: Any) -> None:
         """Let the forward wait for a loss as long as the outputs live that the loss is made of."""
+        self.forward.look_at_given()
         for tensor in tensors_of(outputs):
             self.forward.keep_while(tensor)
 

@@ -57,7 +57,12 @@ def account(layer: "CrossbarLayer", driven: Driven, held: Held, y: Tensor) -> Te
         y = Attach.apply(y, term, forward.scale(name, y.device))
         if forward.alone and not runs_again():
             forward.keep_while(y)
-        return y.clone() if layer.copies_output else y
+        if layer.copies_output is False:
+            return y
+        found = y.clone()
+        if layer.copies_output is None and not runs_again():
+            forward.given.append((layer, found, found._version))
+        return found
 
 
 def output_term(layer: "CrossbarLayer", driven: Driven, held: Held, signal: Tensor) -> Tensor:

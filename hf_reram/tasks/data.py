@@ -1,5 +1,6 @@
 """Data sets for the recipes, from the Hub, a file or a folder, and their texts as batches."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -68,6 +69,8 @@ def load_tokenizer(name: str, **options: Any) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError) as error:
+        if not os.path.isdir(name):
+            raise ValueError(f"{name} is no folder here, and no tokenizer comes from the Hub ({error})") from error
         raise ValueError(f"{name} has no tokenizer, which texts need ({error})") from error
 
 

@@ -7,11 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from ..device.checks import shown
 from ..model.inputs import evaluating
 from .data import batches_by_length
 from .labels import classes_of
+
+logger = logging.get_logger(__name__)
 
 # Names of the text columns, and of their second text where there are pairs, as in GLUE and the like.
 TEXTS = (
@@ -50,7 +53,8 @@ class TextClassification:
     Args:
         dataset: with columns of :data:`TEXTS` and :data:`LABELS`. tokenizer: of the model.
         classes: the model's outputs, 1 for a regression.
-        max_length: tokens of a text or pair; longer ones are cut. batch_size: texts a forward.
+        max_length: tokens of a text or pair; longer ones are cut, and counted in a warning.
+        batch_size: texts a forward.
         id2label: the model's names by number, ``model.config.id2label``; None: it has none.
         label_names: see :func:`hf_reram.tasks.labels.classes_of`; none for a regression.
 
@@ -78,7 +82,11 @@ class TextClassification:
             numbers = classes_of(labels, names, known, "the evaluation data", label_names=label_names)
             labels = [numbers[value] for value in labels]
         self.labels = np.asarray(labels, dtype=np.float64)
-        encoded = tokenizer(*(dataset[name][:] for name in texts), truncation=True, max_length=max_length)
+        columns = [dataset[name][:] for name in texts]
+        lengths = [len(ids) for ids in tokenizer(*columns, truncation=False, verbose=False)["input_ids"]]
+        if cut := sum(length > max_length for length in lengths):
+            logger.warning("%d of %d texts are longer than %d tokens, and cut there", cut, len(lengths), max_length)
+        encoded = tokenizer(*columns, truncation=True, max_length=max_length)
         self.batches = batches_by_length(encoded, tokenizer, batch_size)
 
     def __call__(self, model: nn.Module) -> dict[str, float]:

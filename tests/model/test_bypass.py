@@ -386,6 +386,7 @@ def test_offloaded_layers_stay_digital_or_are_refused(caplog):
     with caplog.at_level("WARNING", "hf_reram"):
         patch_model(model, ReRAMConfig(device="cmo-hfox-ibm"))
     assert list(crossbar_layers(model)) == ["2"] and "0 (their weight is offloaded" in caplog.text
+    assert model[2].crossbar.config.modules_to_not_convert == ["0"]  # where it is loaded whole
     calibrate(model, [x])
     with deploy(model, "10y"):
         assert not torch.equal(_run(model, (x,)), plain)

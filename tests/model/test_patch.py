@@ -4,7 +4,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, Wav2Vec2Config, Wav2Vec2ForCTC
 
 from hf_reram import (
     ReRAMConfig,
@@ -19,6 +19,7 @@ from hf_reram import (
 )
 from hf_reram.model import patch
 from hf_reram.nn import CrossbarConv1D, CrossbarLayer, CrossbarLinear
+from tests.samples import zoo
 from tests.samples.devices import straight
 from tests.samples.models import bert_batch
 
@@ -223,19 +224,20 @@ class _AddsInPlace(nn.Module):
 
     def forward(self, x, in_place=True):
         y = self.first(x)
-        y = y.add_(x) if in_place else y + x
+        y = y.add_(x) if in_place is True or (in_place is None and self.training) else y + x
         return self.second(y)
 
 
 @pytest.mark.parametrize("loss", ["output", "sensitivity", "weight", "output+drift"])
 @pytest.mark.parametrize("calibrated", [True, False])
 def test_outputs_that_the_model_changes_in_place(loss, calibrated):
+    """None: in training alone, where calibration does not look."""
     grads = []
-    for in_place in (False, True):
+    for in_place in (False, True, None):
         model, x = _AddsInPlace().train(), torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
         patch_model(model, ReRAMConfig(retention_loss=loss))
         calibrate(model, [{"x": x, "in_place": in_place}])
-        assert [layer.copies_output for layer in crossbar_layers(model).values()] == [in_place, False]
+        assert [layer.copies_output for layer in crossbar_layers(model).values()] == [in_place or None, None]
         if not calibrated:  # as from a checkpoint: nobody has looked
             for layer in crossbar_layers(model).values():
                 layer.copies_output = True
@@ -243,8 +245,26 @@ def test_outputs_that_the_model_changes_in_place(loss, calibrated):
             y = model(x, in_place=in_place)
         add_retention_loss(y.square().sum(), model)[0].backward()
         grads.append([p.grad.clone() for p in model.parameters()])
-    for one, other in zip(*grads, strict=True):
-        torch.testing.assert_close(one, other)
+        if calibrated:
+            found = [layer.copies_output for layer in crossbar_layers(model).values()]
+            assert found == [in_place is not False, False]
+    for one, *others in zip(*grads, strict=True):
+        for other in others:
+            torch.testing.assert_close(one, other)
+
+
+def test_speech_that_is_masked_in_training_alone():
+    torch.manual_seed(0)
+    model = Wav2Vec2ForCTC(Wav2Vec2Config(**{**zoo.SPEECH, "mask_time_prob": 0.5, "mask_time_length": 2}))
+    patch_model(model, ReRAMConfig(retention_loss="output+drift"))
+    batch = {"input_values": torch.randn(2, 400), "labels": torch.tensor([[3, 4], [5, 6]])}
+    calibrate(model, [batch])
+    with sampled_drift(model.train()):
+        loss, value = add_retention_loss(model(**batch).loss, model)
+    loss.backward()
+    changed = [name for name, layer in crossbar_layers(model).items() if layer.copies_output]
+    assert changed == ["wav2vec2.feature_projection.projection"] and float(value) > 0
+    assert all(bool(layer.weight.grad.isfinite().all()) for layer in crossbar_layers(model).values())
 
 
 @pytest.mark.parametrize("where", ["init_crossbar", "initialize_layers", "hook"])

@@ -1,4 +1,5 @@
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -37,6 +38,19 @@ def test_accuracy_is_that_of_each_text_alone(pair, batch_size):
     evaluate = TextClassification(Dataset.from_dict({**columns, "label": labels}), words(), 3, batch_size=batch_size)
     assert evaluate(model.train()) == {"accuracy": 75.0}
     assert model.training
+
+
+def test_texts_that_are_cut_are_counted(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("hf_reram.tasks.text_classification"), "propagate", True)
+    lengths = [len(ids) for ids in words()(TEXTS)["input_ids"]]
+    most = sorted(set(lengths))[-2]
+    data = Dataset.from_dict({"text": TEXTS, "label": [0] * len(TEXTS)})
+    TextClassification(data, words(), 3, max_length=max(lengths))
+    assert not caplog.records
+    TextClassification(data, words(), 3, max_length=most)
+    (record,) = caplog.records
+    cut = sum(length > most for length in lengths)
+    assert record.getMessage() == f"{cut} of {len(TEXTS)} texts are longer than {most} tokens, and cut there"
 
 
 def test_numbers_are_correlated():
