@@ -88,7 +88,8 @@ def evaluate_robustness(
     Raises:
         RuntimeError: crossbar layers did not run on their cells in an evaluation, or are none any more, and
             ``allow_uncalled`` is False; names them. Or ``evaluate`` deploys the model itself, changes its weights or
-            config, or runs crossbar layers around it. Or the evaluation failed in another of the processes that share chips or evaluate together.
+            config, or runs crossbar layers around it. Or the evaluation failed in another of the processes that share
+            chips or evaluate together.
         ValueError: the model is not patched; weights are NaN or infinite, which are named; no times, temperatures or
             seeds; a bad one of them; ``evaluate`` returns no numbers; ``resume`` holds runs of other weights, another
             config or evaluation; nothing tells ``evaluate``, or what modules hold, from another one, and there is no

@@ -1,67 +1,93 @@
 """Weights of crossbars that something computes with itself, beside their layers: what it makes of them is digital."""
 
-from collections.abc import Iterable, Mapping
+import sys
+import weakref
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..nn.array import bit_sum
 from ..nn.places import Part, parameter_of
-from .find import crossbar_layers
+from .find import crossbar_layers, is_digital
 
-# What is asked of a weight without computing with it.
+# What is asked of a weight without computing with it, attributes aside.
 ASKED = frozenset(
     (
-        *("size", "dim", "numel", "nelement", "stride", "storage_offset", "element_size", "data_ptr", "get_device"),
-        *("is_contiguous", "is_floating_point", "is_complex", "is_inference", "is_pinned", "is_shared", "is_signed"),
-        *("__len__", "__hash__", "__repr__", "requires_grad_", "retain_grad", "register_hook"),
+        *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "data_ptr"),
+        *("get_device", "is_contiguous", "is_floating_point", "is_complex", "is_inference", "is_pinned", "is_shared"),
+        *("is_signed", "is_same_size", "result_type", "untyped_storage", "_has_compatible_shallow_copy_type"),
+        *("__len__", "__hash__", "__repr__"),
+        *("retain_grad", "register_hook", "new", "new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"),
+        *("empty_like", "full_like", "ones_like", "rand_like", "randn_like", "zeros_like"),
     )
 )
-READ = ("data", "T", "mT", "H", "mH", "real", "imag")  # attributes that are the weight
+# What a chip does where the model is moved.
+LOOKS_FOR_CHANGES: Any = bit_sum.__wrapped__.__code__  # type: ignore[attr-defined]
+# What gives the weight itself, or a copy: attributes, and functions of it.
+ATTRIBUTES = frozenset(("data", "T", "mT", "H", "mH", "real"))
+PASSED = frozenset(
+    (
+        *("to", "cpu", "cuda", "type", "type_as", "float", "double", "half", "bfloat16", "clone", "detach", "detach_"),
+        *("contiguous", "requires_grad_", "t", "transpose", "permute", "view", "view_as", "reshape", "reshape_as"),
+        *("flatten", "squeeze", "unsqueeze", "expand", "expand_as", "adjoint", "swapaxes", "movedim", "pin_memory"),
+    )
+)
 
 
 class WeightReads(TorchFunctionMode):
-    """While it is entered, notes which crossbars' weights any function of torch is given. Layers on a chip need none:
-    their cells hold what they compute with. Nothing is seen of compiled code, nor of what is computed with a copy.
+    """While it is entered, notes which crossbars' weights functions of torch compute with. Layers on a chip do not:
+    their cells hold what they compute with. Nothing is seen of compiled code, of what is digital, nor of copies that
+    were made before.
 
     Args:
         model: patched.
 
     Attributes:
-        found: by name of the layers, what was first given their weights.
+        found: by name of the layers, the first function that got their weights.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        # What is stacked in a parameter is taken out of it for its layers.
-        whole = {name: layer for name, layer in crossbar_layers(model).items() if not isinstance(layer, Part)}
-        self.names = {id(weight): name for name, layer in whole.items() if (weight := parameter_of(layer)) is not None}
-        self.states = list({layer.crossbar for layer in crossbar_layers(model).values()})
-        self.found: dict[str, str] = {}
+        self.model, self.found = model, dict[str, str]()
+        self._names: dict[int, tuple[weakref.ref[Tensor], str]] = {}  # of weights and what was made of them, by id
+        for name, layer in crossbar_layers(model).items():
+            weight = None if isinstance(layer, Part) else parameter_of(layer)  # parts are taken out of their stack
+            if weight is not None:
+                self._names[id(weight)] = weakref.ref(weight), name
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if not torch.compiler.is_compiling() and _computes(func):
-            for name in self._names((*args, *(kwargs or {}).values())):
-                if not any(state.digital for state in self.states):
-                    self.found.setdefault(name, _name_of(func))
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if torch.compiler.is_compiling():
+            return result
+        name, is_attribute = _name_of(func)
+        if (is_attribute and name not in ATTRIBUTES) or name in ASKED:
+            return result
+        passes = is_attribute or name in PASSED
+        for layer in self._layers(args[:1] if passes else (*args, *(kwargs or {}).values())):
+            if sys._getframe(1).f_code is LOOKS_FOR_CHANGES:
+                break
+            if not passes and not is_digital(self.model):
+                self.found.setdefault(layer, name)
+            elif isinstance(result, Tensor):
+                self._names[id(result)] = weakref.ref(result), layer
+        return result
 
-    def _names(self, values: Iterable[Any]) -> list[str]:
-        each = [part for value in values for part in (value if isinstance(value, (list, tuple)) else (value,))]
-        return [self.names[id(part)] for part in each if id(part) in self.names]
+    def _layers(self, values: tuple) -> Iterator[str]:
+        for value in values:
+            for part in value if isinstance(value, (list, tuple)) else (value,):
+                ref, name = self._names.get(id(part), (None, ""))
+                if ref is not None and ref() is part:
+                    yield name
 
 
-def _name_of(func: Any) -> str:
-    owner = getattr(func, "__self__", None)
-    getter = getattr(func, "__name__", "") in ("__get__", "__set__", "__delete__")
-    return getattr(owner if getter else func, "__name__", str(func))
-
-
-def _computes(func: Any) -> bool:
-    name = getattr(func, "__name__", "")
-    if name == "__get__":
-        return _name_of(func) in READ
-    return name not in ASKED and name not in ("__set__", "__delete__")
+def _name_of(func: Any) -> tuple[str, bool]:
+    """A function's name, or that of the attribute that it gets or sets."""
+    name = getattr(func, "__name__", str(func))
+    if name in ("__get__", "__set__", "__delete__"):
+        return getattr(getattr(func, "__self__", None), "__name__", "") if name == "__get__" else "", True
+    return name, False

@@ -1,5 +1,6 @@
 """What a model computes with its crossbars' weights itself, beside their cells, a report says."""
 
+import copy
 import dataclasses
 import logging
 
@@ -54,10 +55,10 @@ def about_reads(report):
 
 READS = {
     "linear": lambda model, x: F.linear(x, model.b.weight, model.b.bias),
-    "T": lambda model, x: x @ model.b.weight.T,
+    "matmul": lambda model, x: x @ model.b.weight.T,
     "einsum": lambda model, x: torch.einsum("ni,oi->no", x, model.b.weight),
-    "detach": lambda model, x: x @ model.b.state_dict()["weight"].mT,
-    "data": lambda model, x: torch.from_numpy(x.numpy() @ model.b.weight.data.numpy().T),
+    "matmul of a copy": lambda model, x: (model.state_dict()["b.weight"].to(torch.float64) @ x.double().mT).mT.float(),
+    "numpy": lambda model, x: torch.from_numpy(x.numpy() @ model.b.weight.data.numpy().T),
     "norm": lambda model, x: x / model.b.weight.norm(),
     "stack": lambda model, x: x @ torch.stack([model.b.weight])[0],
 }
@@ -74,13 +75,31 @@ def test_a_weight_that_is_read_beside_its_layer_is_named(way, tmp_path):
     for _ in range(2):  # the second one is read from the log
         report = evaluate_robustness(model, evaluate, resume=tmp_path / "log", **OPTIONS)
         (note,) = about_reads(report)
-        assert note.endswith(f"which is digital: b ({way})") and report.uncalled == []
+        assert note.endswith(f"which is digital: b ({way.split()[0]})") and report.uncalled == []
 
 
-def test_what_asks_a_weight_for_its_kind_or_its_digital_layer_is_no_such_read():
+ASKS = {
+    "kind": lambda model, x: x.to(model.b.weight.dtype).to(model.b.weight.device),
+    "as": lambda model, x: x.to(model.b.weight).type_as(model.b.weight) + torch.zeros_like(model.b.weight)[0],
+    "saved": lambda model, x: x * len(copy.deepcopy(model).state_dict()),
+    "moved": lambda model, x: model.to("cpu", torch.float64).to(torch.float32) and x,
+}
+
+
+@pytest.mark.parametrize("way", ASKS)
+def test_what_asks_a_weight_for_its_kind_or_moves_it_is_no_such_read(way):
     x = torch.randn(16, 8)
-    model = patched(Reading(lambda model, x: x.to(model.b.weight.dtype).to(model.b.weight.device)[:, :8]), x)
-    assert about_reads(evaluate_robustness(model, lambda model: score(model, x), **OPTIONS)) == []
+    model = patched(Reading(lambda model, x: x), x)
+
+    def evaluate(model):
+        return score(model, x) + float(ASKS[way](model, x).sum())
+
+    assert about_reads(evaluate_robustness(model, evaluate, **OPTIONS)) == []
+
+
+def test_a_comparison_with_the_digital_layers_is_no_such_read():
+    x = torch.randn(16, 8)
+    model = patched(Reading(lambda model, x: x), x)
 
     def compared(model):
         with digital(model):
