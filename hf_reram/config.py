@@ -326,7 +326,7 @@ class ReRAMConfig(QuantizationConfigMixin):
 
 
 class FixedList(list):
-    """A list that does not change in place, of which nobody would hear; its copies do."""
+    """A list that does not change in place, of which nobody would hear; lists that are made of it do."""
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise TypeError(

@@ -94,6 +94,8 @@ class RunLog:
             )
         self.uncalled = {name for entry in entries for name in entry.get("uncalled", ())}
         self.notes = {note for entry in entries for note in entry.get("notes", ())}
+        casts = {cast for entry in entries for cast in entry.get("autocasts", ())}  # as they were noted before
+        self.notes |= {f"evaluated under autocast to {cast}" for cast in casts}
         return {Run(**fields_of(entry["run"], RUN)): entry["metrics"] for entry in entries}
 
     def _has(self, values: dict[str, Any]) -> bool:
@@ -126,6 +128,7 @@ RUN = {"kind": TEXT, "time": TIME, "temperature": HEAT, "seed": SEED}
 KNOWN = {
     "uncalled": TEXTS,
     "notes": TEXTS,
+    "autocasts": TEXTS,
     "parts": NAMED_TEXTS,
     "values": OBJECT,
     "versions": NAMED_TEXTS,

@@ -1,7 +1,8 @@
 """A checkpoint's model, from the Hub or a folder, whatever its class."""
 
+import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +16,15 @@ from ..device.checks import read_json, shown, some
 from ..model.find import crossbar_layers
 from .crossbars import put_on, stored_crossbars
 from .report import attach_report, stored_report
-from .whole import held_back, missing_from, refuse_digital, refuse_misshaped, refuse_random, weights_of
+from .whole import (
+    held_back,
+    missing_from,
+    refuse_digital,
+    refuse_misplaced,
+    refuse_misshaped,
+    refuse_random,
+    weights_of,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -84,12 +93,14 @@ def _load_adapted(name: str | os.PathLike, where: dict[str, Any], asked: dict[st
         raise ValueError(f"{name}: base_model_name_or_path={shown(base_name)}: allowed is a folder or Hub id")
     if has_file(base_name, ADAPTER):
         raise ValueError(f"{name}: base_model_name_or_path={base_name!r} has adapters itself: allowed is a whole model")
+    told = {key: where[key] for key in HUB if key in where}
+    stored = load_peft_weights(str(name), device="cpu", **told).keys()
     config = asked.get(ASKED)
     if isinstance(config, dict) and config.get("quant_method") == ReRAMConfig.quant_method:
         config = ReRAMConfig.from_dict(config)
     ours = isinstance(config, ReRAMConfig)  # for what the adapters were trained on, and not for the base alone
     with _explained(base_name):
-        base, missing = _load_whole(base_name, {}, {} if ours else asked, task=adapter.task_type)
+        base, missing = _load_whole(base_name, {}, {} if ours else asked, wanted=_Wanted(adapter, stored))
     crossbars = stored_crossbars(name, **where)
     if crossbars is not None and crossbars.before_adapters:
         crossbars.put_on(base)
@@ -97,10 +108,8 @@ def _load_adapted(name: str | os.PathLike, where: dict[str, Any], asked: dict[st
     brought, embeddings = (
         get_peft_model_state_dict(model, save_embedding_layers=all_).keys() for all_ in (False, True)
     )
-    told = {key: where[key] for key in HUB if key in where}
-    stored = load_peft_weights(str(name), device="cpu", **told).keys()
-    if stored <= brought | embeddings:  # else PEFT has names of its own for some of them
-        refuse_random(name, model, weights_of(brought - stored))
+    refuse_misplaced(name, base, weights_of(stored - brought - embeddings))
+    refuse_random(name, model, weights_of(brought - stored))
     trained = tuple(f"{part}." for part, m in base.named_modules() if isinstance(m, AuxiliaryTrainingWrapper))
     refuse_random(base_name, base, [key for key in missing if not key.startswith(trained)])
     if crossbars is not None:
@@ -118,10 +127,10 @@ def _load_whole(
     where: dict[str, Any],
     asked: dict[str, Any],
     headless: bool = False,
-    task: str | None = None,
+    wanted: "_Wanted | None" = None,
 ) -> tuple[Any, list[str]]:
-    """A model, for a ``task`` of adapters where there is one, and keys of the weights that its checkpoint lacks, which
-    are random in it."""
+    """A model, of the class that adapters have ``wanted`` where there are some, and keys of the weights that its
+    checkpoint lacks, which are random in it."""
     import transformers
 
     file: Any = cached_file(name, CONFIG, **where) if has_file(name, CONFIG, **where) else None
@@ -137,7 +146,7 @@ def _load_whole(
     for architecture in given if isinstance(given, (list, tuple)) else ():
         cls: Any = getattr(transformers, architecture, None) if isinstance(architecture, str) else None
         if _is_model_of(cls, config):
-            return _load_as(_for_task(cls, config, task), name, config, where, asked, headless)
+            return _load_as(cls if wanted is None else wanted.of(cls, config), name, config, where, asked, headless)
     kind = type(config).__name__
     raise ValueError(f"{name}: architectures={shown(given)}: allowed is a list of transformers' classes for {kind}")
 
@@ -158,14 +167,33 @@ def _load_as(
     return model, missing
 
 
-def _for_task(cls: type, config: Any, task: str | None) -> type:
-    """The class of models that adapters of a task go on, a checkpoint's own where it is one of the task's."""
-    import transformers
+class _Wanted:
+    """Of which class of transformers the model is that adapters were trained on, where that is not the one that its
+    checkpoint's config names: a checkpoint without a head, or with one of another task, gets its head beside them.
 
-    auto: Any = getattr(transformers, TASKS.get(task or "", ""), None)
-    found = () if auto is None else auto._model_mapping.get(type(config), ())
-    classes = found if isinstance(found, (list, tuple)) else (found,)
-    return cls if not classes or cls in classes else classes[0]
+    Args:
+        adapter: their PeftConfig. keys: of their weights.
+    """
+
+    def __init__(self, adapter: Any, keys: Iterable[str]) -> None:
+        self.task, self.mapped = adapter.task_type, (adapter.auto_mapping or {}).get("base_model_class")
+        inside = "base_model.model."
+        self.parts = {key.removeprefix(inside).partition(".")[0] for key in keys if key.startswith(inside)}
+
+    def of(self, cls: type, config: Any) -> type:
+        """The checkpoint's class, or where it has not all parts that the adapters have weights of, another that has."""
+        import transformers
+
+        auto: Any = getattr(transformers, TASKS.get(self.task or "", ""), None)
+        found = () if auto is None else auto._model_mapping.get(type(config), ())
+        others = [getattr(transformers, str(self.mapped), None), *(found if isinstance(found, tuple) else (found,))]
+        others = [other for other in others if other is not cls and _is_model_of(other, config)]
+        return next((each for each in (cls, *others) if others and self._fits(each, config)), cls)
+
+    def _fits(self, cls: Any, config: Any) -> bool:
+        with torch.device("meta"):
+            model = cls(copy.deepcopy(config))
+        return self.parts <= {name for name, _ in model.named_children()}
 
 
 def _need_timm(name: str | os.PathLike) -> None:

@@ -95,6 +95,21 @@ def refuse_random(name: Any, model: Any, missing: Collection[str]) -> None:
         )
 
 
+def refuse_misplaced(name: Any, model: Any, keys: Collection[str]) -> None:
+    """
+    Args:
+        name: of adapters. model: their base. keys: of their weights that have no place beside it.
+
+    Raises:
+        ValueError: there are some; names them.
+    """
+    if keys:
+        raise ValueError(
+            f"{name} holds weights that have no place beside a {type(model).__name__}: {some(sorted(keys))}: allowed "
+            "are adapters of the model that their adapter_config.json names"
+        )
+
+
 def refuse_misshaped(name: Any, model: Any, mismatched: Collection[tuple]) -> None:
     """
     Raises:

@@ -22,6 +22,7 @@ SKIPPED = ("CACHE", "PRECALL", "EXTENDED_ARG")  # which do nothing by themselves
 GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME")
 AROUND = ("LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF")
 ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
+INSIDE = (*ATTRIBUTES, "STORE_ATTR")
 # What may read attributes that code does not name.
 READ_ANY = ("__dict__", "attrgetter", "methodcaller", "_get_kwargs", "_get_args")
 FUNCTIONS = ("vars", "eval", "exec")  # no methods of these names
@@ -155,17 +156,27 @@ def reads(code: types.CodeType) -> frozenset[str]:
 
 
 @cache
-def handed_on(code: types.CodeType) -> frozenset[str]:
-    """Names of attributes that code takes for more than to take or set attributes of them: it may hand them to other
-    code. Those that make an object aside, since it holds what they make of them."""
+def taken_whole(code: types.CodeType) -> frozenset[str]:
+    """Names of attributes that code takes for more than to take or set attributes of them, also under a name of its
+    own: it may hand them to other code. Not where an object is made, since it holds what comes of them."""
     if code.co_name in MAKING:
         return frozenset()
-    steps = [pair for part in codes_of(code) for pair in pairwise(steps_of(part))]
-    return frozenset(
-        step.argval
-        for step, after in steps
-        if step.opname in ATTRIBUTES and after.opname not in (*ATTRIBUTES, "STORE_ATTR")
-    )
+    found = set()
+    for part in codes_of(code):
+        pairs = list(pairwise(steps_of(part)))
+        for step, after in pairs:
+            if step.opname not in ATTRIBUTES or after.opname in INSIDE:
+                continue
+            named = after.argval if after.opname == "STORE_FAST" else None
+            loads = [(one, two) for one, two in pairs if "LOAD_FAST" in one.opname and named in _locals(one)]
+            if named is None or any(one.argval != named or two.opname not in INSIDE for one, two in loads):
+                found.add(step.argval)
+    return frozenset(found)
+
+
+def _locals(step: dis.Instruction) -> tuple[str, ...]:
+    """The local variables that a step loads; of some Pythons several at once."""
+    return step.argval if isinstance(step.argval, tuple) else (step.argval,)
 
 
 def names_in(code: types.CodeType) -> set[str]:

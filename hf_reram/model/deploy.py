@@ -91,12 +91,14 @@ def deploy(
         warn_uncalibrated(model)
         warn_clipped(layers)
         reset_calls(model)
-        beside = {layer: layer.calls for layer in around(model).values()}
+        beside = {layer: layer.calls for layer in around(model).values() if layer.chip is None}
+        before = [state.deployments for state in states]
         yield model
         reshard(model)
         refuse_changed(layers, processes() > 1 and is_sharded(model))
         warn_uncalled(model, "were not called while the model was deployed: what it computed is not a chip's there")
-        _warn_around(model, beside)
+        if [state.deployments for state in states] == before:  # else parts around it are deployed themselves
+            _warn_around(model, beside)
     finally:
         for state in states:
             state.chips -= 1
@@ -201,9 +203,9 @@ def warn_uncalled(model: nn.Module, what: str, names: list[str] | None = None) -
 def _warn_around(model: nn.Module, calls: dict[CrossbarLayer, int]) -> None:
     """
     Args:
-        calls: of the layers around the model before.
+        calls: of the layers around the model before, of those that were no chip.
     """
-    names = [name for name, layer in around(model).items() if layer.calls != calls.get(layer, 0)]
+    names = [name for name, layer in around(model).items() if layer.calls != calls.get(layer, layer.calls)]
     warned = crossbar_state(model).warned
     if names and ("around", *names) not in warned:
         warned.add(("around", *names))

@@ -24,7 +24,6 @@ from .code import (
     Chains,
     around_of,
     globals_of,
-    handed_on,
     imports_of,
     is_generated,
     module_of,
@@ -33,8 +32,10 @@ from .code import (
     reads,
     reads_any,
     set_by,
+    taken_whole,
     variables_around,
 )
+from .handed import handed_on
 from .installed import OWN, is_installed
 from .source import set_since, source_of
 
@@ -121,18 +122,19 @@ class Description:
 
     def arguments_read(self) -> dict[str, Any]:
         """What tells those attributes of objects of arguments that code reads, by their names."""
-        new: list[Any] = [None]
+        new: list[Any] = [()]
         while new:  # they may name more code, and that more of them
             codes = self.codes_read()
             names, any_ = {name for code in codes for name in reads(code)}, any(map(reads_any, codes))
-            whole = {name for code in codes for name in handed_on(code)}
-            new = [
-                (at, name, _path(label, name), attributes[name])
-                for at, (label, _, attributes) in enumerate(self.arguments.values())
-                for name in sorted(attributes)
-                if (at, name) not in self.arguments_told
-                and (any_ or name in names or label.rpartition(".")[2] in whole)
-            ]
+            whole = {name for code in codes for name in taken_whole(code)}
+            new = []
+            for at, (label, value, attributes) in enumerate(self.arguments.values()):
+                every = counted_of(value, attributes) if label.rpartition(".")[2] in whole else {}
+                new += [
+                    (at, name, _path(label, name), attributes[name])
+                    for name in sorted(attributes)
+                    if (at, name) not in self.arguments_told and (any_ or name in names or name in every)
+                ]
             for at, name, path, part in new:
                 self.arguments_told[at, name] = path, self.held(path, part)
         return {path: part for _, (path, part) in sorted(self.arguments_told.items())}
@@ -246,7 +248,10 @@ class Description:
             return [*parts, {name: of(part) for name, part in around.items() if name not in left_out}]
         self.functions[value] = None
         known = {name: part for name, part in value.__globals__.items() if name[:2] != "__"}
-        used = {**self.variables(around, around_of(code)), **self.variables(known, globals_of(code))}
+        used = {
+            **self.variables(value, around, around_of(code)),
+            **self.variables(value, known, globals_of(code)),
+        }
         imported = self.source(imports_of(code, value.__globals__.get("__package__") or ""))
         own = {name: part for name, part in vars(value).items() if name != "__wrapped__"}
         more = [self.held(name, part) for name, part in (("imports", imported), ("attributes", own)) if part]
@@ -255,19 +260,23 @@ class Description:
     def code(self, value: types.CodeType) -> list:
         return ["code", value.co_code.hex(), list(value.co_names), *map(self.of, value.co_consts)]
 
-    def variables(self, known: Mapping[str, Any], chains: Chains) -> dict[str, Any]:
-        """What tells the variables that code reads, by their names and those of the attributes that it takes."""
-        found: dict[str, Any] = {}
+    def variables(self, function: types.FunctionType, known: Mapping[str, Any], chains: Chains) -> dict[str, Any]:
+        """What tells the variables that a function's code reads, by their names and those of the attributes that it
+        takes."""
+        found, told = dict[str, Any](), dict[str, Any]()
         for name in sorted(known.keys() & chains.keys()):
             for chain in sorted(chains[name]):
                 part, at = known[name], 0
                 while at < len(chain) and chain[at] in (inside := parts_inside(part)):
                     part, at = inside[chain[at]], at + 1
                 path = ".".join((name, *chain[:at]))
+                if type(part) is argparse.Namespace and not at and not handed_on(function, name):
+                    self.label = path  # it gets to a script's functions alone, of which all is known
+                    told[path] = self.read_of(part, vars(part), {})
+                    continue
                 # By its parts where it is taken whole, to say which differs.
-                counted = counted_of(part)
+                counted = counted_of(part, vars(part) if type(part) is argparse.Namespace else {})
                 found |= {f"{path}.{each}": inside for each, inside in counted.items()} or {path: part}
-        told = {}
         for name, part in found.items():
             self.label = name
             told[name] = self.held(name, part)
@@ -301,7 +310,7 @@ class Description:
         if isinstance(value, nn.Module):
             return self.module(value)
         if "TrainingArguments" in kinds:
-            return [of(cls), {name: of(part) for name, part in counted_of(value).items()}]
+            return [of(cls), {name: of(part) for name, part in counted_of(value, {}).items()}]
         if _is_of_tokenizers(cls):
             return self.tokenizer(value)
         if isinstance(value, torch.Generator):  # how far it is, its use says
@@ -408,12 +417,10 @@ def is_own(value: Any) -> bool:
     )
 
 
-def counted_of(value: Any) -> dict[str, Any]:
-    """By name what counts of a namespace of arguments, or of a Trainer's, that is taken whole; nothing of others."""
-    if type(value) is argparse.Namespace:
-        return vars(value)
+def counted_of(value: Any, attributes: Mapping[str, Any]) -> Mapping[str, Any]:
+    """By name what counts of a Trainer's arguments that are taken whole; the ``attributes`` of others."""
     if "TrainingArguments" not in kinds_of(value):
-        return {}
+        return attributes
     own, parts = arguments_of(value)
     read = {name: part for name, part in own.items() if not OF_TRAINING.match(name)}
     return {"class": type(value), **read, **parts}

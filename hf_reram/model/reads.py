@@ -1,5 +1,6 @@
 """Weights of crossbars that something computes with itself, beside their layers: what it makes of them is digital."""
 
+import re
 import sys
 import weakref
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..nn.array import bit_sum
 from ..nn.places import Part, parameter_of
-from .find import crossbar_layers, is_digital
+from .find import crossbar_layers, crossbar_states, is_digital
 
 # What is asked of a weight without computing with it, attributes aside.
 ASKED = frozenset(
@@ -37,10 +38,14 @@ PASSED = frozenset(
 )
 
 
+# What computes outputs of layers, and not figures of the weights by themselves, such as norms.
+PRODUCTS = re.compile(r"linear|.*matmul.*|.*mm(_|$)|mv|addmv|einsum|conv\w*|tensordot|inner|dot|chain_matmul|multi_dot")
+
+
 class WeightReads(TorchFunctionMode):
-    """While it is entered, notes which crossbars' weights functions of torch compute with. Layers on a chip do not:
-    their cells hold what they compute with. Nothing is seen of compiled code, of what is digital, nor of copies that
-    were made before.
+    """While it is entered, notes which crossbars' weights functions of torch compute with within forwards of the model,
+    and outside of them what multiplies by them. Layers on a chip do not: their cells hold what they compute with.
+    Nothing is seen of compiled code, of what is digital, nor of copies that were made before.
 
     Args:
         model: patched.
@@ -52,6 +57,7 @@ class WeightReads(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model, self.found = model, dict[str, str]()
+        self._states = crossbar_states(model)
         self._names: dict[int, tuple[weakref.ref[Tensor], str]] = {}  # of weights and what was made of them, by id
         for name, layer in crossbar_layers(model).items():
             weight = None if isinstance(layer, Part) else parameter_of(layer)  # parts are taken out of their stack
@@ -72,8 +78,9 @@ class WeightReads(TorchFunctionMode):
             if sys._getframe(1).f_code is LOOKS_FOR_CHANGES:
                 break
             if not passes and not is_digital(self.model):
-                self.found.setdefault(layer, name)
-            elif isinstance(result, Tensor):
+                if PRODUCTS.fullmatch(name) or any(state.running for state in self._states):
+                    self.found.setdefault(layer, name)
+            elif passes and isinstance(result, Tensor):
                 self._names[id(result)] = weakref.ref(result), layer
         return result
 

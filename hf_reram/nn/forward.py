@@ -45,6 +45,9 @@ def same_mask(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
+HELD = 8  # outputs, which take memory
+
+
 class Forward:
     """What one forward of a patched model samples and collects; made anew for each.
 
@@ -104,11 +107,19 @@ class Forward:
         metadata: Any = y.grad_fn.metadata
         metadata["hf_reram"] = keeper
 
-    def look_at_given(self) -> None:
-        """Learn which layers' outputs the model has changed in place."""
-        for layer, y, version in self.given:
+    def give(self, layer: Any, y: Tensor) -> Tensor:
+        """A copy of a layer's output for the model, until it is known whether that changes it in place: soon after, as
+        more than a few outputs are not held on to."""
+        copy = y.clone()
+        self.look_at_given(HELD)
+        self.given.append((layer, copy, copy._version))
+        return copy
+
+    def look_at_given(self, kept: int = 0) -> None:
+        """Learn which layers' outputs the model has changed in place, but for those of the last ones that are kept."""
+        while len(self.given) > kept:
+            layer, y, version = self.given.pop(0)
             layer.copies_output = bool(layer.copies_output) or y._version != version
-        self.given = []
 
     def scale(self, name: str, device: torch.device) -> Tensor:
         """The gradient, (2,), that a layer's term will receive."""

@@ -59,10 +59,7 @@ def account(layer: "CrossbarLayer", driven: Driven, held: Held, y: Tensor) -> Te
             forward.keep_while(y)
         if layer.copies_output is False:
             return y
-        found = y.clone()
-        if layer.copies_output is None and not runs_again():
-            forward.given.append((layer, found, found._version))
-        return found
+        return forward.give(layer, y) if layer.copies_output is None and not runs_again() else y.clone()
 
 
 def output_term(layer: "CrossbarLayer", driven: Driven, held: Held, signal: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from hf_reram.evaluation.content import described, key_of
-from hf_reram.model.code import globals_of, imports_of, reads_any
+from hf_reram.model.code import globals_of, imports_of, reads_any, taken_whole
 from hf_reram.model.description import added_attributes
 from hf_reram.model.installed import is_installed
 from hf_reram.model.source import set_since, source_of
@@ -252,6 +252,8 @@ READS = {
     "around": "def outer(args):\n  def score(p): return p * args.batch\n  return score\nscore = outer(args)",
     "beside a method": "def helper(p, given): return p * given\n"
     "def score(p):\n  try: p.eval()\n  except AttributeError: return helper(p, args.batch)",
+    "by name": "def score(p): return p * getattr(args, 'batch')",
+    "handed on": "def helper(p, given): return p * given.batch\ndef score(p): return helper(p, args)",
     "inside": "class held: inner = args\ndef score(p): return p * held.inner.batch",
 }
 
@@ -273,12 +275,12 @@ def test_of_a_script_s_arguments_those_count_that_its_code_reads(way):
 
 HANDED = {
     "to a library's function": "import json\ndef score(p): return p * len(json.dumps(args, default=vars_of))",
-    "to a script's function": "def helper(p, given): return p * given.batch\ndef score(p): return helper(p, args)",
+    "by a script's function": "import json\ndef inner(p, a): return json.dumps(a, default=vars_of)\n"
+    "def score(p): return len(inner(p, a=args))",
     "to a class": "class Own:\n  def __init__(self, a): self.a = a\ndef score(p): return p * Own(args).a.batch",
     "as a text": "def score(p): return f'{args} {p}'",
     "compared": "def score(p): return p if args == other else 0",
     "under another name": "def score(p):\n  a = args\n  return p * a.batch",
-    "by name": "def score(p): return p * getattr(args, 'batch')",
     "in vars": "def score(p): return p * vars(args)['batch']",
     "as a dict": "def score(p): return p * args.__dict__['batch']",
     "as a default": "def score(p, a=args): return p * a.batch",
@@ -314,7 +316,7 @@ def test_of_a_class_of_settings_those_count_that_code_takes():
 def test_the_attribute_that_differs_is_named():
     def parts(**changed):
         args = argparse.Namespace(**{"batch": 8, "chips": 1, **changed})
-        return key_of("evaluation", script(HANDED["to a script's function"], args=args))
+        return key_of("evaluation", script(HANDED["as a text"], args=args))
 
     mine, other = parts(), parts(chips=2)
     assert mine.keys() == other.keys()
@@ -409,6 +411,23 @@ READ_ANY = {
 @pytest.mark.parametrize("read", READ_ANY)
 def test_code_may_read_any_attribute_unless_it_says_which(read):
     assert reads_any(compile(f"def score(p): return {read}", "script", "exec")) == READ_ANY[read]
+
+
+@pytest.mark.parametrize(
+    ("body", "whole"),
+    [
+        ("return self.args.a", False),
+        ("args = self.args\n  return args.a + args.b", False),
+        ("args = self.args\n  self.args.count = 1\n  args.b = 2", False),
+        ("args = self.args\n  return args.a, args", True),
+        ("return helper(self.args)", True),
+        ("return lambda: vars(self.args)", True),
+    ],
+)
+def test_what_code_takes_whole(body, whole):
+    space: dict = {}
+    exec(f"def score(self):\n  {body}", space)
+    assert ("args" in taken_whole(space["score"].__code__)) == whole
 
 
 def test_a_pattern_may_read_any_attribute():

@@ -20,6 +20,7 @@ from transformers import (
     RobertaConfig,
     RobertaForMaskedLM,
     RobertaForSequenceClassification,
+    RobertaModel,
     TrainingArguments,
 )
 
@@ -355,12 +356,37 @@ def test_adapters_with_a_head_of_another_task_than_their_base_s(tmp_path):
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
     RobertaForMaskedLM(RobertaConfig(vocab_size=60, **shape)).save_pretrained(tmp_path / "base")
-    base = RobertaForSequenceClassification.from_pretrained(tmp_path / "base")
-    model = get_peft_model(base, LoraConfig(target_modules=["query"], task_type="SEQ_CLS")).eval()
-    model.save_pretrained(tmp_path / "adapter")
-    again = load_model(tmp_path / "adapter").eval()
     inputs = torch.arange(4, 12)[None]
-    torch.testing.assert_close(again(inputs).logits, model(inputs).logits)
+    for task in ("SEQ_CLS", None):
+        base = RobertaForSequenceClassification.from_pretrained(tmp_path / "base")
+        config = LoraConfig(target_modules=["query"], task_type=task, modules_to_save=["classifier"])
+        model = get_peft_model(base, config).eval()
+        model.save_pretrained(tmp_path / "adapter")
+        again = load_model(tmp_path / "adapter").eval()
+        torch.testing.assert_close(again(inputs)[0], model(inputs)[0])
+
+
+def test_adapters_go_where_their_weights_fit(tmp_path):
+    """Whatever their task's class is; where they fit nowhere they are refused."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    whole = RobertaForMaskedLM(RobertaConfig(vocab_size=60, **shape))
+    whole.save_pretrained(tmp_path / "base")
+    inputs = torch.arange(4, 12)[None]
+    for cls in (RobertaForMaskedLM, RobertaModel):
+        options = {} if cls is RobertaForMaskedLM else {"add_pooling_layer": False}
+        base = cls.from_pretrained(tmp_path / "base", **options)
+        config = LoraConfig(target_modules=["query"], task_type="FEATURE_EXTRACTION", init_lora_weights=False)
+        model = get_peft_model(base, config).eval()
+        model.save_pretrained(tmp_path / "adapter")
+        again = load_model(tmp_path / "adapter").eval()
+        assert type(again.get_base_model()) is cls
+        torch.testing.assert_close(again(inputs)[0], model(inputs)[0])
+    place = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = {key.replace("encoder", "decoder"): t for key, t in load_file(place).items()}
+    save_file(tensors, place, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"adapter holds weights that have no place beside a Roberta.*decoder"):
+        load_model(tmp_path / "adapter")
 
 
 def test_a_digital_model_with_adapters_is_saved_as_by_peft(digital_base, tmp_path):

@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from hf_reram import (
     DeviceConfig,
     ReRAMConfig,
+    ReRAMTrainer,
     calibrate,
     deploy,
     digital,
@@ -81,6 +83,7 @@ def test_a_weight_that_is_read_beside_its_layer_is_named(way, tmp_path):
 ASKS = {
     "kind": lambda model, x: x.to(model.b.weight.dtype).to(model.b.weight.device),
     "as": lambda model, x: x.to(model.b.weight).type_as(model.b.weight) + torch.zeros_like(model.b.weight)[0],
+    "norms": lambda model, x: x + sum(p.norm().item() for p in model.parameters()) * 0,
     "saved": lambda model, x: x * len(copy.deepcopy(model).state_dict()),
     "moved": lambda model, x: model.to("cpu", torch.float64).to(torch.float32) and x,
 }
@@ -95,6 +98,41 @@ def test_what_asks_a_weight_for_its_kind_or_moves_it_is_no_such_read(way):
         return score(model, x) + float(ASKS[way](model, x).sum())
 
     assert about_reads(evaluate_robustness(model, evaluate, **OPTIONS)) == []
+
+
+def test_a_trainer_that_moves_its_model_reads_no_weight(tmp_path):
+    batch = bert_batch()
+    rows = [{key: value[i] for key, value in batch.items()} for i in range(len(batch["labels"]))]
+    args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True)
+    trainer = ReRAMTrainer(patched(tiny_bert(), batch), args, eval_dataset=rows)
+    report = trainer.evaluate_robustness(["1d"], seeds=1, references=False, progress=False)
+    assert about_reads(report) == []
+    model = patched(tiny_bert(), batch)
+
+    def evaluate(model):
+        return Trainer(model, args, eval_dataset=rows).evaluate()["eval_loss"]
+
+    assert about_reads(evaluate_robustness(model, evaluate, key="loss", **OPTIONS)) == []
+
+
+def test_a_head_that_is_used_by_itself_is_such_a_read():
+    x = torch.randn(16, 8)
+    model = patched(Reading(lambda model, x: x), x)
+
+    def evaluate(model):
+        return score(model, x) + float(F.linear(x, model.b.weight).sum())
+
+    (note,) = about_reads(evaluate_robustness(model, evaluate, **OPTIONS))
+    assert note.endswith(": b (linear)")
+
+
+def test_parts_that_are_deployed_within_one_another_are_chips(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("hf_reram.model.deploy"), "propagate", True)
+    batch = bert_batch()
+    model = patched(tiny_bert(), batch)
+    with deploy(model.bert, "1d", seed=1), deploy(model.classifier, "10y", seed=2), torch.no_grad():
+        model(**batch)
+    assert not [record for record in caplog.records if "around the model" in record.getMessage()]
 
 
 def test_a_comparison_with_the_digital_layers_is_no_such_read():
