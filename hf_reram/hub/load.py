@@ -40,6 +40,7 @@ TASKS = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 # What PEFT takes to find an adapter's weights.
 HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
 
@@ -188,7 +189,13 @@ class _Wanted:
         found = () if auto is None else auto._model_mapping.get(type(config), ())
         others = [getattr(transformers, str(self.mapped), None), *(found if isinstance(found, tuple) else (found,))]
         others = [other for other in others if other is not cls and _is_model_of(other, config)]
-        return next((each for each in (cls, *others) if others and self._fits(each, config)), cls)
+        headless = (
+            transformers.AutoModel._model_mapping.get(type(config), None) is cls and self.task != "FEATURE_EXTRACTION"
+        )
+        # A head of the task's name may be another task's too, and one that is not trained is none of the adapters'.
+        first = cls not in (found if isinstance(found, tuple) else (found,)) and (self.task in HEADS or headless)
+        tried = (*others, cls) if first else (cls, *others)
+        return next((each for each in tried if others and self._fits(each, config)), cls)
 
     def _fits(self, cls: Any, config: Any) -> bool:
         with torch.device("meta"):

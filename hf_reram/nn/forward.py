@@ -63,7 +63,7 @@ class Forward:
         alone: it is of one layer, called by itself.
         consumed: the terms have joined a loss. attached: they travel attached to the layers' outputs.
         given: layers of which nobody knows yet whether the model changes their outputs in place, with the copies of
-            them that it got, and PyTorch's counts of changes then.
+            them that it got, and PyTorch's counts of changes then; gone: those that are not held on to any more.
         before: the last forward, where both are compiled: nothing else holds on to it.
         rerun: layers run once without gradients, and again in the backward (reentrant checkpointing).
     """
@@ -87,6 +87,7 @@ class Forward:
         self.attached = True
         self.kept_by: Any = nobody
         self.given: list[tuple[Any, Tensor, int]] = []
+        self.gone: list[tuple[Any, weakref.ref[Tensor], int]] = []
         self.compiled = torch.compiler.is_compiling()
         self.grad = torch.is_grad_enabled()
 
@@ -119,7 +120,15 @@ class Forward:
         """Learn which layers' outputs the model has changed in place, but for those of the last ones that are kept."""
         while len(self.given) > kept:
             layer, y, version = self.given.pop(0)
-            layer.copies_output = bool(layer.copies_output) or y._version != version
+            if y._version == version and kept:  # it may change yet, if anyone keeps it
+                self.gone.append((layer, weakref.ref(y), version))
+            else:
+                layer.copies_output = bool(layer.copies_output) or y._version != version
+        if not kept:
+            for layer, ref, version in self.gone:
+                later = ref()
+                layer.copies_output = bool(layer.copies_output) or (later is not None and later._version != version)
+            self.gone = []
 
     def scale(self, name: str, device: torch.device) -> Tensor:
         """The gradient, (2,), that a layer's term will receive."""
