@@ -21,7 +21,16 @@ from ..device.temperature import parse_temperature
 from ..device.time import parse_time
 from ..model.deploy import deploy, digital, refuse_modes, uncalibrated
 from ..model.digest import model_digest, settings_of, untold_in, values_of, weights_digest
-from ..model.find import around, crossbar_layers, crossbar_states, is_compiled, replaced, reset_calls, uncalled
+from ..model.find import (
+    calls_around,
+    crossbar_layers,
+    crossbar_states,
+    is_compiled,
+    ran_around,
+    replaced,
+    reset_calls,
+    uncalled,
+)
 from ..model.finite import refuse_not_finite
 from ..model.inputs import evaluating, forked_rng
 from ..model.reads import WeightReads
@@ -363,10 +372,7 @@ def _measure(
     with context, evaluating(model), forked_rng(model):
         torch.manual_seed(derived_seed(run.seed, f"read noise at {run.time:g} s, {run.temperature} K"))
         reset_calls(model)
-        before, beside = (
-            [state.deployments for state in states],
-            {layer: layer.calls for layer in around(model).values()},
-        )
+        before, beside = [state.deployments for state in states], calls_around(model)
         for state in states:
             state.autocasts = set()
         with alike(together):
@@ -377,7 +383,7 @@ def _measure(
                     "evaluate deployed the model as a chip of its own, so that its numbers are not those of the chip "
                     "that is evaluated: let it call the model as it is given"
                 )
-            if ran := [name for name, layer in around(model).items() if layer.calls != beside.get(layer, 0)]:
+            if ran := ran_around(model, beside):
                 raise RuntimeError(
                     f"evaluate ran crossbar layers around the model that it was given, which are no chip: "
                     f"{', '.join(ran)}: evaluate the whole model, or have evaluate call what it is given alone"

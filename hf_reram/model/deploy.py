@@ -20,7 +20,7 @@ from ..nn.clipping import warn_clipped
 from ..nn.places import parameter_of
 from ..nn.tensors import whole
 from .find import (
-    around,
+    calls_around,
     chip_names,
     crossbar_layers,
     crossbar_state,
@@ -28,6 +28,7 @@ from .find import (
     is_chip,
     is_digital,
     ran,
+    ran_around,
     reset_calls,
     uncalled,
 )
@@ -91,14 +92,14 @@ def deploy(
         warn_uncalibrated(model)
         warn_clipped(layers)
         reset_calls(model)
-        beside = {layer: layer.calls for layer in around(model).values() if layer.chip is None}
+        beside = calls_around(model)
         before = [state.deployments for state in states]
         yield model
         reshard(model)
         refuse_changed(layers, processes() > 1 and is_sharded(model))
         warn_uncalled(model, "were not called while the model was deployed: what it computed is not a chip's there")
         if [state.deployments for state in states] == before:  # else parts around it are deployed themselves
-            _warn_around(model, beside)
+            _warn_around(model, ran_around(model, beside))
     finally:
         for state in states:
             state.chips -= 1
@@ -200,12 +201,8 @@ def warn_uncalled(model: nn.Module, what: str, names: list[str] | None = None) -
         logger.warning("%d of %d crossbar layers %s: %s", len(names), len(layers), what, shown)
 
 
-def _warn_around(model: nn.Module, calls: dict[CrossbarLayer, int]) -> None:
-    """
-    Args:
-        calls: of the layers around the model before, of those that were no chip.
-    """
-    names = [name for name, layer in around(model).items() if layer.calls != calls.get(layer, layer.calls)]
+def _warn_around(model: nn.Module, names: list[str]) -> None:
+    """Name layers around the model that ran, once for each set of them."""
     warned = crossbar_state(model).warned
     if names and ("around", *names) not in warned:
         warned.add(("around", *names))

@@ -163,6 +163,16 @@ def around(model: nn.Module) -> dict[str, CrossbarLayer]:
     return {name: layer for root in roots for name, layer in crossbar_layers(root).items() if layer not in inside}
 
 
+def calls_around(model: nn.Module) -> dict[CrossbarLayer, int]:
+    """How often the layers :func:`around` the model have run, of those that are on no chip themselves."""
+    return {layer: layer.calls for layer in around(model).values() if layer.chip is None}
+
+
+def ran_around(model: nn.Module, before: Mapping[CrossbarLayer, int]) -> list[str]:
+    """Names of the layers :func:`around` the model that have run since :func:`calls_around`."""
+    return [name for name, layer in around(model).items() if layer.calls != before.get(layer, layer.calls)]
+
+
 def replaced(model: nn.Module) -> list[str]:
     """Names of layers that were put on crossbars and have a digital layer in their place now."""
     inside, layers = set(model.modules()), crossbar_layers(model).values()

@@ -44,8 +44,9 @@ PRODUCTS = re.compile(r"linear|.*matmul.*|.*mm(_|$)|mv|addmv|einsum|conv\w*|tens
 
 class WeightReads(TorchFunctionMode):
     """While it is entered, notes which crossbars' weights functions of torch compute with within forwards of the model,
-    and outside of them what multiplies by them. Layers on a chip do not: their cells hold what they compute with.
-    Nothing is seen of compiled code, of what is digital, nor of copies that were made before.
+    and outside of them what multiplies by them, or by what was made of them element by element, as their normalized
+    rows are. Layers on a chip do not: their cells hold what they compute with. Nothing is seen of compiled code, of
+    what is digital, nor of copies that were made before.
 
     Args:
         model: patched.
@@ -74,22 +75,33 @@ class WeightReads(TorchFunctionMode):
         if (is_attribute and name not in ATTRIBUTES) or name in ASKED:
             return result
         passes = is_attribute or name in PASSED
-        for layer in self._layers(args[:1] if passes else (*args, *(kwargs or {}).values())):
-            if sys._getframe(1).f_code is LOOKS_FOR_CHANGES:
-                break
-            if not passes and not is_digital(self.model):
-                if PRODUCTS.fullmatch(name) or any(state.running for state in self._states):
-                    self.found.setdefault(layer, name)
-            elif passes and isinstance(result, Tensor):
+        values = list(_tensors(args[:1] if passes else (*args, *(kwargs or {}).values())))
+        layers = {layer: value for value in values if (layer := self._layer(value)) is not None}
+        if not layers or sys._getframe(1).f_code is LOOKS_FOR_CHANGES:
+            return result
+        # A product of weights alone is no output yet, as that of an adapter's two is none.
+        meets_others = any(self._layer(value) is None for value in values)
+        computes = any(state.running for state in self._states) or (PRODUCTS.fullmatch(name) and meets_others)
+        if not passes and computes and not is_digital(self.model):
+            for layer in layers:
+                self.found.setdefault(layer, name)
+        elif isinstance(result, Tensor):
+            layer, weight = next(iter(layers.items()))
+            if passes or not meets_others or result.shape == weight.shape:
                 self._names[id(result)] = weakref.ref(result), layer
         return result
 
-    def _layers(self, values: tuple) -> Iterator[str]:
-        for value in values:
-            for part in value if isinstance(value, (list, tuple)) else (value,):
-                ref, name = self._names.get(id(part), (None, ""))
-                if ref is not None and ref() is part:
-                    yield name
+    def _layer(self, value: Tensor) -> str | None:
+        """The layer whose weight it is, or is made of."""
+        ref, name = self._names.get(id(value), (None, None))
+        return name if ref is not None and ref() is value else None
+
+
+def _tensors(values: tuple) -> Iterator[Tensor]:
+    for value in values:
+        yield from (
+            part for part in (value if isinstance(value, (list, tuple)) else (value,)) if isinstance(part, Tensor)
+        )
 
 
 def _name_of(func: Any) -> tuple[str, bool]:

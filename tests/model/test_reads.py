@@ -126,6 +126,44 @@ def test_a_head_that_is_used_by_itself_is_such_a_read():
     assert note.endswith(": b (linear)")
 
 
+OUTSIDE = {
+    "linear": lambda x, w: F.linear(x, F.normalize(w)),
+    "matmul": lambda x, w: x @ (w * 2).T,
+    "mm": lambda x, w: x.mm((w - w.mean()) / w.std()),
+    "einsum": lambda x, w: torch.einsum("ni,oi->no", x, w @ w.T),
+}
+
+
+@pytest.mark.parametrize("way", OUTSIDE)
+def test_what_is_made_of_a_weight_first_is_such_a_read_too(way):
+    x = torch.randn(16, 8)
+    model = patched(Reading(lambda model, x: x), x)
+
+    def evaluate(model):
+        return score(model, x) + float(OUTSIDE[way](x, model.b.weight.detach()).sum())
+
+    (note,) = about_reads(evaluate_robustness(model, evaluate, **OPTIONS))
+    assert note.endswith(f": b ({way})")
+
+
+FIGURES = {
+    "power": lambda x, w: (w @ w.T).trace(),
+    "norm": lambda x, w: w.norm() * x.sum(),
+    "both": lambda x, w: (w.T @ w).sum() + torch.linalg.matrix_norm(w / 2),
+}
+
+
+@pytest.mark.parametrize("way", FIGURES)
+def test_a_figure_of_a_weight_by_itself_is_no_such_read(way):
+    x = torch.randn(16, 8)
+    model = patched(Reading(lambda model, x: x), x)
+
+    def evaluate(model):
+        return score(model, x) + float(FIGURES[way](x, model.b.weight.detach()))
+
+    assert about_reads(evaluate_robustness(model, evaluate, **OPTIONS)) == []
+
+
 def test_parts_that_are_deployed_within_one_another_are_chips(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("hf_reram.model.deploy"), "propagate", True)
     batch = bert_batch()
