@@ -210,11 +210,17 @@ def _error(shared: list[LayerStatistics], curve: Curve, config: ReRAMConfig) -> 
 
 def _worst(statistics: LayerStatistics, rows: Tensor, curve: Curve, levels: int, floor: float, noise: float) -> float:
     """The largest relative error of the largest tokens."""
-    x, peaks = statistics.grouped(statistics.extremes[:, :-1]), statistics.extremes[:, -1:]
-    curve = curve._replace(span=peaks) if isinstance(curve.span, Tensor) else curve
+    x, curve = largest_tokens(statistics, curve)
     error = torch.bmm(rows, (curve.phi(x, levels, floor) - x).mT).square().sum((0, 1))
     unit: Any = curve.unit_square(statistics.layer.crossbar.config)
     return float(((error + unit * noise) * relative_weights(rows, x)).max())
+
+
+def largest_tokens(statistics: LayerStatistics, curve: Curve) -> tuple[Tensor, Curve]:
+    """The inputs that are kept because they are the largest, (groups, samples, crossbar rows), and the curve with their
+    range. What all others attend to is one token of a thousand, and the model is lost without it."""
+    x, peaks = statistics.grouped(statistics.extremes[:, :-1]), statistics.extremes[:, -1:]
+    return x, curve._replace(span=peaks) if isinstance(curve.span, Tensor) else curve
 
 
 def best_full_scale(

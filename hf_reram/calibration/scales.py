@@ -7,8 +7,8 @@ from ..device.read_noise import relative_read_noise
 from ..model.find import arrays
 from ..model.sharding import gathered
 from ..nn.array import cell_weight, program
-from ..nn.mapping import Inputs, layer_scales
-from .ranges import best_full_scale, curve_of, sample_weights
+from ..nn.mapping import Inputs, layer_scales, relative_weights
+from .ranges import best_full_scale, curve_of, largest_tokens, sample_weights
 from .statistics import LayerStatistics
 
 
@@ -57,12 +57,23 @@ def settle_scale(same: list[LayerStatistics]) -> None:
 
 
 def weighted_inputs(statistics: LayerStatistics) -> tuple[Tensor, Inputs]:
-    """The layer's weights by rows of the array, and what meets them, scaled by the root of :func:`sample_weights`."""
+    """The layer's weights by rows of the array, and what meets them, scaled by the root of :func:`sample_weights`.
+    Where each token has a range of its own, the few largest count as much together as all that were sampled: sampled
+    ones hardly drive the rows of massive activations, whose large weights would be clipped at no expected cost."""
     layer, config = statistics.layer, statistics.layer.crossbar.config
     rows, phi, weights = _sampled(statistics)
+    curve = curve_of(statistics)
+    power = float((weights * curve.unit_square(config)).mean())
+    if layer.scalars().per_token and len(statistics.extremes):
+        x, curve = largest_tokens(statistics, curve)
+        largest = curve.phi(x)
+        own = relative_weights(rows, largest)
+        power += float((own * curve.unit_square(config)).mean())
+        several, few = len(weights), len(own)
+        phi = torch.cat((phi, largest), 1)
+        weights = torch.cat((weights, own * (several / few))) * (1 + few / several)  # the sum of two means, as one mean
     offset = (statistics.offset / statistics.scale).view(layer.groups, -1).repeat_interleave(layer.area, 1)
     factor = weights.sqrt()[:, None]
-    power = float((weights * curve_of(statistics).unit_square(config)).mean())
     read = power * relative_read_noise(config.device, layer.pairs) ** 2
     return rows, Inputs(phi * factor, offset[:, None] * factor, read)
 

@@ -72,6 +72,35 @@ def test_no_other_clip_is_much_better(kind, noise, tile):
     assert chosen < 1.1 * min(others)
 
 
+@pytest.mark.parametrize("input_range", ["per_token", "static"])
+def test_what_only_the_largest_tokens_drive_is_not_clipped_for_the_others(input_range):
+    """Where tokens have ranges of their own, the eight largest count as much as all others; else as one of many."""
+    torch.manual_seed(0)
+    x = torch.randn(2000, 192)
+    x[:, :4] = 0
+    x[::250] = 0.1 * torch.randn(8, 192)
+    x[::250, :4] = 300.0
+    model = nn.Sequential(nn.Linear(192, 48, bias=False)).eval()
+    with torch.no_grad():
+        model[0].weight[:, :4] *= 6
+    config = ReRAMConfig(device(), retention_loss="none", input_range=input_range, center_inputs=False)
+    layer = calibrate(patch_model(model, config), [x])[0]
+
+    def errors():
+        rare = relative_error(model, x[::250])
+        return rare, relative_error(model, x[1:250])
+
+    chosen, weight, others = errors(), layer.weight.detach(), []
+    for clip in (*CLIPS, 100.0):
+        layer.weight_scale.copy_(torch.minimum(weight.abs().amax(1), clip * weight.square().mean(1).sqrt()))
+        others.append(errors())
+    if input_range == "per_token":
+        assert sum(chosen) < 1.1 * min(map(sum, others))
+        assert chosen[0] < 0.5 * min(others, key=lambda error: error[1])[0]  # what suits the others alone
+    else:
+        assert chosen[1] < 1.1 * min(error for _, error in others)
+
+
 @torch.no_grad()
 def counted_error(model: nn.Module, x: torch.Tensor, exact: torch.Tensor, chips: int = 12) -> float:
     """What chips show of a convolution: the error that they have in common, counted as often as it is, and the rest."""
