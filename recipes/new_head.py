@@ -39,6 +39,8 @@ class Arguments:
     retention_warmup: float = ReRAMConfig.retention_warmup
     input_range: str = ReRAMConfig.input_range
     redundancy: float = field(default=ReRAMConfig.redundancy, metadata={"help": "share of cells on top"})
+    tile_size: int | None = field(default=None, metadata={"help": "rows of a tile"})
+    weight_scale: str = field(default=ReRAMConfig.weight_scale, metadata={"help": "per_tile needs a tile_size"})
     time: str = field(default="1d", metadata={"help": "trained for and evaluated at"})
     epochs: float = 2.0
     digital_epochs: float = field(default=0.0, metadata={"help": "before these, with the plain Trainer"})
@@ -102,6 +104,8 @@ def main() -> None:
             retention_warmup=args.retention_warmup,
             input_range=args.input_range,
             redundancy=args.redundancy,
+            tile_size=args.tile_size,
+            weight_scale=args.weight_scale,
             retention_times=[args.time],
         )
         trainer = trained(ReRAMTrainer, args.epochs, base, reram_config=config)

@@ -407,16 +407,18 @@ class TrainingMixin(TaskLossMixin):
         high = [f"{name} ({share:.0%})" for name, share in shares.items() if float(lasting[name]) > MUCH_CLAMPED]
         if high and self.state.global_step > 0 and not self._told_of_clamped:
             self._told_of_clamped = True
-            follow = "" if self.follow_training else "let numbers follow the training (follow_training=True), or "
-            advice = f"{follow}calibrate the model anew"
-            logger.warning(
-                "step %d: much of the inputs of %d crossbar layers lies beyond their input range, is clamped and gets "
-                "no gradient: %s. %s",
-                self.state.global_step,
-                len(high),
-                ", ".join(high),
-                advice[0].upper() + advice[1:],
-            )
+            advice = "Let numbers follow the training (follow_training=True), or calibrate the model anew"
+            if self.follow_training:
+                advice = "Ranges follow the training; where the share ('clamped' in the log) stays high, calibrate anew"
+            if self.is_world_process_zero():
+                logger.warning(
+                    "step %d: much of the inputs of %d crossbar layers lies beyond their input range, is clamped and "
+                    "gets no gradient: %s. %s",
+                    self.state.global_step,
+                    len(high),
+                    ", ".join(high),
+                    advice,
+                )
 
 
 def _looked_at(step: Callable[..., Tensor]) -> Callable[..., Tensor]:

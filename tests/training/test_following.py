@@ -307,7 +307,9 @@ def test_learned_ranges_keep_up_with_a_hot_training(tmp_path, caplog, monkeypatc
     assert losses[True] < losses[False] - 0.02
 
 
-@pytest.mark.parametrize(("follows", "advice"), [(True, "Calibrate the"), (False, "Let numbers follow the training (")])
+@pytest.mark.parametrize(
+    ("follows", "advice"), [(True, "Ranges follow the training; "), (False, "Let numbers follow the training (")]
+)
 def test_where_much_is_clamped_the_advice_is_of_what_is_not_done(tmp_path, caplog, monkeypatch, follows, advice):
     monkeypatch.setattr(logging.getLogger("hf_reram.training.mixin"), "propagate", True)
     trainer = ReRAMTrainer(
@@ -325,8 +327,22 @@ def test_where_much_is_clamped_the_advice_is_of_what_is_not_done(tmp_path, caplo
     for _ in range(2):
         trainer._log_clamped(logs)
     (text,) = [r.getMessage() for r in caplog.records if "beyond their input range" in r.getMessage()]
-    assert f"gets no gradient: classifier (25%). {advice}" in text and text.endswith("alibrate the model anew")
+    assert f"gets no gradient: classifier (25%). {advice}" in text and text.endswith(" anew")
     assert logs == {"clamped": 0.25}
+
+
+def test_the_first_process_alone_warns_of_clamped_inputs(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("hf_reram.training.mixin"), "propagate", True)
+    model = models.tiny_bert(num_hidden_layers=1)
+    trainer = ReRAMTrainer(model, arguments(tmp_path), train_dataset=examples(8), reram_config=ReRAMConfig())
+    begin_following(trainer.model)
+    following = crossbar_layers(trainer.model)["classifier"].crossbar.following
+    for looked in (following.clamped, following.clamped_before):
+        looked["classifier"] = torch.tensor(0.25)
+    monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
+    trainer.state.global_step, logs = 3, {}
+    trainer._log_clamped(logs)
+    assert logs == {"clamped": 0.25} and "beyond their input range" not in caplog.text
 
 
 def test_much_that_is_clamped_is_told_once(caplog):
