@@ -35,7 +35,8 @@ def inspect(
     top: Annotated[int | None, typer.Option(min=1, help="Only so many layers, the worst ones.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
-    """Layer by layer: array, cells, input range, b, and noise-to-signal ratio at a time, the worst layers first."""
+    """Layer by layer: array, tiles, cells, input range, b, noise-to-signal ratio at a time and the share of each source
+    of error, the worst first."""
     if dataset is None and (task is not None or split is not None or label_names):
         raise ValueError("--task, --split and --label-names: allowed are they with --dataset")
     found, fresh = patched(model, device, headless=True)
@@ -61,7 +62,7 @@ def inspect(
                 "noise_to_signal": "of outputs" if work else "of weights",
                 "summary": summary,
                 "config": config.to_dict(),
-                "layers": [asdict(layer) for layer in layers],
+                "layers": [{**asdict(layer), "shares": layer.shares} for layer in layers],
             }
         )
         return
@@ -70,18 +71,25 @@ def inspect(
             layer.name,
             layer.kind,
             f"{layer.rows} x {layer.columns}",
+            f"{layer.tiles}",
             f"{layer.cells:,}",
             _range(layer),
             f"{layer.b:.3f}",
             f"{100 * layer.clipped:.1f} %",
             "–" if layer.noise_to_signal is None else f"{layer.noise_to_signal:.2e}",
+            ", ".join(f"{source} {100 * share:.0f} %" for source, share in layer.shares.items() if share) or "–",
         ]
         for layer in layers
     ]
     of = "outputs" if work else "weights"
-    head = ["layer", "class", "array", "cells", "input range", "b", "clipped", f"noise-to-signal of {of}"]
+    head = ["layer", "class", "array", "tiles", "cells", "input range", "b", "clipped"]
+    head += [f"noise-to-signal of {of}", "shares of errors"]
     show_table(f"{model}, {format_time(parse_time(time))} after programming at {kelvin:g} K", head, rows)
     say(one_line(str(summarize(found))))
+    if work is None:
+        say("without --dataset: nothing tells what read noise and ADC do")
+    elif any({"read noise", "ADC"} & layer.sources.keys() for layer in layers):
+        say("noise-to-signal is that of the cells; read noise and ADC come on top, each in its share of all errors")
     if any(layer.centered for layer in layers):
         say("◦ centered: the inputs' mean is subtracted digitally")
 

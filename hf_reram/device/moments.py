@@ -13,14 +13,19 @@ cells, float32 gives them to a few parts in 10⁴ of their largest value, and no
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .cell import DeviceConfig
+from .retention import LogRetention
 
 INTERVALS = 4096  # of a curve
+
+# What befalls a cell between its target and its read, apart.
+SOURCES = ("retention", "programming", "stuck cells")
 INVISIBLE = 1e-9  # of w_scale: float32 weights do not know such a shift
 _NODES, _WIDTH = 160, 8.0  # of the quadrature over programming errors, and how many of their spreads it reaches
 
@@ -116,6 +121,17 @@ def weight_error(device: DeviceConfig, times: tuple[float, ...], temperature: fl
         means.append(Curve(torch.zeros(1, device="cpu") if mean.abs().max() < INVISIBLE else mean))
         variances.append((variance + variance[0]) / device.g_range**2)
     return WeightError(Curve(torch.stack(variances).mean(0).sqrt()), tuple(means), device.levels)
+
+
+def alone(device: DeviceConfig, source: str) -> DeviceConfig:
+    """The device with one of :data:`SOURCES` alone; the floor at 0 µS stays."""
+    none: dict[str, dict[str, Any]] = {
+        "retention": {"retention": LogRetention((0.0,), (0.0,))},
+        "programming": {"programming": (0.0,)},
+        "stuck cells": {"stuck_at_min": 0.0, "stuck_at_max": 0.0},
+    }
+    others = [fields for name, fields in none.items() if name != source]
+    return replace(device, **{name: value for fields in others for name, value in fields.items()})
 
 
 def cell_moments(

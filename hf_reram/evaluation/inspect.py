@@ -3,12 +3,13 @@
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..device.moments import SOURCES
 from ..device.temperature import parse_temperature
 from ..device.time import parse_time
 from ..model.deploy import refuse_modes, warn_uncalled
@@ -34,8 +35,11 @@ class LayerReport:
         input_range: of the DAC in units of the input; None where not calibrated, and where each token has its own.
         centered, equalized: whether it subtracts an offset from its input, and divides its channels by scales.
         b: how far a full-scale input goes into the sinh.
-        clipped: share of the weights beyond w_scale. noise_to_signal: ``E|ΔW φ|² / E|W φ|²`` with data, else
-            ``|ΔW|² / |W|²``; None for a layer that was not called.
+        clipped: share of the weights beyond w_scale. noise_to_signal: of all that befalls its cells, ``E|ΔW φ|² /
+            E|W φ|²`` with data, else ``|ΔW|² / |W|²``; None for a layer that was not called.
+        tiles: that its rows are spread over.
+        sources: the same ratio of each source of error alone, the worst first: of its cells, and with data of read
+            noise and ADC, which come on top of ``noise_to_signal``; none for a layer that was not called.
     """
 
     name: str
@@ -51,6 +55,15 @@ class LayerReport:
     b: float
     clipped: float
     noise_to_signal: float | None
+    tiles: int = 1
+    sources: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Of each source in the sum of all, the worst first; what they do to one another, as where a stuck cell does
+        not drift, is no one's."""
+        total = sum(self.sources.values())
+        return {source: ratio / total if total else 0.0 for source, ratio in self.sources.items()}
 
 
 def inspect_layers(
@@ -74,8 +87,16 @@ def inspect_layers(
     refuse_not_finite(model)
     layers = crossbar_layers(model)
     kelvin = None if temperature is None else parse_temperature(temperature)
-    with _aged(model, parse_time(time), kelvin), torch.no_grad():
-        ratios = _by_weights(layers) if batches is None else _by_data(model, batches)
+    seconds = parse_time(time)
+    with _aged(model, seconds, kelvin), torch.no_grad():
+        if batches is not None:
+            ratios, sources = _by_data(model, batches, seconds, kelvin)
+        else:
+            ratios, sources = _by_weights(layers), {}
+    if batches is None:
+        for source in SOURCES:
+            with _aged(model, seconds, kelvin, source), torch.no_grad():
+                sources[source] = _by_weights(layers)
     reshard(model)
     found = []
     for name, layer in layers.items():
@@ -98,18 +119,24 @@ def inspect_layers(
                 b=now.b,
                 clipped=float(beyond),
                 noise_to_signal=ratios.get(name),
+                tiles=layer.tiles(),
+                sources=_worst_first({source: found[name] for source, found in sources.items() if name in found}),
             )
         )
     return sorted(found, key=lambda layer: math.inf if layer.noise_to_signal is None else -layer.noise_to_signal)
 
 
+def _worst_first(sources: dict[str, float]) -> dict[str, float]:
+    return dict(sorted(sources.items(), key=lambda item: -item[1]))
+
+
 @contextmanager
-def _aged(model: nn.Module, seconds: float, temperature: float | None) -> Iterator[None]:
-    """Closed forms inside are those at the given time and temperature."""
+def _aged(model: nn.Module, seconds: float, temperature: float | None, source: str | None = None) -> Iterator[None]:
+    """Closed forms inside are those at the given time and temperature, and of one source of error alone if given."""
     before = [(state, state.physics) for state in crossbar_states(model)]
     try:
         for state, physics in before:
-            state.physics = physics.aged(seconds, temperature)
+            state.physics = physics.aged(seconds, temperature, source)
         yield
     finally:
         for state, physics in before:
@@ -124,16 +151,20 @@ def _by_weights(layers: dict) -> dict[str, float]:
     return ratios
 
 
-def _by_data(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
-    """Of the batches together."""
+def _by_data(
+    model: nn.Module, batches: Iterable[Any], seconds: float, temperature: float | None
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Of the batches together, and of each source alone."""
     layers, states = crossbar_layers(model), crossbar_states(model)
     before = [(state, state.measure, state.physics, state.forward) for state in states]
     sums: dict[str, torch.Tensor] = {}
+    apart: dict[str, dict[str, torch.Tensor]] = {}
     reset_calls(model)
     with uncompiled(), evaluating(model):  # compiled code does not measure
         try:
             for state in states:
                 state.measure, state.physics = True, replace(state.physics, term=None)
+                state.sources = {source: state.physics.error_at(seconds, temperature, source) for source in SOURCES}
             for layer in layers.values():
                 layer.training = True  # only these: they then account for their errors
             for batch in batches:
@@ -142,11 +173,15 @@ def _by_data(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
                     pair = layer.crossbar.forward.ratios.pop(layer.crossbar_name, None)
                     if pair is not None:
                         add_term(sums, name, pair)
+                    for source, found in layer.crossbar.forward.sources.items():
+                        if layer.crossbar_name in found:
+                            add_term(apart.setdefault(source, {}), name, found.pop(layer.crossbar_name))
         finally:
             for state, measure, physics, forward in before:
-                state.measure, state.physics, state.forward = measure, physics, forward
+                state.measure, state.physics, state.forward, state.sources = measure, physics, forward, None
     warn_uncalled(model, "were not called on these data: they are shown without a noise-to-signal ratio")
-    return {name: _ratio(pair) for name, pair in sums.items()}
+    ratios = {source: {name: _ratio(pair) for name, pair in found.items()} for source, found in apart.items()}
+    return {name: _ratio(pair) for name, pair in sums.items()}, ratios
 
 
 def _ratio(pair: torch.Tensor) -> float:

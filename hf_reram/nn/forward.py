@@ -59,6 +59,7 @@ class Forward:
             with several.
         terms: the loss's (noise, signal) by layer name, summed over the calls of a layer. ratios: the same of "output",
             where they are only measured. scales: the gradients that terms will receive, see :mod:`.attach`.
+        sources: the same of each source of error alone, by its name and then the layer's, where they are wanted.
         kept_by: a reference to what the model's outputs hold on to. compiled: it ran under torch.compile.
         alone: it is of one layer, called by itself.
         consumed: the terms have joined a loss. attached: they travel attached to the layers' outputs.
@@ -82,6 +83,7 @@ class Forward:
         self.kept: dict[str, tuple[list[Tensor | None], list[Tensor | None]]] = {}
         self.terms: dict[str, Tensor] = {}
         self.ratios: dict[str, Tensor] = {}
+        self.sources: dict[str, dict[str, Tensor]] = {}
         self.scales: dict[str, Tensor] = {}
         self.consumed = self.rerun = self.alone = False
         self.attached = True

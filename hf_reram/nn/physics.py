@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..config import ReRAMConfig
-from ..device.moments import WeightError, weight_error
+from ..device.moments import WeightError, alone, weight_error
 from ..device.seeds import derived_seed
 from ..device.time import parse_time
 from .ops.random import seeded_normal, white_noise_like
@@ -51,14 +51,16 @@ class Physics:
         """Whether the term depends on a layer's output, of which its digital bias is no part."""
         return self.term == "output"
 
-    def error_at(self, time: float, temperature: float | None = None) -> WeightError:
-        """The moments at one time [s], at a temperature [K], None for the config's."""
+    def error_at(self, time: float, temperature: float | None = None, source: str | None = None) -> WeightError:
+        """The moments at one time [s], at a temperature [K], None for the config's; of one source of error alone, see
+        :data:`hf_reram.device.moments.SOURCES`, None for all together."""
         kelvin = self.config.temperature if temperature is None else temperature
-        return weight_error(self.config.device, (time,), kelvin)
+        device = self.config.device if source is None else alone(self.config.device, source)
+        return weight_error(device, (time,), kelvin)
 
-    def aged(self, time: float, temperature: float | None = None) -> "Physics":
-        """The same with the moments of one time [s] and temperature [K]."""
-        return replace(self, error=self.error_at(time, temperature))
+    def aged(self, time: float, temperature: float | None = None, source: str | None = None) -> "Physics":
+        """The same with the moments of one time [s] and temperature [K], and of one source alone if given."""
+        return replace(self, error=self.error_at(time, temperature, source))
 
 
 @dataclass(frozen=True)

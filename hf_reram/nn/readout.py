@@ -12,6 +12,7 @@ from .drive import Driven
 from .observe import looks, observe_conversion
 from .ops.functions import Quantize
 from .ops.random import white_noise_like
+from .ops.reference import total_power
 from .scalars import Scalars
 
 if TYPE_CHECKING:
@@ -83,3 +84,18 @@ def _full_scale(layer: "CrossbarLayer", current: Tensor, unit: Tensor, now: Scal
         return layer.adc_range.to(unit.dtype)
     found = current.detach().abs() / unit.detach().clamp(min=1e-30)
     return found.amax() if found.numel() else found.new_zeros(())
+
+
+def readout_errors(layer: "CrossbarLayer", driven: Driven, held: Held, y: Tensor, now: Scalars) -> dict[str, Tensor]:
+    """``Σ_n |Δy_n|²`` over all outputs of what read noise adds to them, expected, and of what the ADCs did to ``y``,
+    both without dimensions; what the hardware has of them."""
+    config = layer.crossbar.config
+    found = {}
+    if config.device.read_noise > 0:
+        square: Any = sum(unit.square() for unit in current_units(layer, driven, now))
+        std = square.sqrt() * relative_read_noise(config.device, now.pairs)
+        found["read noise"] = total_power(layer.examples(std.expand(y.shape)), None, driven.keep)
+    if config.adc_bits:
+        exact = layer.multiply(driven.s, held.weight, held.bias, driven.padded)
+        found["ADC"] = total_power(layer.examples(y - exact), None, driven.keep)
+    return found

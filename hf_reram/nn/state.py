@@ -32,6 +32,8 @@ class CrossbarState:
     Attributes:
         physics: what the config means. digital_contexts: how many want the digital layers now.
         measure: collect noise-to-signal ratios even if the loss has no closed-form term; compiled code never does.
+        sources: moments of the errors that ratios are collected of apart too, by what causes them, and with them those
+            of the read-out; None: no such ratios.
         sampling: what the next training forward samples.
         forward: the last one. ratios: (noise, signal) by layer name of the last loss or measurement.
         began, trained, sampled, settled: since :meth:`begin_step`, whether a training forward with gradients began, one
@@ -55,6 +57,7 @@ class CrossbarState:
         config.tell(self)
         self.digital_contexts = 0
         self.measure = False
+        self.sources: dict[str, WeightError] | None = None
         self.sampling: Sampling | None = None
         self.forward = Forward()
         self.ratios: dict[str, Tensor] = {}

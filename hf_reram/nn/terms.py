@@ -16,6 +16,7 @@ from .drive import Driven, row_power
 from .forward import add_term, runs_again
 from .ops.functions import OutputPower, WeightVariance
 from .ops.reference import total_power, weight_mean
+from .readout import readout_errors
 from .untrained import refuse_training
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ def account(layer: "CrossbarLayer", driven: Driven, held: Held, y: Tensor) -> Te
             with torch.no_grad():
                 power = _power(layer, y, held.bias, driven.keep)[1]
                 add_term(forward.ratios, name, output_term(layer, driven, held, power))
+                for source, term in source_terms(layer, driven, held, y, power).items():
+                    add_term(forward.sources.setdefault(source, {}), name, term)
         if state.term is None:
             return y
         signal: Any = None
@@ -62,10 +65,29 @@ def account(layer: "CrossbarLayer", driven: Driven, held: Held, y: Tensor) -> Te
         return forward.give(layer, y) if layer.copies_output is None and not runs_again() else y.clone()
 
 
-def output_term(layer: "CrossbarLayer", driven: Driven, held: Held, signal: Tensor) -> Tensor:
-    """``(E|ΔW phi|², E|W phi|²)``, with the second given: their ratio is the layer's noise-to-signal ratio."""
-    error = layer.error
-    columns = layer.to_rows(_variance(layer, held, error)).sum(1)
+def source_terms(layer: "CrossbarLayer", driven: Driven, held: Held, y: Tensor, signal: Tensor) -> dict[str, Tensor]:
+    """:func:`output_term` of each source of error alone, of those that the state wants to know of, and of the
+    read-out."""
+    wanted = layer.crossbar.sources
+    if wanted is None:
+        return {}
+    found = {
+        source: output_term(layer, driven, held, signal, error.averaged(layer.pairs))
+        for source, error in wanted.items()
+    }
+    for source, power in readout_errors(layer, driven, held, y, layer.scalars()).items():
+        found[source] = torch.stack((power.to(signal.dtype), signal.reshape(())))
+    return found
+
+
+def output_term(
+    layer: "CrossbarLayer", driven: Driven, held: Held, signal: Tensor, error: WeightError | None = None
+) -> Tensor:
+    """``(E|ΔW phi|², E|W phi|²)``, with the second given: their ratio is the layer's noise-to-signal ratio. ``error``:
+    None for all of the layer's."""
+    error = layer.error if error is None else error
+    own = held if error is layer.error else held._replace(variance=None)  # which came with sampled drift
+    columns = layer.to_rows(_variance(layer, own, error)).sum(1)
     noise = (columns * row_power(layer, driven)).sum()
     if error.mean_is_linear:  # proportional to W, so that it needs no product of its own
         noise = noise + error.mean_square * signal if error.mean_square else noise
