@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .integrations.quantizer import ReRAMQuantizer
     from .integrations.trainer import ReRAMTrainer, ReRAMTrainerMixin
     from .model.deploy import deploy, digital
+    from .model.export import export_conductances
     from .model.find import crossbar_layers
     from .model.patch import patch_model, unpatch_model
     from .model.reconfigure import reconfigure
@@ -49,6 +50,7 @@ _NAMES = {
     "integrations.quantizer": ["ReRAMQuantizer"],
     "integrations.trainer": ["ReRAMTrainer", "ReRAMTrainerMixin"],
     "model.deploy": ["deploy", "digital"],
+    "model.export": ["export_conductances"],
     "model.find": ["crossbar_layers"],
     "model.patch": ["patch_model", "unpatch_model"],
     "model.reconfigure": ["reconfigure"],
@@ -77,6 +79,7 @@ __all__ = [
     "digital",
     "divergence",
     "evaluate_robustness",
+    "export_conductances",
     "follow_training",
     "hold_weights",
     "inspect_layers",

@@ -2,23 +2,21 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers.utils import logging
 
-from ..device.programming import Draws, program
 from ..device.seeds import checked_seed, derived_seed
 from ..device.temperature import parse_temperature
 from ..device.time import parse_time
 from ..nn import CrossbarLayer
-from ..nn import array as cells_of
 from ..nn.array import Chip
 from ..nn.clipping import warn_clipped
 from ..nn.places import parameter_of
-from ..nn.tensors import whole
+from .cells import cells_at, chip_of, held_of
 from .find import (
     calls_around,
     chip_names,
@@ -33,6 +31,7 @@ from .find import (
     uncalled,
 )
 from .inputs import evaluating
+from .read_back import ReadBack
 from .sharding import any_process, is_sharded, processes, reshard
 
 logger = logging.get_logger(__name__)
@@ -40,9 +39,14 @@ logger = logging.get_logger(__name__)
 
 @contextmanager
 def deploy(
-    model: nn.Module, time: str | float | None = None, temperature: str | float | None = None, seed: int = 0
+    model: nn.Module,
+    time: str | float | None = None,
+    temperature: str | float | None = None,
+    seed: int = 0,
+    conductances: str | Path | ReadBack | None = None,
 ) -> Iterator[nn.Module]:
-    """The model as chip number ``seed``, ``time`` after programming, for as long as the context lasts.
+    """The model as chip number ``seed``, ``time`` after programming, for as long as the context lasts; or on cells
+    whose ``conductances`` were read back from an array.
 
     Every cell draws its programming error and its retention variate once per seed, so the same seed is the same chip at
     every time and it ages along one curve, whatever wraps the model, and for an encoder alone as inside a model with a
@@ -61,15 +65,27 @@ def deploy(
         temperature: K, or a text such as "85C"; None takes ``config.temperature``, and the device's reference
             temperature if that is None.
         seed: number of the chip.
+        conductances: folder of :func:`hf_reram.export_conductances`, with what was read from an array in its files, in
+            place of a simulated chip; it says itself at which time and temperature. One that was exported for a chip
+            is that chip, bit for bit. Read noise and converters are simulated.
 
     Raises:
-        ValueError: the model is not patched or is digital here, or a bad time, temperature or seed.
+        ValueError: the model is not patched or is digital here, or a bad time, temperature or seed. Or conductances are
+            of another model, other weights, another calibration or other hardware; layers are missing, of other shapes,
+            or no cell can have them, as where they are NaN, negative or in another unit; or a time, temperature or seed
+            is given beside them.
+        OSError: no such folder of conductances.
         RuntimeError: at the end, weights or numbers of calibration have changed in between, which were no longer the
             chip's.
     """
     seed = checked_seed(seed)
     seconds = None if time is None else parse_time(time)
     temperature = None if temperature is None else parse_temperature(temperature)
+    if conductances is not None and (seconds is not None or temperature is not None or seed):
+        raise ValueError(
+            f"time={time!r}, temperature={temperature!r}, seed={seed!r} with conductances={str(conductances)!r}: "
+            "allowed are no others than the folder says"
+        )
     refuse_offloaded(model)
     refuse_computed(model)
     if is_digital(model):
@@ -78,17 +94,23 @@ def deploy(
     for state in states:  # refuses a bad temperature before anything is drawn
         state.config.device.equivalent_time(seconds or 0.0, kelvin(state.config.temperature, temperature))
     reshard(model)
+    array = None if conductances is None else ReadBack.of(model, conductances)
     layers, token = chip_names(model), object()
+    own = {layer: name for name, layer in crossbar_layers(model).items()}  # of those that share a weight, too
     for state in states:
         state.chips, state.deployments = state.chips + 1, state.deployments + 1
     try:
         with torch.inference_mode(False):
             for layer, name in layers.items():
                 layer.look_again()  # compiled code takes its numbers as they were looked at last
-                aged = realize(
-                    layer, seconds, kelvin(layer.crossbar.config.temperature, temperature), derived_seed(seed, name)
+                heat = kelvin(layer.crossbar.config.temperature, temperature)
+                chip = (
+                    array.chip(own[layer], layer) if array else realize(layer, seconds, heat, derived_seed(seed, name))
                 )
-                layer.put(token, aged)
+                layer.put(token, chip)
+        if array:
+            array.refuse_other_unit()
+            _warn_unlike(model, array)
         warn_uncalibrated(model)
         warn_clipped(layers)
         reset_calls(model)
@@ -235,38 +257,23 @@ def warn_uncalibrated(model: nn.Module) -> None:
         warn_uncalled(model, what, names)
 
 
-@torch.no_grad()
 def realize(layer: CrossbarLayer, time: float | None, temperature: float | None, seed: int) -> Chip:
-    """What the layer's cells hold, ``w_scale (g+ - g-) / Δg``, averaged over a weight's pairs and added over the copies
-    of its row: its weight, times the input scales, in its shape and dtype. And what is added digitally for the layer's
-    input offset.
+    """The layer as a chip: what its cells are found at, see :func:`.cells.chip_of`.
 
     Args:
         time: s, None for right after programming. temperature: K. seed: of this layer's cells.
     """
-    device = layer.crossbar.config.device
-    scale = layer.held_scale(torch.float32)
-    draws = Draws(seed)
-    programmed = cells_of.program(layer, whole(layer.weight))  # also where FSDP2 has sharded it
-    targets = device.conductance(programmed.float() / scale.clamp(min=1e-30))
+    programmed = held_of(layer)
+    return chip_of(layer, programmed, cells_at(layer, programmed, time, temperature, seed))
 
-    def drawn(of: Any) -> Tensor:
-        plus, minus = (program(device, target, draws).after(device, time, temperature) for target in of)
-        return plus.sub_(minus)
 
-    held: Any = None
-    for _ in range(layer.pairs):
-        found = drawn(targets)
-        if layer.copied:  # of which the scale is that of all together, times their mean
-            rows, copies = layer.to_rows(found).mT, layer.copies_of_rows().mT
-            for already in range(1, int(copies.max())):
-                more = copies[..., 0] > already
-                rows[more] += drawn([layer.to_rows(target).mT[more] for target in targets])
-            found = layer.from_rows((rows / copies).mT)
-        held = found if held is None else held.add_(found)
-    held = held.mul_(scale / (device.g_range * layer.pairs)).to(layer.weight.dtype)
-    offset = cells_of.offset_output(layer, programmed)[1] if layer.centered else None
-    return Chip.of(held, offset, layer)
+def _warn_unlike(model: nn.Module, array: ReadBack) -> None:
+    for name, found in array.unlike.items():
+        what = (
+            f"hold on {array} what hardly resembles their weights (correlation {found:.2f}): are all rows and columns "
+            "where the folder's README has them?"
+        )
+        warn_uncalled(model, what, [name])
 
 
 @contextmanager

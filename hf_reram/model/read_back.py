@@ -1,0 +1,272 @@
+"""Conductances that were read back from a real array, or come from another folder of
+:func:`hf_reram.export_conductances`, in place of a simulated chip's."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ReRAMConfig
+from ..device.checks import parse_json, shown, some
+from ..device.seeds import checked_seed
+from ..device.temperature import parse_temperature
+from ..device.time import format_time, parse_time
+from ..nn import CrossbarLayer
+from ..nn.array import Chip
+from .array_files import (
+    ABOUT,
+    ORIGINS,
+    UNITS,
+    digest_of,
+    digest_of_chip,
+    file_name,
+    files_there,
+    read_csv,
+    read_safetensors,
+    refuse_impossible,
+    refuse_other_unit,
+    some_there,
+)
+from .cells import Rows, chip_of, from_array, held_of
+from .digest import weights_digest
+from .find import arrays, chip_names, crossbar_layers, crossbar_states
+
+VERSION = 1
+ALIKE = 0.5  # correlation of what an array holds and what it was to hold, below which they hardly are
+
+# Of layers that share a weight, what must be the same for its cells to be.
+MAPPING = ("weight_scale", "pairs_per_weight", "input_scale", "row_copies")
+
+
+class ReadBack:
+    """A folder's conductances, held against a model: they are those of an array that was programmed from just these
+    weights, calibration and hardware.
+
+    Attributes:
+        folder: that they are in. name: of the array, or the folder's. origin: "measured", "simulated" or "targets".
+        time: s since programming when they were read. temperature: K, then; both None where the folder does not say.
+        seed: of a simulated chip.
+        unlike: layers whose weights as they are held hardly resemble those that were to be, with their correlation.
+    """
+
+    def __init__(self, model: nn.Module, folder: str | Path):
+        """
+        Args:
+            model: patched.
+
+        Raises:
+            OSError: no such folder, or nothing in it says whose conductances these are. ValueError: they are another
+                model's, of other weights, another calibration or other hardware; layers are missing; or what the
+                folder says of them is not allowed.
+        """
+        self.folder = Path(folder)
+        path = self.folder / ABOUT
+        if not path.is_file():
+            raise FileNotFoundError(f"{self.folder} is no folder of conductances: there is no {ABOUT} in it")
+        try:
+            about = parse_json(path.read_text(encoding="utf-8-sig"), "it")
+            self._take(about)
+            self._compare(model, about)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        self._arrays = array_of(model)
+        self._seen: dict[str, str] = {}
+        self._largest: dict[str, tuple[float, float]] = {}
+        self.unlike: dict[str, float] = {}
+        missing = []
+        for name in dict.fromkeys(self._arrays.values()):
+            layer = crossbar_layers(model)[name]
+            if not any(files_there(self.folder, name, layer).values()):
+                missing.append(name)
+        if missing:
+            raise ValueError(
+                f"{self.folder} lacks the conductances of {len(missing)} of {len(self._exported)} layers, as "
+                f"safetensors or as CSV of all tiles: {some(map(repr, missing))}"
+            )
+
+    @classmethod
+    def of(cls, model: nn.Module, folder: "str | Path | ReadBack") -> "ReadBack":
+        """As it is, or of a folder."""
+        return folder if isinstance(folder, ReadBack) else cls(model, folder)
+
+    def _take(self, about: Any) -> None:
+        """What the folder says of its conductances."""
+        if not isinstance(about, Mapping) or about.get("format") != "hf_reram conductances":
+            raise ValueError("it says nothing of conductances: allowed is what export_conductances writes")
+        if about.get("version") != VERSION:
+            raise ValueError(f"version={shown(about.get('version'))}: allowed is {VERSION}")
+        if about.get("unit") not in UNITS:
+            raise ValueError(f"unit={shown(about.get('unit'))}: allowed is µS")
+        origin = about.get("origin")
+        if not isinstance(origin, str) or origin not in ORIGINS:
+            raise ValueError(f"origin={shown(origin)}: allowed is one of {sorted(ORIGINS)}")
+        self.origin = origin
+        time, kelvin, seed = (about.get(key) for key in ("time", "temperature", "seed"))
+        self.time = None if time is None else parse_time(time)
+        self.temperature = None if kelvin is None else parse_temperature(kelvin)
+        if self.origin == "measured" and (time is None or kelvin is None):
+            field, unit = ("time", "seconds since programming") if time is None else ("temperature", "K")
+            raise ValueError(
+                f"{field}=None: allowed, of conductances that were measured, are {unit} when they were read"
+            )
+        self.seed = None if seed is None else checked_seed(seed)
+        name = about.get("array") or self.folder.resolve().name
+        if not isinstance(name, str):
+            raise ValueError(f"array={shown(name)}: allowed is a text, the array's name")
+        self.name = name
+        layers = about.get("layers")
+        if not isinstance(layers, Mapping) or not all(isinstance(entry, Mapping) for entry in layers.values()):
+            raise ValueError("layers: allowed is an object of layers by name")
+        self._exported = {name: entry.get("sha256") for name, entry in layers.items()}
+        own = {name: digest for name, digest in self._exported.items() if digest is not None}
+        said = self.origin, self.time, self.temperature, self.seed
+        if self.origin != "measured" and about.get("sha256") != digest_of_chip(*said, own):
+            raise ValueError(
+                f"origin={origin!r}, time={shown(time)}, temperature={shown(kelvin)}, seed={shown(seed)}: this is not "
+                'what was exported; of what was read from an array, the origin is "measured"'
+            )
+
+    def _compare(self, model: nn.Module, about: Mapping[str, Any]) -> None:
+        """That they are this model's."""
+        layers = crossbar_layers(model)
+        if self._exported.keys() != layers.keys():
+            unknown, lacking = self._exported.keys() - layers.keys(), layers.keys() - self._exported.keys()
+            raise ValueError(
+                "these are another model's conductances: "
+                + "; ".join(
+                    f"{what} {some(map(repr, sorted(names)))}"
+                    for what, names in (("it has layers", unknown), ("it lacks", lacking))
+                    if names
+                )
+            )
+        now = [state.config for state in crossbar_states(model)]
+        configs = about.get("configs")
+        if not isinstance(configs, Sequence) or len(configs) != len(now):
+            raise ValueError(f"configs={shown(configs)}: allowed are {len(now)}, one for each part of the model")
+        exported = [ReRAMConfig.from_dict(config) for config in configs]
+        if other := dict.fromkeys(name for one, mine in zip(exported, now) for name in one.other_hardware(mine)):
+            raise ValueError(f"these are of an array for another {', '.join(other)} than the model's")
+        for key, base, what in (("base_weights", True, "other weights"), ("weights", False, "another calibration")):
+            if about.get(key) != (mine := weights_digest(model, base)):
+                raise ValueError(
+                    f"these were exported from {what} than the model's (digest {shown(str(about.get(key))[:12])}, "
+                    f"the model's is {mine[:12]!r})"
+                )
+
+    # Conductances
+
+    def array(self, name: str, layer: CrossbarLayer) -> Tensor:
+        """A layer's conductances [µS], (2, rows, columns of a group, pairs).
+
+        Raises:
+            ValueError: of other shapes, impossible ones, not what the folder says that they are, or others than when
+                they were read before.
+        """
+        name = self._arrays[name]
+        rows, there = Rows.of(layer), files_there(self.folder, name, layer)
+        rows = Rows(*(t.cpu() for t in rows))
+        found = []
+        if there["safetensors"]:
+            found.append(read_safetensors(self.folder / file_name(name, "safetensors"), layer, rows))
+        if there["csv"] or (found and any(some_there(self.folder, name, layer))):
+            found.append(read_csv(self.folder, name, layer, rows))
+        if len(found) > 1 and not torch.equal(*found):
+            raise ValueError(
+                f"{self.folder}: the conductances of layer {name!r} in its CSV files are others than in its "
+                "safetensors file: allowed is one of them, the one that was read from the array, or the same in both"
+            )
+        refuse_impossible(name, found[0], layer.crossbar.config.device)
+        self._refuse_mistaken(name, digest_of(found[0]))
+        if found[0].numel():
+            self._largest[name] = float(found[0].max()), layer.crossbar.config.device.g_max
+        return found[0]
+
+    def refuse_other_unit(self) -> None:
+        """
+        Raises:
+            ValueError: of the layers that were read, all conductances are in another unit than µS.
+        """
+        try:
+            refuse_other_unit(self._largest.values())
+        except ValueError as error:
+            raise ValueError(f"{self.folder}: {error}") from error
+
+    def _refuse_mistaken(self, name: str, digest: str) -> None:
+        exported = self._exported[name]
+        if self.origin != "measured" and digest != exported:
+            raise ValueError(
+                f"{self.folder}: the conductances of layer {name!r} are no longer those that were exported: of what "
+                f'was read from an array, "origin" in {ABOUT} is to be "measured", with time and temperature then'
+            )
+        if self.origin == "measured" and digest == exported:
+            raise ValueError(
+                f"{self.folder}: the conductances of layer {name!r} are said to be measured, and are bit for bit those "
+                "that were exported: allowed are those that were read from an array"
+            )
+        if self._seen.setdefault(name, digest) != digest:
+            raise ValueError(f"{self.folder}: the conductances of layer {name!r} changed while they were used")
+
+    def chip(self, name: str, layer: CrossbarLayer) -> Chip:
+        """A layer on these cells; see :meth:`array`."""
+        found = self.array(name, layer).to(layer.weight.device)
+        programmed = held_of(layer)
+        chip = chip_of(layer, programmed, from_array(layer, programmed, Rows.of(layer), found))
+        if (r := correlation(chip.weight, programmed)) < ALIKE:
+            self.unlike[name] = r
+        return chip
+
+    def digest(self, model: nn.Module) -> str:
+        """SHA-256 of all conductances, which are read and looked at for it.
+
+        Raises:
+            ValueError: see :meth:`array`; or all are in another unit.
+        """
+        layers = crossbar_layers(model)
+        for name in dict.fromkeys(self._arrays.values()):
+            self.array(name, layers[name])
+        self.refuse_other_unit()
+        return hashlib.sha256(json.dumps(sorted(self._seen.items())).encode()).hexdigest()
+
+    def __str__(self) -> str:
+        heat = "" if self.temperature is None else f" at {self.temperature:g} K"
+        when = "" if self.time is None else f" after {format_time(self.time)}"
+        return f"{ORIGINS[self.origin]} {self.name}{when}{heat}"
+
+
+def array_of(model: nn.Module) -> dict[str, str]:
+    """For each layer the name of the one in whose files its cells are: itself, or of layers that share a weight and
+    hold it alike, the first.
+
+    Raises:
+        ValueError: there are copies of layers beside them, whose cells are on no array.
+    """
+    layers = crossbar_layers(model)
+    if beside := [name for layer, name in chip_names(model).items() if layer not in layers.values()]:
+        raise ValueError(
+            f"PEFT keeps copies of {len(beside)} layers beside those in use, which would be on no array: merge or "
+            f"unload the adapters first: {some(map(repr, beside))}"
+        )
+    found = {}
+    for same in arrays(layers):
+        for name in same:
+            found[name] = next(n for n in same if n == name or _alike(layers[n], layers[name]))
+    return {name: found[name] for name in layers}
+
+
+def _alike(one: CrossbarLayer, other: CrossbarLayer) -> bool:
+    same = one.crossbar is other.crossbar and one._digital_class is other._digital_class
+    return same and all(torch.equal(getattr(one, name), getattr(other, name)) for name in MAPPING)
+
+
+def correlation(found: Tensor, wanted: Tensor) -> float:
+    """Of two tensors' elements as they are, not less their means; 1 where nothing was wanted but 0."""
+    found, wanted = found.detach().double(), wanted.detach().double()
+    powers = float(found.square().sum()), float(wanted.square().sum())
+    if not all(powers):
+        return float(powers[1] == 0)
+    return float((found * wanted).sum()) / math.sqrt(powers[0] * powers[1])
