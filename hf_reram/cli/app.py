@@ -8,6 +8,7 @@ from ..version import __version__
 from .card import card, push
 from .demo import demo
 from .evaluate import evaluate
+from .export import export
 from .harness import lm_eval
 from .inspect import inspect
 from .output import console, reported
@@ -26,6 +27,7 @@ app.command(
     "lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
 )(reported(lm_eval))
 app.command()(reported(inspect))
+app.command()(reported(export))
 app.command()(reported(card))
 app.command()(reported(push))
 

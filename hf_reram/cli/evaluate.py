@@ -56,6 +56,10 @@ def evaluate(
     allow_uncalled: Annotated[
         bool, typer.Option("--allow-uncalled", help="Also where crossbar layers, as of experts, never ran; names them.")
     ] = False,
+    conductances: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder of hf-reram export, with what was read back from an array; several one by one."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Of the examples drawn.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder for report, table and plot.")] = Path("reram-eval"),
@@ -66,7 +70,7 @@ def evaluate(
     A plain checkpoint is put on the cells of --device and calibrated for --times on the evaluated inputs, without their
     labels; so is a robust one where --device, --range-shrink, --weight-clip, --input-range or --redundancy differ from
     its own, which it keeps where they are not given. An evaluation that was interrupted goes on where it stopped, with
-    the same --batch-size: read noise is drawn for each batch.
+    the same --batch-size: read noise is drawn for each batch. Arrays of --conductances are evaluated beside the chips.
     """
     spoken, tasks = words(times, "--times") or ["1s", "1d", "10y"], words(lm_eval, "--lm-eval")
     if bool(tasks) == (dataset is not None):
@@ -103,6 +107,7 @@ def evaluate(
         resume=output / f"chips-{owner_of(found, key)[:12]}.jsonl",
         key=key,
         allow_uncalled=allow_uncalled,
+        conductances=conductances,
     )
     metrics = work.evaluate.shown(report.metrics) if isinstance(work.evaluate, LMEval) else [work.metric]
     local = dataset is not None and Path(dataset).exists()
@@ -126,6 +131,8 @@ def evaluate(
     for metric in metrics:
         _show(report, metric)
     say(one_line(report.summary))
+    if report.arrays:
+        say(f"- {one_line(report.array_sentence())}")
     for note in report.notes:
         say(f"- {one_line(note)}")
     if report.uncalled:
@@ -147,3 +154,6 @@ def _show(report: RobustnessReport, metric: str) -> None:
             heat = "" if kelvin is None else f"{kelvin:g} K"
             rows.append([when, heat, s.shown(n), f"± {s.ci95:.{n}f}" if s.chips > 1 else "–"])
     show_table(f"{metric}, {over_chips(cells)}", ["", "temperature", "mean ± std", "95 % of the mean"], rows)
+    if report.arrays:
+        arrays = [[str(a), f"{a.metrics[metric]:.{n}f}" if metric in a.metrics else "–"] for a in report.arrays]
+        show_table(f"{metric} on conductances that were read", ["", "single array"], arrays)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette, told apart with any colour vision.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
+FIRST = 0.7  # s, where the axis begins, and what has no time or an earlier one stands
 TICKS = ("1s", "1min", "1h", "1d", "1mo", "1y", "10y")
 
 
@@ -52,12 +53,25 @@ def plot_reports(
             axes.plot(times, mean, color=color, marker=MARKERS[i % 7], ms=5, ls=("-", "--", ":")[j % 3], label=name)
             low, high = ([s.mean + sign * s.std for s in statistics] for sign in (-1, 1))
             axes.fill_between(times, low, high, color=color, alpha=0.15, lw=0)
+        name = "" if len(reports) == 1 else f"{_plain(label)}, "
+        for array in report.arrays:
+            if metric in array.metrics:
+                place = max(array.time or 0.0, FIRST)
+                axes.plot(place, array.metrics[metric], "*", color=color, ms=13, mec="k", clip_on=False, ls="none")
+                axes.annotate(
+                    name + _plain(str(array)),
+                    (place, array.metrics[metric]),
+                    (0, 9),
+                    textcoords="offset points",
+                    ha="left" if place < 1e4 else "right",
+                    fontsize=8,
+                )
     for (label, found), dashes in zip((digital or {}).items(), ((5, 3), (1, 2))):
         if metric in found:
             axes.axhline(found[metric], color="0.35", ls=(0, dashes), lw=1.2, label=label)
     axes.set_xscale("log")
-    last = max(max(report.times) for report in reports)
-    axes.set_xlim(0.7, max(last * 1.5, 2))
+    last = max(max(report.times + [array.time or 0.0 for array in report.arrays]) for report in reports)
+    axes.set_xlim(FIRST, max(last * 1.5, 2))
     ticks = [tick for tick in TICKS if parse_time(tick) <= max(last, 1) * 1.01]
     axes.set_xticks([parse_time(tick) for tick in ticks], ticks)
     axes.minorticks_off()

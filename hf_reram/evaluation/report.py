@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from ..config import ReRAMConfig
-from ..device.checks import read_json, refuse_deep
+from ..device.checks import read_json, refuse_deep, shown
 from ..device.temperature import parse_temperature
 from ..device.time import format_time, parse_time
+from ..model.array_files import ORIGINS
 from .escape import escaped
 from .fields import HEAT, LIST, METRICS, NUMBERS, OBJECT, OBJECTS, SEED, TEXT, TEXTS, TIME, fields_of, optional
 from .files import write_whole
-from .tables import at_kelvin, markdown, over_chips, places
+from .tables import arrays_table, at_kelvin, markdown, over_chips, places
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,28 @@ class Measurement:
     temperature: float | None
     seed: int
     metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class ArrayMeasurement:
+    """The model on one array whose conductances were read: no chip that was simulated, and no part of any statistic.
+
+    Attributes:
+        name: of the array. origin: "measured"; or "simulated" or "targets", where nothing was measured.
+        time: s since programming when they were read. temperature: K, then; both None where nothing says.
+        conductances: a digest of them. metrics: value by name.
+    """
+
+    name: str
+    origin: str
+    time: float | None
+    temperature: float | None
+    conductances: str
+    metrics: dict[str, float]
+
+    def __str__(self) -> str:
+        when = "" if self.time is None else f" after {format_time(self.time)}"
+        return f"{ORIGINS[self.origin]} {self.name}{when}{at_kelvin(self.temperature)}"
 
 
 @dataclass(frozen=True)
@@ -78,9 +101,10 @@ class RobustnessReport:
         uncalled: crossbar layers that did not run in some of the evaluations: they were no chip.
         about: what the model card says beside numbers, see :class:`hf_reram.hub.about.About`.
         model_config: :func:`hf_reram.model.digest.settings_of` that model; empty in reports of older versions.
+        arrays: the model on cells whose conductances were read from elsewhere, as back from a real array.
 
     Raises:
-        ValueError: a chip was measured twice at the same time and temperature.
+        ValueError: a chip was measured twice at the same time and temperature, or an array twice.
     """
 
     measurements: list[Measurement]
@@ -94,6 +118,7 @@ class RobustnessReport:
     uncalled: list[str] = field(default_factory=list)
     model_config: dict[str, Any] = field(default_factory=dict)
     other_configs: list[dict[str, Any]] = field(default_factory=list)
+    arrays: list[ArrayMeasurement] = field(default_factory=list)
 
     def __post_init__(self):
         count = Counter((m.time, m.temperature, m.seed) for m in self.measurements)
@@ -103,6 +128,9 @@ class RobustnessReport:
                 f"chip {seed} was measured {count[twice[0]]} times after {format_time(time)}{at_kelvin(kelvin)}, which "
                 "would count as several chips: allowed is one measurement"
             )
+        read = Counter(array.conductances for array in self.arrays)
+        if again := [str(array) for array in self.arrays if read[array.conductances] > 1]:
+            raise ValueError(f"the same conductances are those of {', '.join(again)}: allowed is one of them")
 
     @property
     def metrics(self) -> list[str]:
@@ -188,6 +216,7 @@ class RobustnessReport:
         for m in self.measurements:
             heat = "" if m.temperature is None else f" and {m.temperature:g} K"
             runs.append((f"chip {m.seed} after {format_time(m.time)}{heat}", m.metrics))
+        runs += [(str(array), array.metrics) for array in self.arrays]
         infinite = [
             f"{name} is {value} on {run}"
             for run, metrics in runs
@@ -204,6 +233,17 @@ class RobustnessReport:
         found = [*self.metrics, *(self.digital or {}), *(self.ideal or {})]
         names = tuple(f"{name} is " for name in found)  # as left_out tells of them
         return [f"{note if note.startswith(names) else note[:1].upper() + note[1:]}." for note in self.notes]
+
+    def array_sentence(self) -> str:
+        """What a reader of :attr:`arrays` has to know; empty where there are none."""
+        if not self.arrays:
+            return ""
+        unmeasured = [array.name for array in self.arrays if array.origin != "measured"]
+        told = (
+            "Arrays are the model on conductances that were read, each a single one and no part of the figures of "
+            "simulated chips; their read noise and converters are simulated."
+        )
+        return told + (f" Nothing was measured of {', '.join(unmeasured)}." if unmeasured else "")
 
     # Files
 
@@ -248,6 +288,7 @@ class RobustnessReport:
         try:
             refuse_deep("it", data)
             found = fields_of(data, FIELDS, OPTIONAL)
+            found["arrays"] = [_array(i, array) for i, array in enumerate(found.pop("arrays", ()))]
             return cls([_measurement(i, m) for i, m in enumerate(found.pop("measurements"))], **found)
         except ValueError as error:
             raise ValueError(f"{path} is no robustness report: {error}") from error
@@ -281,7 +322,10 @@ class RobustnessReport:
         if self.uncalled:
             silent = escaped(", ".join(self.uncalled))
             foot.append(f"Crossbar layers that were not called, and so were no chip: {silent}.")
-        return table + "\n" + " ".join(foot) + "\n"
+        text = table + "\n" + " ".join(foot) + "\n"
+        if not self.arrays:
+            return text
+        return f"{text}\n{arrays_table(self, decimals)}\n{escaped(self.array_sentence())}\n"
 
     def plot(
         self,
@@ -294,7 +338,7 @@ class RobustnessReport:
         control: Mapping[str, float] | None = None,
     ) -> Path:
         """Write a PNG: the metric against time since programming, mean with the band of ± one standard deviation over
-        chips, the digital model as a reference line.
+        chips, the digital model as a reference line, and each array whose conductances were read as a star.
 
         Args:
             others: more reports for the same plot. metric: None takes the first. labels: one a report.
@@ -330,6 +374,24 @@ def _measurement(index: int, data: Any) -> Measurement:
     return Measurement(**found)
 
 
+def _array(index: int, data: Any) -> ArrayMeasurement:
+    try:
+        found = fields_of(data, ARRAY)
+        if found["origin"] not in ORIGINS:
+            raise ValueError(f"origin={shown(found['origin'])}: allowed is one of {sorted(ORIGINS)}")
+    except ValueError as error:
+        raise ValueError(f"arrays[{index}]: {error}") from None
+    return ArrayMeasurement(**found)
+
+
+ARRAY = {
+    "name": TEXT,
+    "origin": TEXT,
+    "time": optional(TIME),
+    "temperature": HEAT,
+    "conductances": TEXT,
+    "metrics": METRICS,
+}
 FIELDS = {
     "measurements": LIST,
     "digital": optional(NUMBERS),
@@ -339,3 +401,4 @@ FIELDS = {
     "notes": TEXTS,
 }
 OPTIONAL = {"weights": TEXT, "about": OBJECT, "uncalled": TEXTS, "model_config": OBJECT, "other_configs": OBJECTS}
+OPTIONAL |= {"arrays": LIST}

@@ -19,6 +19,7 @@ from ..device.checks import shown
 from ..device.seeds import checked_seed, derived_seed
 from ..device.temperature import parse_temperature
 from ..device.time import parse_time
+from ..model.array_files import ORIGINS
 from ..model.deploy import deploy, digital, refuse_modes, uncalibrated
 from ..model.digest import model_digest, settings_of, untold_in, values_of, weights_digest
 from ..model.find import (
@@ -33,12 +34,13 @@ from ..model.find import (
 )
 from ..model.finite import refuse_not_finite
 from ..model.inputs import evaluating, forked_rng
+from ..model.read_back import ReadBack
 from ..model.reads import WeightReads
 from ..model.sharding import alike, is_first, is_sharded, of_each, of_first, processes, talks
 from ..model.summary import summarize
 from ..nn.clipping import clipped_beyond_choice, far_below_scale, in_words, warn_clipped
 from .content import key_of
-from .report import Measurement, RobustnessReport
+from .report import ArrayMeasurement, Measurement, RobustnessReport
 from .run_log import Run, RunLog
 
 logger = logging.get_logger(__name__)
@@ -59,6 +61,7 @@ def evaluate_robustness(
     share_chips: bool = False,
     allow_uncalled: bool = False,
     together: bool = False,
+    conductances: str | Path | Iterable[str | Path] | None = None,
 ) -> RobustnessReport:
     """Evaluate a patched model as several chips at several times since programming.
 
@@ -93,6 +96,9 @@ def evaluate_robustness(
             routed to; the report, its table and the card then name them. Such layers were no chip.
         together: with several processes, all run every chip, as where ``evaluate`` gathers from all of them; always
             where each forward talks. What is run, resumed and reported is then what the first process says.
+        conductances: a folder, or several, of :func:`hf_reram.export_conductances`, with what was read back from an
+            array in each; see :func:`hf_reram.deploy`. The model is evaluated on each of them too, once, and reported
+            beside the chips, as no chip: the report's ``arrays`` say which were measured.
 
     Raises:
         RuntimeError: crossbar layers did not run on their cells in an evaluation, or are none any more, and
@@ -102,7 +108,9 @@ def evaluate_robustness(
         ValueError: the model is not patched; weights are NaN or infinite, which are named; no times, temperatures or
             seeds; a bad one of them; ``evaluate`` returns no numbers; ``resume`` holds runs of other weights, another
             config or evaluation; nothing tells ``evaluate``, or what modules hold, from another one, and there is no
-            ``key``; a key that is no JSON value; or both ``share_chips`` and ``together``.
+            ``key``; a key that is no JSON value; both ``share_chips`` and ``together``; or a folder of conductances is
+            another model's, or no array's, see :func:`hf_reram.deploy`, or given twice.
+        OSError: no such folder of conductances.
     """
     states = crossbar_states(model)
     state = states[0]
@@ -127,6 +135,8 @@ def evaluate_robustness(
     shares = several and share_chips and not together
     with alike(together or shares):
         refuse_not_finite(model)
+        arrays = _arrays(model, () if conductances is None else conductances)
+    runs += arrays
     weights, settings, configs = weights_digest(model), settings_of(model), [part.config.to_dict() for part in states]
     file = resume if not together or is_first() else None
     with alike(together or shares):
@@ -155,11 +165,12 @@ def evaluate_robustness(
         for run in mine:
             with alike(together):
                 watched = run.kind == "chip" and run == next(each for each in mine if each.kind == "chip")
-                found[run], missed, other, noted = _measure(model, evaluate, run, together, watched)
+                array = arrays[run] if run.conductances else None
+                found[run], missed, other, noted = _measure(model, evaluate, run, together, watched, array)
                 if missed and not allow_uncalled:
                     raise RuntimeError(_complaint(model, missed))
                 _refuse_other(states, configs)
-                if run.kind != "chip":  # deploy looks by itself
+                if run.kind != "chip" and array is None:  # deploy looks by itself
                     _refuse_changed(model, weights)
                 if log:
                     log.append(run, found[run], missed, noted)
@@ -188,6 +199,10 @@ def evaluate_robustness(
         weights=weights,
         model_config=settings,
         uncalled=[name for name in [*crossbar_layers(model), *replaced(model)] if name in silent],
+        arrays=[
+            ArrayMeasurement(array.name, array.origin, array.time, array.temperature, run.conductances, found[run])
+            for run, array in arrays.items()
+        ],
     )
     report.notes += sorted(notes)
     if differs:
@@ -336,6 +351,25 @@ def _chips(seeds: int | Iterable[int]) -> list[int]:
     return found
 
 
+def _arrays(model: nn.Module, folders: str | Path | Iterable[str | Path]) -> dict[Run, ReadBack]:
+    """Folders of conductances, looked at, by their run.
+
+    Raises:
+        ValueError: see :class:`ReadBack`; or two hold the same. OSError: no such folder.
+    """
+    found: dict[Run, ReadBack] = {}
+    for folder in [folders] if isinstance(folders, (str, Path)) else folders:
+        array = ReadBack.of(model, folder)
+        run = Run(ORIGINS[array.origin], array.time or 0.0, array.temperature, 0, array.digest(model))
+        if same := [other.folder for one, other in found.items() if one.conductances == run.conductances]:
+            raise ValueError(
+                f"conductances: {same[0]} and {array.folder} hold the same, which would count as two arrays: "
+                "allowed is each once"
+            )
+        found[run] = array
+    return found
+
+
 def _complaint(model: nn.Module, names: Iterable[str]) -> str:
     names = sorted(names)
     count = len(crossbar_layers(model)) + len(replaced(model))
@@ -355,16 +389,18 @@ def _devices(model: nn.Module) -> str:
 
 
 def _measure(
-    model: nn.Module, evaluate: Callable, run: Run, together: bool, watched: bool
+    model: nn.Module, evaluate: Callable, run: Run, together: bool, watched: bool, array: ReadBack | None = None
 ) -> tuple[dict[str, float], list[str], bool, list[str]]:
     """The metrics, the crossbar layers that were not called for them, whether processes that evaluate ``together``
     found different ones, in which case they are the first one's, and what a reader of the metrics has to know.
 
     Args:
-        watched: look who computes with the weights of crossbars.
+        watched: look who computes with the weights of crossbars. array: on whose cells, in place of a chip's.
     """
     context: Any = digital(model) if run.kind == "digital" else nullcontext()
-    if run.kind == "chip":
+    if array is not None:
+        context = deploy(model, conductances=array)
+    elif run.kind == "chip":
         context = deploy(model, run.time, run.temperature, run.seed)
     states = crossbar_states(model)
     blind = is_compiled(model) or any(state.compiled for state in states) or is_sharded(model)
@@ -390,6 +426,8 @@ def _measure(
                 )
         missed = uncalled(model, digitally=run.kind == "digital")
         noted = _noted_of(model, run, reads.found if isinstance(reads, WeightReads) else {})
+        if array is not None and array.unlike:
+            noted.append(f"{array} hardly resembles the weights of {', '.join(array.unlike)}")
         if not together:
             return metrics, missed, False, noted
         every = of_each((metrics, missed, noted))  # which may each have had a part of the data

@@ -31,14 +31,17 @@ class Run:
     """One evaluation of a model.
 
     Attributes:
-        kind: "digital", "ideal" or "chip". time: s since programming. temperature: K, None for the device's reference.
-        seed: number of the chip.
+        kind: "digital", "ideal" or "chip"; of conductances that were read "measured array", or "simulated array" or
+            "target array" where nothing was measured. time: s since programming. temperature: K, None for the device's
+            reference.
+        seed: number of the chip. conductances: a digest of those that were read; empty of a chip.
     """
 
     kind: str
     time: float = 0.0
     temperature: float | None = None
     seed: int = 0
+    conductances: str = ""
 
 
 class RunLog:
@@ -96,7 +99,7 @@ class RunLog:
         self.notes = {note for entry in entries for note in entry.get("notes", ())}
         casts = {cast for entry in entries for cast in entry.get("autocasts", ())}  # as they were noted before
         self.notes |= {f"evaluated under autocast to {cast}" for cast in casts}
-        return {Run(**fields_of(entry["run"], RUN)): entry["metrics"] for entry in entries}
+        return {Run(**fields_of(entry["run"], RUN, READ)): entry["metrics"] for entry in entries}
 
     def _has(self, values: dict[str, Any]) -> bool:
         return values.keys() == self.values.keys() and not other_settings(self.values, values)
@@ -113,7 +116,8 @@ class RunLog:
     ) -> None:
         """Write one finished run, the crossbar layers that were not called for it, and what to know of it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        entry = {"of": self.owner, "run": asdict(run), "metrics": metrics, "versions": versions()}
+        said = {name: value for name, value in asdict(run).items() if name in RUN or value}
+        entry = {"of": self.owner, "run": said, "metrics": metrics, "versions": versions()}
         entry |= {"uncalled": list(uncalled)} if uncalled else {}
         entry |= {"notes": list(notes)} if notes else {}
         entry |= {"parts": self.parts} if self.parts else {}
@@ -125,6 +129,7 @@ class RunLog:
 
 
 RUN = {"kind": TEXT, "time": TIME, "temperature": HEAT, "seed": SEED}
+READ = {"conductances": TEXT}
 KNOWN = {
     "uncalled": TEXTS,
     "notes": TEXTS,

@@ -17,6 +17,20 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def arrays_table(report: "RobustnessReport", decimals: int | None = None) -> str:
+    """A row an array whose conductances were read, a column a metric."""
+    names = list(dict.fromkeys(name for array in report.arrays for name in array.metrics))
+    digits = {
+        name: places(a.metrics[name] for a in report.arrays if name in a.metrics) if decimals is None else decimals
+        for name in names
+    }
+    rows = [
+        [str(array), *(_figure(array.metrics.get(name, math.nan), digits[name]) for name in names)]
+        for array in report.arrays
+    ]
+    return markdown(["array", *names], rows)
+
+
 def places(values: Iterable[float]) -> int:
     """Decimals that show a metric well: 1 for percentages, 3 for what lies within ±1."""
     return 3 if max((abs(value) for value in values if math.isfinite(value)), default=0.0) <= 1 else 1

@@ -272,4 +272,8 @@ def _limits(report: RobustnessReport) -> list[str]:
     if report.uncalled:
         silent = escaped(", ".join(report.uncalled))
         lines.append(f"Crossbar layers that were not called, and so were no chip: {silent}.")
+    for array in report.arrays:
+        found = ", ".join(f"{name} {value:.{places([value])}f}" for name, value in array.metrics.items())
+        lines.append(escaped(f"On the {array}, no simulated chip and no part of the figures above: {found}."))
+    lines += [escaped(report.array_sentence())] if report.arrays else []
     return lines + [escaped(sentence) for sentence in report.sentences()]

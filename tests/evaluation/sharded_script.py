@@ -20,6 +20,7 @@ from hf_reram import (
     crossbar_layers,
     deploy,
     evaluate_robustness,
+    export_conductances,
     inspect_layers,
     patch_model,
     report_of,
@@ -30,6 +31,7 @@ from hf_reram.model.digest import weights_digest
 from hf_reram.nn.layer import BUFFERS
 from hf_reram.nn.tensors import whole
 from tests.samples import models
+from tests.samples.lab import about
 from tests.samples.models import bert_batch
 
 CALIBRATED = {
@@ -96,11 +98,17 @@ def numbers(options: dict) -> dict:
         found[key] = {
             f"{layer.name} {name}": 0.0 if value is None else value
             for layer in inspect_layers(model, "1d", batches=batches)
-            for name, value in asdict(layer).items()
-            if name not in ("name", "kind", "range_kind")
+            for name, value in {**asdict(layer), **layer.sources}.items()
+            if name not in ("name", "kind", "range_kind", "sources")
         }
     with deploy(model, "1d", seed=3), torch.no_grad():  # the root's weights are whole since the last forward
+        torch.manual_seed(7)  # of the read noise
         found["chip"] = model(**bert_batch()).logits
+    folder = export_conductances(model, f"{sys.argv[2]}.array", "1d", seed=3, formats=["safetensors"])
+    with deploy(model, conductances=folder), torch.no_grad():
+        torch.manual_seed(7)
+        found["read back"] = model(**bert_batch()).logits
+    found["conductances"] = about(folder)
     return found
 
 

@@ -30,6 +30,10 @@ def both(python, tmp_path):
     return run
 
 
+# Numbers that are shown of a layer, by whether there are data.
+FIELDS = {"by weights": 11 + 3, "by data": 11 + 4}
+
+
 @pytest.mark.parametrize("case", CALIBRATED)
 def test_calibrate_inspect_and_evaluate_find_what_one_process_finds(both, case):
     one, two = both(case)
@@ -40,10 +44,13 @@ def test_calibrate_inspect_and_evaluate_find_what_one_process_finds(both, case):
             torch.testing.assert_close(found["layers"][name], values, rtol=1e-5, atol=1e-7)
         assert found["kinds"] == one["kinds"] and len(one["kinds"]) == 14
         for key in ("by weights", "by data"):
-            assert len(one[key]) == 14 * 10 and found[key] == pytest.approx(one[key], rel=1e-5)
+            numbers = FIELDS[key] + (key == "by data" and "adc_bits" in CALIBRATED[case])
+            assert len(one[key]) == 14 * numbers and found[key] == pytest.approx(one[key], rel=1e-5)
         assert_same_figures(found["report"], one["report"])
         assert found["report"]["notes"] == one["report"]["notes"]
         torch.testing.assert_close(found["chip"], one["chip"])
+        assert torch.equal(found["read back"], found["chip"])
+        assert found["conductances"] == one["conductances"]
     aged = [m["metrics"]["loss"] for m in one["report"]["measurements"]]
     assert len(set(aged)) == 4
 
