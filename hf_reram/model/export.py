@@ -96,7 +96,7 @@ def export_conductances(
     for state in states:
         state.config.device.equivalent_time(seconds or 0.0, kelvin(state.config.temperature, asked))
     heats = {kelvin(state.config.kelvin, asked) for state in states}
-    about = {
+    about: dict[str, Any] = {
         "format": "hf_reram conductances",
         "version": VERSION,
         "origin": "targets" if seed is None else "simulated",
@@ -139,8 +139,8 @@ def export_conductances(
         with alike(together, "the export"):
             refuse_other_unit(largest.values())
             if writes:
-                own = {name: entry["sha256"] for name, entry in entries.items() if "sha256" in entry}
-                about["sha256"] = digest_of_chip(about["origin"], seconds, about["temperature"], seed, own)
+                digests = {name: entry["sha256"] for name, entry in entries.items() if "sha256" in entry}
+                about["sha256"] = digest_of_chip(about["origin"], seconds, about["temperature"], seed, digests)
                 text = json.dumps({**about, "layers": entries}, indent=1, ensure_ascii=False, allow_nan=False)
                 (into / ABOUT).write_text(text + "\n", encoding="utf-8")
                 (into / "README.md").write_text(_readme(about, formats, states), encoding="utf-8")
