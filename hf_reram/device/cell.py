@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
@@ -11,12 +12,13 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .checks import number, plain, polynomial, read_json, refuse_deep, shown
+from .relaxation import Relaxation, exactly, horner
 from .retention import (
     LONGEST,
+    EmpiricalRetention,
     GenericRetention,
     RetentionModel,
     equivalent_time,
-    horner,
     retention_from_dict,
     retention_to_dict,
 )
@@ -160,18 +162,20 @@ class DeviceConfig:
             )
         if self.activation_energy > LARGEST_ENERGY:
             doubts.append(f"activation_energy={self.activation_energy:g} eV: energies are in eV; is this in meV?")
-        times = getattr(self.retention, "times", (1.0, parse_time("10y")))
-        moments = [self.retention.polynomials(time) for time in times]
+        moments = self._retention_on_grid(getattr(self.retention, "times", (1.0, parse_time("10y"))))
         programming = f"programming={list(self.programming)!r}"
         retention = f"retention={shown(retention_to_dict(self.retention))}"
-        spreads = [(programming, [self.programming], MUCH), (retention, [std for _, std in moments], 1.0)]
+        spreads = [
+            (programming, [self._on_grid(self.programming)], MUCH),
+            (retention, [std for _, std in moments], 1.0),
+        ]
         means = (f"{retention}: mean shift", [mean for mean, _ in moments], 1.0)
         for given, curves, share in (*spreads, means):
-            error = max(max(map(abs, self._on_grid(curve))) for curve in curves)
+            error = max(max(map(abs, curve)) for curve in curves)
             if error > share * self.g_range:
                 doubts.append(f"{given}: errors of up to {error:g} µS, of a window of {self.g_range:g} µS")
         for given, curves, _ in spreads:
-            least = min(min(self._on_grid(curve)) for curve in curves)
+            least = min(map(min, curves))
             if least < 0:
                 doubts.append(f"{given}: a standard deviation of {least:g} µS within the window, taken as 0")
         full = self.g_range * self.read_voltage
@@ -190,7 +194,20 @@ class DeviceConfig:
 
     def _on_grid(self, curve: tuple[float, ...]) -> list[float]:
         """A polynomial at conductances across the window."""
-        return [horner(curve, self.g_min + self.g_range * i / 16) for i in range(17)]
+        return [horner(curve, g) for g in self._grid()]
+
+    def _grid(self) -> list[float]:
+        return [self.g_min + self.g_range * i / 16 for i in range(17)]
+
+    def _retention_on_grid(self, times: Iterable[float]) -> list[tuple[list[float], list[float]]]:
+        """Mean shifts and spreads, these as they stand, across the window: of tables at all of their own times, of
+        formulas at those given."""
+        if isinstance(self.retention, EmpiricalRetention):
+            grid = torch.tensor(self._grid(), dtype=torch.float64)
+            moments = [changes.moments(grid) for _, _, changes in self.retention.tables()]
+            return [(mean.tolist(), std.tolist()) for mean, std in moments]
+        curves = [self.retention.polynomials(time) for time in times]
+        return [(self._on_grid(mean), self._on_grid(std)) for mean, std in curves]
 
     def _check_errors(self) -> None:
         """Errors of more than :data:`ABSURD` conductance windows would leave the range of float32 on their way; of far
@@ -200,16 +217,16 @@ class DeviceConfig:
         times = getattr(self.retention, "times", ()) or (1.0, LONGEST)
         if getattr(self.retention, "extrapolate", False):
             times = (*times, LONGEST)
-        curves = [("programming", self.programming)]
+        curves = [("programming", self._on_grid(self.programming))]
         try:
-            curves += [("retention", curve) for time in times for curve in self.retention.polynomials(time)]
+            curves += [("retention", curve) for moments in self._retention_on_grid(times) for curve in moments]
         except (OverflowError, ZeroDivisionError) as error:
             raise ValueError(
                 f"device.retention={shown(self.retention)}: coefficients in µS that no float holds ({error}): allowed "
                 "are a g_ref and coefficients of the size of conductances"
             ) from error
         for name, curve in curves:
-            errors = [abs(error) for error in self._on_grid(curve)]
+            errors = [abs(error) for error in curve]
             if not all(error <= most for error in errors):  # NaN is none
                 raise ValueError(
                     f"device.{name}={shown(getattr(self, name))}: errors of up to {max(errors):g} µS, allowed are "
@@ -300,13 +317,18 @@ class DeviceConfig:
         kelvin = parse_temperature(temperature)
         return equivalent_time(seconds, kelvin, self.activation_energy, self.reference_temperature)
 
+    def relaxation(self, time: str | float, temperature: str | float | None = None) -> Relaxation:
+        """By how much conductances have changed ``time`` after programming, at ``temperature`` [K] (default: the
+        reference temperature)."""
+        return self.retention.at(*self._aged(time, temperature))
+
     def retention_moments(
         self, g: Tensor | float, time: str | float, temperature: float | None = None
     ) -> tuple[Tensor, Tensor]:
         """Mean shift ``μ(g, t, T)`` and standard deviation ``σ(g, t, T) >= 0`` [µS] of cells programmed to ``g`` [µS],
         each of the shape of ``g``."""
-        mean, std = self.retention.polynomials(self.equivalent_time(time, temperature))
-        return _exactly(mean, g), _exactly(std, g).clamp_(min=0)
+        g = g if isinstance(g, Tensor) else torch.tensor(float(g))
+        return self.relaxation(time, temperature).moments(g)
 
     def retention_mean(self, g: Tensor | float, time: str | float, temperature: float | None = None) -> Tensor:
         """The first of :meth:`retention_moments`."""
@@ -318,7 +340,7 @@ class DeviceConfig:
 
     def programming_std(self, g: Tensor | float) -> Tensor:
         """Standard deviation [µS] of the programming error of cells programmed to ``g`` [µS]; shape of ``g``."""
-        return _exactly(self.programming, g).clamp_(min=0)
+        return exactly(self.programming, g).clamp_(min=0)
 
     def b(self, range_shrink: float = 1.0) -> float:
         """``b = read_voltage · range_shrink / v0``: how far into the sinh a full-scale input goes."""
@@ -326,14 +348,21 @@ class DeviceConfig:
 
     def holds_at(self, time: str | float, temperature: float | None = None) -> bool:
         """Whether retention at this time is the last measured value, held."""
-        return self.retention.holds_at(self.equivalent_time(time, temperature))
+        return self.retention.holds_at(*self._aged(time, temperature))
 
     def precedes(self, time: str | float, temperature: float | None = None) -> bool:
         """Whether this time lies before the first measured one, whose retention is taken for it."""
-        return self.retention.precedes(self.equivalent_time(time, temperature))
+        return self.retention.precedes(*self._aged(time, temperature))
 
-
-def _exactly(coefficients: tuple[float, ...], g: Tensor | float) -> Tensor:
-    """A polynomial of conductances, in their dtype: powers of a conductance cancel to more than float32 has."""
-    g = g if isinstance(g, Tensor) else torch.tensor(float(g))
-    return horner(coefficients, g.double()).to(g.dtype if g.is_floating_point() else torch.get_default_dtype())
+    def _aged(self, time: str | float, temperature: str | float | None) -> tuple[float, float]:
+        """The time [s] and temperature [K] that retention is asked at. Between temperatures that were measured, those
+        that are meant; else the nearest one that was, the reference temperature of formulas, and the time that ages a
+        cell as much there."""
+        reference = self.reference_temperature
+        kelvin = reference if temperature is None else parse_temperature(temperature)
+        measured = self.retention.temperatures or (reference,)
+        nearest = min(max(kelvin, measured[0]), measured[-1])
+        seconds = parse_time(time)
+        if nearest != kelvin:
+            seconds = equivalent_time(seconds, kelvin, self.activation_energy, nearest)
+        return seconds, nearest

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .cell import DeviceConfig
+from .relaxation import Gaussian, Relaxation
 from .retention import LogRetention
 
 INTERVALS = 4096  # of a curve
@@ -146,15 +147,14 @@ def cell_moments(
     Returns:
         Both of the shape of ``g``, float64.
     """
-    g = g.double()
-    moved, spread = torch.zeros_like(g), torch.zeros_like(g)
-    if time is not None:
-        moved, spread = device.retention_moments(g, time, temperature)
+    shape, g = g.shape, g.double().flatten()
+    changes: Relaxation = Gaussian() if time is None else device.relaxation(time, temperature)
     programmed = device.programming_std(g)
     if not device.floor_at_zero:
+        moved, spread = changes.moments(g)
         mean, square = moved, moved**2 + spread**2 + programmed**2
     elif not programmed.any():
-        mean, square = _floored(moved, spread, g)
+        mean, square = (moment[:, 0] for moment in changes.floored(g, torch.zeros_like(g)[:, None]))
     else:
         # What was programmed is floored before it moves: at 0 with a chance of its own, above with Gaussian density.
         nodes, weights = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(_NODES))
@@ -162,25 +162,14 @@ def cell_moments(
         z = low[..., None] + (nodes + 1) / 2 * (_WIDTH - low)[..., None]
         density = weights / 2 * (_WIDTH - low)[..., None] * torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
         offset = (programmed[..., None] * z).clamp(min=-g[..., None])
-        first, second = _floored(offset + moved[..., None], spread[..., None], g[..., None])
+        first, second = changes.floored(g, offset)
         empty = 1 - density.sum(-1)
-        at_zero = _floored(moved - g, spread, g)
-        mean = (density * first).sum(-1) + empty * at_zero[0]
-        square = (density * second).sum(-1) + empty * at_zero[1]
+        at_zero = changes.floored(g, -g[:, None])
+        mean = (density * first).sum(-1) + empty * at_zero[0][:, 0]
+        square = (density * second).sum(-1) + empty * at_zero[1][:, 0]
     stuck = ((device.stuck_at_min, device.g_min), (device.stuck_at_max, device.g_max))
     free = 1 - device.stuck_at_min - device.stuck_at_max
     mean = free * mean + sum(share * (at - g) for share, at in stuck)
     square = free * square + sum(share * (at - g) ** 2 for share, at in stuck)
-    return mean, (square - mean**2).clamp(min=0)
+    return mean.view(shape), (square - mean**2).clamp(min=0).view(shape)
 
-
-def _floored(mean: Tensor, std: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """First and second moment of ``max(X, -g)``, X normal: ``E max(X + g, 0) = (mean + g) Φ(z) + std φ(z)`` with
-    ``z = (mean + g) / std``."""
-    level = mean + g
-    z = level / std.clamp(min=1e-300)
-    below, density = torch.special.ndtr(-z), torch.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
-    # As what the floor adds, so that far above it nothing cancels.
-    lift = std * density - level * below
-    added = level * std * density - (level**2 + std**2) * below
-    return mean + lift, mean**2 + std**2 + added - 2 * g * lift

@@ -1,8 +1,8 @@
 """One chip's cells: what each was programmed to, and how it is found later.
 
 A cell draws two standard normal variates when the chip is made, one for its programming error and one for its
-retention, and keeps them: at every time the same cell is found on the same side of the mean, so a chip ages along one
-continuous curve.
+retention, and keeps them: at every time the same cell is found at the same quantile, so a chip ages along one continuous
+curve.
 """
 
 from dataclasses import dataclass
@@ -33,13 +33,13 @@ class Cells:
     def after(self, device: DeviceConfig, time: float | None, temperature: float | None) -> Tensor:
         """Conductances [µS] at ``time`` [s] after programming; None: right after programming, no relaxation.
 
-        Spread and shift are those of the target, as published, and Gaussian. Their mean and variance are in closed form
-        in :func:`hf_reram.device.moments.cell_moments`.
+        Changes are distributed as those of cells with this target, as published and measured. Their mean and variance
+        are in closed form in :func:`hf_reram.device.moments.cell_moments`.
         """
         if time is None:
             return self.programmed
-        mean, std = device.retention_moments(self.target, time, temperature)
-        moved = _floored(device, std.mul_(self.variate).add_(self.programmed).add_(mean))
+        changes = device.relaxation(time, temperature)
+        moved = _floored(device, changes.found(self.target, self.programmed, self.variate))
         return moved if self.stuck is None else torch.where(self.stuck, self.programmed, moved)
 
 

@@ -1,7 +1,9 @@
-"""How a programmed conductance relaxes: its mean shift and its spread, at any time.
+"""How a programmed conductance relaxes, at any time.
 
-Every model is, at a fixed time, a pair of polynomials in the conductance ``g`` [µS]; :meth:`polynomials` gives their
-coefficients [µS / µS^k], lowest power first. All that differs between models is how these depend on time.
+:meth:`at` gives a model's :class:`~hf_reram.device.relaxation.Relaxation`. The Gaussian models are, at a fixed time, a
+pair of polynomials in the conductance ``g`` [µS], of the mean shift and of the spread; :meth:`polynomials` gives their
+coefficients [µS / µS^k], lowest power first. All that differs between them is how these depend on time. The empirical
+one is of measured tables, and stands in :mod:`hf_reram.device.empirical`.
 """
 
 import dataclasses
@@ -9,9 +11,11 @@ import itertools
 import math
 import warnings
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from .checks import flag, number, numbers, plain, polynomial, refuse_deep, shown
+from .empirical import EmpiricalRetention
+from .relaxation import Gaussian, Relaxation
 
 LONGEST = 1e30  # s; equivalent times beyond are taken as this
 BOLTZMANN = 8.617333262e-5  # eV/K, CODATA 2018
@@ -19,14 +23,6 @@ BOLTZMANN = 8.617333262e-5  # eV/K, CODATA 2018
 COEFFICIENTS = ("A", "s0", "s1", "s2")  # of the generic model
 
 Polynomial = tuple[float, ...]
-
-
-def horner(coefficients, x):
-    """``sum_k c_k x^k``, lowest power first; ``x`` a float or a tensor."""
-    result = 0.0 * x + coefficients[-1]
-    for c in reversed(coefficients[:-1]):
-        result = result * x + c
-    return result
 
 
 def equivalent_time(time: float, temperature: float, activation_energy: float, reference_temperature: float) -> float:
@@ -41,8 +37,22 @@ def equivalent_time(time: float, temperature: float, activation_energy: float, r
     return min(time * math.exp(min(exponent, 700.0)), LONGEST)
 
 
+class GaussianRetention:
+    """A model of two polynomials in the conductance; temperature is equivalent time to it."""
+
+    temperatures: ClassVar[tuple[float, ...]] = ()
+
+    def polynomials(self, time: float) -> tuple[Polynomial, Polynomial]:
+        """Coefficients of mean shift and spread [µS / µS^k] at a time [s], lowest power first."""
+        raise NotImplementedError
+
+    def at(self, time: float, temperature: float | None = None) -> Relaxation:
+        """The changes after ``time`` [s] at the reference temperature."""
+        return Gaussian(*self.polynomials(time))
+
+
 @dataclass(frozen=True)
-class TableRetention:
+class TableRetention(GaussianRetention):
     """Polynomials fitted at a few times, interpolated linearly in log t (Wan et al., Nature 608, 504 (2022)).
 
     Args:
@@ -77,11 +87,11 @@ class TableRetention:
             object.__setattr__(self, name, tuple(row + (0.0,) * (width - len(row)) for row in rows))
         object.__setattr__(self, "extrapolate", flag("retention", "extrapolate", self.extrapolate))
 
-    def holds_at(self, time: float) -> bool:
+    def holds_at(self, time: float, temperature: float | None = None) -> bool:
         """Whether ``time`` lies past the last fit, so that the last value is held."""
         return time > self.times[-1] and not self.extrapolate
 
-    def precedes(self, time: float) -> bool:
+    def precedes(self, time: float, temperature: float | None = None) -> bool:
         """Whether ``time`` lies before the first fit, whose value is taken for it."""
         return time < self.times[0]
 
@@ -92,7 +102,7 @@ class TableRetention:
             warnings.warn(
                 f"retention was measured up to {self.times[-1]:g} s; its last value is held for later times "
                 "(set retention.extrapolate=true to continue the trend in log t)",
-                stacklevel=2,
+                stacklevel=3,
             )
         return self._at(self.mean, time), self._at(self.std, time)
 
@@ -113,7 +123,7 @@ class TableRetention:
 
 
 @dataclass(frozen=True)
-class LogRetention:
+class LogRetention(GaussianRetention):
     """``offset(g) + slope(g) ln t`` for mean shift and spread, t >= 1 s (Falcone et al., CMO/HfOx ReRAM); before, that
     after 1 s, with a warning.
 
@@ -129,10 +139,10 @@ class LogRetention:
         for field in fields(self):
             object.__setattr__(self, field.name, polynomial("retention", field.name, getattr(self, field.name)))
 
-    def holds_at(self, time: float) -> bool:
+    def holds_at(self, time: float, temperature: float | None = None) -> bool:
         return False
 
-    def precedes(self, time: float) -> bool:
+    def precedes(self, time: float, temperature: float | None = None) -> bool:
         return time < 1.0
 
     def polynomials(self, time: float) -> tuple[Polynomial, Polynomial]:
@@ -143,7 +153,7 @@ class LogRetention:
 
 
 @dataclass(frozen=True)
-class GenericRetention:
+class GenericRetention(GaussianRetention):
     """``mean = -min(A ln(1 + t/tau), 1) (g - g_min)``, ``std = s0 + (s1 + s2 g) ln(1 + t/tau)``: every number the
     user's.
 
@@ -171,10 +181,10 @@ class GenericRetention:
             value = number("retention", field.name, getattr(self, field.name), 0, exclusive)
             object.__setattr__(self, field.name, value)
 
-    def holds_at(self, time: float) -> bool:
+    def holds_at(self, time: float, temperature: float | None = None) -> bool:
         return False
 
-    def precedes(self, time: float) -> bool:
+    def precedes(self, time: float, temperature: float | None = None) -> bool:
         return False
 
     def polynomials(self, time: float) -> tuple[Polynomial, Polynomial]:
@@ -186,7 +196,7 @@ class GenericRetention:
 
 def _warn_early(first: float) -> None:
     warnings.warn(
-        f"retention was measured from {first:g} s on; its first value is taken for earlier times too", stacklevel=3
+        f"retention was measured from {first:g} s on; its first value is taken for earlier times too", stacklevel=4
     )
 
 
@@ -196,12 +206,17 @@ def _line(offset: Polynomial, slope: Polynomial, log: float) -> Polynomial:
     return tuple(a + b * log for a, b in zip(offset, slope))
 
 
-RetentionModel = TableRetention | LogRetention | GenericRetention
-RETENTION_TYPES: dict[str, Any] = {"table": TableRetention, "log": LogRetention, "generic": GenericRetention}
+RetentionModel = TableRetention | LogRetention | GenericRetention | EmpiricalRetention
+RETENTION_TYPES: dict[str, Any] = {
+    "empirical": EmpiricalRetention,
+    "generic": GenericRetention,
+    "log": LogRetention,
+    "table": TableRetention,
+}
 
 
 def retention_from_dict(data) -> RetentionModel:
-    """A retention model from its JSON form, ``{"type": "table" | "log" | "generic", ...}``.
+    """A retention model from its JSON form, ``{"type": "table" | "log" | "generic" | "empirical", ...}``.
 
     Raises:
         ValueError: unknown type or field, or a value that the model does not allow.
@@ -234,6 +249,8 @@ def retention_to_dict(model: RetentionModel) -> dict:
     name = next(key for key, cls in RETENTION_TYPES.items() if type(model) is cls)
 
     def plain(value):
+        if dataclasses.is_dataclass(value):
+            return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
         return [plain(v) for v in value] if isinstance(value, tuple) else value
 
     return {"type": name} | {f.name: plain(getattr(model, f.name)) for f in fields(model)}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...device.iv import LINEAR_B, SERIES_B, range_slope_coefficients, sinh_coefficients
-from ...device.retention import horner
+from ...device.relaxation import horner
 
 # Up to this b a polynomial stands for the sinh on a CPU, where PyTorch's is scalar code, 20 times slower.
 POLYNOMIAL_B = 4.0
