@@ -279,6 +279,22 @@ class DeviceConfig:
             raise ValueError(f"device lacks the fields {sorted({'g_min', 'g_max'} - set(data))}")
         return cls(**data)
 
+    @classmethod
+    def fit(cls, retention=None, iv=None, bake=None, **options) -> "DeviceConfig":
+        """A device from measurements: reads over time, I–V sweeps, and reads before and after heat, each a long table
+        (a file, a pandas DataFrame or a mapping of columns).
+
+        What fits and what does not, rows that were skipped and the law in time are in the
+        :class:`hf_reram.device.fit.Fit` that :func:`hf_reram.device.fit.fit_measurements` gives, which takes the same
+        arguments and says what they are.
+
+        Raises:
+            ValueError: a table lacks a column or a unit, holds what cannot be in its unit, or too few cells.
+        """
+        from .fit import fit_measurements
+
+        return cls.from_dict(fit_measurements(retention, iv, bake, **options).fields)
+
     def to_dict(self) -> dict:
         """All fields as plain JSON values: a checkpoint holds these, never a preset's name alone."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}

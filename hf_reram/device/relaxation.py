@@ -93,7 +93,7 @@ class Quantiles:
         self.g, self.z, self.change = (torch.from_numpy(np.asarray(v, dtype=np.float64)) for v in (g, z, change))
 
     def moments(self, g: Tensor) -> tuple[Tensor, Tensor]:
-        at = self._rows(g.double().flatten().to(self.g.device))
+        at = self.rows(g.double().flatten().to(self.g.device))
         first, second = (sums[:, 0] for sums in self._above(at))
         std = (second - first**2).clamp(min=0).sqrt()
         kind = g.dtype if g.is_floating_point() else torch.get_default_dtype()
@@ -113,7 +113,7 @@ class Quantiles:
 
     def floored(self, g: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
         """Sums of integrals of ``(a + b z)^k φ(z)`` from where the change meets the floor."""
-        at = self._rows(g)
+        at = self.rows(g)
         firsts, seconds = self._above(at)
         floor = -g[:, None] - offset  # of the change
         column = (torch.searchsorted(at, floor, right=True) - 1).clamp(0, len(self.z) - 2)
@@ -132,7 +132,7 @@ class Quantiles:
         mean = offset * above + first - g[:, None] * below
         return mean, offset**2 * above + 2 * offset * first + second + g[:, None] ** 2 * below
 
-    def _rows(self, g: Tensor) -> Tensor:
+    def rows(self, g: Tensor) -> Tensor:
         """Changes at the columns' quantiles, (n, columns), of conductances (n,)."""
         row, down = _between(self.g, g)
         return torch.lerp(self.change[row], self.change[row + 1], down[:, None])

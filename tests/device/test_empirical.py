@@ -52,7 +52,7 @@ def device(**changes) -> DeviceConfig:
 def test_moments_are_those_of_cells_that_are_drawn(changes, time):
     cell = device(**changes)
     for g in (0.0, 0.7, 17.0, 40.0):
-        found = program(cell, torch.full((400_000,), g), Draws(3)).after(cell, time, None).double()
+        found = program(cell, torch.full((150_000,), g), Draws(3)).after(cell, time, None).double()
         mean, variance = cell_moments(cell, torch.tensor(g), time)
         off = found - found.mean()
         assert abs(float(found.mean() - g - mean)) < 3.5 * float(off.std()) / len(found) ** 0.5 + 1e-6
