@@ -32,6 +32,7 @@ HEAVY = (
 )
 ROOMS = (
     "hf_reram.device",
+    "hf_reram.device.plot",
     "hf_reram.config",
     "hf_reram.nn",
     "hf_reram.model.patch",

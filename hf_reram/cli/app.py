@@ -7,8 +7,10 @@ import typer
 from ..version import __version__
 from .card import card, push
 from .demo import demo
+from .device import device
 from .evaluate import evaluate
 from .export import export
+from .fit import fit
 from .harness import lm_eval
 from .inspect import inspect
 from .output import console, reported
@@ -28,6 +30,8 @@ app.command(
 )(reported(lm_eval))
 app.command()(reported(inspect))
 app.command()(reported(export))
+app.command()(reported(device))
+app.command()(reported(fit))
 app.command()(reported(card))
 app.command()(reported(push))
 

@@ -1,7 +1,8 @@
 """Retention as it was measured: quantiles of the conductance's change by programmed conductance, time and temperature.
 
-Between times the quantiles go straight in log t, between temperatures in 1/T, between conductances in g; a mix of
-ascending rows ascends. Beyond the last time the shape stays that of the last one: its spread goes on as a stated law
+Between times the quantiles go straight in log t, between conductances in g; a mix of ascending rows ascends. Between
+temperatures mean and shape go straight in 1/T, and so does the logarithm of the spread, which grows the faster the
+hotter. Beyond the last time the shape stays that of the last one: its spread goes on as a stated law
 has it, its mean linearly in log t.
 """
 
@@ -123,7 +124,9 @@ class EmpiricalRetention:
             if len(found) < 2 or any(b <= a for a, b in itertools.pairwise(found)):
                 raise ValueError(f"retention.{name}={shown(found)}: allowed are at least two numbers that ascend")
         if self.quantiles[0] <= 0 or self.quantiles[-1] >= 1:
-            raise ValueError(f"retention.quantiles={shown(self.quantiles)}: allowed are probabilities above 0 and below 1")
+            raise ValueError(
+                f"retention.quantiles={shown(self.quantiles)}: allowed are probabilities above 0 and below 1"
+            )
         given = plain(self.series)
         if not isinstance(given, (list, tuple)) or not given:
             raise ValueError(f"retention.series={shown(given)}: allowed is a list of at least one series")
@@ -169,8 +172,9 @@ class EmpiricalRetention:
         return any(time < one.times[0] for one in self._about(temperature)[0])
 
     def at(self, time: float, temperature: float | None = None) -> Relaxation:
-        """The changes at one time [s] and temperature [K] within those measured; None for the lowest of them."""
-        about, share = self._about(temperature)
+        """The changes at one time [s] and temperature [K] within those measured; None for the lowest of them. With a
+        warning where the nearest that was measured is taken for them."""
+        about, _ = self._about(temperature)
         if self.precedes(time, temperature):
             first = max(one.times[0] for one in about)
             warnings.warn(
@@ -182,8 +186,18 @@ class EmpiricalRetention:
             warnings.warn(
                 f"retention was measured up to {last:g} s; its last value is held for later times", stacklevel=3
             )
+        return self.changes(time, temperature)
+
+    def changes(self, time: float, temperature: float | None = None) -> Quantiles:
+        """The same without a warning."""
+        about, share = self._about(temperature)
         tables = [self._table(one, time) for one in about]
-        return self._quantiles(tables[0] if len(tables) == 1 else tables[0] + share * (tables[1] - tables[0]))
+        if len(tables) == 1:
+            return self._quantiles(tables[0])
+        table = tables[0] + share * (tables[1] - tables[0])
+        (_, low), (_, high), (mean, std) = map(self._moments, (*tables, table))
+        grown = np.maximum(low, 1e-12) ** (1 - share) * np.maximum(high, 1e-12) ** share
+        return self._quantiles(_rescaled(table, mean, std, grown))
 
     def spread_error(self, time: float, temperature: float | None = None) -> np.ndarray:
         """Standard error [µS] of the spread at each of g that comes of the extrapolation; 0 within measured times."""
@@ -230,8 +244,7 @@ class EmpiricalRetention:
         table = one.tables[-1]
         mean, std = self._moments(table)
         grown = self._spread(one, std, log, np.zeros_like(std))
-        later = mean + np.array(one.mean_rate) * log
-        return later[:, None] + (table - mean[:, None]) * (grown / np.maximum(std, 1e-12))[:, None]
+        return np.array(one.mean_rate)[:, None] * log + _rescaled(table, mean, std, grown)
 
     def _spread(self, one: Series, std: np.ndarray, log: float, errors: np.ndarray | float) -> np.ndarray:
         assert self.law is not None and one.spread_rate is not None
@@ -252,6 +265,11 @@ class EmpiricalRetention:
     def _moments(self, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         mean, std = self._quantiles(table).moments(torch.tensor(self.g, dtype=torch.float64))
         return mean.numpy(), std.numpy()
+
+
+def _rescaled(table: np.ndarray, mean: np.ndarray, std: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """A table with another spread about the same means."""
+    return mean[:, None] + (table - mean[:, None]) * (wanted / np.maximum(std, 1e-12))[:, None]
 
 
 def _series(value: Any) -> Series:

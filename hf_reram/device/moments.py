@@ -172,4 +172,3 @@ def cell_moments(
     mean = free * mean + sum(share * (at - g) for share, at in stuck)
     square = free * square + sum(share * (at - g) ** 2 for share, at in stuck)
     return mean.view(shape), (square - mean**2).clamp(min=0).view(shape)
-

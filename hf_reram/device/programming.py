@@ -1,8 +1,8 @@
 """One chip's cells: what each was programmed to, and how it is found later.
 
 A cell draws two standard normal variates when the chip is made, one for its programming error and one for its
-retention, and keeps them: at every time the same cell is found at the same quantile, so a chip ages along one continuous
-curve.
+retention, and keeps them: at every time the same cell is found at the same quantile, so a chip ages along one
+continuous curve.
 """
 
 from dataclasses import dataclass

@@ -101,7 +101,7 @@ def test_beyond_the_last_time_the_variance_goes_on_in_log_time():
         torch.testing.assert_close(held.retention_std(g, "10y"), last)
 
 
-def test_between_temperatures_quantiles_go_straight_in_the_reciprocal():
+def test_between_temperatures_the_logarithm_of_the_spread_goes_straight_in_the_reciprocal():
     series = [
         {"temperature": f"{celsius}C", "times": [3600.0], "change": [table(size)]}
         for celsius, size in ((140, 0.7), (100, 0.5))
@@ -111,7 +111,9 @@ def test_between_temperatures_quantiles_go_straight_in_the_reciprocal():
     middle = 2 / (1 / 373.15 + 1 / 413.15)
     g = torch.tensor([5.0, 25.0])
     low, high, between = (cell.retention_std(g, 3600.0, kelvin) for kelvin in (373.15, 413.15, middle))
-    torch.testing.assert_close(between, (low + high) / 2)
+    torch.testing.assert_close(between, (low * high).sqrt())
+    means = [cell.retention_mean(g, 3600.0, kelvin) for kelvin in (373.15, 413.15, middle)]
+    torch.testing.assert_close(means[2], (means[0] + means[1]) / 2)
     torch.testing.assert_close(low * 1.4, high)
     with pytest.warns(UserWarning, match="held"):  # beyond, by Arrhenius from the nearest
         torch.testing.assert_close(cell.retention_std(g, 3600.0, 440.0), high)

@@ -1,5 +1,6 @@
-"""Statistics of changes within bands of conductance, with their standard errors: what formulas and laws are fitted to."""
+"""Statistics of changes within bands of conductance, with standard errors; formulas and laws are fitted to them."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,7 +31,7 @@ class Bands:
 def bands(read: Read, edges: np.ndarray) -> Bands:
     """Statistics of the cells between edges [µS], around the line that their means follow within a band."""
     found = []
-    for low, high in zip(edges[:-1], edges[1:]):
+    for low, high in itertools.pairwise(edges):
         inside = (read.g >= low) & (read.g < high)
         g, change = read.g[inside], read.change[inside]
         slope = np.cov(g, change)[0, 1] / g.var() if g.var() > 0 else 0.0

@@ -16,6 +16,7 @@ from .bands import Bands
 
 STRAIGHT = tuple(law for law in LAWS if law != "saturating")  # two numbers a band
 SATURATIONS = np.geomspace(0.01, 1.0, 25)  # per e-fold of time, that are tried
+CLOSEST = 0.005  # relative, per decade; nothing is told more closely
 NOISE = 0.02  # relative; no spread is compared more closely
 
 
@@ -29,8 +30,8 @@ class LawFit:
             were left out, over all comparisons. last: the same of the last time left out alone. signed: the mean of
             these with their signs.
         decade_error: relative error of the chosen law per decade of time beyond.
-        g: of bands [µS]. spread_rate, spread_rate_error, mean_rate, mean_rate_error: see
-            :class:`hf_reram.device.empirical.Series`, by band.
+        g: of bands [µS]. last_std: spreads of the last read as the law has them [µS]. spread_rate, spread_rate_error,
+            mean_rate, mean_rate_error: see :class:`hf_reram.device.empirical.Series`, by band.
     """
 
     law: str
@@ -40,6 +41,7 @@ class LawFit:
     signed: dict[str, float]
     decade_error: float
     g: np.ndarray
+    last_std: np.ndarray
     spread_rate: np.ndarray
     spread_rate_error: np.ndarray
     mean_rate: np.ndarray
@@ -59,7 +61,8 @@ def choose_law(reads: Sequence[Bands]) -> LawFit | None:
         off = [_comparison(law, reads[:n], reads[n:]) for n in range(fewest, len(reads))]
         errors, weights, beyond = (np.concatenate([part[i] for part in off]) for i in range(3))
         scores[law] = float(np.sqrt((weights * errors**2).sum() / weights.sum()))
-        decades[law] = float(np.sqrt((weights * (errors / beyond) ** 2).sum() / weights.sum()))
+        alone = np.maximum(errors**2 - 1 / weights, 0.0)  # without what the left-out spreads' own errors make of it
+        decades[law] = max(float(np.sqrt((weights * alone / beyond**2).sum() / weights.sum())), CLOSEST)
         errors, weights, _ = off[-1]
         last[law] = float(np.sqrt((weights * errors**2).sum() / weights.sum()))
         signed[law] = float((weights * errors).sum() / weights.sum())
@@ -81,6 +84,7 @@ def choose_law(reads: Sequence[Bands]) -> LawFit | None:
         signed=signed,
         decade_error=decades[law],
         g=np.mean([read.g for read in reads], axis=0),
+        last_std=restored(law, lines[0]),
         spread_rate=np.maximum(lines[1], 0.0),
         spread_rate_error=lines[2],
         mean_rate=means[1],

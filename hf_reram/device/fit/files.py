@@ -94,7 +94,8 @@ def find_column(frame: "DataFrame", column: Column, owner: str, required: bool =
     Raises:
         ValueError: it is missing though required, there are two, its unit is missing or unknown, or it holds texts.
     """
-    matches = [(name, *found) for name in map(str, frame.columns) if (found := _match(name, column)) is not None]
+    named = {str(name): _match(str(name), column) for name in frame.columns}
+    matches = [(name, match[0], match[1]) for name, match in named.items() if match is not None]
     if len(matches) > 1:  # what is named first is meant: a nominal time rather than the time elapsed
         order = [column.names.index(word) for _, word, _ in matches]
         if order.count(min(order)) > 1:
@@ -103,9 +104,9 @@ def find_column(frame: "DataFrame", column: Column, owner: str, required: bool =
     if not matches:
         if not required:
             return None
-        unit = f", with a unit of {_units(column)} behind it" if column.quantity else ""
+        behind = f", with a unit of {_units(column)} behind it" if column.quantity else ""
         raise ValueError(
-            f"{owner} has no column {column.names[0]!r}: allowed are the names {list(column.names)}{unit}; "
+            f"{owner} has no column {column.names[0]!r}: allowed are the names {list(column.names)}{behind}; "
             f"it has {some(map(str, frame.columns))}"
         )
     name, word, unit = matches[0]

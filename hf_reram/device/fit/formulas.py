@@ -55,7 +55,8 @@ def _log(of: Sequence[Bands], g_ref: float) -> Fitted:
     powers = _powers(g / g_ref, len(of[0].g))
     design = np.hstack((powers, powers * log[:, None]))
     scale = g_ref ** -np.arange(powers.shape[1])
-    fields, parameters = {}, {}
+    fields: dict[str, tuple[float, ...]] = {}
+    parameters: Parameters = {}
     for name in ("std", "mean"):
         y = np.concatenate([getattr(b, name) for b in of])
         error = np.concatenate([b.std * b.std_error if name == "std" else b.mean_error for b in of])
@@ -93,8 +94,8 @@ def _generic(of: Sequence[Bands], g_min: float) -> Fitted:
     parameters = _intervals(found, list(names))
     value, low, high = parameters["tau"]
     parameters["tau"] = (float(np.exp(value)), float(np.exp(max(low, -700))), float(np.exp(min(high, 700))))
-    values = {name: parameters[name][0] for name in names}
-    return Fitted(GenericRetention(**values, g_min=g_min), parameters)
+    a, tau, s0, s1, s2 = (parameters[name][0] for name in names)
+    return Fitted(GenericRetention(a, tau, s0, s1, s2, g_min), parameters)
 
 
 def _powers(x: np.ndarray, bands: int) -> np.ndarray:
@@ -116,6 +117,10 @@ def _intervals(found: OptimizeResult, names: Sequence[str], start: int = 0) -> P
     covariance = np.linalg.pinv(found.jac.T @ found.jac) * misfit
     half = np.sqrt(np.diag(covariance)) * student.ppf(0.5 + CONFIDENCE / 2, free)
     return {
-        name: (float(found.x[start + k]), float(found.x[start + k] - half[start + k]), float(found.x[start + k] + half[start + k]))
+        name: (
+            float(found.x[start + k]),
+            float(found.x[start + k] - half[start + k]),
+            float(found.x[start + k] + half[start + k]),
+        )
         for k, name in enumerate(names)
     }

@@ -77,7 +77,10 @@ def fit_iv(source: Source) -> tuple[Curvature, list[tuple[np.ndarray, np.ndarray
     frame, owner = read_table(source)
     cell, voltage, current = (find_column(frame, column, owner) for column in (CELL, VOLTAGE, CURRENT))
     assert cell is not None and voltage is not None and current is not None
-    for values, name, unit, most in ((voltage, "voltage", "V", LARGEST_VOLTAGE), (current, "current", "µA", LARGEST_CURRENT)):
+    for values, name, unit, most in (
+        (voltage, "voltage", "V", LARGEST_VOLTAGE),
+        (current, "current", "µA", LARGEST_CURRENT),
+    ):
         finite = values[np.isfinite(values)]
         if len(finite) and (large := float(np.abs(finite).max())) > most:
             raise ValueError(
@@ -115,7 +118,8 @@ def fit_iv(source: Source) -> tuple[Curvature, list[tuple[np.ndarray, np.ndarray
         half = [(v[v * sign > 0], i[v * sign > 0]) for v, i in sweeps]
         half = [(v, i) for v, i in half if len(np.unique(v)) >= 3]
         sides.append(_v0(half) if half else None)
-    return Curvature(joint, states, *sides, _asymmetry(sweeps), tuple(skipped), largest), sweeps
+    positive, negative = sides
+    return Curvature(joint, states, positive, negative, _asymmetry(sweeps), tuple(skipped), largest), sweeps
 
 
 def _v0(sweeps: Sequence[tuple[np.ndarray, np.ndarray]]) -> V0:
@@ -133,8 +137,12 @@ def _v0(sweeps: Sequence[tuple[np.ndarray, np.ndarray]]) -> V0:
     low = np.log(max(SMALLEST_V0, largest / 50))
     tries = [
         least_squares(
-            residuals, [np.log(np.clip(start, np.exp(low) * 1.01, LARGEST_V0 * 0.99))], bounds=([low], [np.log(LARGEST_V0)]),
-            loss="soft_l1", f_scale=0.02, xtol=1e-10,
+            residuals,
+            [np.log(np.clip(start, np.exp(low) * 1.01, LARGEST_V0 * 0.99))],
+            bounds=([low], [np.log(LARGEST_V0)]),
+            loss="soft_l1",
+            f_scale=0.02,
+            xtol=1e-10,
         )
         for start in (largest / 5, largest)
     ]

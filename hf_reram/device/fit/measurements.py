@@ -1,15 +1,17 @@
 """From measured tables to a device's fields."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..checks import number, shown
 from ..empirical import EmpiricalRetention, Series
 from ..laws import transformed
 from ..relaxation import Gaussian
-from ..retention import RETENTION_TYPES, RetentionModel, equivalent_time
+from ..retention import RETENTION_TYPES
 from ..temperature import parse_temperature
 from .bands import Bands, bands, edges
 from .extrapolation import LawFit, choose_law
@@ -18,11 +20,12 @@ from .formulas import fit_formulas
 from .goodness import goodness
 from .heat import heat
 from .iv import fit_iv
-from .quantiles import QUANTILES, rows, smooth, table
-from .reads import FEWEST, Measured, Read, collect
+from .quantiles import QUANTILES, rows, table
+from .reads import FEWEST, Measured, Read, Skip, collect
 from .result import Candidate, Fit
 
 BANDS, LAW_BANDS = 16, 8  # of conductance, for formulas and for the law in time
+USUAL = 0.01, 0.97  # of first conductances, the window that is taken where none is given; some overshoot
 EDGE = 0.02  # of the window, by which cells may lie beyond it
 BORROWED = 0.5  # relative error of a rate that is another temperature's
 DIGITS = 2e-5  # of the window, that changes are rounded to
@@ -51,8 +54,8 @@ def fit_measurements(
     Args:
         retention: reads over time, one table or several. iv: sweeps, for v0. bake: reads before and after heat; with a
             column of temperatures.
-        g_min, g_max: the window [µS] that weights are mapped to; default the range that all but a hundredth of the
-            cells were programmed in.
+        g_min, g_max: the window [µS] that weights are mapped to; default the range of the targets, or that of first
+            conductances but for the lowest 1 % and the highest 3 %.
         model: retention of the device: "empirical", "table", "log" or "generic". All that the data allow are fitted and
             compared.
         temperature: K or such as "25C", of tables of ``retention`` without a column of temperatures.
@@ -69,28 +72,37 @@ def fit_measurements(
     found: dict[str, Any] = {"name": name, "source": source}
     assumed = {"v0", "read_voltage", "read_noise", "programming", "activation_energy"}
     parts: dict[str, Any] = {"candidates": ()}
-    skipped, notes = [], []
+    skipped: list[Skip] = []
+    notes: list[str] = []
     if iv is not None:
         curvature, sweeps = fit_iv(iv)
         found["v0"] = float(f"{curvature.v0.value:.5g}")
         assumed.discard("v0")
         skipped += curvature.skipped
         parts |= {"curvature": curvature, "sweeps": tuple(sweeps)}
-        low, high = (float(f"{value:.3g}") for value in np.quantile([state.g for state in curvature.states] or [curvature.v0.g], (0, 1)))
+        low, high = (
+            float(f"{value:.3g}")
+            for value in np.quantile([state.g for state in curvature.states] or [curvature.v0.g], (0, 1))
+        )
         found |= {"g_min": low if high > low else 0.0, "g_max": high}
     if retention is not None or bake is not None:
         measured = collect(_several(retention), _several(bake), room)
         low, high = _window(measured, g_min, g_max)
         found |= {"g_min": low, "g_max": high}
         reads = [_within(read, low, high) for read in measured.reads]
-        reference = _reference(reads, retention is not None)
+        reference = _reference(reads)
         found["reference_temperature"] = reference
         candidates, law, warmth, told = _retention(reads, low, high, reference)
+        if warmth is not None and warmth.energy is not None and not warmth.misses:
+            found["activation_energy"] = float(f"{warmth.energy:.3g}")
+            assumed.discard("activation_energy")
         skipped += measured.skipped
         notes += measured.notes + told
         chosen = next((one for one in candidates if one.name == model), None)
         if chosen is None:
-            raise ValueError(f"model={model!r}: the reads do not tell it; allowed are {[one.name for one in candidates]}")
+            raise ValueError(
+                f"model={model!r}: the reads do not tell it; allowed are {[one.name for one in candidates]}"
+            )
         if not chosen.recommended:
             notes.append(f"retention {model!r} is not recommended for these data: {chosen.goodness.misses}")
         found["retention"] = chosen.retention
@@ -119,7 +131,7 @@ def _several(source: Source | Sequence[Source] | None) -> list[Source]:
 
 def _window(measured: Measured, g_min: float | None, g_max: float | None) -> tuple[float, float]:
     g = np.concatenate([read.g for read in measured.reads])
-    low, high = (float(f"{value:.3g}") for value in np.quantile(g, (0.005, 0.995)))
+    low, high = (float(f"{value:.3g}") for value in np.quantile(g, (0.0, 1.0) if measured.by_target else USUAL))
     low = low if g_min is None else number("device", "g_min", g_min, 0)
     high = high if g_max is None else number("device", "g_max", g_max, 0, exclusive=True)
     if high <= low:
@@ -137,13 +149,13 @@ def _within(read: Read, low: float, high: float) -> Read:
     inside = (read.g >= low - margin) & (read.g <= high + margin)
     if inside.sum() < FEWEST:
         raise ValueError(
-            f"{inside.sum()} of {len(inside)} cells read at {read.time:g} s, {read.temperature:g} K lie within {low:g} to "
-            f"{high:g} µS: allowed are {FEWEST} and more; are g_min and g_max in µS?"
+            f"{inside.sum()} of {len(inside)} cells read at {read.time:g} s, {read.temperature:g} K lie within {low:g} "
+            f"to {high:g} µS: allowed are {FEWEST} and more; are g_min and g_max in µS?"
         )
     return Read(read.temperature, read.time, read.g[inside], read.change[inside], read.rows[inside])
 
 
-def _reference(reads: Sequence[Read], has_retention: bool) -> float:
+def _reference(reads: Sequence[Read]) -> float:
     """The temperature with the most times, of those the lowest."""
     kelvins = sorted({read.temperature for read in reads})
     return max(kelvins, key=lambda kelvin: (sum(read.temperature == kelvin for read in reads), -kelvin))
@@ -153,7 +165,8 @@ def _retention(
     reads: list[Read], low: float, high: float, reference: float
 ) -> tuple[list[Candidate], LawFit | None, Any, list[str]]:
     """The models, the tables first; the law in time; what heat tells; and notes."""
-    window, notes = (low, high), []
+    window = (low, high)
+    notes: list[str] = []
     nodes = rows(low, high, min(len(read.g) for read in reads))
     at_reference = [read for read in reads if read.temperature == reference]
     law = choose_law(_bands(at_reference, window, LAW_BANDS))
@@ -162,7 +175,9 @@ def _retention(
     of = [band for kelvin in kelvins for band in _bands([r for r in reads if r.temperature == kelvin], window, BANDS)]
     here = [band for band in of if band.temperature == reference]
     candidates = [
-        Candidate("empirical", empirical, goodness(lambda r: empirical.at(r.time, r.temperature), reads, of, window), {})
+        Candidate(
+            "empirical", empirical, goodness(lambda r: empirical.changes(r.time, r.temperature), reads, of, window), {}
+        )
     ]
     for name, fitted in fit_formulas(here, low, high).items():
         model: Any = fitted.retention
@@ -170,17 +185,11 @@ def _retention(
         candidates.append(Candidate(name, model, quality, fitted.parameters))
     latest = [[read for read in reads if read.temperature == kelvin][-1] for kelvin in kelvins]
     shared = edges(latest, window, LAW_BANDS)
-    rate = None
-    if law is not None and law.law == "variance" and kelvins[0] == reference:
-        rate = np.interp([band.g.mean() for band in [bands(latest[0], shared)]][0], law.g, law.spread_rate)
-        rate = np.interp(bands(latest[0], shared).g, law.g, law.spread_rate)
-    warmth = heat(empirical, [bands(read, shared) for read in latest], rate)
+    warmth = heat(empirical, [bands(read, shared) for read in latest], reference)
     return candidates, law, warmth, notes
 
 
 def _quietly(model: Any, time: float) -> Any:
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return model.polynomials(time)
@@ -234,8 +243,22 @@ def _tables(
 
     if law is None:
         return retention()
-    names = ("spread_rate", "spread_rate_error", "mean_rate", "mean_rate_error")
-    put(reference, **{name: np.interp(nodes, law.g, getattr(law, name)) for name in names})
+    first = retention()
+    of_reference = first.series[kelvins.index(reference)]
+    # As shares of spreads, which change more within a band than such shares do, above all next to g_min.
+    share = _std(first, reference, of_reference.times[-1], nodes) / np.interp(nodes, law.g, law.last_std)
+    by_law = _by_law(law.law, share)
+    rate, rate_error, mean, mean_error = (
+        np.interp(nodes, law.g, values)
+        for values in (law.spread_rate, law.spread_rate_error, law.mean_rate, law.mean_rate_error)
+    )
+    put(
+        reference,
+        spread_rate=rate * by_law,
+        spread_rate_error=rate_error * by_law,
+        mean_rate=mean,
+        mean_rate_error=mean_error,
+    )
     if others := [kelvin for kelvin in kelvins if kelvin != reference]:
         first = retention()
         of_reference = first.series[kelvins.index(reference)]
@@ -245,7 +268,7 @@ def _tables(
             here = _std(first, kelvin, one.times[-1], nodes)
             there = np.maximum(_std(first, reference, time, nodes), 1e-9)
             share = here / there
-            by_law = np.ones_like(share) if law.law == "power" else transformed(law.law, share)
+            by_law = _by_law(law.law, share)
             spread, mean = (np.array(getattr(of_reference, rate)) for rate in ("spread_rate", "mean_rate"))
             put(
                 kelvin,
@@ -255,16 +278,19 @@ def _tables(
                 mean_rate_error=BORROWED * np.abs(mean * share),
             )
         notes.append(
-            f"beyond the last read at {', '.join(f'{k:g}' for k in others)} K changes go on relative to their size as at "
-            f"{reference:g} K, which is assumed"
+            f"beyond the last read at {', '.join(f'{k:g}' for k in others)} K changes go on relative to their size as "
+            f"at {reference:g} K, which is assumed"
         )
     return retention()
 
 
-def _std(retention: EmpiricalRetention, kelvin: float, time: float, nodes: np.ndarray) -> np.ndarray:
-    import torch
+def _by_law(law: str, share: np.ndarray) -> np.ndarray:
+    """By what rates differ between spreads whose ratio is ``share``, if they grow relative to their size."""
+    return np.ones_like(share) if law == "power" else transformed(law, share)
 
-    return retention.at(time, kelvin).moments(torch.from_numpy(nodes))[1].numpy()
+
+def _std(retention: EmpiricalRetention, kelvin: float, time: float, nodes: np.ndarray) -> np.ndarray:
+    return retention.changes(time, kelvin).moments(torch.from_numpy(nodes))[1].numpy()
 
 
 def _texts(rows: np.ndarray) -> tuple[str, ...]:

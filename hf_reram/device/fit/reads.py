@@ -1,5 +1,6 @@
 """What was measured of cells, checked: by how much each conductance had changed, read by read."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -60,7 +61,8 @@ class Measured:
 
     Attributes:
         target, first: of the cells of which both are known [µS].
-        from_target: whether changes count from targets, since no first conductance is known.
+        by_target: whether all cells' targets are known. from_target: whether some changes count from targets, since no
+            first conductances are known.
     """
 
     reads: list[Read] = field(default_factory=list)
@@ -68,6 +70,7 @@ class Measured:
     notes: list[str] = field(default_factory=list)
     target: list[np.ndarray] = field(default_factory=list)
     first: list[np.ndarray] = field(default_factory=list)
+    by_target: bool = True
     from_target: bool = False
 
 
@@ -85,7 +88,7 @@ def collect(retention: Sequence[Source], bakes: Sequence[Source], room: float) -
         for source in sources:
             _add(found, *read_table(source), None if baked else room)
     found.reads.sort(key=lambda read: (read.temperature, read.time))
-    for a, b in zip(found.reads, found.reads[1:]):
+    for a, b in itertools.pairwise(found.reads):
         if a.temperature == b.temperature and b.time <= a.time * TOGETHER:
             raise ValueError(
                 f"two tables hold reads {format_time(a.time)} after programming at {a.temperature:g} K: allowed is one"
@@ -105,7 +108,7 @@ def _add(found: Measured, frame: "DataFrame", owner: str, room: float | None) ->
     if temperature is None:
         temperature = np.full(len(frame), room)
         found.notes.append(f"{owner}: no column of temperatures, taken as {room:g} K")
-    elif (bad := ~((COLDEST <= temperature) & (temperature <= HOTTEST)) & ~np.isnan(temperature)).any():
+    elif (bad := (temperature < COLDEST) | (temperature > HOTTEST)).any():
         raise ValueError(
             f"{owner}: temperature {temperature[bad][0]:g} K in row {_first(bad)}: allowed are {COLDEST:g} to "
             f"{HOTTEST:g} K; is the column's unit right?"
@@ -160,6 +163,7 @@ def _add(found: Measured, frame: "DataFrame", owner: str, room: float | None) ->
             f"{owner}: nothing tells what cells were programmed to: allowed are a column of targets or of first "
             f"conductances ({list(TARGET.names[:1] + FIRST.names[:2])}), or reads at time 0"
         )
+    found.by_target &= target is not None
     if target is not None and first is not None:
         once = np.unique(key[used], return_index=True)[1]
         found.target.append(target[used][once])

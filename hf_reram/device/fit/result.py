@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
+from ..empirical import EmpiricalRetention
 from ..laws import LAWS
 from ..retention import RetentionModel
 from ..time import format_time
@@ -67,8 +69,8 @@ class Fit:
             found = candidate.goodness
             verdict = f"not recommended: {found.misses}" if found.misses else "recommended"
             lines.append(
-                f"retention {candidate.name!r}: spread off by {100 * found.spread:.1f} %, mean by {found.mean:.3f} spreads, "
-                f"distribution by {found.distance:.3f}; {verdict}"
+                f"retention {candidate.name!r}: spread off by {100 * found.spread:.1f} %, mean by {found.mean:.3f} "
+                f"spreads, distribution by {found.distance:.3f}; {verdict}"
             )
             for name, (value, low, high) in candidate.parameters.items():
                 if "[" not in name:
@@ -79,11 +81,13 @@ class Fit:
             lines.append("beyond the last read its value is held: a law in time takes three times at least")
         if self.heat is not None:
             lines += [
-                f"heat: tables without {kelvin:g} K tell its spread to {100 * spread:.0f} %, its mean to {mean:.2f} spreads"
+                f"heat: tables without {kelvin:g} K tell its spread to {100 * spread:.0f} %, its mean to {mean:.2f} "
+                "spreads"
                 for kelvin, (spread, mean) in self.heat.left_out.items()
             ]
             energy = "" if self.heat.energy is None else f" of {self.heat.energy:.2f} eV"
-            verdict = f"not recommended: {self.heat.misses}" if self.heat.misses else "holds"
+            holds = "not contradicted, nor its energy told" if self.heat.energy is None else "recommended"
+            verdict = f"not recommended: {self.heat.misses}" if self.heat.misses else holds
             lines.append(f"heat: one Arrhenius shift{energy}: {verdict}")
         if self.curvature is not None:
             lines += _told_by_sweeps(self.curvature)
@@ -100,18 +104,16 @@ class Fit:
             f"{scores}"
         ]
         retention = self.candidates[0].retention
-        one = max(retention.series, key=lambda one: len(one.times))  # type: ignore[union-attr]
+        assert isinstance(retention, EmpiricalRetention)
+        one = max(retention.series, key=lambda one: len(one.times))
+        middle = len(retention.g) // 2
         for time in SHOWN_TIMES:
             if time > one.times[-1]:
-                changes = retention.at(time, one.temperature)
-                import torch
-
-                std = changes.moments(torch.tensor(retention.g, dtype=torch.float64))[1].numpy()  # type: ignore[union-attr]
-                error = retention.spread_error(time, one.temperature)  # type: ignore[union-attr]
-                middle = len(std) // 2
+                std = retention.changes(time, one.temperature).moments(torch.tensor(retention.g))[1]
+                error = retention.spread_error(time, one.temperature)
                 lines.append(
                     f"  spread after {format_time(time)} at {one.temperature:g} K, extrapolated: {std[middle]:.3g} ± "
-                    f"{error[middle]:.2g} µS at {retention.g[middle]:.3g} µS"  # type: ignore[union-attr]
+                    f"{error[middle]:.2g} µS at {retention.g[middle]:.3g} µS"
                 )
         return lines
 
