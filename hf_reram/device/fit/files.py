@@ -42,7 +42,8 @@ class Column:
 
 
 CELL = Column(("cell", "cell_id", "device", "id"))
-TIME = Column(("time", "t", "elapsed"), "time")
+TIME = Column(("time", "t"), "time")
+ELAPSED = Column(("elapsed", "elapsed_time"), "time")  # where no nominal time is given
 CONDUCTANCE = Column(("conductance", "g", "resistance", "r"), "conductance")
 TARGET = Column(("target", "target_conductance", "g_target", "target_resistance", "r_target"), "conductance")
 FIRST = Column(
@@ -96,11 +97,8 @@ def find_column(frame: "DataFrame", column: Column, owner: str, required: bool =
     """
     named = {str(name): _match(str(name), column) for name in frame.columns}
     matches = [(name, match[0], match[1]) for name, match in named.items() if match is not None]
-    if len(matches) > 1:  # what is named first is meant: a nominal time rather than the time elapsed
-        order = [column.names.index(word) for _, word, _ in matches]
-        if order.count(min(order)) > 1:
-            raise ValueError(f"{owner} has the columns {[name for name, *_ in matches]}: allowed is one of them")
-        matches = [matches[order.index(min(order))]]
+    if len(matches) > 1:
+        raise ValueError(f"{owner} has the columns {[name for name, *_ in matches]}: allowed is one of them")
     if not matches:
         if not required:
             return None

@@ -4,8 +4,6 @@
 g, so that many cells tell its quantiles.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 from scipy.optimize import nnls
 from scipy.special import ndtri
@@ -17,7 +15,7 @@ QUANTILES = (
     *(0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98, 0.99, 0.995, 0.998, 0.9995),
 )
 CELLS_A_ROW, MOST_ROWS = 150, 29
-NEIGHBOURS = 800  # cells that tell the quantiles at a conductance
+NEIGHBOURS = 250, 800  # cells, at least and at most, that tell the quantiles at a conductance
 SMOOTHNESS = 10.0 ** np.arange(-3, 5)  # what is tried
 
 
@@ -39,7 +37,8 @@ def table(g: np.ndarray, change: np.ndarray, nodes: np.ndarray) -> np.ndarray:
     size = smooth(g, np.abs(off), nodes)
     size = np.maximum(size, 0.1 * np.median(size))
     rest = off / np.interp(g, nodes, size)
-    shape = np.stack([_shape(rest, np.abs(g - node)) for node in nodes])
+    reach = 2 * np.gradient(nodes)
+    shape = np.stack([_shape(rest, np.abs(g - node), width) for node, width in zip(nodes, reach)])
     return mean[:, None] + size[:, None] * shape
 
 
@@ -67,10 +66,10 @@ def hats(g: np.ndarray, nodes: np.ndarray) -> np.ndarray:
     return np.maximum(0.0, 1 - np.abs(places[:, None] - np.arange(len(nodes))))
 
 
-def _shape(rest: np.ndarray, away: np.ndarray) -> np.ndarray:
-    """Quantiles of the nearest cells, the nearer the more: the ascending broken line in z that comes closest to them on
-    average over the cells, so that their mean and spread are kept."""
-    near = np.argsort(away)[:NEIGHBOURS]
+def _shape(rest: np.ndarray, away: np.ndarray, reach: float) -> np.ndarray:
+    """Quantiles of the nearest cells, mostly of those within ``reach``, the nearer the more: the ascending broken line
+    in z that comes closest to them on average over the cells, so that their mean and spread are kept."""
+    near = np.argsort(away)[: int(np.clip((away < reach).sum(), *NEIGHBOURS))]
     weights = np.maximum(1 - away[near] / (away[near].max() * (1 + 1e-9) + 1e-12), 1e-3)
     order = np.argsort(rest[near])
     values, weights = rest[near][order], weights[order] / weights.sum()
@@ -80,9 +79,3 @@ def _shape(rest: np.ndarray, away: np.ndarray) -> np.ndarray:
     design = np.column_stack((np.ones_like(z), -np.ones_like(z), steps)) * np.sqrt(weights)[:, None]
     found, _ = nnls(design, values * np.sqrt(weights))
     return found[0] - found[1] + np.concatenate(([0.0], np.cumsum(found[2:])))
-
-
-def checked(g: np.ndarray, window: Sequence[float]) -> np.ndarray:
-    """Which cells lie within the window, or little beyond."""
-    margin = 0.02 * (window[1] - window[0])
-    return (g >= window[0] - margin) & (g <= window[1] + margin)

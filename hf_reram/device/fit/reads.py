@@ -10,7 +10,7 @@ import numpy as np
 from ..checks import shown
 from ..temperature import COLDEST, HOTTEST
 from ..time import format_time
-from .files import CELL, CONDUCTANCE, FIRST, TARGET, TEMPERATURE, TIME, Source, find_column, read_table
+from .files import CELL, CONDUCTANCE, ELAPSED, FIRST, TARGET, TEMPERATURE, TIME, Source, find_column, read_table
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -100,7 +100,9 @@ def collect(retention: Sequence[Source], bakes: Sequence[Source], room: float) -
 
 def _add(found: Measured, frame: "DataFrame", owner: str, room: float | None) -> None:
     cell = find_column(frame, CELL, owner)
-    time = find_column(frame, TIME, owner)
+    elapsed = find_column(frame, ELAPSED, owner, required=False)
+    time = find_column(frame, TIME, owner, required=elapsed is None)
+    time = elapsed if time is None else time
     conductance = find_column(frame, CONDUCTANCE, owner)
     assert cell is not None and time is not None and conductance is not None
     target, first = (find_column(frame, column, owner, required=False) for column in (TARGET, FIRST))
