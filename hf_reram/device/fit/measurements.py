@@ -28,7 +28,7 @@ BANDS, LAW_BANDS = 16, 8  # of conductance, for formulas and for the law in time
 USUAL = 0.01, 0.97  # of first conductances, the window that is taken where none is given; some overshoot
 EDGE = 0.02  # of the window, by which cells may lie beyond it
 BORROWED = 0.5  # relative error of a rate that is another temperature's
-DIGITS = 2e-5  # of the window, that changes are rounded to
+DIGITS = 1e-4  # of the window, that changes are rounded to
 
 
 def fit_measurements(
