@@ -51,7 +51,7 @@ def device(
         f"v0 = {found.v0:g} V: b = {found.b():.3g}"
     )
     say(f"retention model {_kind(found)}; assumed, not measured: {', '.join(found.assumed) or 'nothing'}")
-    head = ["time", *(f"{g:.3g} µS" for g in rows[0][0]), ""]
+    head = ["time", *(f"{g:.3g} µS" for g in rows[0][0]), "known"]
     body = [
         [format_time(time), *(f"{m:+.3g} ± {s:.3g}" for m, s in zip(mean, std)), known]
         for time, (_, mean, std, known) in zip(at, rows)
@@ -75,8 +75,6 @@ def _row(found: DeviceConfig, time: float, kelvin: float | None) -> tuple[list[f
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         moments = [found.retention_moments(one, time, kelvin) for one in g]
-    known = "held" if found.holds_at(time, kelvin) else "before the first" if found.precedes(time, kelvin) else ""
-    last = max([one.times[-1] for one in getattr(found.retention, "series", ())] or [float("inf")])
-    if not known and time > last:
-        known = "extrapolated"
+    asked = {"held": found.holds_at, "extrapolated": found.extrapolates_at, "before the first": found.precedes}
+    known = ", ".join(name for name, is_so in asked.items() if is_so(time, kelvin))
     return g, [float(mean) for mean, _ in moments], [float(std) for _, std in moments], known

@@ -58,8 +58,9 @@ class DeviceConfig:
         g_min, g_max: the conductance window that weights are mapped to.
         v0: curvature of the I–V curve, ``I = g v0 sinh(v/v0)``.
         read_voltage: the DAC's full-scale voltage at ``range_shrink = 1``.
-        retention: mean shift and spread over time (see :mod:`hf_reram.device.retention`), a model or its JSON form.
-            None: that of the preset "generic", which is then among ``assumed``, with a warning.
+        retention: by how much conductances change over time, a formula (see :mod:`hf_reram.device.retention`) or
+            measured tables (:mod:`hf_reram.device.empirical`), as a model or its JSON form. None: that of the preset
+            "generic", which is then among ``assumed``, with a warning.
         programming: coefficients of the programming error's standard deviation as a polynomial in the target
             conductance, lowest power first.
         read_noise: standard deviation of a column's current, drawn anew at each read.
@@ -67,8 +68,10 @@ class DeviceConfig:
         levels: how many conductances, evenly spaced from g_min to g_max, a cell is programmed to; None: any.
         floor_at_zero: a cell below 0 µS, where a Gaussian error puts some, is at 0 µS. False: below, as the fits say
             and as version 1 of the config had it.
-        activation_energy: eV, for temperature as equivalent time (Arrhenius).
-        reference_temperature: the temperature of the retention data.
+        activation_energy: eV, for temperature as equivalent time (Arrhenius); of tables that were measured at several
+            temperatures only beyond these.
+        reference_temperature: the temperature of the retention data, and the one that cells are at unless another is
+            said.
         name, source, assumed: what it is, where its numbers come from, and which of them are not measured.
 
     Raises:
@@ -365,6 +368,10 @@ class DeviceConfig:
     def holds_at(self, time: str | float, temperature: float | None = None) -> bool:
         """Whether retention at this time is the last measured value, held."""
         return self.retention.holds_at(*self._aged(time, temperature))
+
+    def extrapolates_at(self, time: str | float, temperature: float | None = None) -> bool:
+        """Whether this time lies past the last measured one, and retention is what its trend or law makes of it."""
+        return self.retention.extrapolates_at(*self._aged(time, temperature))
 
     def precedes(self, time: str | float, temperature: float | None = None) -> bool:
         """Whether this time lies before the first measured one, whose retention is taken for it."""

@@ -167,6 +167,10 @@ class EmpiricalRetention:
         """Whether ``time`` lies past the last one measured about this temperature, so that its value is held."""
         return any(time > one.times[-1] and not self._goes_on(one) for one in self._about(temperature)[0])
 
+    def extrapolates_at(self, time: float, temperature: float | None = None) -> bool:
+        """Whether ``time`` lies past the last one measured about this temperature, and the law tells what is then."""
+        return any(time > one.times[-1] and self._goes_on(one) for one in self._about(temperature)[0])
+
     def precedes(self, time: float, temperature: float | None = None) -> bool:
         """Whether ``time`` lies before the first one measured about this temperature, whose value is taken for it."""
         return any(time < one.times[0] for one in self._about(temperature)[0])

@@ -46,6 +46,10 @@ class GaussianRetention:
         """Coefficients of mean shift and spread [µS / µS^k] at a time [s], lowest power first."""
         raise NotImplementedError
 
+    def extrapolates_at(self, time: float, temperature: float | None = None) -> bool:
+        """Whether ``time`` lies past the last fit, whose trend is continued; not known of formulas without times."""
+        return False
+
     def at(self, time: float, temperature: float | None = None) -> Relaxation:
         """The changes after ``time`` [s] at the reference temperature."""
         return Gaussian(*self.polynomials(time))
@@ -90,6 +94,9 @@ class TableRetention(GaussianRetention):
     def holds_at(self, time: float, temperature: float | None = None) -> bool:
         """Whether ``time`` lies past the last fit, so that the last value is held."""
         return time > self.times[-1] and not self.extrapolate
+
+    def extrapolates_at(self, time: float, temperature: float | None = None) -> bool:
+        return time > self.times[-1] and self.extrapolate
 
     def precedes(self, time: float, temperature: float | None = None) -> bool:
         """Whether ``time`` lies before the first fit, whose value is taken for it."""

@@ -318,6 +318,8 @@ def _notes(model: nn.Module, seconds: list[float], kelvins: list[float | None]) 
             when = time, part.config.temperature if kelvin is None else kelvin
             if device.holds_at(*when):
                 notes.append(f"retention at {time:g} s is the last measured value, held{of}")
+            if device.extrapolates_at(*when):
+                notes.append(f"retention at {time:g} s is extrapolated beyond what was measured{of}")
             if device.precedes(*when):
                 notes.append(f"retention at {time:g} s is the first measured value, of a later time{of}")
         if device.assumed:

@@ -55,9 +55,10 @@ def test_past_the_last_fit_the_value_is_held_with_a_warning_and_extrapolated_onl
     held = DeviceConfig.from_preset("hfox-neurram")
     with pytest.warns(UserWarning, match="held"):
         assert float(held.retention_std(20.0, "10y")) == pytest.approx(float(held.retention_std(20.0, "2d")))
-    assert held.holds_at("10y")
+    assert held.holds_at("10y") and not held.extrapolates_at("10y")
     retention = {**held.to_dict()["retention"], "extrapolate": True}
     free = device(retention=retention)
+    assert free.extrapolates_at("10y") and not free.holds_at("10y") and not free.extrapolates_at("2d")
     slope = float(free.retention_std(20.0, "2d") - free.retention_std(20.0, "1d"))
     assert float(free.retention_std(20.0, "4d") - free.retention_std(20.0, "2d")) == pytest.approx(slope, rel=1e-4)
 
