@@ -258,6 +258,22 @@ def test_programming_error_and_window_come_of_targets():
     torch.testing.assert_close(cell.retention_std(g, 1.0), torch.full((3,), 0.3), rtol=0.08, atol=0)
 
 
+@pytest.mark.parametrize("levels", [2, 5, 33])
+def test_cells_of_a_few_conductances(levels):
+    draw = np.random.default_rng(levels)
+    g = np.repeat(np.linspace(5, 40, levels), 4000 // levels)
+    frames = [
+        pd.DataFrame({"cell": [f"cell {k}" for k in range(len(g))], "time_s": time, "target_uS": g}).assign(
+            conductance_uS=g + 0.02 * g * (time > 0) * (1 + math.log1p(time)) ** 0.5 * draw.standard_normal(len(g))
+        )
+        for time in (0.0, 1.0, 60.0, 3600.0)
+    ]
+    fit = fit_measurements(pd.concat(frames))
+    cell, at = DeviceConfig.from_dict(fit.fields), torch.tensor([5.0, 40.0])
+    assert (cell.g_min, cell.g_max) == (5.0, 40.0) and fit.law is not None and not fit.skipped
+    torch.testing.assert_close(cell.retention_std(at, 60.0), 0.02 * at * (1 + math.log(61)) ** 0.5, rtol=0.12, atol=0)
+
+
 def bakes(energy: float | None) -> pd.DataFrame:
     """Times at 25 °C and bakes of an hour, that one Arrhenius shift tells; without energy, a jump at 450 K."""
     draw = np.random.default_rng(3)
@@ -333,6 +349,7 @@ def test_what_one_odd_sinh_misses_is_told():
             "a current of",
         ),
         (sweeps().rename(columns={"voltage_mV": "voltage_V"}), "a voltage of 1000 V"),
+        (sweeps().rename(columns={"current_A": "current_uA"}), "are the columns' units right"),
         (sweeps()[lambda t: t.voltage_mV > 940], "at 4 voltages or more"),
         (sweeps().drop(columns="current_A"), "no column 'current'"),
     ],

@@ -8,6 +8,8 @@ import numpy as np
 
 from .reads import Read
 
+FEWEST = 50  # cells of a band
+
 
 @dataclass(frozen=True)
 class Bands:
@@ -43,10 +45,17 @@ def bands(read: Read, edges: np.ndarray) -> Bands:
 
 
 def edges(reads: Sequence[Read], window: tuple[float, float], most: int) -> np.ndarray:
-    """Of bands that hold about as many cells each, at least 50 at every time; in all at most ``most``."""
+    """Of at most ``most`` bands that hold about as many cells each, at least 50 at every time, or less where the whole
+    window does; between conductances, where cells were programmed to a few."""
     fewest = min(reads, key=lambda read: len(read.g))
     g = fewest.g[(fewest.g >= window[0]) & (fewest.g <= window[1])]
-    count = int(np.clip(len(g) // 50, 1, most))
-    found = np.quantile(g, np.linspace(0, 1, count + 1))
-    found[0], found[-1] = -np.inf, np.inf
-    return np.unique(found)
+    levels = np.unique(g)
+    if len(levels) <= most:
+        inner = (levels[:-1] + levels[1:]) / 2
+    else:
+        inner = np.unique(np.quantile(g, np.linspace(0, 1, int(np.clip(len(g) // FEWEST, 1, most)) + 1)[1:-1]))
+    kept = [-np.inf]
+    for edge in [*inner, np.inf]:
+        if all(((read.g >= kept[-1]) & (read.g < edge)).sum() >= FEWEST for read in reads):
+            kept.append(edge)
+    return np.array([*kept[:-1], np.inf] if len(kept) > 1 else [-np.inf, np.inf])

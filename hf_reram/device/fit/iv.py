@@ -9,7 +9,7 @@ from scipy.stats import t as student
 
 from .files import CELL, CURRENT, VOLTAGE, Source, find_column, read_table
 from .formulas import CONFIDENCE
-from .reads import Skip
+from .reads import LARGEST, SMALLEST, Skip
 
 SMALLEST_V0, LARGEST_V0 = 0.005, 100.0  # V; a curve that is straighter has none
 LARGEST_VOLTAGE, LARGEST_CURRENT = 20.0, 1e5  # V, µA
@@ -39,7 +39,7 @@ class Curvature:
     """Attributes:
     v0: of all sweeps together. states: by conductance, the lowest first. positive, negative: of one sign of the
         voltage, None where there is none. asymmetry: the median over cells of |I(v)| / |I(-v)| at the largest voltage
-        that both signs reach, None where only one is measured. skipped: rows. voltage: the largest [V].
+        that both signs reach, None where only one is measured. skipped: rows.
     """
 
     v0: V0
@@ -48,7 +48,6 @@ class Curvature:
     negative: V0 | None
     asymmetry: float | None
     skipped: tuple[Skip, ...]
-    voltage: float
 
     @property
     def misses(self) -> str:
@@ -95,8 +94,10 @@ def fit_iv(source: Source) -> tuple[Curvature, list[tuple[np.ndarray, np.ndarray
         skipped.append(Skip(owner, "a current against its voltage", tuple((np.flatnonzero(opposite) + 1).tolist())))
         good &= ~opposite
     sweeps, rows = [], []
-    for name in np.unique(cell[good].astype(str)):
-        of = np.flatnonzero(good & (cell.astype(str) == name) & (voltage != 0))
+    used = np.flatnonzero(good & (voltage != 0))
+    _, cells = np.unique(cell[used].astype(str), return_inverse=True)
+    order = np.argsort(cells, kind="stable")
+    for of in np.split(used[order], np.flatnonzero(np.diff(cells[order])) + 1):
         if len(np.unique(voltage[of])) < FEWEST:
             rows += (of + 1).tolist()
         else:
@@ -105,9 +106,12 @@ def fit_iv(source: Source) -> tuple[Curvature, list[tuple[np.ndarray, np.ndarray
         skipped.append(Skip(owner, f"a cell with less than {FEWEST} voltages", tuple(rows)))
     if not sweeps:
         raise ValueError(f"{owner}: no cell was read at {FEWEST} voltages or more: allowed are sweeps")
-    largest = max(float(np.abs(v).max()) for v, _ in sweeps)
-    if largest * 1e6 < 1 or max(float(np.abs(i).max()) for _, i in sweeps) < 1e-6:
-        raise ValueError(f"{owner}: currents or voltages near 0: is the columns' unit right?")
+    ratio = float(np.median(np.concatenate([np.abs(i / v) for v, i in sweeps])))
+    if not SMALLEST <= ratio <= LARGEST:
+        raise ValueError(
+            f"{owner}: currents over voltages of {ratio:g} µS: allowed are {SMALLEST:g} to {LARGEST:g} µS; are the "
+            "columns' units right?"
+        )
     joint = _v0(sweeps)
     g = np.array([_conductance(v, i, joint.value) for v, i in sweeps])
     order = np.argsort(g)
@@ -119,19 +123,23 @@ def fit_iv(source: Source) -> tuple[Curvature, list[tuple[np.ndarray, np.ndarray
         half = [(v, i) for v, i in half if len(np.unique(v)) >= 3]
         sides.append(_v0(half) if half else None)
     positive, negative = sides
-    return Curvature(joint, states, positive, negative, _asymmetry(sweeps), tuple(skipped), largest), sweeps
+    return Curvature(joint, states, positive, negative, _asymmetry(sweeps), tuple(skipped)), sweeps
 
 
 def _v0(sweeps: Sequence[tuple[np.ndarray, np.ndarray]]) -> V0:
     """One v0 for all sweeps, each of which has a conductance of its own; by robust least squares of currents in shares
     of a sweep's largest."""
-    scales = [float(np.abs(i).max()) or 1.0 for _, i in sweeps]
+    v, i = (np.concatenate(part) for part in zip(*sweeps))
+    of = np.repeat(np.arange(len(sweeps)), [len(voltages) for voltages, _ in sweeps])
+    scale = np.array([float(np.abs(currents).max()) or 1.0 for _, currents in sweeps])[of]
+
+    def conductances(v0: float) -> np.ndarray:
+        curve = _curve(v, v0)
+        return np.bincount(of, curve * i) / np.bincount(of, curve**2)
 
     def residuals(p: np.ndarray) -> np.ndarray:
         v0 = float(np.exp(p[0]))
-        return np.concatenate(
-            [(_conductance(v, i, v0) * _curve(v, v0) - i) / scale for (v, i), scale in zip(sweeps, scales)]
-        )
+        return (conductances(v0)[of] * _curve(v, v0) - i) / scale
 
     largest = max(float(np.abs(v).max()) for v, _ in sweeps)
     low = np.log(max(SMALLEST_V0, largest / 50))
@@ -147,11 +155,11 @@ def _v0(sweeps: Sequence[tuple[np.ndarray, np.ndarray]]) -> V0:
         for start in (largest / 5, largest)
     ]
     found = min(tries, key=lambda one: one.cost)
-    off, free = residuals(found.x), max(sum(len(v) for v, _ in sweeps) - len(sweeps) - 1, 1)
+    off, free = residuals(found.x), max(len(v) - len(sweeps) - 1, 1)
     error = np.sqrt((off**2).sum() / free / max(float((found.jac**2).sum()), 1e-30))
     half = float(error) * student.ppf(0.5 + CONFIDENCE / 2, free)
     value = float(np.exp(found.x[0]))
-    g = float(np.mean([_conductance(v, i, value) for v, i in sweeps]))
+    g = float(conductances(value).mean())
     misfit = float(np.sqrt((off**2).mean()))
     return V0(value, value * np.exp(-min(half, 50)), value * np.exp(min(half, 50)), misfit, len(sweeps), g)
 

@@ -134,6 +134,7 @@ def _add(found: Measured, frame: "DataFrame", owner: str, room: float | None) ->
 
     given = [values for values in (time, conductance, temperature, target, first) if values is not None]
     skip(~np.all([np.isfinite(values) for values in given], axis=0), "a number is missing")
+    skip(np.array([name is None or name != name for name in cell.tolist()], dtype=bool), "the cell has no name")
     for values, name in ((conductance, "conductance"), (first, "first conductance"), (target, "target")):
         if values is None:
             continue
