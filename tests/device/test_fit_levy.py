@@ -125,3 +125,15 @@ def test_no_arrhenius_shift_for_technology_a_nor_for_b():
     fit = fit_measurements(DATA / FILES["b"], bake=DATA / "tech_b_bake.parquet", g_min=0.0, g_max=128.0)
     assert fit.heat is not None and "its spread is off by" in fit.heat.misses
     assert [one.name for one in fit.candidates if one.recommended] == ["empirical"]
+
+
+@pytest.mark.parametrize("technology", ["c", "b"])
+def test_presets_are_what_the_command_in_their_source_makes(technology):
+    preset = DeviceConfig.from_preset(f"rram-levy-{technology}")
+    bake = {"bake": DATA / "tech_b_bake.parquet"} if technology == "b" else {}
+    made = DeviceConfig.fit(DATA / FILES[technology], g_min=0.0, g_max=WINDOWS[technology], **bake)
+    assert "MIT licence, Copyright (c) 2021 Akash Levy" in preset.source and made.assumed == preset.assumed
+    g = torch.linspace(0, preset.g_max, 33)
+    for time, kelvin in ((0.1, None), (4.0, None), ("10y", None), ("1d", 330.0)):
+        for one, other in zip(preset.retention_moments(g, time, kelvin), made.retention_moments(g, time, kelvin)):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * preset.g_max / 40)
