@@ -59,3 +59,9 @@ def edges(reads: Sequence[Read], window: tuple[float, float], most: int) -> np.n
         if all(((read.g >= kept[-1]) & (read.g < edge)).sum() >= FEWEST for read in reads):
             kept.append(edge)
     return np.array([*kept[:-1], np.inf] if len(kept) > 1 else [-np.inf, np.inf])
+
+
+def split(reads: Sequence[Read], window: tuple[float, float], most: int) -> list[Bands]:
+    """Statistics of several reads within bands of the same edges."""
+    found = edges(reads, window, most)
+    return [bands(read, found) for read in reads]

@@ -21,8 +21,25 @@ NOISE = 0.02  # relative; no spread is compared more closely
 
 
 @dataclass(frozen=True)
+class Rates:
+    """By how much bands change with log time; all (bands,).
+
+    Attributes:
+        g: µS. last_std: spreads of the last read as the law has them [µS]. spread, spread_error, mean, mean_error: see
+            ``spread_rate`` and so on of :class:`hf_reram.device.empirical.Series`.
+    """
+
+    g: np.ndarray
+    last_std: np.ndarray
+    spread: np.ndarray
+    spread_error: np.ndarray
+    mean: np.ndarray
+    mean_error: np.ndarray
+
+
+@dataclass(frozen=True)
 class LawFit:
-    """The law in time at one temperature.
+    """The law in time, chosen at one temperature.
 
     Attributes:
         law: chosen, one of :data:`hf_reram.device.laws.LAWS`. saturation: of the law "saturating".
@@ -30,8 +47,6 @@ class LawFit:
             were left out, over all comparisons. last: the same of the last time left out alone. signed: the mean of
             these with their signs.
         decade_error: relative error of the chosen law per decade of time beyond.
-        g: of bands [µS]. last_std: spreads of the last read as the law has them [µS]. spread_rate, spread_rate_error,
-            mean_rate, mean_rate_error: see :class:`hf_reram.device.empirical.Series`, by band.
     """
 
     law: str
@@ -40,16 +55,10 @@ class LawFit:
     last: dict[str, float]
     signed: dict[str, float]
     decade_error: float
-    g: np.ndarray
-    last_std: np.ndarray
-    spread_rate: np.ndarray
-    spread_rate_error: np.ndarray
-    mean_rate: np.ndarray
-    mean_rate_error: np.ndarray
 
 
 def choose_law(reads: Sequence[Bands]) -> LawFit | None:
-    """The law that tells left-out reads best, fitted to all; None with less than three reads, of which none can be left
+    """The law that tells left-out reads best; None with less than three reads, of which none can be left
     out."""
     if len(reads) < 3:
         return None
@@ -73,23 +82,16 @@ def choose_law(reads: Sequence[Bands]) -> LawFit | None:
         if scores["saturating"] < float(np.sqrt((weights * errors**2).sum() / weights.sum())):
             law = "saturating"
     saturation = _saturation(reads) if law == "saturating" else None
-    lines = _lines(law, reads, saturation or 0.0)
-    log = np.log([read.time for read in reads])
-    means = _regress(log - log[-1], np.array([r.mean for r in reads]), np.array([r.mean_error for r in reads]))
-    return LawFit(
-        law=law,
-        saturation=saturation,
-        scores=scores,
-        last=last,
-        signed=signed,
-        decade_error=decades[law],
-        g=np.mean([read.g for read in reads], axis=0),
-        last_std=restored(law, lines[0]),
-        spread_rate=np.maximum(lines[1], 0.0),
-        spread_rate_error=lines[2],
-        mean_rate=means[1],
-        mean_rate_error=means[2],
-    )
+    return LawFit(law, saturation, scores, last, signed, decades[law])
+
+
+def rates(law: LawFit, reads: Sequence[Bands]) -> Rates:
+    """Of a law, fitted to all reads of one temperature, at least two."""
+    value, slope, error = _lines(law.law, reads, law.saturation or 0.0)
+    log = np.log([read.time / reads[-1].time for read in reads])
+    _, mean, mean_error = _regress(log, np.array([r.mean for r in reads]), np.array([r.mean_error for r in reads]))
+    g = np.mean([read.g for read in reads], axis=0)
+    return Rates(g, restored(law.law, value), np.maximum(slope, 0.0), error, mean, mean_error)
 
 
 def _comparison(law: str, known: Sequence[Bands], later: Sequence[Bands]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

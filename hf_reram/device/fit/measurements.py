@@ -5,30 +5,25 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..checks import number, shown
-from ..empirical import EmpiricalRetention, Series
-from ..laws import transformed
 from ..relaxation import Gaussian
 from ..retention import RETENTION_TYPES
 from ..temperature import parse_temperature
-from .bands import Bands, bands, edges
+from .bands import bands, edges, split
 from .extrapolation import LawFit, choose_law
 from .files import Source
 from .formulas import fit_formulas
 from .goodness import goodness
 from .heat import heat
 from .iv import fit_iv
-from .quantiles import QUANTILES, rows, table
 from .reads import FEWEST, Measured, Read, Skip, collect
 from .result import Candidate, Fit
+from .tables import LAW_BANDS, tables
 
-BANDS, LAW_BANDS = 16, 8  # of conductance, for formulas and for the law in time
+BANDS = 16  # of conductance, for formulas
 USUAL = 0.01, 0.97  # of first conductances, the window that is taken where none is given; some overshoot
 EDGE = 0.02  # of the window, by which cells may lie beyond it
-BORROWED = 0.5  # relative error of a rate that is another temperature's
-DIGITS = 1e-4  # of the window, that changes are rounded to
 
 
 def fit_measurements(
@@ -166,13 +161,11 @@ def _retention(
 ) -> tuple[list[Candidate], LawFit | None, Any, list[str]]:
     """The models, the tables first; the law in time; what heat tells; and notes."""
     window = (low, high)
-    notes: list[str] = []
-    nodes = rows(low, high, min(len(read.g) for read in reads))
     at_reference = [read for read in reads if read.temperature == reference]
-    law = choose_law(_bands(at_reference, window, LAW_BANDS))
+    law = choose_law(split(at_reference, window, LAW_BANDS))
     kelvins = sorted({read.temperature for read in reads})
-    empirical = _tables(reads, nodes, kelvins, reference, law, notes, high - low)
-    of = [band for kelvin in kelvins for band in _bands([r for r in reads if r.temperature == kelvin], window, BANDS)]
+    empirical, notes = tables(reads, window, reference, law)
+    of = [band for kelvin in kelvins for band in split([r for r in reads if r.temperature == kelvin], window, BANDS)]
     here = [band for band in of if band.temperature == reference]
     candidates = [
         Candidate(
@@ -193,108 +186,6 @@ def _quietly(model: Any, time: float) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return model.polynomials(time)
-
-
-def _bands(reads: Sequence[Read], window: tuple[float, float], most: int) -> list[Bands]:
-    found = edges(reads, window, most)
-    return [bands(read, found) for read in reads]
-
-
-def _tables(
-    reads: Sequence[Read],
-    nodes: np.ndarray,
-    kelvins: Sequence[float],
-    reference: float,
-    law: LawFit | None,
-    notes: list[str],
-    g_range: float,
-) -> EmpiricalRetention:
-    """Tables of all reads. Temperatures with too few times for a law take over the reference's rates, by what of the
-    spread their law is linear in."""
-    step = 10.0 ** np.floor(np.log10(DIGITS * g_range))
-    made = {
-        kelvin: {
-            read.time: np.maximum.accumulate(np.round(table(read.g, read.change, nodes) / step) * step, axis=1)
-            for read in reads
-            if read.temperature == kelvin
-        }
-        for kelvin in kelvins
-    }
-    rates: dict[float, dict[str, tuple[float, ...]]] = {kelvin: {} for kelvin in kelvins}
-
-    def put(kelvin: float, **of: np.ndarray) -> None:
-        rates[kelvin] = {name: tuple(float(f"{v:.4g}") for v in values) for name, values in of.items()}
-
-    g = tuple(float(f"{v:.6g}") for v in nodes)
-
-    def retention() -> EmpiricalRetention:
-        series = tuple(
-            Series(kelvin, tuple(tables), tuple(map(_texts, tables.values())), **rates[kelvin])
-            for kelvin, tables in made.items()
-        )
-        return EmpiricalRetention(
-            g,
-            QUANTILES,
-            series,
-            None if law is None else law.law,
-            None if law is None else law.saturation,
-            None if law is None else float(f"{law.decade_error:.3g}"),
-        )
-
-    if law is None:
-        return retention()
-    first = retention()
-    of_reference = first.series[kelvins.index(reference)]
-    # As shares of spreads, which change more within a band than such shares do, above all next to g_min.
-    share = _std(first, reference, of_reference.times[-1], nodes) / np.interp(nodes, law.g, law.last_std)
-    by_law = _by_law(law.law, share)
-    rate, rate_error, mean, mean_error = (
-        np.interp(nodes, law.g, values)
-        for values in (law.spread_rate, law.spread_rate_error, law.mean_rate, law.mean_rate_error)
-    )
-    put(
-        reference,
-        spread_rate=rate * by_law,
-        spread_rate_error=rate_error * by_law,
-        mean_rate=mean,
-        mean_rate_error=mean_error,
-    )
-    if others := [kelvin for kelvin in kelvins if kelvin != reference]:
-        first = retention()
-        of_reference = first.series[kelvins.index(reference)]
-        for kelvin in others:
-            one = first.series[kelvins.index(kelvin)]
-            time = min(max(one.times[-1], of_reference.times[0]), of_reference.times[-1])
-            here = _std(first, kelvin, one.times[-1], nodes)
-            there = np.maximum(_std(first, reference, time, nodes), 1e-9)
-            share = here / there
-            by_law = _by_law(law.law, share)
-            spread, mean = (np.array(getattr(of_reference, rate)) for rate in ("spread_rate", "mean_rate"))
-            put(
-                kelvin,
-                spread_rate=spread * by_law,
-                spread_rate_error=BORROWED * spread * by_law,
-                mean_rate=mean * share,
-                mean_rate_error=BORROWED * np.abs(mean * share),
-            )
-        notes.append(
-            f"beyond the last read at {', '.join(f'{k:g}' for k in others)} K changes go on relative to their size as "
-            f"at {reference:g} K, which is assumed"
-        )
-    return retention()
-
-
-def _by_law(law: str, share: np.ndarray) -> np.ndarray:
-    """By what rates differ between spreads whose ratio is ``share``, if they grow relative to their size."""
-    return np.ones_like(share) if law == "power" else transformed(law, share)
-
-
-def _std(retention: EmpiricalRetention, kelvin: float, time: float, nodes: np.ndarray) -> np.ndarray:
-    return retention.changes(time, kelvin).moments(torch.from_numpy(nodes))[1].numpy()
-
-
-def _texts(rows: np.ndarray) -> tuple[str, ...]:
-    return tuple(" ".join(f"{value:.6g}" for value in row) for row in rows)
 
 
 def _programming(measured: Measured, low: float, high: float) -> tuple[float, ...] | None:
