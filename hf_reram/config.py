@@ -73,7 +73,7 @@ class ReRAMConfig(QuantizationConfigMixin):
         weight_clip: w_scale is at most this many RMS of the channel (tensor); larger weights saturate at g_max.
             None: no clipping. "auto": per channel, the one with the least expected output error on calibration data,
             clipping + retention + read noise; of convolutions what does not average out over pixels and chips, clipping
-            and mean shift, counts 8 times; where each token has an input range of its own, the few largest tokens count
+            and mean shift, counts 8 times; where each token has an input range of its own, the few massive tokens count
             as much as all others.
         tile_size: rows of a crossbar tile; each tile has its own ADC and read noise. None: one tile a layer.
         redundancy: cells on top of two a weight, as a share of those, in [0, 4]; calibration gives them to the input

@@ -216,10 +216,11 @@ def _worst(statistics: LayerStatistics, rows: Tensor, curve: Curve, levels: int,
     return float(((error + unit * noise) * relative_weights(rows, x)).max())
 
 
-def largest_tokens(statistics: LayerStatistics, curve: Curve) -> tuple[Tensor, Curve]:
+def largest_tokens(statistics: LayerStatistics, curve: Curve, which: Any = slice(None)) -> tuple[Tensor, Curve]:
     """The inputs that are kept because they are the largest, (groups, samples, crossbar rows), and the curve with their
     range. What all others attend to is one token of a thousand, and the model is lost without it."""
-    x, peaks = statistics.grouped(statistics.extremes[:, :-1]), statistics.extremes[:, -1:]
+    extremes = statistics.extremes[which]
+    x, peaks = statistics.grouped(extremes[:, :-1]), extremes[:, -1:]
     return x, curve._replace(span=peaks) if isinstance(curve.span, Tensor) else curve
 
 

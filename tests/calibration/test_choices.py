@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from hf_reram import ReRAMConfig, calibrate, deploy, digital, follow_training, patch_model
+from hf_reram.calibration.scales import MASSIVE
 from hf_reram.nn.mapping import CLIPS, CONVOLUTION
 from hf_reram.training.following import clamped_shares
 from tests.samples.devices import device
@@ -72,14 +73,14 @@ def test_no_other_clip_is_much_better(kind, noise, tile):
     assert chosen < 1.1 * min(others)
 
 
-@pytest.mark.parametrize("input_range", ["per_token", "static"])
-def test_what_only_the_largest_tokens_drive_is_not_clipped_for_the_others(input_range):
-    """Where tokens have ranges of their own, the eight largest count as much as all others; else as one of many."""
+@pytest.mark.parametrize(("input_range", "size"), [("per_token", 300.0), ("static", 300.0), ("per_token", 20.0)])
+def test_what_only_massive_tokens_drive_is_not_clipped_for_the_others(input_range, size):
+    """Where tokens have ranges of their own, massive ones count as much as all others; else as one of many."""
     torch.manual_seed(0)
     x = torch.randn(2000, 192)
     x[:, :4] = 0
     x[::250] = 0.1 * torch.randn(8, 192)
-    x[::250, :4] = 300.0
+    x[::250, :4] = size
     model = nn.Sequential(nn.Linear(192, 48, bias=False)).eval()
     with torch.no_grad():
         model[0].weight[:, :4] *= 6
@@ -94,7 +95,7 @@ def test_what_only_the_largest_tokens_drive_is_not_clipped_for_the_others(input_
     for clip in (*CLIPS, 100.0):
         layer.weight_scale.copy_(torch.minimum(weight.abs().amax(1), clip * weight.square().mean(1).sqrt()))
         others.append(errors())
-    if input_range == "per_token":
+    if input_range == "per_token" and size > MASSIVE * 3:  # the largest of 188 normal variates
         assert sum(chosen) < 1.1 * min(map(sum, others))
         assert chosen[0] < 0.5 * min(others, key=lambda error: error[1])[0]  # what suits the others alone
     else:
