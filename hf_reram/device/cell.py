@@ -206,7 +206,7 @@ class DeviceConfig:
         """Mean shifts and spreads, these as they stand, across the window: of tables at all of their own times, of
         formulas at those given."""
         if isinstance(self.retention, EmpiricalRetention):
-            grid = torch.tensor(self._grid(), dtype=torch.float64)
+            grid = torch.tensor(self._grid(), dtype=torch.float64, device="cpu")  # configs are made on "meta" too
             moments = [changes.moments(grid) for _, _, changes in self.retention.tables()]
             return [(mean.tolist(), std.tolist()) for mean, std in moments]
         curves = [self.retention.polynomials(time) for time in times]
@@ -346,7 +346,7 @@ class DeviceConfig:
     ) -> tuple[Tensor, Tensor]:
         """Mean shift ``μ(g, t, T)`` and standard deviation ``σ(g, t, T) >= 0`` [µS] of cells programmed to ``g`` [µS],
         each of the shape of ``g``."""
-        g = g if isinstance(g, Tensor) else torch.tensor(float(g))
+        g = g if isinstance(g, Tensor) else torch.tensor(float(g), device="cpu")
         return self.relaxation(time, temperature).moments(g)
 
     def retention_mean(self, g: Tensor | float, time: str | float, temperature: float | None = None) -> Tensor:

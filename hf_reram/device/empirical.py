@@ -156,7 +156,7 @@ class EmpiricalRetention:
             put("saturation", number("retention", "saturation", self.saturation, 0, exclusive=True))
         if self.law_error is not None:
             put("law_error", number("retention", "law_error", self.law_error, 0))
-        put("z", torch.special.ndtri(torch.tensor(self.quantiles, dtype=torch.float64)).numpy())
+        put("z", torch.special.ndtri(torch.from_numpy(np.array(self.quantiles))).numpy())
 
     @property
     def temperatures(self) -> tuple[float, ...]:
@@ -267,7 +267,7 @@ class EmpiricalRetention:
         return np.hypot((high - low) / 2, of_law)
 
     def _moments(self, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        mean, std = self._quantiles(table).moments(torch.tensor(self.g, dtype=torch.float64))
+        mean, std = self._quantiles(table).moments(torch.from_numpy(np.array(self.g)))
         return mean.numpy(), std.numpy()
 
 

@@ -48,7 +48,7 @@ def horner(coefficients, x):
 
 def exactly(coefficients: tuple[float, ...], g: Tensor | float) -> Tensor:
     """A polynomial of conductances, in their dtype: powers of a conductance cancel to more than float32 has."""
-    g = g if isinstance(g, Tensor) else torch.tensor(float(g))
+    g = g if isinstance(g, Tensor) else torch.tensor(float(g), device="cpu")
     return horner(coefficients, g.double()).to(g.dtype if g.is_floating_point() else torch.get_default_dtype())
 
 

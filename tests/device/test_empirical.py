@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_reram import DeviceConfig
+from hf_reram import DeviceConfig, ReRAMConfig
 from hf_reram.device.empirical import EmpiricalRetention, Series
 from hf_reram.device.moments import cell_moments, weight_error
 from hf_reram.device.programming import Draws, program
@@ -119,6 +119,15 @@ def test_between_temperatures_the_logarithm_of_the_spread_goes_straight_in_the_r
     with pytest.warns(UserWarning, match="held"):  # beyond, by Arrhenius from the nearest
         torch.testing.assert_close(cell.retention_std(g, 3600.0, 440.0), high)
     assert cell.holds_at(3600.0, 440.0) and cell.precedes(3600.0, 300.0) and not cell.holds_at(3600.0, 390.0)
+
+
+@pytest.mark.parametrize("preset", ["rram-levy-b", "rram-levy-c"])
+def test_measured_tables_are_numbers_wherever_tensors_are_made(preset):
+    there = DeviceConfig.from_preset(preset)
+    with torch.device("meta"):  # as from_pretrained makes configs
+        cell = ReRAMConfig(device=preset).device
+        found = float(cell.retention_std(20.0, 3.0, 310.0))
+    assert found == float(there.retention_std(20.0, 3.0, 310.0)) > 0.1
 
 
 def test_json_keeps_tables_as_short_texts(tmp_path):

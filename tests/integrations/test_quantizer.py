@@ -33,6 +33,16 @@ def test_checkpoints_come_back_whole(tiny_bert, tmp_path, dtype, shard):
     assert not list(tmp_path.glob("*.bin"))
 
 
+def test_a_checkpoint_on_measured_tables_comes_back_as_the_same_chip(tiny_bert, tmp_path):
+    calibrated(tiny_bert, device="rram-levy-c")
+    tiny_bert.save_pretrained(tmp_path)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path)  # which makes its config on "meta"
+    with torch.no_grad(), deploy(tiny_bert, "1s", seed=1), deploy(again, "1s", seed=1):
+        pairs = list(zip(crossbar_layers(tiny_bert).values(), crossbar_layers(again).values()))
+        assert pairs and all(torch.equal(a.chip.weight, b.chip.weight) for a, b in pairs)
+        assert not any(torch.equal(a.chip.weight, a.weight) for a, _ in pairs)
+
+
 @pytest.mark.parametrize(
     ("number", "value", "allowed"),
     [

@@ -109,7 +109,7 @@ class Fit:
         middle = len(retention.g) // 2
         for time in SHOWN_TIMES:
             if time > one.times[-1]:
-                std = retention.changes(time, one.temperature).moments(torch.tensor(retention.g))[1]
+                std = retention.changes(time, one.temperature).moments(torch.from_numpy(np.array(retention.g)))[1]
                 error = retention.spread_error(time, one.temperature)
                 lines.append(
                     f"  spread after {format_time(time)} at {one.temperature:g} K, extrapolated: {std[middle]:.3g} ± "

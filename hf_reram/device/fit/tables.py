@@ -101,7 +101,7 @@ def _by_law(law: str, share: np.ndarray) -> np.ndarray:
 
 def _std(retention: EmpiricalRetention, kelvin: float, time: float) -> np.ndarray:
     """Spreads at the tables' rows [µS]."""
-    g = torch.tensor(retention.g, dtype=torch.float64)
+    g = torch.from_numpy(np.array(retention.g))
     return retention.changes(time, kelvin).moments(g)[1].numpy()
 
 
