@@ -75,6 +75,5 @@ def _row(found: DeviceConfig, time: float, kelvin: float | None) -> tuple[list[f
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         moments = [found.retention_moments(one, time, kelvin) for one in g]
-    asked = {"held": found.holds_at, "extrapolated": found.extrapolates_at, "before the first": found.precedes}
-    known = ", ".join(name for name, is_so in asked.items() if is_so(time, kelvin))
+    known = ", ".join(found.unmeasured(time, kelvin))
     return g, [float(mean) for mean, _ in moments], [float(std) for _, std in moments], known

@@ -377,15 +377,46 @@ class DeviceConfig:
         """Whether this time lies before the first measured one, whose retention is taken for it."""
         return self.retention.precedes(*self._aged(time, temperature))
 
+    def shifts_at(self, temperature: str | float | None = None) -> bool:
+        """Whether this temperature (default: the reference temperature) lies outside those measured, so that retention
+        is that of the nearest one, at the time that ages a cell as much there."""
+        kelvin = self._kelvin(temperature)
+        return self._nearest(kelvin) != kelvin
+
+    def unmeasured(self, time: str | float, temperature: str | float | None = None) -> dict[str, str]:
+        """In which ways retention at this time and temperature is not what was measured there: by a word for each, a
+        sentence."""
+        kelvin = self._kelvin(temperature)
+        when = f"retention at {parse_time(time):g} s" + ("" if temperature is None else f", {kelvin:g} K")
+        found = {}
+        if self.holds_at(time, temperature):
+            found["held"] = f"{when} is the last measured value, held"
+        if self.extrapolates_at(time, temperature):
+            found["extrapolated"] = f"{when} is extrapolated beyond what was measured"
+        if self.precedes(time, temperature):
+            found["before the first"] = f"{when} is the first measured value, of a later time"
+        if self.shifts_at(temperature):
+            energy = f"activation energy of {self.activation_energy:g} eV"
+            energy += ", which is assumed" if "activation_energy" in self.assumed else ""
+            found["other temperature"] = (
+                f"retention at {kelvin:g} K is that of {self._nearest(kelvin):g} K at equivalent times, by an {energy}"
+            )
+        return found
+
+    def _kelvin(self, temperature: str | float | None) -> float:
+        return self.reference_temperature if temperature is None else parse_temperature(temperature)
+
+    def _nearest(self, kelvin: float) -> float:
+        """Of the temperatures that were measured, and all between them, the nearest."""
+        measured = self.retention.temperatures or (self.reference_temperature,)
+        return min(max(kelvin, measured[0]), measured[-1])
+
     def _aged(self, time: str | float, temperature: str | float | None) -> tuple[float, float]:
         """The time [s] and temperature [K] that retention is asked at. Between temperatures that were measured, those
         that are meant; else the nearest one that was, the reference temperature of formulas, and the time that ages a
         cell as much there."""
-        reference = self.reference_temperature
-        kelvin = reference if temperature is None else parse_temperature(temperature)
-        measured = self.retention.temperatures or (reference,)
-        nearest = min(max(kelvin, measured[0]), measured[-1])
-        seconds = parse_time(time)
+        kelvin, seconds = self._kelvin(temperature), parse_time(time)
+        nearest = self._nearest(kelvin)
         if nearest != kelvin:
             seconds = equivalent_time(seconds, kelvin, self.activation_energy, nearest)
         return seconds, nearest

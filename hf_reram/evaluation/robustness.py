@@ -314,14 +314,11 @@ def _notes(model: nn.Module, seconds: list[float], kelvins: list[float | None]) 
         notes.append(f"of weights that changed after calibration {misfit}")
     for part in states:
         device, of = part.config.device, f" ({part.config.device.name})" if len(states) > 1 else ""
-        for time, kelvin in sorted({(t, k) for t in seconds for k in kelvins}, key=str):
-            when = time, part.config.temperature if kelvin is None else kelvin
-            if device.holds_at(*when):
-                notes.append(f"retention at {time:g} s is the last measured value, held{of}")
-            if device.extrapolates_at(*when):
-                notes.append(f"retention at {time:g} s is extrapolated beyond what was measured{of}")
-            if device.precedes(*when):
-                notes.append(f"retention at {time:g} s is the first measured value, of a later time{of}")
+        heats = [part.config.temperature if kelvin is None else kelvin for kelvin in kelvins]
+        if len(heats) > 1:  # each is named
+            heats = [device.reference_temperature if heat is None else heat for heat in heats]
+        told = [device.unmeasured(time, heat) for heat in heats for time in sorted(seconds)]
+        notes += [f"{each}{of}" for each in dict.fromkeys(each for one in told for each in one.values())]
         if device.assumed:
             notes.append(f"assumed, not measured: {', '.join(device.assumed)}{of}")
     if len(states) > 1:

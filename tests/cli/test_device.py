@@ -73,7 +73,9 @@ def test_device_tells_what_is_measured_held_and_extrapolated(tmp_path):
     assert known == ["before the first", "", "extrapolated"]
     assert found["retention"][2]["g"] == [0, 10, 20, 30, 40]
     held = json.loads(run("device", "hfox-neurram", "--times", "10y", "--temperature", "85C", "--json").stdout)
-    assert held["temperature"] == 358.15 and held["retention"][0]["known"] == "held"
+    assert held["temperature"] == 358.15 and held["retention"][0]["known"] == "held, other temperature"
+    cold = json.loads(run("device", "rram-levy-b", "--times", "1h", "--temperature=-40C", "--json").stdout)
+    assert cold["retention"][0]["known"] == "other temperature"
     DeviceConfig.from_dict(found["device"]).to_json(tmp_path / "levy.json")
     done = run("device", tmp_path / "levy.json", "--plot", tmp_path / "levy.png")
     assert done.exit_code == 0 and "empirical (measured at 298.15 K; beyond the last time: variance)" in done.output

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -119,6 +120,9 @@ def test_between_temperatures_the_logarithm_of_the_spread_goes_straight_in_the_r
     with pytest.warns(UserWarning, match="held"):  # beyond, by Arrhenius from the nearest
         torch.testing.assert_close(cell.retention_std(g, 3600.0, 440.0), high)
     assert cell.holds_at(3600.0, 440.0) and cell.precedes(3600.0, 300.0) and not cell.holds_at(3600.0, 390.0)
+    assert cell.shifts_at(440.0) and cell.shifts_at(300.0) and not cell.shifts_at(390.0) and not cell.shifts_at()
+    assert replace(cell, reference_temperature=300.0).shifts_at()
+    assert list(cell.unmeasured(3600.0, 300.0)) == ["before the first", "other temperature"]
 
 
 @pytest.mark.parametrize("preset", ["rram-levy-b", "rram-levy-c"])

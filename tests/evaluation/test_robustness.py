@@ -102,6 +102,19 @@ def test_ten_chips_by_default_and_retention_beyond_the_measured_times_is_noted(m
     ]
 
 
+def test_notes_name_the_temperature_that_they_are_of_once(model):
+    heats = ["25C", "85C"]
+    with pytest.warns(UserWarning, match="held"):
+        report = evaluate_robustness(model, mean_square, ["1s", "1h", "10y"], heats, 1, progress=False)
+    assert [note for note in report.notes if note.startswith("retention at")] == [
+        "retention at 3.15576e+08 s, 298.15 K is the last measured value, held",
+        "retention at 358.15 K is that of 298.15 K at equivalent times, by an activation energy of 1 eV, which is "
+        "assumed",
+        "retention at 3600 s, 358.15 K is the last measured value, held",
+        "retention at 3.15576e+08 s, 358.15 K is the last measured value, held",
+    ]
+
+
 def test_plot_is_a_png_of_several_models(tmp_path):
     def report(offset):
         chips = [Measurement(t, None, s, {"f1": 50 + offset + s}) for t in (1.0, 86400.0, 3.15576e8) for s in range(3)]
