@@ -46,9 +46,18 @@ class GaussianRetention:
         """Coefficients of mean shift and spread [µS / µS^k] at a time [s], lowest power first."""
         raise NotImplementedError
 
-    def extrapolates_at(self, time: float, temperature: float | None = None) -> bool:
-        """Whether ``time`` lies past the last fit, whose trend is continued; not known of formulas without times."""
+    def last_time(self) -> float | None:
+        """The last time [s] that was measured; None where that is not known."""
+        raise NotImplementedError
+
+    def holds_at(self, time: float, temperature: float | None = None) -> bool:
+        """Whether ``time`` lies past the last one measured, so that its value is held."""
         return False
+
+    def extrapolates_at(self, time: float, temperature: float | None = None) -> bool:
+        """Whether ``time`` lies past the last one measured, and the formula or trend goes on."""
+        last = self.last_time()
+        return last is not None and time > last and not self.holds_at(time)
 
     def at(self, time: float, temperature: float | None = None) -> Relaxation:
         """The changes after ``time`` [s] at the reference temperature."""
@@ -91,12 +100,11 @@ class TableRetention(GaussianRetention):
             object.__setattr__(self, name, tuple(row + (0.0,) * (width - len(row)) for row in rows))
         object.__setattr__(self, "extrapolate", flag("retention", "extrapolate", self.extrapolate))
 
-    def holds_at(self, time: float, temperature: float | None = None) -> bool:
-        """Whether ``time`` lies past the last fit, so that the last value is held."""
-        return time > self.times[-1] and not self.extrapolate
+    def last_time(self) -> float:
+        return self.times[-1]
 
-    def extrapolates_at(self, time: float, temperature: float | None = None) -> bool:
-        return time > self.times[-1] and self.extrapolate
+    def holds_at(self, time: float, temperature: float | None = None) -> bool:
+        return time > self.times[-1] and not self.extrapolate
 
     def precedes(self, time: float, temperature: float | None = None) -> bool:
         """Whether ``time`` lies before the first fit, whose value is taken for it."""
@@ -134,20 +142,25 @@ class LogRetention(GaussianRetention):
     """``offset(g) + slope(g) ln t`` for mean shift and spread, t >= 1 s (Falcone et al., CMO/HfOx ReRAM); before, that
     after 1 s, with a warning.
 
-    Each field holds the coefficients [µS / µS^k] of a polynomial in ``g`` [µS], lowest power first.
+    Each field but the last holds the coefficients [µS / µS^k] of a polynomial in ``g`` [µS], lowest power first.
+
+    Args:
+        measured_until: the last time [s] of the data that it was fitted to; None where that is not known.
     """
 
     std_offset: Polynomial
     std_slope: Polynomial
     mean_offset: Polynomial = (0.0,)
     mean_slope: Polynomial = (0.0,)
+    measured_until: float | None = None
 
     def __post_init__(self):
-        for field in fields(self):
+        for field in fields(self)[:-1]:
             object.__setattr__(self, field.name, polynomial("retention", field.name, getattr(self, field.name)))
+        object.__setattr__(self, "measured_until", _until(self.measured_until))
 
-    def holds_at(self, time: float, temperature: float | None = None) -> bool:
-        return False
+    def last_time(self) -> float | None:
+        return self.measured_until
 
     def precedes(self, time: float, temperature: float | None = None) -> bool:
         return time < 1.0
@@ -171,6 +184,7 @@ class GenericRetention(GaussianRetention):
             Of these four the JSON form has to give one, so that a device without drift says so (``"A": 0``).
         g_min: µS, where the mean shift vanishes; filled in from the device.
         saturates: False lets the mean shift go beyond all of the conductance, as version 1 of the config did.
+        measured_until: the last time [s] of the data that it was fitted to; None where that is not known.
     """
 
     A: float = 0.0
@@ -180,16 +194,18 @@ class GenericRetention(GaussianRetention):
     s2: float = 0.0
     g_min: float = 0.0
     saturates: bool = True
+    measured_until: float | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "saturates", flag("retention", "saturates", self.saturates))
-        for field in fields(self)[:-1]:
+        object.__setattr__(self, "measured_until", _until(self.measured_until))
+        for field in fields(self)[:-2]:
             exclusive = field.name == "tau"
             value = number("retention", field.name, getattr(self, field.name), 0, exclusive)
             object.__setattr__(self, field.name, value)
 
-    def holds_at(self, time: float, temperature: float | None = None) -> bool:
-        return False
+    def last_time(self) -> float | None:
+        return self.measured_until
 
     def precedes(self, time: float, temperature: float | None = None) -> bool:
         return False
@@ -199,6 +215,10 @@ class GenericRetention(GaussianRetention):
         gone = min(self.A * log, 1.0) if self.saturates else self.A * log
         mean = (gone * self.g_min, -gone)
         return mean, (self.s0 + self.s1 * log, self.s2 * log)
+
+
+def _until(value: Any) -> float | None:
+    return None if value is None else number("retention", "measured_until", value, 0, exclusive=True)
 
 
 def _warn_early(first: float) -> None:
@@ -260,4 +280,7 @@ def retention_to_dict(model: RetentionModel) -> dict:
             return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
         return [plain(v) for v in value] if isinstance(value, tuple) else value
 
-    return {"type": name} | {f.name: plain(getattr(model, f.name)) for f in fields(model)}
+    told = {f.name: plain(getattr(model, f.name)) for f in fields(model)}
+    if told.get("measured_until", 0) is None:  # the form, and digests of it, from before there was this field
+        del told["measured_until"]
+    return {"type": name} | told

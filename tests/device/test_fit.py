@@ -84,6 +84,21 @@ def test_the_generic_formula_is_recovered_within_its_intervals():
         assert low <= value <= high and found == pytest.approx(value, rel=0.25), name
 
 
+@pytest.mark.parametrize("model", ["log", "generic"])
+def test_a_fitted_formula_knows_its_last_measured_time(model, tmp_path):
+    fit = fit_measurements(gaussian(cells=1500), g_min=2.0, g_max=50.0, model=model)
+    DeviceConfig.from_dict(fit.fields).to_json(tmp_path / "device.json")
+    cell = DeviceConfig.from_json(tmp_path / "device.json")
+    assert cell.to_dict()["retention"]["measured_until"] == 1e4
+    assert list(cell.unmeasured("10y")) == ["extrapolated"] and not cell.unmeasured(1e4)
+    retention = {k: v for k, v in cell.to_dict()["retention"].items() if k != "measured_until"}
+    before = DeviceConfig.from_dict({**cell.to_dict(), "retention": retention})  # as written before
+    assert not before.unmeasured("10y") and before.to_dict()["retention"] == retention
+    assert float(before.retention_std(20.0, "1y")) == float(cell.retention_std(20.0, "1y"))
+    with pytest.raises(ValueError, match="retention.measured_until=-1"):
+        DeviceConfig.from_dict({**cell.to_dict(), "retention": {**retention, "measured_until": -1}})
+
+
 def test_formulas_that_miss_the_data_are_not_recommended():
     fit = fit_measurements(heavy(), g_min=5.0, g_max=45.0, model="log")
     verdicts = {one.name: one.recommended for one in fit.candidates}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.optimize import OptimizeResult, least_squares
@@ -55,7 +56,7 @@ def _log(of: Sequence[Bands], g_ref: float) -> Fitted:
     powers = _powers(g / g_ref, len(of[0].g))
     design = np.hstack((powers, powers * log[:, None]))
     scale = g_ref ** -np.arange(powers.shape[1])
-    fields: dict[str, tuple[float, ...]] = {}
+    fields: dict[str, Any] = {}
     parameters: Parameters = {}
     for name in ("std", "mean"):
         y = np.concatenate([getattr(b, name) for b in of])
@@ -66,7 +67,7 @@ def _log(of: Sequence[Bands], g_ref: float) -> Fitted:
             fields[f"{name}_{part}"] = tuple(found.x[start : start + len(names)] * scale)
             intervals = _intervals(found, names, start)
             parameters |= {key: tuple(v * scale[k] for v in intervals[key]) for k, key in enumerate(names)}
-    return Fitted(LogRetention(**fields), parameters)
+    return Fitted(LogRetention(**fields, measured_until=of[-1].time), parameters)
 
 
 def _generic(of: Sequence[Bands], g_min: float) -> Fitted:
@@ -95,7 +96,7 @@ def _generic(of: Sequence[Bands], g_min: float) -> Fitted:
     value, low, high = parameters["tau"]
     parameters["tau"] = (float(np.exp(value)), float(np.exp(max(low, -700))), float(np.exp(min(high, 700))))
     a, tau, s0, s1, s2 = (parameters[name][0] for name in names)
-    return Fitted(GenericRetention(a, tau, s0, s1, s2, g_min), parameters)
+    return Fitted(GenericRetention(a, tau, s0, s1, s2, g_min, measured_until=last.time), parameters)
 
 
 def _powers(x: np.ndarray, bands: int) -> np.ndarray:
