@@ -287,7 +287,7 @@ class DeviceConfig:
         """A device from measurements: reads over time, I–V sweeps, and reads before and after heat, each a long table
         (a file, a pandas DataFrame or a mapping of columns).
 
-        What fits and what does not, rows that were skipped and the law in time are in the
+        Rows that were skipped and what is not recommended are logged. These, what fits and the law in time are in the
         :class:`hf_reram.device.fit.Fit` that :func:`hf_reram.device.fit.fit_measurements` gives, which takes the same
         arguments and says what they are.
 
@@ -296,7 +296,10 @@ class DeviceConfig:
         """
         from .fit import fit_measurements
 
-        return cls.from_dict(fit_measurements(retention, iv, bake, **options).fields)
+        found = fit_measurements(retention, iv, bake, **options)
+        for told in (*found.skipped, *found.notes):
+            logger.warning("fit of device %r: %s", found.fields["name"], told)
+        return cls.from_dict(found.fields)
 
     def to_dict(self) -> dict:
         """All fields as plain JSON values: a checkpoint holds these, never a preset's name alone."""

@@ -356,6 +356,20 @@ def test_what_one_odd_sinh_misses_is_told():
     assert by_sign.asymmetry == pytest.approx(expected, rel=0.03) and "for negative voltages" in by_sign.misses
 
 
+def test_a_device_says_what_was_skipped_and_what_is_not_recommended(caplog):
+    reads = gaussian(cells=900, times=(1.0, 100.0))
+    reads.loc[reads.cell < 300, "conductance_uS"] = np.nan
+    with caplog.at_level("WARNING", "hf_reram"):
+        cell = DeviceConfig.fit(reads, iv=sweeps(lambda g, sign: 0.25 + 0.1 * math.log10(g)), name="mine")
+    assert "fit of device 'mine': table: 900 rows not used, a number is missing (rows 1, 2, 3" in caplog.text
+    assert "v0 is not recommended for these sweeps, and stays assumed: v0 depends on the state" in caplog.text
+    assert "v0" in cell.assumed
+    caplog.clear()
+    with caplog.at_level("WARNING", "hf_reram"):
+        DeviceConfig.fit(gaussian(cells=900).assign(temperature_K=300.0), iv=sweeps())
+    assert not caplog.text
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [

@@ -72,7 +72,10 @@ def fit_measurements(
     if iv is not None:
         curvature, sweeps = fit_iv(iv)
         found["v0"] = float(f"{curvature.v0.value:.5g}")
-        assumed.discard("v0")
+        if curvature.misses:
+            notes.append(f"v0 is not recommended for these sweeps, and stays assumed: {curvature.misses}")
+        else:
+            assumed.discard("v0")
         skipped += curvature.skipped
         parts |= {"curvature": curvature, "sweeps": tuple(sweeps)}
         low, high = (
@@ -91,6 +94,8 @@ def fit_measurements(
         if warmth is not None and warmth.energy is not None and not warmth.misses:
             found["activation_energy"] = float(f"{warmth.energy:.3g}")
             assumed.discard("activation_energy")
+        elif warmth is not None and warmth.misses:
+            notes.append(f"one activation energy is not recommended for these bakes, and stays assumed: {warmth.misses}")
         skipped += measured.skipped
         notes += measured.notes + told
         chosen = next((one for one in candidates if one.name == model), None)
