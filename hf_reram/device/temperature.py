@@ -7,6 +7,7 @@ from .checks import is_finite, plain, shown
 
 COLDEST, HOTTEST = 200.0, 2000.0  # K; colder ones are degrees Celsius that were meant
 ZERO_CELSIUS = 273.15
+ROOM, ABOUT = 298.15, 10.0  # K, and how far from it a room is called one
 _PATTERN = re.compile(r"\s*(-?[0-9]*\.?[0-9]+)\s*(K|°?C)?\s*")
 
 
@@ -32,3 +33,8 @@ def parse_temperature(temperature: str | float, name: str = "temperature") -> fl
         return kelvin
     celsius = f"; {kelvin:g} °C? write '{kelvin:g}C'" if unit is None and kelvin < COLDEST else ""
     raise ValueError(f"{name}={shown(temperature)}: allowed is {allowed}{celsius}")
+
+
+def is_room(kelvin: float) -> bool:
+    """Whether a temperature [K] is about a room's."""
+    return abs(kelvin - ROOM) <= ABOUT

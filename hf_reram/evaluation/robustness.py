@@ -17,7 +17,7 @@ from transformers.utils import logging
 from ..config import ReRAMConfig
 from ..device.checks import shown
 from ..device.seeds import checked_seed, derived_seed
-from ..device.temperature import parse_temperature
+from ..device.temperature import is_room, parse_temperature
 from ..device.time import parse_time
 from ..model.array_files import ORIGINS
 from ..model.deploy import deploy, digital, refuse_modes, uncalibrated
@@ -315,10 +315,11 @@ def _notes(model: nn.Module, seconds: list[float], kelvins: list[float | None]) 
     for part in states:
         device, of = part.config.device, f" ({part.config.device.name})" if len(states) > 1 else ""
         heats = [part.config.temperature if kelvin is None else kelvin for kelvin in kelvins]
-        if len(heats) > 1:  # each is named
-            heats = [device.reference_temperature if heat is None else heat for heat in heats]
-        told = [device.unmeasured(time, heat) for heat in heats for time in sorted(seconds)]
+        named = heats if len(heats) == 1 else [device.reference_temperature if k is None else k for k in heats]
+        told = [device.unmeasured(time, kelvin) for kelvin in named for time in sorted(seconds)]
         notes += [f"{each}{of}" for each in dict.fromkeys(each for one in told for each in one.values())]
+        if None in heats and not is_room(device.reference_temperature):
+            notes.append(f"without another temperature cells are at {device.reference_temperature:g} K{of}")
         if device.assumed:
             notes.append(f"assumed, not measured: {', '.join(device.assumed)}{of}")
     if len(states) > 1:

@@ -145,6 +145,14 @@ def test_the_law_in_time_is_chosen_by_reads_that_are_left_out(law, chosen):
     torch.testing.assert_close(cell.retention_mean(g, 1e7), (-0.002 * g * log), rtol=0.15, atol=0.1)
 
 
+def test_a_reference_temperature_that_is_no_rooms_is_told():
+    hot = fit_measurements(gaussian(cells=400, times=(1.0, 100.0)).assign(temperature_C=100.0))
+    told = "the reference temperature, which cells are at unless another is said, is 373.15 K and not room temperature"
+    assert hot.fields["reference_temperature"] == 373.15 and told in str(hot) and any(told in n for n in hot.notes)
+    cool = fit_measurements(gaussian(cells=400, times=(1.0, 100.0)).assign(temperature_C=22.0))
+    assert "reference temperature" not in str(cool)
+
+
 def test_two_times_are_held():
     fit = fit_measurements(gaussian(times=(1.0, 100.0)), g_min=2.0, g_max=50.0)
     assert fit.law is None and DeviceConfig.from_dict(fit.fields).holds_at("1d")

@@ -2,13 +2,22 @@ import json
 import math
 import re
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from hf_reram import ReRAMConfig, RobustnessReport, calibrate, evaluate_robustness, inspect_layers, patch_model
+from hf_reram import (
+    DeviceConfig,
+    ReRAMConfig,
+    RobustnessReport,
+    calibrate,
+    evaluate_robustness,
+    inspect_layers,
+    patch_model,
+)
 from hf_reram.evaluation.report import Measurement
 from hf_reram.evaluation.tables import comparison_table, metrics_table, over_chips
 from tests.samples.models import bert_batch
@@ -100,6 +109,15 @@ def test_ten_chips_by_default_and_retention_beyond_the_measured_times_is_noted(m
     assert [note for note in report.notes if "measured value" in note] == [
         "retention at 0.1 s is the first measured value, of a later time"
     ]
+
+
+def test_a_reference_temperature_that_is_no_rooms_is_noted():
+    hot = replace(DeviceConfig.from_preset("cmo-hfox-ibm"), reference_temperature=373.15)
+    model = patch_model(nn.Sequential(nn.Linear(8, 4)), ReRAMConfig(device=hot)).eval()
+    told = "without another temperature cells are at 373.15 K"
+    for heat, noted in ((None, True), ("25C", False)):
+        report = evaluate_robustness(model, mean_square, ["1s"], [heat], 1, progress=False)
+        assert (told in report.notes) == noted
 
 
 def test_notes_name_the_temperature_that_they_are_of_once(model):

@@ -9,7 +9,7 @@ import numpy as np
 from ..checks import number, shown
 from ..relaxation import Gaussian
 from ..retention import RETENTION_TYPES
-from ..temperature import parse_temperature
+from ..temperature import is_room, parse_temperature
 from .bands import bands, edges, split
 from .extrapolation import LawFit, choose_law
 from .files import Source
@@ -98,6 +98,11 @@ def fit_measurements(
             notes.append(f"one activation energy is not recommended for these bakes, and stays assumed: {warmth.misses}")
         skipped += measured.skipped
         notes += measured.notes + told
+        if not is_room(reference):
+            notes.append(
+                f"the reference temperature, which cells are at unless another is said, is {reference:g} K and not room "
+                "temperature: most times were read there"
+            )
         chosen = next((one for one in candidates if one.name == model), None)
         if chosen is None:
             raise ValueError(
