@@ -51,6 +51,7 @@ def inspect(
     layers = inspect_layers(found, time, heat, work.batches if work else None)[:top]
     config = crossbar_state(found).config
     kelvin = heat or config.kelvin
+    unmeasured = list(config.device.unmeasured(time, kelvin).values())
     if as_json:
         summary = asdict(summarize(found))
         show_json(
@@ -59,6 +60,7 @@ def inspect(
                 "device": config.device.name,
                 "time": parse_time(time),
                 "temperature": kelvin,
+                "unmeasured": unmeasured,
                 "noise_to_signal": "of outputs" if work else "of weights",
                 "summary": summary,
                 "config": config.to_dict(),
@@ -85,6 +87,8 @@ def inspect(
     head = ["layer", "class", "array", "tiles", "cells", "input range", "b", "clipped"]
     head += [f"noise-to-signal of {of}", "shares of errors"]
     show_table(f"{model}, {format_time(parse_time(time))} after programming at {kelvin:g} K", head, rows)
+    for told in unmeasured:
+        say(told)
     say(one_line(str(summarize(found))))
     if work is None:
         say("without --dataset: nothing tells what read noise and ADC do")

@@ -177,7 +177,7 @@ class EmpiricalRetention:
 
     def at(self, time: float, temperature: float | None = None) -> Relaxation:
         """The changes at one time [s] and temperature [K] within those measured; None for the lowest of them. With a
-        warning where the nearest that was measured is taken for them."""
+        warning where the nearest that was measured is taken for them, or they are extrapolated."""
         about, _ = self._about(temperature)
         if self.precedes(time, temperature):
             first = max(one.times[0] for one in about)
@@ -190,6 +190,9 @@ class EmpiricalRetention:
             warnings.warn(
                 f"retention was measured up to {last:g} s; its last value is held for later times", stacklevel=3
             )
+        if self.extrapolates_at(time, temperature):
+            last = min(one.times[-1] for one in about if self._goes_on(one))
+            warnings.warn(f"retention was measured up to {last:g} s; later times are extrapolated", stacklevel=3)
         return self.changes(time, temperature)
 
     def changes(self, time: float, temperature: float | None = None) -> Quantiles:

@@ -60,7 +60,11 @@ class GaussianRetention:
         return last is not None and time > last and not self.holds_at(time)
 
     def at(self, time: float, temperature: float | None = None) -> Relaxation:
-        """The changes after ``time`` [s] at the reference temperature."""
+        """The changes after ``time`` [s] at the reference temperature; with a warning past the last one measured."""
+        if self.extrapolates_at(time):
+            warnings.warn(
+                f"retention was measured up to {self.last_time():g} s; later times are extrapolated", stacklevel=3
+            )
         return Gaussian(*self.polynomials(time))
 
 

@@ -75,6 +75,16 @@ def test_inspect_says_which_kind_of_range_a_layer_has(tmp_path, monkeypatch, kin
     assert ("learned" in table) == (kind == "learned")
 
 
+def test_inspect_says_what_is_not_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(console, "width", 400)
+    image_sample.save_model(tmp_path)
+    command = ["inspect", str(tmp_path), "--top", "1", "--device", "rram-levy-c", "--time"]
+    told = "retention at 3.15576e+08 s, 298.15 K is extrapolated beyond what was measured"
+    assert told in CliRunner().invoke(app, [*command, "10y"]).stdout
+    assert json.loads(CliRunner().invoke(app, [*command, "10y", "--json"]).stdout)["unmeasured"] == [told]
+    assert json.loads(CliRunner().invoke(app, [*command, "1s", "--json"]).stdout)["unmeasured"] == []
+
+
 @pytest.mark.parametrize("change", ["processor", "labels"])
 def test_an_evaluation_with_another_preprocessing_or_config_is_another(tmp_path, change):
     base = image_sample.save_model(tmp_path / "base")

@@ -97,6 +97,8 @@ def test_beyond_the_last_time_the_variance_goes_on_in_log_time():
     torch.testing.assert_close(shift, torch.tensor([0.0, -0.01, -0.02, -0.02]) * math.log(1e4), rtol=1e-3, atol=1e-4)
     assert not cell.holds_at("10y") and cell.precedes(0.5)
     assert cell.extrapolates_at("10y") and not cell.extrapolates_at(100.0)
+    with pytest.warns(UserWarning, match="measured up to 100 s; later times are extrapolated"):
+        cell.retention_std(g, 101.0)
     held = device(retention=retention(law=None))
     assert held.holds_at("10y") and not held.extrapolates_at("10y")
     with pytest.warns(UserWarning, match="up to 100 s; its last value is held"):

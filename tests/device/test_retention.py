@@ -59,6 +59,8 @@ def test_past_the_last_fit_the_value_is_held_with_a_warning_and_extrapolated_onl
     retention = {**held.to_dict()["retention"], "extrapolate": True}
     free = device(retention=retention)
     assert free.extrapolates_at("10y") and not free.holds_at("10y") and not free.extrapolates_at("2d")
+    with pytest.warns(UserWarning, match="measured up to 172800 s; later times are extrapolated"):
+        free.relaxation("10y")
     slope = float(free.retention_std(20.0, "2d") - free.retention_std(20.0, "1d"))
     assert float(free.retention_std(20.0, "4d") - free.retention_std(20.0, "2d")) == pytest.approx(slope, rel=1e-4)
 

@@ -2,6 +2,7 @@ import json
 import math
 import re
 import threading
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from hf_reram import (
     ReRAMConfig,
     RobustnessReport,
     calibrate,
+    deploy,
     evaluate_robustness,
     inspect_layers,
     patch_model,
@@ -118,6 +120,21 @@ def test_a_reference_temperature_that_is_no_rooms_is_noted():
     for heat, noted in ((None, True), ("25C", False)):
         report = evaluate_robustness(model, mean_square, ["1s"], [heat], 1, progress=False)
         assert (told in report.notes) == noted
+
+
+def test_extrapolated_times_are_warned_of_as_held_ones_are():
+    model = patch_model(nn.Sequential(nn.Linear(8, 4)), ReRAMConfig(device="rram-levy-c")).eval()
+    told = "retention was measured up to 4 s; later times are extrapolated"
+    with pytest.warns(UserWarning, match=told), deploy(model, "10y"):
+        pass
+    with pytest.warns(UserWarning, match=told):
+        inspect_layers(model, "9y")
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        with deploy(model, "1s"):
+            pass
+        inspect_layers(model, 1.5)
+    assert not any("extrapolated" in str(one.message) for one in found)
 
 
 def test_notes_name_the_temperature_that_they_are_of_once(model):
