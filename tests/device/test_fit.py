@@ -219,6 +219,14 @@ def late(data: pd.DataFrame) -> pd.DataFrame:
         (changed()[lambda t: t.time_s > 0], "nothing tells what cells were programmed to"),
         (changed()[lambda t: t.time_s == 0], "no read after time 0"),
         (changed(conductance_uS="much"), "holds what is no number"),
+        (
+            changed(temperature_C=lambda t: 25.0 + 60 * (t.time_s > 0)),
+            "no read after time 0 is left.* 800 rows not used, the cell's read at time 0 is at another temperature",
+        ),
+        (
+            changed(temperature_C=lambda t: 25 + 0.2 * np.sin(t.cell)),
+            "temperatures of 297.95 and 297.95 K, 400 in all: allowed is the same one",
+        ),
     ],
 )
 def test_bad_tables_are_named(table, message):

@@ -95,7 +95,9 @@ def fit_measurements(
             found["activation_energy"] = float(f"{warmth.energy:.3g}")
             assumed.discard("activation_energy")
         elif warmth is not None and warmth.misses:
-            notes.append(f"one activation energy is not recommended for these bakes, and stays assumed: {warmth.misses}")
+            notes.append(
+                f"one activation energy is not recommended for these bakes, and stays assumed: {warmth.misses}"
+            )
         skipped += measured.skipped
         notes += measured.notes + told
         if not is_room(reference):

@@ -19,6 +19,7 @@ FEWEST = 100  # cells of a read, and of a fit
 NEGATIVE = 0.01  # share of conductances below 0 beyond which they are no noise
 SMALLEST, LARGEST = 1e-2, 1e3  # µS; large conductances outside of this are in another unit
 LONGEST = 3.2e9  # s; a century
+JITTER = 1.0  # K; temperatures that are no further apart were meant to be the same
 TOGETHER = 1.05  # times no further apart than by this factor are one read
 
 
@@ -94,7 +95,14 @@ def collect(retention: Sequence[Source], bakes: Sequence[Source], room: float) -
                 f"two tables hold reads {format_time(a.time)} after programming at {a.temperature:g} K: allowed is one"
             )
     if not found.reads:
-        raise ValueError("no read after time 0 is left: allowed are tables with later reads of the same cells")
+        raise ValueError(
+            "; ".join(
+                [
+                    "no read after time 0 is left: allowed are tables with later reads of the same cells",
+                    *map(str, found.skipped),
+                ]
+            )
+        )
     return found
 
 
@@ -160,6 +168,8 @@ def _add(found: Measured, frame: "DataFrame", owner: str, room: float | None) ->
         of_key = np.full(key.max() + 1, np.nan)
         of_key[key[at_start]] = conductance[at_start]
         first = of_key[key]
+        apart = np.isnan(first) & np.isin(cells, cells[at_start])
+        skip(apart, "the cell's read at time 0 is at another temperature: allowed is a column 'programmed_uS'")
         skip(np.isnan(first), "the cell has no read at time 0")
     if first is None and target is None:
         raise ValueError(
@@ -177,6 +187,13 @@ def _add(found: Measured, frame: "DataFrame", owner: str, room: float | None) ->
     start = target if first is None else first
     aimed = first if target is None else target
     assert start is not None and aimed is not None
+    kelvins = np.unique(temperature[used])
+    if len(kelvins) > 1 and (np.diff(kelvins) < JITTER).any():
+        near = int(np.argmin(np.diff(kelvins)))
+        raise ValueError(
+            f"{owner}: temperatures of {kelvins[near]:g} and {kelvins[near + 1]:g} K, {len(kelvins)} in all: allowed is "
+            "the same one, as it was set, in all rows that belong together"
+        )
     count = dict(zip(*np.unique(temperature[used][np.unique(key[used], return_index=True)[1]], return_counts=True)))
     for kelvin, cells_there in count.items():
         if cells_there < FEWEST:
