@@ -162,6 +162,9 @@ UNITS = {
     "conductance_S": ("time_s", 1e-6, 1.0),
     "conductance (mS)": ("time [ms]", 1e-3, 1e3),
     "g_µS": ("t_h", 1.0, 1 / 3600),
+    "resistance_kOhm": ("time_s", 1e3, 1.0),
+    "resistance (MOhm)": ("time_s", 1.0, 1.0),
+    "r_k\u2126": ("time_s", 1e3, 1.0),
     "G/nS": ("elapsed_min", 1e3, 1 / 60),
 }
 
@@ -171,7 +174,8 @@ UNITS = {
 def test_units_and_files(name, ending, tmp_path):
     time, scale, clock = UNITS[name]
     data = gaussian(cells=300, times=(1.0, 100.0))
-    table = pd.DataFrame({"cell": data.cell, time: data.time_s * clock, name: data.conductance_uS * scale})
+    values = scale / data.conductance_uS if name.startswith("r") else data.conductance_uS * scale
+    table = pd.DataFrame({"cell": data.cell, time: data.time_s * clock, name: values})
     path = tmp_path / f"reads{ending}"
     if ending == ".parquet":
         table.to_parquet(path)
@@ -190,6 +194,21 @@ def test_resistances_and_kelvins():
     np.testing.assert_allclose(read.g, data.conductance_uS[:300], rtol=1e-9)
 
 
+def test_a_table_as_excel_writes_it(tmp_path):
+    data = gaussian(cells=300, times=(1.0,))
+    data.rename(columns={"conductance_uS": "conductance_µS"}).to_csv(tmp_path / "t.csv", index=False, encoding="cp1252")
+    assert collect([tmp_path / "t.csv"], [], 298.15).reads[0].g[7] == pytest.approx(data.conductance_uS[7])
+
+
+@pytest.mark.parametrize("factor", [3e-3, 1.0])
+def test_small_conductances_are_doubted(factor):
+    reads = changed(conductance_uS=lambda t: t.conductance_uS * factor)
+    currents = sweeps().assign(current_A=lambda t: t.current_A * factor)
+    told = [note for note in fit_measurements(reads, currents).notes if "units right" in note]
+    assert len(told) == (2 if factor < 1 else 0)
+    assert not told or told[0].startswith("currents over voltages of 0.") and told[1].startswith("conductances of 0.")
+
+
 def changed(**columns) -> pd.DataFrame:
     return gaussian(cells=400, times=(1.0, 100.0)).assign(**columns)
 
@@ -203,6 +222,11 @@ def late(data: pd.DataFrame) -> pd.DataFrame:
     [
         (changed().rename(columns={"conductance_uS": "conductance"}), "column 'conductance' has no unit"),
         (changed().rename(columns={"conductance_uS": "conductance_mV"}), "'mV' is no unit of conductance"),
+        (
+            changed().rename(columns={"conductance_uS": "conductance_kohm"}),
+            "'kohm' is no unit of a conductance: .*'µS'",
+        ),
+        (changed().rename(columns={"conductance_uS": "resistance_uS"}), "'uS' is no unit of a resistance: .*'kohm'"),
         (changed().drop(columns="time_s"), "no column 'time'"),
         (changed(g_uS=1.0), "columns .*allowed is one of them"),
         (changed(conductance_uS=lambda t: t.conductance_uS * 1e-6), r"S or mS read as µS"),
@@ -395,6 +419,7 @@ def test_a_device_says_what_was_skipped_and_what_is_not_recommended(caplog):
         ),
         (sweeps().rename(columns={"voltage_mV": "voltage_V"}), "a voltage of 1000 V"),
         (sweeps().rename(columns={"current_A": "current_uA"}), "are the columns' units right"),
+        (sweeps().assign(current_A=lambda t: -t.current_A), "is that of one column inverted"),
         (sweeps()[lambda t: t.voltage_mV > 940], "at 4 voltages or more"),
         (sweeps().drop(columns="current_A"), "no column 'current'"),
     ],

@@ -54,6 +54,7 @@ TEMPERATURE = Column(("temperature", "temp"), "temperature")
 VOLTAGE = Column(("voltage", "v"), "voltage")
 CURRENT = Column(("current", "i"), "current")
 
+_CONDUCTANCE, _RESISTANCE = re.compile(r"conductance|\bg(\b|_)"), re.compile(r"resistance|\br(\b|_)")
 _SPLIT = re.compile(r"(.*?)[\s_]*[_\s(\[/]\s*([^\s_()\[\]/]+)\s*[)\]]?\s*")
 
 
@@ -83,7 +84,11 @@ def read_table(source: Source) -> tuple["DataFrame", str]:
             return pd.read_parquet(path), path.name
         if ".csv" in kinds or ".tsv" in kinds or ".txt" in kinds:
             separator = "," if ".csv" in kinds else "\t"
-            return pd.read_csv(path, sep=separator, comment="#"), path.name
+            try:
+                frame = pd.read_csv(path, sep=separator, comment="#")
+            except UnicodeDecodeError:  # as Excel writes µ
+                frame = pd.read_csv(path, sep=separator, comment="#", encoding="cp1252")
+            return frame, path.name
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(f"{path} cannot be read as a table: {error}") from error
     raise ValueError(f"{path}: allowed are .csv, .tsv and .parquet, as they are or compressed (.gz, .bz2, .xz, .zst)")
@@ -130,19 +135,29 @@ def find_column(frame: "DataFrame", column: Column, owner: str, required: bool =
 
 def _match(name: str, column: Column) -> tuple[str, str | None] | None:
     """The word and the unit in a column's name, None for no unit; None where it is another column."""
-    whole = name.strip().replace("μ", "µ").lower()  # Greek mu, and the micro sign
-    if whole in column.names:
-        return whole, None
-    if column.quantity is None or (found := _SPLIT.fullmatch(name.strip().replace("μ", "µ"))) is None:
+    name = name.strip().replace("\u03bc", "\u00b5").replace("\u2126", "\u03a9")  # mu as micro, the ohm sign as omega
+    if name.lower() in column.names:
+        return name.lower(), None
+    if column.quantity is None or (found := _SPLIT.fullmatch(name)) is None:
         return None
     word = found[1].strip().lower().replace(" ", "_")
     if word not in column.names:
         return None
     units = _units(column)
-    exact = [unit for unit in units if unit == found[2]]
+    exact = [unit for unit in units if unit == found[2].replace("Ohm", "ohm")]
     alike = exact or [u for u in units if u not in RESISTANCES and u.lower() == found[2].lower()]  # mΩ is not MΩ
     if len(alike) != 1:
         raise ValueError(f"column {name!r}: {found[2]!r} is no unit of {column.quantity}: allowed are {units}")
+    if column.quantity == "conductance":
+        for kind, named, other in (
+            ("conductance", _CONDUCTANCE, RESISTANCES),
+            ("resistance", _RESISTANCE, CONDUCTANCES),
+        ):
+            if named.search(word) and alike[0] in other:
+                raise ValueError(
+                    f"column {name!r}: {alike[0]!r} is no unit of a {kind}: allowed are "
+                    f"{[unit for unit in units if unit not in other]}"
+                )
     return word, alike[0]
 
 

@@ -90,6 +90,11 @@ def fit_iv(source: Source) -> tuple[Curvature, list[tuple[np.ndarray, np.ndarray
     if not good.all():
         skipped.append(Skip(owner, "a number is missing", tuple((np.flatnonzero(~good) + 1).tolist())))
     opposite = good & (voltage * current < 0) & (np.abs(current) > 0.01 * np.nanmax(np.abs(current), initial=0.0))
+    if 2 * opposite.sum() > good.sum():
+        raise ValueError(
+            f"{owner}: {opposite.sum()} of {good.sum()} currents run against their voltages: allowed is a current of "
+            "the voltage's sign; is that of one column inverted?"
+        )
     if opposite.any():
         skipped.append(Skip(owner, "a current against its voltage", tuple((np.flatnonzero(opposite) + 1).tolist())))
         good &= ~opposite

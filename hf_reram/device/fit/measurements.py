@@ -23,6 +23,7 @@ from .tables import LAW_BANDS, tables
 
 BANDS = 16  # of conductance, for formulas
 USUAL = 0.01, 0.97  # of first conductances, the window that is taken where none is given; some overshoot
+SMALL = 0.2  # µS; smaller ones are allowed, and may be in mS that were read as µS
 EDGE = 0.02  # of the window, by which cells may lie beyond it
 
 
@@ -77,6 +78,7 @@ def fit_measurements(
         else:
             assumed.discard("v0")
         skipped += curvature.skipped
+        notes += _doubt("currents over voltages", curvature.v0.g)
         parts |= {"curvature": curvature, "sweeps": tuple(sweeps)}
         low, high = (
             float(f"{value:.3g}")
@@ -86,6 +88,7 @@ def fit_measurements(
     if retention is not None or bake is not None:
         measured = collect(_several(retention), _several(bake), room)
         low, high = _window(measured, g_min, g_max)
+        notes += _doubt("conductances", high)
         found |= {"g_min": low, "g_max": high}
         reads = [_within(read, low, high) for read in measured.reads]
         reference = _reference(reads)
@@ -128,6 +131,10 @@ def fit_measurements(
     found |= fields
     found.setdefault("assumed", tuple(sorted(assumed - set(fields))))
     return Fit(fields=found, skipped=tuple(skipped), notes=tuple(notes), **parts)
+
+
+def _doubt(what: str, g: float) -> list[str]:
+    return [f"{what} of {g:.3g} µS are small for a cell: are the columns' units right?"] if g < SMALL else []
 
 
 def _several(source: Source | Sequence[Source] | None) -> list[Source]:
