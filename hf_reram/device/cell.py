@@ -27,6 +27,7 @@ from .time import parse_time
 
 logger = logging.get_logger(__name__)
 
+CENTURY = parse_time("100y")  # [s]
 ABSURD, ABSURD_IN_SIEMENS = 1e4, 10.0
 
 # Beyond these [µS], [V] and [eV] a conductance, voltage or energy is taken to be in another unit, and beyond these
@@ -206,11 +207,13 @@ class DeviceConfig:
         """Mean shifts and spreads, these as they stand, across the window: of tables at all of their own times, of
         formulas at those given."""
         if isinstance(self.retention, EmpiricalRetention):
-            grid = torch.tensor(self._grid(), dtype=torch.float64, device="cpu")  # configs are made on "meta" too
-            moments = [changes.moments(grid) for _, _, changes in self.retention.tables()]
-            return [(mean.tolist(), std.tolist()) for mean, std in moments]
+            return self._moments_on_grid(changes for _, _, changes in self.retention.tables())
         curves = [self.retention.polynomials(time) for time in times]
         return [(self._on_grid(mean), self._on_grid(std)) for mean, std in curves]
+
+    def _moments_on_grid(self, relaxations: Iterable[Relaxation]) -> list[tuple[list[float], list[float]]]:
+        grid = torch.tensor(self._grid(), dtype=torch.float64, device="cpu")  # configs are made on "meta" too
+        return [(mean.tolist(), std.tolist()) for mean, std in (changes.moments(grid) for changes in relaxations)]
 
     def _check_errors(self) -> None:
         """Errors of more than :data:`ABSURD` conductance windows would leave the range of float32 on their way; of far
@@ -222,7 +225,11 @@ class DeviceConfig:
             times = (*times, LONGEST)
         curves = [("programming", self._on_grid(self.programming))]
         try:
-            curves += [("retention", curve) for moments in self._retention_on_grid(times) for curve in moments]
+            found = self._retention_on_grid(times)
+            if isinstance(self.retention, EmpiricalRetention):  # its rates count beyond its tables alone
+                kelvins = self.retention.temperatures
+                found += self._moments_on_grid(self.retention.changes(CENTURY, kelvin) for kelvin in kelvins)
+            curves += [("retention", curve) for moments in found for curve in moments]
         except (OverflowError, ZeroDivisionError) as error:
             raise ValueError(
                 f"device.retention={shown(self.retention)}: coefficients in µS that no float holds ({error}): allowed "

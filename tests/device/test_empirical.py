@@ -180,6 +180,13 @@ def test_errors_beyond_the_window_are_doubted_and_absurd_ones_refused():
         device(retention=retention(series=[series(change=[table(1e6)])], law=None))
 
 
+@pytest.mark.parametrize("rate", [{"mean_rate": [1e12] * 4}, {"mean_rate": [-1e12] * 4}, {"spread_rate": [1e12] * 4}])
+def test_absurd_rates_are_refused(rate):
+    series = {**retention()["series"][0], **rate}
+    with pytest.raises(ValueError, match=r"device\.retention=.*errors of up to"):
+        device(retention=retention(series=[series]))
+
+
 def test_series_may_be_objects():
     made = EmpiricalRetention(tuple(G), tuple(QUANTILES), (Series(298.15, (1.0,), (table(0.3),)),))
     assert device(retention=made).retention == made

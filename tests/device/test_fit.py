@@ -95,7 +95,7 @@ def test_a_fitted_formula_knows_its_last_measured_time(model, tmp_path):
     before = DeviceConfig.from_dict({**cell.to_dict(), "retention": retention})  # as written before
     assert not before.unmeasured("10y") and before.to_dict()["retention"] == retention
     assert float(before.retention_std(20.0, "1y")) == float(cell.retention_std(20.0, "1y"))
-    with pytest.raises(ValueError, match="retention.measured_until=-1"):
+    with pytest.raises(ValueError, match=r"retention\.measured_until=-1"):
         DeviceConfig.from_dict({**cell.to_dict(), "retention": {**retention, "measured_until": -1}})
 
 
@@ -153,6 +153,14 @@ def test_a_reference_temperature_that_is_no_rooms_is_told():
     assert "reference temperature" not in str(cool)
 
 
+def test_as_few_cells_as_are_allowed_are_enough():
+    reads = gaussian(cells=100)
+    fit = fit_measurements(reads.assign(conductance_uS=reads.conductance_uS.where(reads.cell != 7, 80.0)))
+    assert [len(read.g) for read in fit.reads] == [99] * len(TIMES)
+    with pytest.raises(ValueError, match=r"99 cells at 298\.15 K: allowed are 100 and more"):
+        fit_measurements(gaussian(cells=99))
+
+
 def test_two_times_are_held():
     fit = fit_measurements(gaussian(times=(1.0, 100.0)), g_min=2.0, g_max=50.0)
     assert fit.law is None and DeviceConfig.from_dict(fit.fields).holds_at("1d")
@@ -206,7 +214,7 @@ def test_small_conductances_are_doubted(factor):
     currents = sweeps().assign(current_A=lambda t: t.current_A * factor)
     told = [note for note in fit_measurements(reads, currents).notes if "units right" in note]
     assert len(told) == (2 if factor < 1 else 0)
-    assert not told or told[0].startswith("currents over voltages of 0.") and told[1].startswith("conductances of 0.")
+    assert [note.partition(" of 0.")[0] for note in told] == ["currents over voltages", "conductances"][: len(told)]
 
 
 def changed(**columns) -> pd.DataFrame:
@@ -262,6 +270,9 @@ def test_files_that_are_none(tmp_path):
     (tmp_path / "empty.csv").write_text("")
     with pytest.raises(ValueError, match="cannot be read as a table"):
         DeviceConfig.fit(tmp_path / "empty.csv")
+    gaussian(cells=100).to_csv(tmp_path / "semicolons.csv", index=False, sep=";")
+    with pytest.raises(ValueError, match=r"';' is between its columns: allowed is ',' in semicolons\.csv"):
+        DeviceConfig.fit(tmp_path / "semicolons.csv")
     with pytest.raises(ValueError, match=r"allowed are \.csv, \.tsv and \.parquet"):
         (tmp_path / "reads.xlsx").write_bytes(b"1")
         DeviceConfig.fit(tmp_path / "reads.xlsx")

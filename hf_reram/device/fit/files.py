@@ -88,6 +88,8 @@ def read_table(source: Source) -> tuple["DataFrame", str]:
                 frame = pd.read_csv(path, sep=separator, comment="#")
             except UnicodeDecodeError:  # as Excel writes µ
                 frame = pd.read_csv(path, sep=separator, comment="#", encoding="cp1252")
+            if len(frame.columns) == 1 and (other := [s for s in ",;\t" if s in str(frame.columns[0])]):
+                raise ValueError(f"{other[0]!r} is between its columns: allowed is {separator!r} in {path.name}")
             return frame, path.name
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(f"{path} cannot be read as a table: {error}") from error

@@ -24,6 +24,7 @@ from .tables import LAW_BANDS, tables
 BANDS = 16  # of conductance, for formulas
 USUAL = 0.01, 0.97  # of first conductances, the window that is taken where none is given; some overshoot
 SMALL = 0.2  # µS; smaller ones are allowed, and may be in mS that were read as µS
+LEAST = round(FEWEST * (USUAL[1] - USUAL[0]))  # cells in the window: what the usual one leaves of the fewest of a read
 EDGE = 0.02  # of the window, by which cells may lie beyond it
 
 
@@ -105,8 +106,8 @@ def fit_measurements(
         notes += measured.notes + told
         if not is_room(reference):
             notes.append(
-                f"the reference temperature, which cells are at unless another is said, is {reference:g} K and not room "
-                "temperature: most times were read there"
+                f"the reference temperature, which cells are at unless another is said, is {reference:g} K and not "
+                "room temperature: most times were read there"
             )
         chosen = next((one for one in candidates if one.name == model), None)
         if chosen is None:
@@ -161,10 +162,10 @@ def _within(read: Read, low: float, high: float) -> Read:
     """
     margin = EDGE * (high - low)
     inside = (read.g >= low - margin) & (read.g <= high + margin)
-    if inside.sum() < FEWEST:
+    if inside.sum() < LEAST:
         raise ValueError(
             f"{inside.sum()} of {len(inside)} cells read at {read.time:g} s, {read.temperature:g} K lie within {low:g} "
-            f"to {high:g} µS: allowed are {FEWEST} and more; are g_min and g_max in µS?"
+            f"to {high:g} µS: allowed are {LEAST} and more; are g_min and g_max in µS?"
         )
     return Read(read.temperature, read.time, read.g[inside], read.change[inside], read.rows[inside])
 

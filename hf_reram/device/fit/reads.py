@@ -191,8 +191,8 @@ def _add(found: Measured, frame: "DataFrame", owner: str, room: float | None) ->
     if len(kelvins) > 1 and (np.diff(kelvins) < JITTER).any():
         near = int(np.argmin(np.diff(kelvins)))
         raise ValueError(
-            f"{owner}: temperatures of {kelvins[near]:g} and {kelvins[near + 1]:g} K, {len(kelvins)} in all: allowed is "
-            "the same one, as it was set, in all rows that belong together"
+            f"{owner}: temperatures of {kelvins[near]:g} and {kelvins[near + 1]:g} K, {len(kelvins)} in all: allowed "
+            "is the same one, as it was set, in all rows that belong together"
         )
     count = dict(zip(*np.unique(temperature[used][np.unique(key[used], return_index=True)[1]], return_counts=True)))
     for kelvin, cells_there in count.items():
