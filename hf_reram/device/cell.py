@@ -375,15 +375,15 @@ class DeviceConfig:
         """``b = read_voltage · range_shrink / v0``: how far into the sinh a full-scale input goes."""
         return self.read_voltage * range_shrink / self.v0
 
-    def holds_at(self, time: str | float, temperature: float | None = None) -> bool:
+    def holds_at(self, time: str | float, temperature: str | float | None = None) -> bool:
         """Whether retention at this time is the last measured value, held."""
         return self.retention.holds_at(*self._aged(time, temperature))
 
-    def extrapolates_at(self, time: str | float, temperature: float | None = None) -> bool:
+    def extrapolates_at(self, time: str | float, temperature: str | float | None = None) -> bool:
         """Whether this time lies past the last measured one, and retention is what its trend or law makes of it."""
         return self.retention.extrapolates_at(*self._aged(time, temperature))
 
-    def precedes(self, time: str | float, temperature: float | None = None) -> bool:
+    def precedes(self, time: str | float, temperature: str | float | None = None) -> bool:
         """Whether this time lies before the first measured one, whose retention is taken for it."""
         return self.retention.precedes(*self._aged(time, temperature))
 
