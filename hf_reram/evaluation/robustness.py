@@ -426,8 +426,8 @@ def _measure(
                 )
         missed = uncalled(model, digitally=run.kind == "digital")
         noted = _noted_of(model, run, reads.found if isinstance(reads, WeightReads) else {})
-        if array is not None and array.unlike:
-            noted.append(f"{array} hardly resembles the weights of {', '.join(array.unlike)}")
+        if array is not None:
+            noted += array.notes()
         if not together:
             return metrics, missed, False, noted
         every = of_each((metrics, missed, noted))  # which may each have had a part of the data

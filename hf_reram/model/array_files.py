@@ -48,12 +48,10 @@ def digest_of(found: Tensor) -> str:
     return hashlib.sha256(found.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
-def digest_of_chip(
-    origin: str, time: float | None, temperature: float | None, seed: int | None, layers: Mapping[str, Any]
-) -> str:
-    """SHA-256 of what a folder says of conductances that nobody has measured, with the digests of the layers'."""
-    said = [origin, time, temperature, seed, sorted(layers.items())]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+def digest_of_export(exported: Mapping[str, Any], layers: Mapping[str, Any]) -> str:
+    """SHA-256 of what a folder says that was exported and of its layers, in hexadecimal, however it is laid out."""
+    text = json.loads(json.dumps([exported, layers]), parse_int=float)  # other programs write 1.0 as 1
+    return hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()
 
 
 def write_safetensors(folder: Path, name: str, layer: CrossbarLayer, rows: Rows, found: Tensor) -> None:

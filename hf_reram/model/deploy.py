@@ -109,8 +109,8 @@ def deploy(
                 )
                 layer.put(token, chip)
         if array:
-            array.refuse_other_unit()
-            _warn_unlike(model, array)
+            array.refuse_wrong()
+            _warn_of(model, array)
         warn_uncalibrated(model)
         warn_clipped(layers)
         reset_calls(model)
@@ -267,13 +267,13 @@ def realize(layer: CrossbarLayer, time: float | None, temperature: float | None,
     return chip_of(layer, programmed, cells_at(layer, programmed, time, temperature, seed))
 
 
-def _warn_unlike(model: nn.Module, array: ReadBack) -> None:
-    for name, found in array.unlike.items():
-        what = (
-            f"hold on {array} what hardly resembles their weights (correlation {found:.2f}): are all rows and columns "
-            "where the folder's README has them?"
-        )
-        warn_uncalled(model, what, [name])
+def _warn_of(model: nn.Module, array: ReadBack) -> None:
+    """What is to be known of an array, once for each model."""
+    warned = crossbar_state(model).warned
+    for note in array.notes():
+        if ("array", note) not in warned:
+            warned.add(("array", note))
+            logger.warning("%s", note)
 
 
 @contextmanager

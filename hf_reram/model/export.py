@@ -31,7 +31,7 @@ from .array_files import (
     UNIT,
     csv_name,
     digest_of,
-    digest_of_chip,
+    digest_of_export,
     file_name,
     refuse_impossible,
     refuse_other_unit,
@@ -44,7 +44,8 @@ from .digest import weights_digest
 from .find import chip_names, crossbar_layers, crossbar_states
 from .finite import refuse_not_finite
 from .lab import README
-from .read_back import VERSION, array_of
+from .likeness import ALIKE, ERRORS, SHARE
+from .read_back import EXPORTED, NEGATIVE, VERSION, array_of
 from .sharding import alike, is_first, is_sharded, of_first, processes, reshard
 
 
@@ -139,8 +140,8 @@ def export_conductances(
         with alike(together, "the export"):
             refuse_other_unit(largest.values())
             if writes:
-                digests = {name: entry["sha256"] for name, entry in entries.items() if "sha256" in entry}
-                about["sha256"] = digest_of_chip(about["origin"], seconds, about["temperature"], seed, digests)
+                about["exported"] = {name: about[name] for name in EXPORTED}
+                about["sha256"] = digest_of_export(about["exported"], entries)
                 text = json.dumps({**about, "layers": entries}, indent=1, ensure_ascii=False, allow_nan=False)
                 (into / ABOUT).write_text(text + "\n", encoding="utf-8")
                 (into / "README.md").write_text(_readme(about, formats, states), encoding="utf-8")
@@ -264,4 +265,9 @@ def _readme(about: dict[str, Any], formats: Sequence[str], states: Sequence[Any]
         dac=dac if any(config.dac_bits for config in configs) else "",
         adc=adc if any(config.adc_bits for config in configs) else "",
         most=MOST,
+        negative=100 * NEGATIVE,
+        share=100 * SHARE,
+        alike=ALIKE,
+        most_alike=1 / ALIKE,
+        errors=ERRORS,
     )

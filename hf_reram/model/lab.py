@@ -46,13 +46,26 @@ layer pads), with the layer's `input` and `output`:
 Put what was read from the cells into the files of this folder, in the same places: either into the safetensors
 files or into the CSV files; delete the others. In `conductances.json` set `origin` to "measured", `time` to the
 seconds since programming and `temperature` to the kelvins when it was read ("1d" and "85C" are allowed, too), and
-`array` to the array's name. Then
+`array` to the array's name; leave the rest as it is. Then
 
     with hf_reram.deploy(model, conductances="this folder"):
         ...
 
 and `hf_reram.evaluate_robustness(..., conductances=["this folder"])`, or `hf-reram eval MODEL --conductances "this
-folder"`, take the array in place of a simulated chip. They refuse a folder of another model, of other weights,
-another calibration or other hardware; conductances that are missing, NaN, negative or above {most:g} times g_max;
-and those that are said to be measured and are bit for bit what was exported.
+folder"`, take the array in place of a simulated chip. They refuse
+
+- a folder of another model, of other weights, another calibration or other hardware, or whose `layers` were edited;
+- conductances that are missing, NaN or infinite, or above {most:g} times g_max;
+- negative ones, but for up to {negative:g} % of a layer's cells, and at least one, that are below 0 by no more than
+  {negative:g} % of g_max - g_min, as instruments read of cells that hardly conduct: these are taken as 0, and counted
+  in a warning and in the report;
+- tiles that are said to be measured and are as they were exported: all their cells bit for bit, or more than
+  {share:g} % of them within five digits. Cells that were exported at g_min or 0 do not count;
+- tiles in mS or S.
+
+A warning and the report name tiles that hardly hold what they were to hold: of the differences g_plus - g_minus, the
+correlation with those that were exported as targets, or by which multiple of these they are, is less than {alike:g} of
+what the device's cells have at the stated time and temperature, or the multiple is more than {most_alike:g} times that,
+beyond {errors:g} standard errors of a tile of its size. Retention, programming errors and defects of the device are in
+what is expected; tiles that were swapped, of swapped polarity, empty or three times too high are beyond.
 """

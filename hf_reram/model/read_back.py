@@ -3,7 +3,6 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ReRAMConfig
+from ..device.cell import DeviceConfig
 from ..device.checks import parse_json, shown, some
-from ..device.seeds import checked_seed
+from ..device.moments import weight_error
+from ..device.seeds import checked_seed, derived_seed
 from ..device.temperature import parse_temperature
 from ..device.time import format_time, parse_time
 from ..nn import CrossbarLayer
@@ -23,7 +24,7 @@ from .array_files import (
     ORIGINS,
     UNITS,
     digest_of,
-    digest_of_chip,
+    digest_of_export,
     file_name,
     files_there,
     read_csv,
@@ -32,12 +33,17 @@ from .array_files import (
     refuse_other_unit,
     some_there,
 )
-from .cells import Rows, chip_of, from_array, held_of
+from .cells import Rows, cells_at, chip_of, from_array, held_of, to_array
 from .digest import weights_digest
 from .find import arrays, chip_names, crossbar_layers, crossbar_states
+from .likeness import SHARE, Likeness, is_as_exported
 
-VERSION = 1
-ALIKE = 0.5  # correlation of what an array holds and what it was to hold, below which they hardly are
+VERSION = 2
+
+# What a folder says of its conductances, and keeps of those that were exported when others are put in their place.
+EXPORTED = ("origin", "time", "temperature", "seed")
+
+NEGATIVE = 0.01  # of a layer's cells, and of the device's window: so many, and so low, are readings of 0
 
 # Of layers that share a weight, what must be the same for its cells to be.
 MAPPING = ("weight_scale", "pairs_per_weight", "input_scale", "row_copies")
@@ -51,7 +57,8 @@ class ReadBack:
         folder: that they are in. name: of the array, or the folder's. origin: "measured", "simulated" or "targets".
         time: s since programming when they were read. temperature: K, then; both None where the folder does not say.
         seed: of a simulated chip.
-        unlike: layers whose weights as they are held hardly resemble those that were to be, with their correlation.
+        unlike: tiles that hold what the device's cells hardly may by then, (layer, tile), and by what that shows.
+        negative: how many conductances were slightly below 0 and are taken as 0, and the lowest [µS], by layer.
     """
 
     def __init__(self, model: nn.Module, folder: str | Path):
@@ -75,9 +82,13 @@ class ReadBack:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         self._arrays = array_of(model)
+        names = chip_names(model)
+        self._chips = {name: names[layer] for name, layer in crossbar_layers(model).items()}
         self._seen: dict[str, str] = {}
         self._largest: dict[str, tuple[float, float]] = {}
-        self.unlike: dict[str, float] = {}
+        self.unlike: dict[tuple[str, int], Likeness] = {}
+        self.negative: dict[str, tuple[int, float]] = {}
+        self._not_read: dict[tuple[str, int], bool] = {}
         missing = []
         for name in dict.fromkeys(self._arrays.values()):
             layer = crossbar_layers(model)[name]
@@ -85,7 +96,7 @@ class ReadBack:
                 missing.append(name)
         if missing:
             raise ValueError(
-                f"{self.folder} lacks the conductances of {len(missing)} of {len(self._exported)} layers, as "
+                f"{self.folder} lacks the conductances of {len(missing)} of {len(self._digests)} layers, as "
                 f"safetensors or as CSV of all tiles: {some(map(repr, missing))}"
             )
 
@@ -122,10 +133,15 @@ class ReadBack:
         layers = about.get("layers")
         if not isinstance(layers, Mapping) or not all(isinstance(entry, Mapping) for entry in layers.values()):
             raise ValueError("layers: allowed is an object of layers by name")
-        self._exported = {name: entry.get("sha256") for name, entry in layers.items()}
-        own = {name: digest for name, digest in self._exported.items() if digest is not None}
-        said = self.origin, self.time, self.temperature, self.seed
-        if self.origin != "measured" and about.get("sha256") != digest_of_chip(*said, own):
+        exported = about.get("exported")
+        if not isinstance(exported, Mapping) or about.get("sha256") != digest_of_export(exported, layers):
+            raise ValueError(
+                "exported, layers: these are not what was exported; allowed is to change origin, time, temperature and "
+                "array, and to leave how layers are driven and read as it is"
+            )
+        self._exported = exported
+        self._digests = {name: entry.get("sha256") for name, entry in layers.items()}
+        if self.origin != "measured" and any(about.get(name) != exported.get(name) for name in EXPORTED):
             raise ValueError(
                 f"origin={origin!r}, time={shown(time)}, temperature={shown(kelvin)}, seed={shown(seed)}: this is not "
                 'what was exported; of what was read from an array, the origin is "measured"'
@@ -134,8 +150,8 @@ class ReadBack:
     def _compare(self, model: nn.Module, about: Mapping[str, Any]) -> None:
         """That they are this model's."""
         layers = crossbar_layers(model)
-        if self._exported.keys() != layers.keys():
-            unknown, lacking = self._exported.keys() - layers.keys(), layers.keys() - self._exported.keys()
+        if self._digests.keys() != layers.keys():
+            unknown, lacking = self._digests.keys() - layers.keys(), layers.keys() - self._digests.keys()
             raise ValueError(
                 "these are another model's conductances: "
                 + "; ".join(
@@ -180,33 +196,90 @@ class ReadBack:
                 f"{self.folder}: the conductances of layer {name!r} in its CSV files are others than in its "
                 "safetensors file: allowed is one of them, the one that was read from the array, or the same in both"
             )
-        refuse_impossible(name, found[0], layer.crossbar.config.device)
-        self._refuse_mistaken(name, digest_of(found[0]))
-        if found[0].numel():
-            self._largest[name] = float(found[0].max()), layer.crossbar.config.device.g_max
-        return found[0]
+        device = layer.crossbar.config.device
+        g = self._from_zero(name, found[0], device) if self.origin == "measured" else found[0]
+        refuse_impossible(name, g, device)
+        first = name not in self._seen
+        self._refuse_mistaken(name, digest_of(g))
+        if g.numel():
+            self._largest[name] = float(g.max()), device.g_max
+        if first and self.origin == "measured":
+            self._look_at_tiles(name, layer, g)
+        return g
 
-    def refuse_other_unit(self) -> None:
+    def _from_zero(self, name: str, found: Tensor, device: DeviceConfig) -> Tensor:
+        """With slightly negative conductances, as instruments read of cells that hardly conduct, at 0."""
+        negative = found < 0
+        count, lowest = int(negative.sum()), float(found.nan_to_num().min()) if found.numel() else 0.0
+        if not count or count > max(1, NEGATIVE * found.numel()) or lowest < -NEGATIVE * device.g_range:
+            return found
+        self.negative[name] = count, lowest
+        return found.masked_fill(negative, 0.0)
+
+    @torch.no_grad()
+    def _look_at_tiles(self, name: str, layer: CrossbarLayer, found: Tensor) -> None:
+        """Which tiles are as they were exported, and which hold what their cells hardly may by now."""
+        config, was = layer.crossbar.config, self._exported
+        programmed, rows = held_of(layer), Rows.of(layer)
+
+        def cells(time: float | None, temperature: float | None, seed: int | None) -> Tensor:
+            return to_array(layer, rows, list(cells_at(layer, programmed, time, temperature, seed))).cpu()
+
+        targets = exported = cells(None, None, None)
+        if was["seed"] is not None:
+            heat = config.temperature if was["temperature"] is None else was["temperature"]
+            exported = cells(was["time"], heat, derived_seed(was["seed"], self._chips[name]))
+        error = weight_error(config.device, (self.time or 0.0,), self.temperature)
+        for tile in range(layer.tiles()):
+            there = (rows.tile == tile).cpu()
+            g = found[:, there]
+            self._not_read[name, tile] = is_as_exported(g, exported[:, there], config.device)
+            likeness = Likeness.of(g, targets[:, there], config.device, error)
+            if likeness and likeness.is_doubtful:
+                self.unlike[name, tile] = likeness
+
+    def refuse_wrong(self) -> None:
         """
         Raises:
-            ValueError: of the layers that were read, all conductances are in another unit than µS.
+            ValueError: of the layers that were read, all conductances are in another unit than µS, or tiles are, or
+                tiles were not read but are as they were exported.
         """
         try:
             refuse_other_unit(self._largest.values())
+            if same := [tile for tile, is_same in self._not_read.items() if is_same]:
+                raise ValueError(
+                    f"{len(same)} of {len(self._not_read)} tiles are said to be measured, and are those that were "
+                    f"exported, or more than {100 * SHARE:g} % of their cells are, within five digits: {_tiles(same)}: "
+                    "allowed are those that were read from an array"
+                )
+            if units := [tile for tile, likeness in self.unlike.items() if likeness.other_unit]:
+                raise ValueError(
+                    f"conductances of {len(units)} tiles are far below those that they were programmed to, and "
+                    f"otherwise alike: are these in {self.unlike[units[0]].other_unit}? {_tiles(units)}: allowed is µS"
+                )
         except ValueError as error:
             raise ValueError(f"{self.folder}: {error}") from error
 
+    def notes(self) -> list[str]:
+        """What a reader of figures on these conductances has to know, of the layers that were read."""
+        found = []
+        if self.unlike:
+            tiles = some(f"{_tiles([tile])} ({likeness})" for tile, likeness in self.unlike.items())
+            found.append(
+                f"{self} hardly holds what it was to hold in {len(self.unlike)} of {len(self._not_read)} tiles: "
+                f"{tiles}: are rows, columns, polarities and unit those of the folder's README?"
+            )
+        for name, (count, lowest) in self.negative.items():
+            found.append(
+                f"{self}: {count} negative conductances of layer {name!r}, down to {lowest:g} µS, are taken as 0"
+            )
+        return found
+
     def _refuse_mistaken(self, name: str, digest: str) -> None:
-        exported = self._exported[name]
-        if self.origin != "measured" and digest != exported:
+        if self.origin != "measured" and digest != self._digests[name]:
             raise ValueError(
                 f"{self.folder}: the conductances of layer {name!r} are no longer those that were exported: of what "
                 f'was read from an array, "origin" in {ABOUT} is to be "measured", with time and temperature then'
-            )
-        if self.origin == "measured" and digest == exported:
-            raise ValueError(
-                f"{self.folder}: the conductances of layer {name!r} are said to be measured, and are bit for bit those "
-                "that were exported: allowed are those that were read from an array"
             )
         if self._seen.setdefault(name, digest) != digest:
             raise ValueError(f"{self.folder}: the conductances of layer {name!r} changed while they were used")
@@ -215,27 +288,28 @@ class ReadBack:
         """A layer on these cells; see :meth:`array`."""
         found = self.array(name, layer).to(layer.weight.device)
         programmed = held_of(layer)
-        chip = chip_of(layer, programmed, from_array(layer, programmed, Rows.of(layer), found))
-        if (r := correlation(chip.weight, programmed)) < ALIKE:
-            self.unlike[name] = r
-        return chip
+        return chip_of(layer, programmed, from_array(layer, programmed, Rows.of(layer), found))
 
     def digest(self, model: nn.Module) -> str:
         """SHA-256 of all conductances, which are read and looked at for it.
 
         Raises:
-            ValueError: see :meth:`array`; or all are in another unit.
+            ValueError: see :meth:`array` and :meth:`refuse_wrong`.
         """
         layers = crossbar_layers(model)
         for name in dict.fromkeys(self._arrays.values()):
             self.array(name, layers[name])
-        self.refuse_other_unit()
+        self.refuse_wrong()
         return hashlib.sha256(json.dumps(sorted(self._seen.items())).encode()).hexdigest()
 
     def __str__(self) -> str:
         heat = "" if self.temperature is None else f" at {self.temperature:g} K"
         when = "" if self.time is None else f" after {format_time(self.time)}"
         return f"{ORIGINS[self.origin]} {self.name}{when}{heat}"
+
+
+def _tiles(tiles: Sequence[tuple[str, int]]) -> str:
+    return some(f"tile {tile} of layer {name!r}" for name, tile in tiles)
 
 
 def array_of(model: nn.Module) -> dict[str, str]:
@@ -261,12 +335,3 @@ def array_of(model: nn.Module) -> dict[str, str]:
 def _alike(one: CrossbarLayer, other: CrossbarLayer) -> bool:
     same = one.crossbar is other.crossbar and one._digital_class is other._digital_class
     return same and all(torch.equal(getattr(one, name), getattr(other, name)) for name in MAPPING)
-
-
-def correlation(found: Tensor, wanted: Tensor) -> float:
-    """Of two tensors' elements as they are, not less their means; 1 where nothing was wanted but 0."""
-    found, wanted = found.detach().double(), wanted.detach().double()
-    powers = float(found.square().sum()), float(wanted.square().sum())
-    if not all(powers):
-        return float(powers[1] == 0)
-    return float((found * wanted).sum()) / math.sqrt(powers[0] * powers[1])
