@@ -7,9 +7,11 @@ from torch import nn
 from torch.nn.utils import prune
 
 from hf_reram import ReRAMConfig, calibrate, crossbar_layers, deploy, digital, patch_model, unpatch_model
+from hf_reram.model.cells import held_of
 from hf_reram.nn import CrossbarLayer
 from hf_reram.nn.array import bit_sum
 from tests.samples.devices import SILENT, device
+from tests.samples.layers import layer_of
 from tests.samples.models import bert_batch
 
 
@@ -384,3 +386,19 @@ def test_a_model_made_under_inference_mode_is_a_chip():
         with deploy(model, "1d"):
             aged = model(x)
         assert not torch.equal(aged, model(x))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_several_pairs_without_error_are_the_ideal_crossbar(kind):
+    """All pairs are at the same targets, which adding them up must leave as they are; outputs but for read noise."""
+    layer, x = layer_of(kind)
+    model = nn.Sequential(layer).eval()
+    patch_model(model, ReRAMConfig(device=device(), tile_size=5, redundancy=1.0))
+    calibrate(model, [x])
+    assert model[0].pairs > 1 and device().read_noise > 0 and not any(device().programming)
+    with torch.no_grad():
+        ideal = model(x)
+        with deploy(model, None, seed=3):
+            torch.testing.assert_close(model[0].chip.weight, held_of(model[0]), rtol=1e-6, atol=1e-6)
+            found = model(x)
+    assert 0 < float((found - ideal).norm() / ideal.norm()) < 0.05
