@@ -45,7 +45,7 @@ from .find import chip_names, crossbar_layers, crossbar_states
 from .finite import refuse_not_finite
 from .lab import README
 from .likeness import ALIKE, ERRORS, SHARE
-from .read_back import EXPORTED, NEGATIVE, VERSION, array_of
+from .read_back import EXPORTED, NEGATIVE, VERSION, array_of, retention_notes
 from .sharding import alike, is_first, is_sharded, of_first, processes, reshard
 
 
@@ -141,6 +141,7 @@ def export_conductances(
             refuse_other_unit(largest.values())
             if writes:
                 about["exported"] = {name: about[name] for name in EXPORTED}
+                about["exported"]["notes"] = retention_notes(model, seconds, asked)
                 about["sha256"] = digest_of_export(about["exported"], entries)
                 text = json.dumps({**about, "layers": entries}, indent=1, ensure_ascii=False, allow_nan=False)
                 (into / ABOUT).write_text(text + "\n", encoding="utf-8")
@@ -248,7 +249,8 @@ def _readme(about: dict[str, Any], formats: Sequence[str], states: Sequence[Any]
     if about["seed"] is not None:
         aged = "right after programming" if about["time"] is None else f"{format_time(about['time'])} after programming"
         heat = "" if about["temperature"] is None else f" at {about['temperature']:g} K"
-        what = f"the cells of simulated chip {about['seed']}, {aged}{heat}. Nothing here was measured"
+        notes = "".join(f"; {note}" for note in about["exported"]["notes"])
+        what = f"the cells of simulated chip {about['seed']}, {aged}{heat}{notes}. Nothing here was measured"
     files = {
         "safetensors": "- a safetensors file: `tile0.plus`, `tile0.minus`, `tile1.plus`, …, (rows, columns, pairs), "
         "float32;",

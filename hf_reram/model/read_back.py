@@ -89,6 +89,7 @@ class ReadBack:
         self.unlike: dict[tuple[str, int], Likeness] = {}
         self.negative: dict[str, tuple[int, float]] = {}
         self._not_read: dict[tuple[str, int], bool] = {}
+        self._of_retention = retention_notes(model, self.time, self.temperature) if self.origin == "simulated" else []
         missing = []
         for name in dict.fromkeys(self._arrays.values()):
             layer = crossbar_layers(model)[name]
@@ -262,7 +263,7 @@ class ReadBack:
 
     def notes(self) -> list[str]:
         """What a reader of figures on these conductances has to know, of the layers that were read."""
-        found = []
+        found = [f"{self}: {note}" for note in self._of_retention]
         if self.unlike:
             tiles = some(f"{_tiles([tile])} ({likeness})" for tile, likeness in self.unlike.items())
             found.append(
@@ -306,6 +307,23 @@ class ReadBack:
         heat = "" if self.temperature is None else f" at {self.temperature:g} K"
         when = "" if self.time is None else f" after {format_time(self.time)}"
         return f"{ORIGINS[self.origin]} {self.name}{when}{heat}"
+
+
+def retention_notes(model: nn.Module, time: float | None, temperature: float | None) -> list[str]:
+    """What is to be known of simulated cells' retention at a time [s] and temperature [K], by device."""
+    found: dict[str, None] = {}
+    states = crossbar_states(model)
+    for state in states if time is not None else ():
+        device, of = state.config.device, f" ({state.config.device.name})" if len(states) > 1 else ""
+        when = time, state.config.temperature if temperature is None else temperature
+        for is_so, what in (
+            (device.holds_at, "is the last measured value, held"),
+            (device.extrapolates_at, "is extrapolated beyond what was measured"),
+            (device.precedes, "is the first measured value, of a later time"),
+        ):
+            if is_so(*when):
+                found[f"retention {what}{of}"] = None
+    return list(found)
 
 
 def _tiles(tiles: Sequence[tuple[str, int]]) -> str:

@@ -147,6 +147,28 @@ def test_a_wrong_order_is_a_note(model, folder):
 
 
 @pytest.mark.parametrize(
+    ("preset", "time", "what"),
+    [
+        ("hfox-neurram", "10y", "is the last measured value, held"),
+        ("hfox-neurram", "1d", None),
+        ("rram-levy-c", "10y", "is extrapolated beyond what was measured"),
+    ],
+)
+def test_simulated_arrays_say_where_retention_was_not_measured(tmp_path, preset, time, what):
+    """Of their own time, whatever the chips' is: in the folder, a warning, and the report."""
+    layers = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4)).eval()
+    model = calibrate(patch_model(layers, ReRAMConfig(device=preset)), [X])
+    folder = export_conductances(model, tmp_path / "chip", time, seed=3, formats=["safetensors"])
+    expected = [f"retention {what}"] if what else []
+    assert lab.about(folder)["exported"]["notes"] == expected
+    told = f"{time} after programming at 298.15 K{''.join(f'; {note}' for note in expected)}. Nothing here was measured"
+    assert told in (folder / "README.md").read_text()
+    notes = evaluate_robustness(model, power, ["1s"], seeds=1, progress=False, conductances=folder).notes
+    prefix = f"simulated array chip after {time} at 298.15 K: "
+    assert [note for note in notes if note.startswith(prefix)] == [prefix + note for note in expected]
+
+
+@pytest.mark.parametrize(
     ("change", "told"),
     [
         ({"origin": "a chip"}, r"arrays\[0\]: origin='a chip': allowed is one of"),
