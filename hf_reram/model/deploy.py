@@ -57,7 +57,7 @@ def deploy(
 
     Crossbar layers that did not run although the model did are named in a warning: these were no chip. So are those
     whose weights have changed since calibration so that many are beyond what their cells can hold, as merged adapters
-    may be.
+    may be, and tiles of ``conductances`` that hardly hold what they were to hold.
 
     Args:
         model: patched by :func:`hf_reram.patch_model`, or of parts that were.
@@ -72,8 +72,8 @@ def deploy(
     Raises:
         ValueError: the model is not patched or is digital here, or a bad time, temperature or seed. Or conductances are
             of another model, other weights, another calibration or other hardware; layers are missing, of other shapes,
-            or no cell can have them, as where they are NaN, negative or in another unit; or a time, temperature or seed
-            is given beside them.
+            no cell can have them, as where they are NaN, negative or in another unit, or tiles were not read but are as
+            they were exported; or a time, temperature or seed is given beside them.
         OSError: no such folder of conductances.
         RuntimeError: at the end, weights or numbers of calibration have changed in between, which were no longer the
             chip's.
