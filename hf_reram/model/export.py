@@ -141,7 +141,7 @@ def export_conductances(
             refuse_other_unit(largest.values())
             if writes:
                 about["exported"] = {name: about[name] for name in EXPORTED}
-                about["exported"]["notes"] = retention_notes(model, seconds, asked)
+                about["exported"]["notes"] = retention_notes(model, seconds, about["temperature"] or asked)
                 about["sha256"] = digest_of_export(about["exported"], entries)
                 text = json.dumps({**about, "layers": entries}, indent=1, ensure_ascii=False, allow_nan=False)
                 (into / ABOUT).write_text(text + "\n", encoding="utf-8")

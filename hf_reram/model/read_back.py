@@ -315,14 +315,8 @@ def retention_notes(model: nn.Module, time: float | None, temperature: float | N
     states = crossbar_states(model)
     for state in states if time is not None else ():
         device, of = state.config.device, f" ({state.config.device.name})" if len(states) > 1 else ""
-        when = time, state.config.temperature if temperature is None else temperature
-        for is_so, what in (
-            (device.holds_at, "is the last measured value, held"),
-            (device.extrapolates_at, "is extrapolated beyond what was measured"),
-            (device.precedes, "is the first measured value, of a later time"),
-        ):
-            if is_so(*when):
-                found[f"retention {what}{of}"] = None
+        told = device.unmeasured(time, state.config.temperature if temperature is None else temperature)
+        found |= {f"{each}{of}": None for each in told.values()}
     return list(found)
 
 

@@ -16,6 +16,7 @@ from hf_reram import (
     export_conductances,
     patch_model,
 )
+from hf_reram.device import parse_time
 from hf_reram.evaluation import plot
 from hf_reram.evaluation.report import ArrayMeasurement
 from hf_reram.hub.card import _limits
@@ -159,7 +160,7 @@ def test_simulated_arrays_say_where_retention_was_not_measured(tmp_path, preset,
     layers = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4)).eval()
     model = calibrate(patch_model(layers, ReRAMConfig(device=preset)), [X])
     folder = export_conductances(model, tmp_path / "chip", time, seed=3, formats=["safetensors"])
-    expected = [f"retention {what}"] if what else []
+    expected = [f"retention at {parse_time(time):g} s, 298.15 K {what}"] if what else []
     assert lab.about(folder)["exported"]["notes"] == expected
     told = f"{time} after programming at 298.15 K{''.join(f'; {note}' for note in expected)}. Nothing here was measured"
     assert told in (folder / "README.md").read_text()
