@@ -33,14 +33,20 @@ class Goodness:
     @property
     def misses(self) -> str:
         """What it misses the data in; empty of a model that can be recommended."""
-        found = []
-        if not self.spread <= SPREAD:
-            found.append(f"its spread is off by {100 * self.spread:.0f} %")
-        if not self.mean <= MEAN:
-            found.append(f"its mean by {self.mean:.2f} spreads")
+        found = missed_moments(self.spread, self.mean)
         if not self.distance <= DISTANCE + 1.36 / self.cells**0.5:
             found.append(f"its distribution by {self.distance:.3f} (Kolmogorov–Smirnov)")
         return ", ".join(found)
+
+
+def missed_moments(spread: float, mean: float) -> list[str]:
+    """In words, which of the errors of a spread, relative, and of a mean, in spreads, are too large."""
+    found = []
+    if not spread <= SPREAD:
+        found.append(f"its spread is off by {100 * spread:.0f} %")
+    if not mean <= MEAN:
+        found.append(f"its mean by {mean:.2f} spreads")
+    return found
 
 
 def goodness(

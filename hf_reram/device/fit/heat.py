@@ -11,7 +11,7 @@ from ..empirical import EmpiricalRetention
 from ..relaxation import Relaxation
 from ..retention import equivalent_time
 from .bands import Bands
-from .goodness import MEAN, SPREAD
+from .goodness import missed_moments
 
 ENERGIES = np.geomspace(0.02, 5.0, 121)  # eV, that are tried
 
@@ -34,12 +34,7 @@ class Heat:
     @property
     def misses(self) -> str:
         """What one Arrhenius shift misses; empty where it does not."""
-        found = []
-        if not self.spread <= SPREAD:
-            found.append(f"its spread is off by {100 * self.spread:.0f} %")
-        if not self.mean <= MEAN:
-            found.append(f"its mean by {self.mean:.2f} spreads")
-        return ", ".join(found)
+        return ", ".join(missed_moments(self.spread, self.mean))
 
 
 def heat(retention: EmpiricalRetention, of: Sequence[Bands], reference: float) -> Heat | None:
