@@ -4,6 +4,7 @@ import warnings
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from ..config import ReRAMConfig
@@ -74,6 +75,5 @@ def _row(found: DeviceConfig, time: float, kelvin: float | None) -> tuple[list[f
     g = [found.g_min + share * found.g_range for share in SHARES]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        moments = [found.retention_moments(one, time, kelvin) for one in g]
-    known = ", ".join(found.unmeasured(time, kelvin))
-    return g, [float(mean) for mean, _ in moments], [float(std) for _, std in moments], known
+        mean, std = found.retention_moments(torch.tensor(g), time, kelvin)
+    return g, mean.tolist(), std.tolist(), ", ".join(found.unmeasured(time, kelvin))

@@ -14,7 +14,7 @@ from ..config import ReRAMConfig
 from ..device.checks import read_json, refuse_deep, shown
 from ..device.temperature import parse_temperature
 from ..device.time import format_time, parse_time
-from ..model.array_files import ORIGINS
+from ..model.array_files import ORIGINS, in_words
 from .escape import escaped
 from .fields import HEAT, LIST, METRICS, NUMBERS, OBJECT, OBJECTS, SEED, TEXT, TEXTS, TIME, fields_of, optional
 from .files import write_whole
@@ -55,8 +55,7 @@ class ArrayMeasurement:
     metrics: dict[str, float]
 
     def __str__(self) -> str:
-        when = "" if self.time is None else f" after {format_time(self.time)}"
-        return f"{ORIGINS[self.origin]} {self.name}{when}{at_kelvin(self.temperature)}"
+        return in_words(self.origin, self.name, self.time, self.temperature)
 
 
 @dataclass(frozen=True)

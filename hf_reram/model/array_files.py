@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..device.cell import DeviceConfig
 from ..device.checks import shown
+from ..device.time import format_time
 from ..nn import CrossbarLayer
 from .cells import Rows
 
@@ -31,6 +32,12 @@ ORIGINS = {"targets": "target array", "simulated": "simulated array", "measured"
 
 # A cell conducts at most so many times g_max, and the best one of a model at least this share of it.
 MOST, LEAST = 10.0, 0.01
+
+
+def in_words(origin: str, name: str, time: float | None, temperature: float | None) -> str:
+    """An array, and when and where its conductances were read: seconds since programming and kelvins, where known."""
+    when = "" if time is None else f" after {format_time(time)}"
+    return f"{ORIGINS[origin]} {name}{when}" + ("" if temperature is None else f" at {temperature:g} K")
 
 
 def file_name(layer: str, ending: str) -> str:

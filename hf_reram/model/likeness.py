@@ -3,12 +3,12 @@
 import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..device.cell import DeviceConfig
 from ..device.moments import Curve, WeightError
+from ..nn.ops.reference import looked_up
 
 # Cells are as exported where they are so within the rounding of five digits; a tile, where all of its cells are to the
 # last bit, or more than a share of them, and more than a few, within rounding. A read with a spread of 1 % of the
@@ -95,9 +95,8 @@ class Likeness(NamedTuple):
 
 
 def _at(curve: Curve, aimed: Tensor) -> Tensor:
-    values = curve.values.cpu().numpy()
-    places = np.linspace(0, 1, len(values)) if len(values) > 1 else np.zeros(1)
-    return torch.from_numpy(np.interp(aimed.abs().numpy(), places, values))
+    a = aimed.abs().clamp(max=1)
+    return looked_up(curve.table(a), a)[0]
 
 
 def correlation(found: Tensor, wanted: Tensor) -> float:

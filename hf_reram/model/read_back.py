@@ -16,7 +16,7 @@ from ..device.checks import parse_json, shown, some
 from ..device.moments import weight_error
 from ..device.seeds import checked_seed, derived_seed
 from ..device.temperature import parse_temperature
-from ..device.time import format_time, parse_time
+from ..device.time import parse_time
 from ..nn import CrossbarLayer
 from ..nn.array import Chip
 from .array_files import (
@@ -27,6 +27,7 @@ from .array_files import (
     digest_of_export,
     file_name,
     files_there,
+    in_words,
     read_csv,
     read_safetensors,
     refuse_impossible,
@@ -304,9 +305,7 @@ class ReadBack:
         return hashlib.sha256(json.dumps(sorted(self._seen.items())).encode()).hexdigest()
 
     def __str__(self) -> str:
-        heat = "" if self.temperature is None else f" at {self.temperature:g} K"
-        when = "" if self.time is None else f" after {format_time(self.time)}"
-        return f"{ORIGINS[self.origin]} {self.name}{when}{heat}"
+        return in_words(self.origin, self.name, self.time, self.temperature)
 
 
 def retention_notes(model: nn.Module, time: float | None, temperature: float | None) -> list[str]:
