@@ -110,7 +110,8 @@ def deploy(
                 layer.put(token, chip)
         if array:
             array.refuse_wrong()
-            _warn_of(model, array)
+            for note in array.notes():
+                _warn_once(model, note)
         warn_uncalibrated(model)
         warn_clipped(layers)
         reset_calls(model)
@@ -120,8 +121,10 @@ def deploy(
         reshard(model)
         refuse_changed(layers, processes() > 1 and is_sharded(model))
         warn_uncalled(model, "were not called while the model was deployed: what it computed is not a chip's there")
-        if [state.deployments for state in states] == before:  # else parts around it are deployed themselves
-            _warn_around(model, ran_around(model, beside))
+        alone = [state.deployments for state in states] == before  # else parts around it are deployed themselves
+        if alone and (names := ran_around(model, beside)):
+            what = "crossbar layers around the model ran while it was deployed, and are no chip"
+            _warn_once(model, f"{what}: deploy the whole model: {', '.join(names)}")
     finally:
         for state in states:
             state.chips -= 1
@@ -223,15 +226,12 @@ def warn_uncalled(model: nn.Module, what: str, names: list[str] | None = None) -
         logger.warning("%d of %d crossbar layers %s: %s", len(names), len(layers), what, shown)
 
 
-def _warn_around(model: nn.Module, names: list[str]) -> None:
-    """Name layers around the model that ran, once for each set of them."""
+def _warn_once(model: nn.Module, text: str) -> None:
+    """Once for each model."""
     warned = crossbar_state(model).warned
-    if names and ("around", *names) not in warned:
-        warned.add(("around", *names))
-        logger.warning(
-            "crossbar layers around the model ran while it was deployed, and are no chip: deploy the whole model: %s",
-            ", ".join(names),
-        )
+    if text not in warned:
+        warned.add(text)
+        logger.warning("%s", text)
 
 
 # What layers compute with before calibration, by whether each token has its own input range.
@@ -265,15 +265,6 @@ def realize(layer: CrossbarLayer, time: float | None, temperature: float | None,
     """
     programmed = held_of(layer)
     return chip_of(layer, programmed, cells_at(layer, programmed, time, temperature, seed))
-
-
-def _warn_of(model: nn.Module, array: ReadBack) -> None:
-    """What is to be known of an array, once for each model."""
-    warned = crossbar_state(model).warned
-    for note in array.notes():
-        if ("array", note) not in warned:
-            warned.add(("array", note))
-            logger.warning("%s", note)
 
 
 @contextmanager
